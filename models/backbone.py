@@ -1,0 +1,200 @@
+"""What every language model here shares: embeddings in, blocks, logits out, and one config."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from models.layers import (
+    Block,
+    CastedEmbedding,
+    CastedLinear,
+    RotaryEmbedding,
+    SequenceInfo,
+    at_least_float32,
+    visible,
+)
+from models.sparse_embedding import CastedSparseEmbedding
+
+Batch = dict[str, Tensor]
+
+
+class BackboneConfig(BaseModel):
+    """Options of the blocks and embeddings, and the four sizes that the data decides."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch_size: int = Field(ge=1, description="rows of one forward")
+    seq_len: int = Field(ge=1, description="tokens of a row (S)")
+    vocab_size: int = Field(ge=1, description="highest token id + 1 (V)")
+    num_puzzle_identifiers: int = Field(1, ge=1, description="rows of the identifier embedding")
+
+    hidden_size: int = Field(ge=1, description="width (D)")
+    num_heads: int = Field(ge=1, description="query heads (N)")
+    num_key_value_heads: int | None = Field(
+        None, ge=1, description="key/value heads; null: num_heads // 2"
+    )
+    expansion: float = Field(4.0, gt=0, description="feed-forward width is 2/3 of this times D")
+    causal: bool = Field(True, description="position t sees positions up to t only")
+    document_mask: bool = Field(True, description="attention stays inside a packed document")
+    norm_type: Literal["post", "pre"] = Field("post", description="RMS norm after or before")
+    pos_encodings: Literal["rope", "learned", "none"] = Field("rope", description="positions")
+    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary wave lengths")
+    rms_norm_eps: float = Field(1e-5, gt=0, description="added to the mean square")
+    puzzle_emb_ndim: int = Field(0, ge=0, description="width of the identifier embedding; 0: none")
+    puzzle_emb_len: int = Field(
+        0, ge=0, description="prefix positions it is spread over; 0: ceil(ndim / hidden_size)"
+    )
+    forward_dtype: Literal["bfloat16", "float16", "float32", "float64"] = Field(
+        "bfloat16", description="dtype of activations"
+    )
+    use_gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    tie_embeddings: bool = Field(False, description="the output head is the token embedding")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.forward_dtype)
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """Master weights are float32; float64 forwards (tests, parity) keep float64 weights."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or max(1, self.num_heads // 2)
+
+    @property
+    def prefix_len(self) -> int:
+        """P: positions that the identifier embedding takes in front of the tokens."""
+        if self.puzzle_emb_ndim == 0:
+            return 0
+        return self.puzzle_emb_len or math.ceil(self.puzzle_emb_ndim / self.hidden_size)
+
+    @model_validator(mode="after")
+    def _heads_fit(self):
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; "
+                "change one of them so that every head gets the same width"
+            )
+        head_size = self.hidden_size // self.num_heads
+        if self.pos_encodings == "rope" and head_size % 2:
+            raise ValueError(
+                f"rotary positions need an even head size, but hidden_size={self.hidden_size} / "
+                f"num_heads={self.num_heads} is {head_size}"
+            )
+        if self.num_heads % self.key_value_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of "
+                f"num_key_value_heads={self.key_value_heads}; each key head serves equally many "
+                "query heads"
+            )
+        if self.prefix_len * self.hidden_size < self.puzzle_emb_ndim:
+            raise ValueError(
+                f"puzzle_emb_len={self.puzzle_emb_len} positions of hidden_size="
+                f"{self.hidden_size} cannot hold puzzle_emb_ndim={self.puzzle_emb_ndim}; raise "
+                "puzzle_emb_len, or set it to 0 to have it computed"
+            )
+        return self
+
+
+class Backbone(nn.Module):
+    """Token and identifier embeddings, positions, output head. Names are TRM's."""
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.config = config
+        self.embed_scale = math.sqrt(config.hidden_size)
+        std = 1 / self.embed_scale
+        width, prefix = config.hidden_size, config.prefix_len
+        self.embed_tokens = CastedEmbedding(config.vocab_size, width, std, config.dtype)
+        if not config.tie_embeddings:
+            self.lm_head = CastedLinear(width, config.vocab_size)
+        if config.puzzle_emb_ndim > 0:
+            self.puzzle_emb = CastedSparseEmbedding(
+                config.num_puzzle_identifiers, config.puzzle_emb_ndim, 0.0, config.dtype
+            )
+        positions = prefix + config.seq_len
+        if config.pos_encodings == "rope":
+            self.rotary_emb = RotaryEmbedding(
+                width // config.num_heads, positions, config.rope_theta, config.param_dtype
+            )
+        elif config.pos_encodings == "learned":
+            self.embed_pos = CastedEmbedding(positions, width, std, config.dtype)
+
+    def make_block(self, mixer_size: int | None = None) -> Block:
+        config = self.config
+        return Block(
+            config.hidden_size,
+            config.num_heads,
+            config.key_value_heads,
+            config.expansion,
+            config.norm_type,
+            config.rms_norm_eps,
+            mixer_size,
+        )
+
+    def positions(self, data: Batch) -> Tensor:
+        """Position of each prefix and token, (B or 1, P+S): each document restarts at P."""
+        prefix, length = self.config.prefix_len, data["inputs"].shape[1]
+        plain = torch.arange(prefix + length, device=data["inputs"].device).unsqueeze(0)
+        if not self.masks_documents(data):
+            return plain
+        # padding "starts" behind the row; nothing reads it, any position will do
+        starts = F.pad(data["document_starts"], (prefix, 0))
+        return torch.where(plain < prefix, plain, (plain - starts).clamp_min(prefix))
+
+    def masks_documents(self, data: Batch) -> bool:
+        return self.config.document_mask and "document_starts" in data
+
+    def sequence_info(self, data: Batch) -> SequenceInfo:
+        cos = sin = mask = None
+        if self.config.pos_encodings == "rope":
+            cos, sin = self.rotary_emb(self.positions(data))
+        if self.masks_documents(data):
+            mask = visible(data["document_starts"], self.config.prefix_len, self.config.causal)
+        return SequenceInfo(cos, sin, mask, self.config.causal)
+
+    def embed(self, data: Batch) -> Tensor:
+        """inputs (B, S), puzzle_identifiers (B,) -> sqrt(D) times the embedding, (B, P+S, D)."""
+        embedding = self.embed_tokens(data["inputs"])
+        prefix, width = self.config.prefix_len, self.config.hidden_size
+        if prefix > 0:
+            identifier = self.puzzle_emb(data["puzzle_identifiers"])
+            identifier = F.pad(identifier, (0, prefix * width - identifier.shape[-1]))
+            embedding = torch.cat((identifier.view(-1, prefix, width), embedding), dim=1)
+        if self.config.pos_encodings == "learned":
+            # the sum of two embeddings keeps the variance of one
+            embedding = math.sqrt(0.5) * (embedding + self.embed_pos(self.positions(data)))
+        return self.embed_scale * embedding
+
+    def logits(self, z: Tensor) -> Tensor:
+        """z: (B, P+S, D). Returns (B, S, V); the prefix predicts nothing."""
+        tokens = z[:, self.config.prefix_len :]
+        if self.config.tie_embeddings:
+            return F.linear(tokens, self.embed_tokens.embedding_weight.to(z.dtype))
+        return self.lm_head(tokens)
+
+
+def real_tokens(data: Batch) -> Tensor | None:
+    """(B, S) bool, False on padding; None where the batch does not tell (no document starts).
+
+    Padding is marked by a document start behind the row.
+    """
+    starts = data.get("document_starts")
+    return None if starts is None else starts < starts.shape[1]
+
+
+def mean_over(z: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of z (B, S, D) over positions where mask (B, S) holds, in at least float32."""
+    wide = at_least_float32(z)
+    if mask is None:
+        return wide.mean(1)
+    weights = mask.to(wide.dtype).unsqueeze(-1)
+    return (wide * weights).sum(1) / weights.sum(1).clamp_min(1)

@@ -1,0 +1,29 @@
+"""Initialisation shared by all modules."""
+
+import math
+
+import torch
+
+
+def trunc_normal_init_(
+    tensor: torch.Tensor, std: float = 1.0, lower: float = -2.0, upper: float = 2.0
+) -> torch.Tensor:
+    """Fills `tensor` in place from a normal distribution cut at `lower`, `upper` deviations.
+
+    Unlike `torch.nn.init.trunc_normal_`, `std` is the deviation of the result: the cut narrows
+    the distribution and the scale makes up for it (as in JAX's default initialisers).
+    """
+    if std == 0:
+        return tensor.zero_() if not tensor.requires_grad else tensor.data.zero_()
+
+    def pdf(x: float) -> float:
+        return math.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+    low, high = math.erf(lower / math.sqrt(2)), math.erf(upper / math.sqrt(2))
+    mass = (high - low) / 2
+    mean = (pdf(lower) - pdf(upper)) / mass
+    variance = 1 - (upper * pdf(upper) - lower * pdf(lower)) / mass - mean**2
+    scale = std / math.sqrt(variance)
+    with torch.no_grad():
+        tensor.uniform_(low, high).erfinv_().mul_(math.sqrt(2) * scale)
+        return tensor.clamp_(lower * scale, upper * scale)
