@@ -48,7 +48,7 @@ class BackboneConfig(BaseModel):
     puzzle_emb_len: int = Field(
         0, ge=0, description="prefix positions it is spread over; 0: ceil(ndim / hidden_size)"
     )
-    forward_dtype: Literal["bfloat16", "float16", "float32", "float64"] = Field(
+    forward_dtype: Literal["bfloat16", "float32", "float64"] = Field(
         "bfloat16", description="dtype of activations"
     )
     use_gradient_checkpointing: bool = Field(

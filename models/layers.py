@@ -59,7 +59,9 @@ class CastedLinear(nn.Module):
 class CastedEmbedding(nn.Module):
     """A table of vectors; rows are looked up first, then cast to `dtype`."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, init_std: float, dtype: torch.dtype):
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, init_std: float, dtype: torch.dtype
+    ):
         super().__init__()
         self.dtype = dtype
         table = torch.empty(num_embeddings, embedding_dim)

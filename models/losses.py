@@ -144,9 +144,7 @@ class ACTLossConfig(BaseModel):
     halt_target: Literal["exact", "budget", "plateau", "exact_or_budget"] = Field(
         "exact", description="what q_halt learns to predict"
     )
-    plateau_threshold: float = Field(
-        0.01, description="nats; a step that gains less is a plateau"
-    )
+    plateau_threshold: float = Field(0.01, description="nats; a step that gains less is a plateau")
     reasoning_loss_weight: float = Field(0.0, ge=0, description="weight of the z_L decoder's loss")
 
     @field_validator("loss_type")
@@ -183,7 +181,8 @@ class ACTLossHead(nn.Module):
         have halted.
 
         Besides the model's outputs, `return_keys` may name preds (B, S), token_nll (B, S) in nats
-        without smoothing, unrefined_token_nll, and anything of the rows' own data.
+        without smoothing, unrefined_token_nll, per row (B,) valid, steps, row_loss, row_accuracy,
+        row_exact, row_halt_target, and anything of the rows' own data.
         """
         carry, outputs = self.model(carry=carry, batch=batch)
         data, logits = carry.current_data, outputs["logits"]
@@ -213,14 +212,27 @@ class ACTLossHead(nn.Module):
                 losses[name] = _halting_loss(outputs[logit], target, valid)
                 total = total + 0.5 * losses[name]
         if self.config.reasoning_loss_weight and "reasoning_labels" in data:
-            losses["reasoning_loss"] = self._reasoning_loss(outputs, data["reasoning_labels"], valid)
+            losses["reasoning_loss"] = self._reasoning_loss(
+                outputs, data["reasoning_labels"], valid
+            )
             total = total + self.config.reasoning_loss_weight * losses["reasoning_loss"]
 
         with torch.no_grad():
             metrics = self._metrics(carry, outputs, valid, correct, exact, divisor, halt_target)
             metrics |= {name: loss.detach() for name, loss in losses.items()}
-            found = outputs | {"preds": preds}
-            for name, source in (("token_nll", "logits"), ("unrefined_token_nll", "unrefined_logits")):
+            found = outputs | {
+                "preds": preds,
+                "valid": valid,
+                "steps": carry.steps,
+                "row_loss": row_loss,
+                "row_accuracy": correct.sum(-1) / divisor,
+                "row_exact": exact,
+                "row_halt_target": halt_target,
+            }
+            for name, source in (
+                ("token_nll", "logits"),
+                ("unrefined_token_nll", "unrefined_logits"),
+            ):
                 if name in return_keys and source in outputs:
                     found[name] = self.loss.cross_entropy(outputs[source], labels, valid_mask=mask)
         carry = replace(carry, last_loss=row_loss.detach().to(carry.last_loss.dtype))

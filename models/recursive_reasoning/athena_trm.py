@@ -284,7 +284,9 @@ class AthenaTRM(nn.Module):
             wants = (says | spent) & (steps >= config.force_min_steps) & (steps >= explore)
         else:
             wants = {"act": says, "budget": spent}.get(config.eval_halting, never)
-        return wants | (steps >= (config.halt_max_steps if self.training else config.max_eval_steps))
+        return wants | (
+            steps >= (config.halt_max_steps if self.training else config.max_eval_steps)
+        )
 
     def _readout(self, z_H: Tensor, z_L: Tensor, halted: Tensor, info: SequenceInfo) -> Batch:
         config, inner, outputs = self.config, self.inner, {}

@@ -66,7 +66,5 @@ class Transformer(nn.Module):
     def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, Batch]:
         """One pass; every row halts. Outputs: logits (B, S, V)."""
         done = torch.ones_like(carry.halted)
-        new = Carry(
-            carry.inner_carry, done.to(torch.int32), done, dict(batch), carry.last_loss
-        )
+        new = Carry(carry.inner_carry, done.to(torch.int32), done, dict(batch), carry.last_loss)
         return new, {"logits": self.inner(batch)}

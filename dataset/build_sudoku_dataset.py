@@ -1,0 +1,310 @@
+r"""Build a sudoku data set in the file format of Tiny Recursive Models.
+
+    python -m dataset.build_sudoku_dataset --size 6 --num-train 1000 --num-test 200 --blanks 20 \
+        --output-dir data/sudoku6
+
+Every puzzle has exactly one solution. Splits are by solution: no test solution is a training
+solution, nor one with its digits renamed. Tokens as in TRM: pad 0, blank 1, digit d is d + 1.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset.array_writer import SplitWriter, check_output_dir, corpus_folder, write_json
+from dataset.common import BLANK_IDENTIFIER, FORMAT_VERSION, UserError, run_cli
+
+BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+FRUITLESS_GRIDS = 300
+"""Grids in a row that gave no new puzzle, after which more will not help."""
+BLOCK_ROWS = 1024
+
+Grid = list[int]
+"""Cells row by row; each a bit mask with one bit set, or 0 for a blank."""
+
+
+class Sudoku:
+    """The geometry of one size, and a bit-mask solver on it."""
+
+    def __init__(self, size: int) -> None:
+        box_rows, box_columns = BOX_SHAPES[size]
+        self.size = size
+        self.cells = size * size
+        self.all_digits = (1 << size) - 1
+        boxes_across = size // box_columns
+        # Units are numbered together: rows, then columns, then boxes.
+        self.units_of = [
+            (
+                cell // size,
+                size + cell % size,
+                2 * size + cell // size // box_rows * boxes_across + cell % size // box_columns,
+            )
+            for cell in range(self.cells)
+        ]
+        self.cells_of = [
+            [cell for cell in range(self.cells) if unit in self.units_of[cell]]
+            for unit in range(3 * size)
+        ]
+
+    def used(self, grid: Grid) -> list[int]:
+        """Digits already placed in each unit, as masks."""
+        used = [0] * (3 * self.size)
+        for cell, bit in enumerate(grid):
+            for unit in self.units_of[cell]:
+                used[unit] |= bit
+        return used
+
+    def fill(
+        self, grid: Grid, used: list[int], blanks: list[int], rng: random.Random | None
+    ) -> bool:
+        """Complete the grid in place; False, and everything as it was, if it cannot be.
+
+        Always takes the blank with the fewest candidates; `rng` shuffles candidates and ties.
+        """
+        if not blanks:
+            return True
+        best, fewest, choices = 0, self.size + 1, 0
+        for index, cell in enumerate(blanks):
+            row, column, box = self.units_of[cell]
+            candidates = self.all_digits & ~(used[row] | used[column] | used[box])
+            count = candidates.bit_count()
+            if count < fewest:
+                best, fewest, choices = index, count, candidates
+                if count <= 1:
+                    break
+        if not fewest:
+            return False
+        cell = blanks[best]
+        blanks[best] = blanks[-1]
+        blanks.pop()
+        row, column, box = self.units_of[cell]
+        for bit in _bits(choices, rng):
+            grid[cell] = bit
+            used[row] |= bit
+            used[column] |= bit
+            used[box] |= bit
+            if self.fill(grid, used, blanks, rng):
+                return True
+            used[row] ^= bit
+            used[column] ^= bit
+            used[box] ^= bit
+        grid[cell] = 0
+        blanks.append(cell)
+        return False
+
+    def random_solution(self, rng: random.Random) -> Grid:
+        """A full grid. Cells are filled in a random order among equally tight ones."""
+        grid, blanks = [0] * self.cells, list(range(self.cells))
+        rng.shuffle(blanks)
+        filled = self.fill(grid, self.used(grid), blanks, rng)
+        assert filled, "an empty grid always has a solution"
+        return grid
+
+    def dig(self, solution: Grid, blanks: int, rng: random.Random) -> tuple[Grid, int]:
+        """Blank up to `blanks` cells while the solution stays the only one: puzzle, cells blanked.
+
+        A cell that cannot go now cannot go later either, so one pass over the cells is all.
+        """
+        puzzle, used, dug = list(solution), self.used(solution), 0
+        for cell in rng.sample(range(self.cells), self.cells):
+            if dug == blanks:
+                break
+            bit = puzzle[cell]
+            puzzle[cell] = 0
+            for unit in self.units_of[cell]:
+                used[unit] ^= bit
+            if self._is_forced(puzzle, used, cell, bit):
+                dug += 1
+                continue
+            puzzle[cell] = bit
+            for unit in self.units_of[cell]:
+                used[unit] |= bit
+        return puzzle, dug
+
+    def _is_forced(self, puzzle: Grid, used: list[int], cell: int, bit: int) -> bool:
+        """Whether every solution has `bit` in the blank `cell`: by looking, else by searching."""
+        row, column, box = self.units_of[cell]
+        others = self.all_digits & ~(used[row] | used[column] | used[box] | bit)
+        if not others:
+            return True
+        for unit in (row, column, box):
+            if not any(
+                self._may_hold(puzzle, used, other, bit)
+                for other in self.cells_of[unit]
+                if other != cell
+            ):
+                return True
+        blanks = [other for other, placed in enumerate(puzzle) if not placed and other != cell]
+        for other_bit in _bits(others, None):
+            trial, trial_used = list(puzzle), list(used)
+            trial[cell] = other_bit
+            for unit in (row, column, box):
+                trial_used[unit] |= other_bit
+            if self.fill(trial, trial_used, list(blanks), None):
+                return False
+        return True
+
+    def _may_hold(self, puzzle: Grid, used: list[int], cell: int, bit: int) -> bool:
+        row, column, box = self.units_of[cell]
+        return not puzzle[cell] and not bit & (used[row] | used[column] | used[box])
+
+
+def _bits(mask: int, rng: random.Random | None) -> list[int]:
+    bits = []
+    while mask:
+        bits.append(mask & -mask)
+        mask &= mask - 1
+    if rng is not None and len(bits) > 1:
+        rng.shuffle(bits)
+    return bits
+
+
+def canonical(solution: Sequence[int]) -> tuple[int, ...]:
+    """A full grid with its digits numbered by first appearance: equal for relabelled grids."""
+    names: dict[int, int] = {}
+    return tuple(names.setdefault(digit, len(names)) for digit in solution)
+
+
+def generate(
+    size: int, blanks: int, wanted: dict[str, int], seed: int
+) -> Iterator[tuple[str, Grid, Grid]]:
+    """Distinct puzzles as (split, puzzle, solution), each split up to its number wanted."""
+    sudoku, rng = Sudoku(size), random.Random(seed)
+    missing = dict(wanted)
+    split_of: dict[tuple[int, ...], str] = {}
+    puzzles: set[tuple[int, ...]] = set()
+    fruitless = deepest = 0
+    while any(missing.values()):
+        solution = sudoku.random_solution(rng)
+        key = canonical(solution)
+        if key not in split_of:
+            split_of[key] = _choose_split(missing, set(split_of.values()), rng)
+        split = split_of[key]
+        fruitless += 1
+        if missing[split]:
+            puzzle, dug = sudoku.dig(solution, blanks, rng)
+            deepest = max(deepest, dug)
+            if dug == blanks and tuple(puzzle) not in puzzles:
+                puzzles.add(tuple(puzzle))
+                missing[split] -= 1
+                fruitless = 0
+                yield split, puzzle, solution
+        if fruitless == FRUITLESS_GRIDS:
+            _give_up(size, blanks, deepest, len(puzzles), sum(wanted.values()))
+
+
+def _choose_split(missing: dict[str, int], present: set[str], rng: random.Random) -> str:
+    """Split of a new solution: each split gets one before any gets more (4x4 has only twelve), then
+    in proportion to what is missing."""
+    needed = [split for split, count in missing.items() if count]
+    without = [split for split in needed if split not in present]
+    if without:
+        return without[-1]
+    return rng.choices(needed, [missing[split] for split in needed])[0]
+
+
+def _give_up(size: int, blanks: int, deepest: int, found: int, wanted: int) -> None:
+    if deepest < blanks:
+        raise UserError(
+            f"--blanks {blanks} is too many for size {size}: of {FRUITLESS_GRIDS} grids in a row "
+            f"none kept a single solution with more than {deepest} blanks; ask for fewer."
+        )
+    raise UserError(
+        f"found only {found} of {wanted} distinct puzzles of size {size} with {blanks} blanks; "
+        "lower --num-train or --num-test, or change --blanks."
+    )
+
+
+def to_tokens(grids: list[Grid]) -> np.ndarray:
+    """Grids as tokens (n, cells) uint8: blank 1, digit d is d + 1."""
+    return np.array([[bit.bit_length() + 1 for bit in grid] for grid in grids], dtype=np.uint8)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Everything about the numbers that can be said before work starts."""
+    if not 1 <= args.blanks < args.size**2:
+        raise UserError(
+            f"--blanks is {args.blanks}; for size {args.size} it must lie in 1..{args.size**2 - 1}."
+        )
+    if args.num_train < 1 or args.num_test < 0:
+        raise UserError(
+            f"--num-train {args.num_train} must be at least 1 and --num-test {args.num_test} at "
+            "least 0."
+        )
+    check_output_dir(args.output_dir.expanduser().resolve(), args.overwrite)
+
+
+def build(args: argparse.Namespace) -> None:
+    """Generate the puzzles and write both splits, whole or not at all."""
+    started = time.perf_counter()
+    check_options(args)
+    wanted = {"train": args.num_train, "test": args.num_test}
+    with (
+        corpus_folder(args.output_dir, args.overwrite) as folder,
+        tqdm(total=sum(wanted.values()), unit=" puzzles", disable=None) as bar,
+    ):
+        writers = {
+            split: SplitWriter(
+                folder / split, np.dtype(np.uint8), args.size**2, "all__", ("puzzle_identifiers",)
+            )
+            for split in wanted
+        }
+        pending: dict[str, list[tuple[Grid, Grid]]] = {split: [] for split in wanted}
+        for split, puzzle, solution in generate(args.size, args.blanks, wanted, args.seed):
+            pending[split].append((puzzle, solution))
+            bar.update(1)
+            if len(pending[split]) == BLOCK_ROWS:
+                _append(writers[split], pending[split])
+                pending[split] = []
+        for split, writer in writers.items():
+            if pending[split]:
+                _append(writer, pending[split])
+            writer.finish(
+                pad_id=0,
+                ignore_label_id=0,
+                vocab_size=args.size + 2,
+                seq_len=args.size**2,
+                num_puzzle_identifiers=1,
+                format_version=FORMAT_VERSION,
+                relabel_ids=(2, args.size + 2),
+            )
+        write_json(folder / "identifiers.json", [BLANK_IDENTIFIER])
+    seconds = time.perf_counter() - started
+    print(f"train: {args.num_train:,} puzzles, test: {args.num_test:,} puzzles")
+    print(f"built {args.output_dir} in {seconds:.1f} s")
+
+
+def _append(writer: SplitWriter, rows: list[tuple[Grid, Grid]]) -> None:
+    writer.append(
+        inputs=to_tokens([puzzle for puzzle, _ in rows]),
+        labels=to_tokens([solution for _, solution in rows]),
+        puzzle_identifiers=np.zeros(len(rows), np.int32),
+    )
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m dataset.build_sudoku_dataset")
+    add = parser.add_argument
+    add("--size", type=int, choices=tuple(BOX_SHAPES), default=6, help="(default: 6)")
+    add("--num-train", type=int, default=1000, help="(default: 1000)")
+    add("--num-test", type=int, default=200, help="(default: 200)")
+    add("--blanks", type=int, default=20, help="empty cells of each puzzle (default: 20)")
+    add("--output-dir", required=True, type=Path)
+    add("--overwrite", action="store_true", help="replace a finished data set, at the very end")
+    add("--seed", type=int, default=0, help="(default: 0)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the top of this file."""
+    args = parse_args(argv)
+    run_cli(lambda: build(args))
+
+
+if __name__ == "__main__":
+    main()

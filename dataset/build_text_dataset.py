@@ -1,0 +1,324 @@
+r"""Build a corpus of prompts and responses from JSON lines.
+
+    python -m dataset.build_text_dataset --tokenizer-json tok.json --input-files qa.jsonl.zst \
+        --output-dir data/qa --max-context-tokens 256 --max-response-tokens 256
+
+A line is `{"prompt": ..., "response": ..., "meta": {"domain": ..., "iteration_budget": ...,
+"complexity": ...}}`, with `meta` and its keys optional. Each example is one causal row: prompt,
+response, eos; the prompt's labels are ignored. Examples with the same prompt share a split.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset.array_writer import SplitWriter, check_output_dir, corpus_folder
+from dataset.common import UserError, run_cli, token_byte_lengths
+from dataset.corpus import (
+    SPLITS,
+    CorpusSplit,
+    DocumentRouter,
+    check_iterations,
+    finish_corpus,
+    print_summary,
+)
+from dataset.packing import Rows
+from dataset.text_sources import (
+    DocumentReader,
+    ReadOptions,
+    Source,
+    find_sources,
+    is_encodable,
+)
+from dataset.tokenization import TextTokenizer, add_tokenizer_options
+
+BATCH_CHARS = 2_000_000
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line, checked."""
+
+    prompt: str
+    response: str
+    domain: str
+    budget: int
+
+
+class ExampleReader:
+    """Turns JSON objects into examples; `clipped_budgets` counts those outside the bounds."""
+
+    def __init__(self, reader: DocumentReader, min_iterations: int, max_iterations: int) -> None:
+        self._reader = reader
+        self._bounds = (min_iterations, max_iterations)
+        self.clipped_budgets = 0
+
+    def examples(self, source: Source) -> Iterator[Example]:
+        """Examples of one source; a source without any is an error."""
+        found = False
+        for number, record in self._reader.records(source):
+            try:
+                example = self._example(record, source.label)
+            except UserError as error:
+                self._reader.skip_bad_line(source, number, str(error))
+                continue
+            found = True
+            yield example
+        if not found:
+            raise UserError(f"{source} holds no example; leave it out of --input-files.")
+
+    def _example(self, record: dict[str, Any], label: str) -> Example:
+        meta = record.get("meta")
+        meta = {} if meta is None else meta
+        if not isinstance(meta, dict):
+            raise UserError("key 'meta' holds no object")
+        domain = meta.get("domain", label)
+        if not isinstance(domain, str) or not domain:
+            raise UserError(f"meta.domain is {domain!r}, not a name")
+        prompt, response = (_text(record, key) for key in ("prompt", "response"))
+        return Example(prompt, response, domain, self._budget(meta))
+
+    def _budget(self, meta: dict[str, Any]) -> int:
+        low, high = self._bounds
+        budget = _number(meta, "iteration_budget")
+        if budget is None:
+            budget = low + (_number(meta, "complexity") or 0)
+        clipped = min(max(math.floor(budget), low), high)
+        self.clipped_budgets += clipped != math.floor(budget)
+        return clipped
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    if key not in record:
+        there = ", ".join(sorted(record)[:10]) or "none"
+        raise UserError(f"no key {key!r} (keys there: {there})")
+    value = record[key]
+    if not isinstance(value, str) or not value:
+        raise UserError(f"key {key!r} holds {'no text' if value != '' else 'an empty text'}")
+    if not is_encodable(value):
+        raise UserError(f"key {key!r} holds half a surrogate pair")
+    return value
+
+
+def _number(meta: dict[str, Any], key: str) -> float | None:
+    value = meta.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"meta.{key} is {value!r}, not a number")
+    return value
+
+
+class ExampleRows:
+    """Lays examples out as rows and writes them, each to the split of its prompt."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        tokenizer: TextTokenizer,
+        splits: dict[str, CorpusSplit],
+    ) -> None:
+        self._context = args.max_context_tokens
+        self._response = args.max_response_tokens
+        self._tokenizer = tokenizer
+        self._splits = splits
+        self.domains: list[str] = []
+        self.truncated_prompts = 0
+        self.truncated_responses = 0
+
+    def add(self, batch: list[tuple[str, Example]]) -> None:
+        """Tokenize and write examples, in order."""
+        prompts = self._tokenizer.encode([example.prompt for _, example in batch])
+        responses = self._tokenizer.encode([example.response for _, example in batch])
+        rows: dict[tuple[str, int], list[tuple[np.ndarray, int, int]]] = {}
+        for (split, example), prompt, response in zip(batch, prompts, responses, strict=True):
+            tokens, prompt_length = self._layout(prompt, response)
+            if example.domain not in self.domains:
+                self.domains.append(example.domain)
+            domain = self.domains.index(example.domain)
+            kept_bytes = int(self._splits[split].byte_lengths[tokens].sum())
+            self._splits[split].count_document(domain, kept_bytes, len(tokens))
+            # Rows are written in order: a run ends where the split's domain changes.
+            for key in [key for key in rows if key[0] == split and key[1] != domain]:
+                self._write(*key, rows.pop(key))
+            rows.setdefault((split, domain), []).append((tokens, prompt_length, example.budget))
+        for key, run in rows.items():
+            self._write(*key, run)
+
+    def _layout(self, prompt: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, int]:
+        """Tokens of a row, at most S + 1, and how many are prompt. A response that is cut gets no
+        eos: the model must not learn to stop there."""
+        self.truncated_prompts += len(prompt) > self._context
+        prompt = prompt[max(0, len(prompt) - self._context) :]
+        if len(response) > self._response:
+            self.truncated_responses += 1
+            end = response[: self._response]
+        else:
+            end = np.append(response, np.array(self._tokenizer.eos_id, response.dtype))
+        return np.concatenate([prompt, end]), len(prompt)
+
+    def _write(self, split: str, domain: int, run: list[tuple[np.ndarray, int, int]]) -> None:
+        seq_len = self._context + self._response
+        tokenizer = self._tokenizer
+        inputs = np.full((len(run), seq_len), tokenizer.pad_id, tokenizer.dtype)
+        labels = np.full((len(run), seq_len), tokenizer.ignore_label_id, tokenizer.dtype)
+        for row, (tokens, prompt_length, _) in enumerate(run):
+            real = tokens[:seq_len]
+            inputs[row, : len(real)] = real
+            first = max(prompt_length, 1)  # nothing predicts a row's first token
+            labels[row, first - 1 : len(tokens) - 1] = tokens[first:]
+        lengths = np.array([min(len(tokens), seq_len) for tokens, _, _ in run])
+        targets = np.array([budget for _, _, budget in run])
+        self._splits[split].write(domain, Rows(inputs, labels, lengths), targets)
+
+
+def routed_batches(
+    sources: list[Source], reader: ExampleReader, router: DocumentRouter, dedup: bool
+) -> Iterator[list[tuple[str, Example]]]:
+    """Batches of (split, example); the prompt decides the split, both texts what is a copy."""
+    batch, size = [], 0
+    for source in sources:
+        for example in reader.examples(source):
+            both = f"{len(example.prompt)}\n{example.prompt}{example.response}"
+            if dedup and router.is_copy(both.encode()):
+                continue
+            batch.append((router.split_of(example.prompt.encode()), example))
+            size += len(both)
+            if size >= BATCH_CHARS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def parse_weights(given: list[str]) -> dict[str, float]:
+    """`name=weight` arguments as a table."""
+    weights = {}
+    for argument in given:
+        name, _, value = argument.rpartition("=")
+        try:
+            weight = float(value)
+        except ValueError:
+            weight = math.nan
+        if not name or not 0 <= weight < math.inf:
+            raise UserError(
+                f"--domain-weights {argument!r} is not NAME=WEIGHT with a weight of 0 or more."
+            )
+        weights[name] = weight
+    if weights and not any(weights.values()):
+        raise UserError("--domain-weights are all 0; give at least one domain a positive weight.")
+    return weights
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Everything about the numbers that can be said before a file is opened."""
+    for option in ("max_context_tokens", "max_response_tokens"):
+        if (value := getattr(args, option)) < 1:
+            raise UserError(f"--{option.replace('_', '-')} is {value}; it must be at least 1.")
+    if not 0 <= args.train_ratio <= 1:
+        raise UserError(f"--train-ratio is {args.train_ratio}; it must lie in 0..1.")
+    check_iterations(args)
+    check_output_dir(args.output_dir.expanduser().resolve(), args.overwrite)
+
+
+def open_splits(
+    args: argparse.Namespace, folder: Path, tokenizer: TextTokenizer
+) -> dict[str, CorpusSplit]:
+    """Empty splits in the temporary folder."""
+    byte_lengths = token_byte_lengths(folder / "tokenizer.json")
+    seq_len = args.max_context_tokens + args.max_response_tokens
+    return {
+        name: CorpusSplit(
+            writer=SplitWriter(folder / name / "all", tokenizer.dtype, seq_len),
+            ignore_label_id=tokenizer.ignore_label_id,
+            byte_lengths=byte_lengths,
+            identifier_of=lambda domain: domain + 1 if args.identifiers == "domain" else 0,
+        )
+        for name in SPLITS
+    }
+
+
+def build(args: argparse.Namespace) -> None:
+    """Build the corpus that the command line asks for, whole or not at all."""
+    started = time.perf_counter()
+    check_options(args)
+    weights = parse_weights(args.domain_weights)
+    tokenizer = TextTokenizer(args.tokenizer_json, args.eos_token, args.pad_token, args.workers)
+    sources = [source for group in find_sources(args.input_files, "jsonl") for source in group]
+    if plain := [source for source in sources if source.format != "jsonl"]:
+        raise UserError(f"{plain[0]} is plain text; prompts and responses come as JSON lines.")
+    router = DocumentRouter(args.seed, args.train_ratio, dedup=False)
+    size = sum(source.size for source in sources)
+    with (
+        corpus_folder(args.output_dir, args.overwrite) as folder,
+        tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        tokenizer.save(folder / "tokenizer.json")
+        lines = DocumentReader(ReadOptions(max_bad_lines=args.max_bad_lines), bar.update)
+        reader = ExampleReader(lines, args.min_iterations, args.max_iterations)
+        splits = open_splits(args, folder, tokenizer)
+        rows = ExampleRows(args, tokenizer, splits)
+        for batch in routed_batches(sources, reader, router, args.dedup == "exact"):
+            rows.add(batch)
+        if unknown := weights.keys() - set(rows.domains):
+            raise UserError(
+                f"--domain-weights names {', '.join(sorted(unknown))}, but the domains are "
+                f"{', '.join(rows.domains)}."
+            )
+        if not splits["train"].writer.rows and args.train_ratio > 0:
+            raise UserError(
+                f"no example fell to the training split; raise --train-ratio {args.train_ratio}."
+            )
+        skipped = {"duplicates": router.duplicates, "bad_lines": lines.bad_lines}
+        report = {
+            "inputs": [{"file": str(s), "bytes": s.size} for s in sources],
+            "skipped": skipped,
+            "truncated_prompts": rows.truncated_prompts,
+            "truncated_responses": rows.truncated_responses,
+            "clipped_budgets": reader.clipped_budgets,
+        }
+        seq_len = args.max_context_tokens + args.max_response_tokens
+        finish_corpus(
+            args, folder, splits, tokenizer, rows.domains, seq_len, report, domain_weights=weights
+        )
+    for name in ("truncated_prompts", "truncated_responses", "clipped_budgets"):
+        if report[name]:
+            print(f"{report[name]:,} {name.replace('_', ' ')}")
+    print_summary(args.output_dir, splits, skipped, time.perf_counter() - started)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m dataset.build_text_dataset")
+    add_tokenizer_options(parser)
+    add = parser.add_argument
+    add("--input-files", nargs="+", required=True, metavar="FILE", help="JSON lines; see above")
+    add("--output-dir", required=True, type=Path)
+    add("--overwrite", action="store_true", help="replace a finished corpus, at the very end")
+    add("--max-context-tokens", type=int, default=1024, help="longer prompts lose their start")
+    add("--max-response-tokens", type=int, default=1024, help="longer responses lose their end")
+    add("--train-ratio", type=float, default=0.98, help="(default: 0.98)")
+    add("--seed", type=int, default=7, help="decides which prompts are test (default: 7)")
+    add("--min-iterations", type=int, default=4, help="(default: 4)")
+    add("--max-iterations", type=int, default=48, help="(default: 48)")
+    add("--domain-weights", nargs="+", default=[], metavar="NAME=WEIGHT")
+    add("--identifiers", choices=("none", "domain"), default="domain", help="(default: domain)")
+    add("--dedup", choices=("exact", "none"), default="exact", help="(default: exact)")
+    add("--max-bad-lines", type=int, default=0, metavar="N", help="lines that may be skipped")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the top of this file."""
+    args = parse_args(argv)
+    run_cli(lambda: build(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The builders' view of a tokenizer.json: plain text in, token ids out, its eos and pad known.
+
+Text is only ever text here: a document that spells `<|eos|>` becomes the tokens of those
+characters, never the special token.
+"""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from dataset.common import UserError, token_dtype
+
+EOS_TOKENS = ("<|eos|>", "<|endoftext|>", "</s>")
+PAD_TOKENS = ("<|pad|>", "<pad>")
+PIECE_CHARS = 1 << 16
+# One space or line feed between two words: GPT-2's pre-tokenizer always starts a token there.
+_SAFE_CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
+
+
+def add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every builder with a tokenizer shares."""
+    parser.add_argument("--tokenizer-json", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--eos-token", help=f"default: the first of {' '.join(EOS_TOKENS)}")
+    parser.add_argument("--pad-token", help=f"default: the first of {' '.join(PAD_TOKENS)}")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="tokenizer threads (default: all cores)"
+    )
+
+
+class TextTokenizer:
+    """A tokenizer.json made ready for building; `eos_id`, `pad_id`, `vocab_size`, `dtype`.
+
+    `vocab_size` is the highest id + 1, `dtype` the smallest that also holds `ignore_label_id`, its
+    maximum.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        eos_token: str | None = None,
+        pad_token: str | None = None,
+        workers: int | None = None,
+    ) -> None:
+        if workers is not None:
+            if workers < 1:
+                raise UserError(f"--workers is {workers}; it must be at least 1.")
+            os.environ["RAYON_NUM_THREADS"] = str(workers)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        self.path = path
+        self.tokenizer = _load(path)
+        # A token that is named for the one is no candidate for the other.
+        eos_usual = tuple(token for token in EOS_TOKENS if token != pad_token)
+        pad_usual = tuple(token for token in PAD_TOKENS if token != eos_token)
+        self.eos_token = self._special_token(eos_token, eos_usual, "--eos-token")
+        self.pad_token = self._special_token(pad_token, pad_usual, "--pad-token")
+        if self.eos_token == self.pad_token:
+            raise UserError(
+                f"{self.eos_token!r} is named both --eos-token and --pad-token; padding must "
+                "differ from the end of a document."
+            )
+        self.tokenizer.encode_special_tokens = True
+        self.eos_id: int = self.tokenizer.token_to_id(self.eos_token)
+        self.pad_id: int = self.tokenizer.token_to_id(self.pad_token)
+        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.dtype = token_dtype(self.vocab_size)
+        self.ignore_label_id = int(np.iinfo(self.dtype).max)
+        self._cuttable = _is_cuttable(self.tokenizer)
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, without special tokens: arrays (n,) of `dtype`."""
+        pieces: list[str] = []
+        counts = []
+        for text in texts:
+            cut = self._cut(text)
+            pieces += cut
+            counts.append(len(cut))
+        try:
+            encodings = iter(self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False))
+        except Exception as error:  # tokenizers raises bare Exception, e.g. for a missing unk
+            raise UserError(
+                f"the tokenizer {self.path} cannot encode the text ({error})."
+            ) from error
+        return [
+            np.concatenate([np.array(next(encodings).ids, dtype=self.dtype) for _ in range(count)])
+            for count in counts
+        ]
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer with its eos and pad."""
+        self.tokenizer.save(str(path))
+
+    def _cut(self, text: str) -> list[str]:
+        """A long text in pieces, so that threads share it and memory stays small."""
+        if not self._cuttable or len(text) <= PIECE_CHARS:
+            return [text]
+        pieces, start = [], 0
+        while cut := _SAFE_CUT.search(text, start + PIECE_CHARS):
+            pieces.append(text[start : cut.start()])
+            start = cut.start()
+        return [*pieces, text[start:]]
+
+    def _special_token(self, named: str | None, usual: tuple[str, ...], option: str) -> str:
+        token = named or next((t for t in usual if self.tokenizer.token_to_id(t) is not None), None)
+        if token is not None and self.tokenizer.token_to_id(token) is None:
+            raise UserError(
+                f"{option} {token!r} is not in the vocabulary of {self.path}; name one of its "
+                f"tokens, or leave {option} out to have {usual[0]} added."
+            )
+        token = token or usual[0]
+        self.tokenizer.add_special_tokens([token])  # also marks a token that is there as special
+        return token
+
+
+def _load(path: Path) -> Tokenizer:
+    """Read a tokenizer.json without what would change or shorten a document's tokens."""
+    try:
+        description = json.loads(path.read_bytes())
+        description["truncation"] = None
+        description["padding"] = None
+        if description["model"].get("dropout") is not None:
+            description["model"]["dropout"] = None  # training noise; a corpus is built once
+        return Tokenizer.from_str(json.dumps(description))
+    except OSError as error:
+        raise UserError(
+            f"cannot read --tokenizer-json {path}: {error.strerror or error}; "
+            "dataset.train_tokenizer makes one."
+        ) from error
+    except Exception as error:  # tokenizers raises bare Exception for a malformed file
+        raise UserError(f"--tokenizer-json {path} is not a tokenizer.json ({error}).") from error
+
+
+def _is_cuttable(tokenizer: Tokenizer) -> bool:
+    """Whether cutting at `_SAFE_CUT` keeps the ids: known for GPT-2's own set-up alone."""
+    description = json.loads(tokenizer.to_str())
+    pre_tokenizer = description.get("pre_tokenizer") or {}
+    return (
+        description["model"]["type"] == "BPE"
+        and description.get("normalizer") is None
+        and pre_tokenizer.get("type") == "ByteLevel"
+        and pre_tokenizer.get("use_regex", True)
+        and not pre_tokenizer.get("add_prefix_space")
+        and all(token["special"] for token in description.get("added_tokens", []))
+    )

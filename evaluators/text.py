@@ -1,0 +1,86 @@
+"""Perplexity of text: nats per token, bits per byte, by domain and by ACT step."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, token_byte_lengths
+
+
+class PerplexityEvaluator:
+    """Reduced over all ranks; padding and ignored labels never count.
+
+    Reports <prefix>/perplexity, /nats_per_token, /bits_per_byte (nats / ln 2 / bytes of the
+    scored tokens; end-of-document tokens cost nats but hold no bytes), the last two also as
+    /step_<k>/… by ACT step and /domain_<name>/…, and /unrefined/… where untrained refinement
+    passes changed the headline.
+    """
+
+    class Config(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        prefix: str = "text"
+
+    required_outputs = frozenset({"token_nll", "unrefined_token_nll", "row_nll_by_step"})
+
+    def __init__(self, data_path: str, eval_metadata: DatasetMetadata, prefix: str = "text"):
+        self.prefix, self.metadata = prefix, eval_metadata
+        tokenizer = Path(data_path) / "tokenizer.json"
+        self.bytes_of = token_byte_lengths(tokenizer) if tokenizer.is_file() else None
+        self.begin_eval()
+
+    def begin_eval(self) -> None:
+        self.sums: dict[str, np.ndarray] = {}  # name -> nats, tokens, bytes
+
+    def update_batch(self, batch: dict[str, Tensor], preds: dict[str, Tensor]) -> None:
+        """batch: labels (B, S), domain_ids (B,). preds: token_nll (B, S) in nats, and where
+        there are any unrefined_token_nll (B, S), row_nll_by_step (B, steps)."""
+        labels = batch["labels"].cpu().numpy()
+        scored = labels != IGNORE_LABEL_ID
+        tokens = scored.sum(1)
+        size = np.zeros(len(labels))
+        if self.bytes_of is not None:
+            size = np.where(scored, self.bytes_of[np.where(scored, labels, 0)], 0).sum(1)
+        nats = _row_sums(preds["token_nll"])
+        self._add("", nats, tokens, size)
+        if "unrefined_token_nll" in preds:
+            self._add("unrefined/", _row_sums(preds["unrefined_token_nll"]), tokens, size)
+        for k, by_step in enumerate(preds["row_nll_by_step"].double().cpu().numpy().T, 1):
+            self._add(f"step_{k}/", by_step, tokens, size)
+        if "domain_ids" in batch and len(self.metadata.domains) > 1:
+            domains = batch["domain_ids"].cpu().numpy()
+            for i, name in enumerate(self.metadata.domains):
+                here = domains == i
+                self._add(f"domain_{name}/", nats[here], tokens[here], size[here])
+
+    def _add(self, name: str, nats: np.ndarray, tokens: np.ndarray, size: np.ndarray) -> None:
+        total = np.array([nats.sum(), tokens.sum(), size.sum()], dtype=np.float64)
+        self.sums[name] = self.sums.get(name, 0) + total
+
+    def result(
+        self, save_path: str | None, rank: int, world_size: int, group: Any = None
+    ) -> dict[str, float] | None:
+        """The figures on rank 0, None elsewhere. A collective where `group` is given."""
+        parts = [self.sums] if group is None else group.gather_objects(self.sums)
+        if rank != 0:
+            return None
+        names = list(dict.fromkeys(name for part in parts for name in part))
+        metrics: dict[str, float] = {}
+        for name in names:
+            nats, tokens, size = sum(part[name] for part in parts if name in part)
+            if tokens == 0:
+                continue
+            place = f"{self.prefix}/{name}"
+            metrics[f"{place}nats_per_token"] = nats / tokens
+            metrics[f"{place}perplexity"] = math.exp(min(nats / tokens, 700.0))
+            if size > 0:
+                metrics[f"{place}bits_per_byte"] = nats / math.log(2) / size
+        return metrics
+
+
+def _row_sums(token_nll: Tensor) -> np.ndarray:
+    return token_nll.sum(-1, dtype=torch.float64).cpu().numpy()

@@ -1,0 +1,249 @@
+"""Everything that a training run changes, in one place: what a checkpoint holds.
+
+Model, optimizers, averages, held rows and counters; the stream keeps its own position.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dataset.common import BLANK_IDENTIFIER, DatasetMetadata, UserError
+from models.ema import EMA
+from models.losses import ACTLossHead
+from models.recursive_reasoning.athena_trm import Carry, InnerCarry
+from models.sparse_embedding import SparseEmbeddingSignSGD, sparse_embeddings
+from utils.config_schema import PretrainConfig
+from utils.functions import load_class
+from utils.optim import create_optimizers
+
+
+def create_model(
+    config: PretrainConfig,
+    metadata: DatasetMetadata,
+    *,
+    batch_size: int,
+    reasoning_labels: bool = False,
+    device: str | torch.device = "cpu",
+) -> ACTLossHead:
+    """The architecture inside its loss head, initialised from `config.seed` on the CPU.
+
+    `device` is "meta" to count a model without allocating it.
+    """
+    options, loss = config.arch.options, config.arch.loss
+    if options.get("enable_reasoning_stream") == "auto":
+        used = bool(loss.options.get("reasoning_loss_weight")) and reasoning_labels
+        options["enable_reasoning_stream"] = used
+    sizes = dict(
+        batch_size=batch_size,
+        seq_len=metadata.seq_len,
+        vocab_size=metadata.vocab_size,
+        num_puzzle_identifiers=metadata.num_puzzle_identifiers,
+    )
+    torch.manual_seed(config.seed)
+    try:
+        with torch.device(device):
+            model = load_class(config.arch.name)(options | sizes)
+    except ValidationError as error:
+        messages = "; ".join(fault["msg"] for fault in error.errors())
+        raise UserError(f"arch and the corpus do not fit: {messages}") from None
+    return load_class(loss.name)(model, **loss.options)
+
+
+@dataclass
+class TrainState:
+    """model: the loss head, bare. step_model: the same as training calls it (perhaps DDP)."""
+
+    model: ACTLossHead
+    step_model: nn.Module
+    optimizers: list[Optimizer]
+    base_lrs: list[float]
+    ema: EMA | None
+    halted: np.ndarray
+    """(global batch,) bool: which slots are free, as of the last step."""
+    carries: list[Carry] | None = None
+    """Held rows, one carry a micro-batch; None before the first step."""
+    step: int = 0
+    seconds: float = 0.0
+    """Training time so far, evaluation and saving left out."""
+    nonfinite: int = 0
+    nonfinite_in_a_row: int = 0
+    next_eval: float = 0.0
+    """Epoch of the next evaluation."""
+    best: float | None = None
+    bad_evaluations: int = 0
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+    COUNTERS = (
+        "step",
+        "seconds",
+        "nonfinite",
+        "nonfinite_in_a_row",
+        "next_eval",
+        "best",
+        "bad_evaluations",
+    )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def counters(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.COUNTERS}
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        for name in self.COUNTERS:
+            setattr(self, name, counters[name])
+
+    def tensors(self) -> dict[str, Any]:
+        """What a checkpoint stores once, whatever the number of ranks."""
+        found: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
+            "rng": torch.get_rng_state(),
+        }
+        if self.ema is not None:
+            found["ema"] = self.ema.state_dict()
+        return found
+
+    def load_tensors(self, read: Callable[[str], Any]) -> None:
+        load_into(self.model, read("model"))
+        for optimizer, state in zip(self.optimizers, read("optimizer"), strict=True):
+            optimizer.load_state_dict(state)
+        if self.ema is not None:
+            self.ema.load_state_dict(read("ema"))
+        torch.set_rng_state(read("rng"))
+
+    def load_carry(self, rows: dict[str, Tensor], micro_batches: int) -> None:
+        """Held rows of all this replica's slots, split into its micro-batches."""
+        device = self.device
+        parts = [{k: v.to(device) for k, v in rows.items()}]
+        if micro_batches > 1:
+            split = {k: v.chunk(micro_batches) for k, v in parts[0].items()}
+            parts = [{k: v[i] for k, v in split.items()} for i in range(micro_batches)]
+        self.carries = [carry_from_rows(part) for part in parts]
+
+
+def create_train_state(
+    config: PretrainConfig,
+    model: ACTLossHead,
+    *,
+    wrap: Callable[[nn.Module], nn.Module],
+    all_gather: Callable[[Tensor], Tensor],
+    device_type: str,
+) -> TrainState:
+    """Optimizers and averages around a model that is already on its device."""
+    if config.freeze_weights:
+        model.requires_grad_(False)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizers: list[Optimizer] = []
+    if trainable:
+        optimizers += create_optimizers(
+            config.optimizer,
+            model,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            decay_all=config.weight_decay_all,
+            device_type=device_type,
+        )
+    base_lrs = [config.lr] * len(optimizers)
+    for embedding in sparse_embeddings(model):
+        decay = config.puzzle_emb_weight_decay
+        optimizers.append(
+            SparseEmbeddingSignSGD(embedding, config.puzzle_emb_lr, decay, all_gather)
+        )
+        base_lrs.append(config.puzzle_emb_lr)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if config.compile:
+        for module in model.modules():
+            if type(module).__name__ == "Block":
+                module.compile(dynamic=False)
+    return TrainState(
+        model=model,
+        step_model=wrap(model) if trainable else model,
+        optimizers=optimizers,
+        base_lrs=base_lrs,
+        ema=EMA(named, config.ema_rate, config.ema_warmup) if config.ema and named else None,
+        halted=np.ones(config.global_batch_size, dtype=bool),
+        parameters=trainable,
+    )
+
+
+def load_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Loads weights by name; UserError that names what does not fit."""
+    own = model.state_dict()
+    faults = [f"{name} is missing" for name in own if name not in weights]
+    faults += [f"{name} is not part of this architecture" for name in weights if name not in own]
+    faults += [
+        f"{name} is {tuple(weights[name].shape)} there and {tuple(own[name].shape)} here"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if faults:
+        shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if faults[4:] else "")
+        raise UserError(
+            f"the checkpoint is of another architecture: {shown}. Give the arch options that it "
+            "was trained with (its config.yaml has them)"
+        )
+    model.load_state_dict(weights)
+
+
+def match_identifiers(
+    weights: dict[str, Tensor], old: Sequence[str] | None, new: Sequence[str]
+) -> None:
+    """Gives each identifier of the new corpora its old row by name, the others the mean row.
+
+    Without names (TRM's files) rows stay as they are if their number does, else all take the mean.
+    """
+    name = "inner.puzzle_emb.weights"
+    if name not in weights:
+        return
+    table = weights[name]
+    if old is None and len(table) == len(new):
+        return
+    index = {} if old is None else {identifier: i for i, identifier in enumerate(old)}
+    rows = table.mean(0, keepdim=True).repeat(len(new), 1)
+    for i, identifier in enumerate(new):
+        if identifier in index:
+            rows[i] = table[index[identifier]]
+    if BLANK_IDENTIFIER in new and BLANK_IDENTIFIER not in index:
+        rows[new.index(BLANK_IDENTIFIER)] = 0
+    weights[name] = rows
+
+
+def carry_rows(carries: Sequence[Carry]) -> dict[str, Tensor]:
+    """The rows of a replica's carries as named tensors, slot after slot."""
+
+    def flat(carry: Carry) -> dict[str, Tensor]:
+        return {
+            "z_H": carry.inner_carry.z_H,
+            "z_L": carry.inner_carry.z_L,
+            "steps": carry.steps,
+            "halted": carry.halted,
+            "last_loss": carry.last_loss,
+            **{f"data/{k}": v for k, v in carry.current_data.items()},
+        }
+
+    parts = [flat(carry) for carry in carries]
+    return {k: torch.cat([part[k] for part in parts]).cpu() for k in parts[0]}
+
+
+def carry_from_rows(rows: dict[str, Tensor]) -> Carry:
+    data = {k.removeprefix("data/"): v for k, v in rows.items() if k.startswith("data/")}
+    names = {f.name for f in fields(Carry)} & set(rows)
+    inner = InnerCarry(rows["z_H"], rows["z_L"])
+    return Carry(inner_carry=inner, current_data=data, **{name: rows[name] for name in names})
+
+
+def source_files(model: ACTLossHead) -> list[tuple[Path, str]]:
+    """Source of the architecture and the loss, to be kept with the weights."""
+    files = {Path(inspect.getfile(type(module))) for module in (model, model.model)}
+    return [(path, f"source/{path.name}") for path in sorted(files)]

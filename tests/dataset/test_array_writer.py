@@ -1,0 +1,87 @@
+"""Arrays as streams, and folders that appear whole or not at all."""
+
+import os
+
+import numpy as np
+import pytest
+
+from dataset.array_writer import ArrayWriter, corpus_folder
+from dataset.common import UserError
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
+@pytest.mark.parametrize("row_shape", [(), (3,)])
+def test_blocks_become_one_array(tmp_path, dtype, row_shape):
+    generator = np.random.default_rng()
+    blocks = [generator.integers(0, 200, (n, *row_shape)) for n in (0, 1, 700, 13)]
+    writer = ArrayWriter(tmp_path / "a.npy", dtype, row_shape)
+    for block in blocks:
+        writer.append(block[:, ::-1] if row_shape else block)  # not contiguous
+    writer.close()
+    expected = np.concatenate(blocks).astype(dtype)
+    loaded = np.load(tmp_path / "a.npy", mmap_mode="r")
+    assert loaded.dtype == dtype
+    assert (loaded == (expected[:, ::-1] if row_shape else expected)).all()
+    assert writer.rows == 714
+
+
+def test_no_rows_still_make_an_array(tmp_path):
+    ArrayWriter(tmp_path / "a.npy", np.uint16, (5,)).close()
+    assert np.load(tmp_path / "a.npy").shape == (0, 5)
+
+
+def fill(folder, content="x"):
+    (folder / "train").mkdir()
+    (folder / "train" / "dataset.json").write_text(content)
+    (folder / "identifiers.json").write_text("[]")
+
+
+def test_folder_appears_at_the_end_only(tmp_path):
+    target = tmp_path / "deep" / "corpus"
+    with corpus_folder(target, overwrite=False) as folder:
+        fill(folder)
+        assert not target.exists()
+        assert folder.parent == target.parent
+    assert (target / "train" / "dataset.json").read_text() == "x"
+    assert os.listdir(target.parent) == ["corpus"]
+
+
+def test_failure_leaves_what_was_there(tmp_path):
+    target = tmp_path / "corpus"
+    for _ in range(2):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(RuntimeError), corpus_folder(target, overwrite=True) as folder:
+            fill(folder, "new")
+            raise RuntimeError
+        assert sorted(tmp_path.rglob("*")) == before
+        if not target.exists():
+            with corpus_folder(target, overwrite=False) as folder:
+                fill(folder, "old")
+    assert (target / "train" / "dataset.json").read_text() == "old"
+
+
+def test_overwrite_rules(tmp_path):
+    target = tmp_path / "corpus"
+    target.mkdir()
+    with corpus_folder(target, overwrite=False) as folder:  # an empty folder is free
+        fill(folder, "first")
+    with pytest.raises(UserError, match=r"holds a finished corpus.*--overwrite"):
+        corpus_folder(target, overwrite=False).__enter__()
+    with corpus_folder(target, overwrite=True) as folder:
+        fill(folder, "second")
+        assert (target / "train" / "dataset.json").read_text() == "first"
+    assert (target / "train" / "dataset.json").read_text() == "second"
+    assert os.listdir(tmp_path) == ["corpus"]
+
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"also holds notes\.txt"):
+        corpus_folder(target, overwrite=True).__enter__()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds no finished corpus"):
+            corpus_folder(other, overwrite).__enter__()
+        with pytest.raises(UserError, match="is a file"):
+            corpus_folder(other / "thesis.tex", overwrite).__enter__()
+    assert (other / "thesis.tex").read_text() == "mine"

@@ -1,0 +1,172 @@
+"""Reading: every format and compression gives the same documents; every fault is named."""
+
+import gzip
+import io
+import json
+import lzma
+import sys
+from pathlib import Path
+
+import pytest
+
+from dataset.common import UserError
+from dataset.text_sources import DocumentReader, ReadOptions, find_sources
+from tests.dataset.conftest import random_text, write_jsonl
+
+try:
+    from compression import zstd
+except ImportError:
+    from backports import zstd
+
+COMPRESS = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd.compress,
+}
+
+
+def read(*arguments: Path | str, given_format: str | None = None, **options) -> list[str]:
+    reader = DocumentReader(ReadOptions(**options))
+    groups = find_sources([str(argument) for argument in arguments], given_format)
+    return [text for group in groups for source in group for text in reader.texts(source)]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("kind", ["txt", "md", "text", "jsonl", "json"])
+def test_formats_and_compressions_agree(tmp_path, rng, kind, ending):
+    texts = [random_text(rng, rng.randrange(1, 200)) for _ in range(50)]
+    is_json = kind.startswith("json")
+    lines = [json.dumps({"text": text, "n": 1}) if is_json else text for text in texts]
+    path = tmp_path / f"some.file.{kind}{ending}"
+    path.write_bytes(COMPRESS[ending]("\n".join(lines).encode()))
+    # The name decides, whatever --format says.
+    assert read(path, given_format="text" if is_json else "jsonl") == texts
+    assert find_sources([str(path)])[0][0].label == "some.file"
+
+
+def test_a_name_that_tells_nothing_needs_a_format(tmp_path):
+    path = tmp_path / "part-0001"
+    path.write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match=r"part-0001 .*--format"):
+        read(path)
+    assert read(path, given_format="jsonl") == ["a"]
+    assert read(path, given_format="text") == ['{"text": "a"}']
+
+
+def test_documents_of_plain_text(tmp_path):
+    text = "\ufeffone\r\n  two\u2028\x0c\n\n \t\nthree\nfour"
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    assert read(path) == ["one", "  two\u2028\x0c", "three", "four"]
+    assert read(path, documents="paragraph") == ["one\n  two\u2028\x0c", "three\nfour"]
+    assert read(path, documents="file") == [text.removeprefix("\ufeff")]
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+def test_truncated_and_corrupt_files_are_named(tmp_path, rng, ending):
+    data = COMPRESS[ending]("\n".join(random_text(rng, 50) for _ in range(400)).encode())
+    path = tmp_path / f"cut.txt{ending}"
+    for cut in (len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:cut])
+        with pytest.raises(UserError, match=rf"cut\.txt{ending} is cut off"):
+            read(path)
+    path.write_bytes(b"this was never compressed\n" * 3)
+    with pytest.raises(UserError, match=rf"cut\.txt{ending} is not valid"):
+        read(path)
+    middle = len(data) // 2
+    path.write_bytes(data[:middle] + bytes(64) + data[middle + 64 :])
+    with pytest.raises(UserError, match=rf"cut\.txt{ending}"):
+        read(path)
+
+
+def test_zstd_frames_and_long_windows(tmp_path):
+    path = tmp_path / "frames.txt.zst"
+    options = {zstd.CompressionParameter.window_log: 30}
+    path.write_bytes(zstd.compress(b"one\n") + zstd.compress(b"two\n" * 9, options=options))
+    assert read(path) == ["one"] + ["two"] * 9
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n\t\n"])
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "empty.txt.gz"])
+def test_empty_files_are_named(tmp_path, content, name):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(UserError, match=r"empty.* holds no document"):
+        read(path)
+    with pytest.raises(UserError, match=r"empty.* holds no document"):
+        read(path, documents="file")
+
+
+def test_bad_json_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    bad = ['{"text": ', "[1]", '{"body": "x", "id": 3}', '{"text": null}', '{"text": "\\ud800"}']
+    expected = ["not valid JSON", "holds a list", "keys there: body, id", "holds null", "surrogate"]
+    for line, fault in zip(bad, expected, strict=True):
+        path.write_text('{"text": "good"}\n\n' + line + "\n")
+        with pytest.raises(UserError, match=rf"a\.jsonl, line 3: .*{fault}"):
+            read(path)
+        assert read(path, max_bad_lines=1) == ["good"]
+    path.write_text('{"text": "good"}\n' + "\n".join(bad))
+    with pytest.raises(UserError, match=r"line 5: .*one more than --max-bad-lines 3"):
+        read(path, max_bad_lines=3)
+    assert read(path, max_bad_lines=5) == ["good"]
+
+
+def test_text_key(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "x", "id": 3}\n')
+    assert read(path, text_key="body") == ["x"]
+    with pytest.raises(UserError, match=r"no key 'text' \(keys there: body, id"):
+        read(path)
+
+
+def test_invalid_utf8_is_placed(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("é fine\n".encode() + b"not \xff fine\n")
+    with pytest.raises(UserError, match=r"a\.txt, line 2 \(byte 12\): byte 0xff"):
+        read(path)
+    path.write_bytes(gzip.compress(b"text"))
+    with pytest.raises(UserError, match="looks like gzip data"):
+        read(path)
+
+
+def test_globs_folders_and_repeats(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "a.txt", "sub/c.md", "sub/.hidden.txt", "picture.png"):
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path) == ["a.txt", "b.txt", "sub/c.md"]
+    assert read(f"{tmp_path}/*.txt", f"{tmp_path}/**/*.md") == ["a.txt", "b.txt", "sub/c.md"]
+    (tmp_path / "[odd].txt").write_text("odd")
+    assert read(tmp_path / "[odd].txt") == ["odd"]
+    with pytest.raises(UserError, match=r"a\.txt is named twice"):
+        read(tmp_path / "a.txt", tmp_path)
+    with pytest.raises(UserError, match=r"absent\.txt' does not exist"):
+        read(tmp_path / "absent.txt")
+    with pytest.raises(UserError, match="matches no file"):
+        read(f"{tmp_path}/*.jsonl")
+    with pytest.raises(UserError, match="Parquet is not supported yet"):
+        read(write_jsonl(tmp_path / "x.parquet", ["a"]))
+
+
+def test_standard_input(monkeypatch):
+    def pipe(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    pipe(b"one\ntwo\n")
+    assert read("-", given_format="text") == ["one", "two"]
+    with pytest.raises(UserError, match=r"standard input; pass --format"):
+        read("-")
+    pipe(b"")
+    with pytest.raises(UserError, match="standard input holds no document"):
+        read("-", given_format="text")
+
+
+def test_progress_ends_at_the_size_on_disk(tmp_path, rng):
+    for ending, compress in COMPRESS.items():
+        path = tmp_path / f"a.txt{ending}"
+        path.write_bytes(compress("\n".join(random_text(rng, 50) for _ in range(99)).encode()))
+        seen = []
+        reader = DocumentReader(ReadOptions(), seen.append)
+        assert len(list(reader.texts(find_sources([str(path)])[0][0]))) == 99
+        assert sum(seen) == path.stat().st_size

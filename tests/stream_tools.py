@@ -1,0 +1,139 @@
+"""Small random corpora on disk, and a loop that feeds streams: shared by the stream's tests."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from dataset.common import IGNORE_LABEL_ID
+from sequence_dataset import TrainStream
+
+S, VOCAB, PAD, EOS = 12, 60, 0, 1
+
+
+def write_split(folder: Path, arrays: dict, prefix: str = "", **metadata) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{prefix}{name}.npy", array)
+    (folder / "dataset.json").write_text(json.dumps(metadata))
+
+
+def write_corpus(
+    root: Path, rows: int, *, split="train", seed=0, names=("one",), domains=("d",), **changes
+) -> np.ndarray:
+    """One row a group, in Athena's layout; row r is recognised by its first three tokens."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.integers(2, VOCAB, (rows, S)).astype(np.uint8)
+    labels = np.roll(inputs, -1, axis=1)
+    labels[:, -1] = 255
+    arrays = {
+        "inputs": inputs,
+        "labels": labels,
+        "puzzle_identifiers": rng.integers(0, len(names) + 1, rows).astype(np.uint16),
+        "puzzle_indices": np.arange(rows + 1),
+        "group_indices": np.arange(rows + 1),
+        "iteration_targets": rng.integers(4, 20, rows).astype(np.uint8),
+        "domain_ids": rng.integers(0, max(1, len(domains)), rows).astype(np.uint8),
+    } | changes.pop("arrays", {})
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    metadata = {
+        "pad_id": PAD,
+        "eos_id": EOS,
+        "ignore_label_id": 255,
+        "vocab_size": VOCAB,
+        "seq_len": S,
+        "num_puzzle_identifiers": len(names) + 1,
+        "total_groups": len(arrays["group_indices"]) - 1,
+        "total_puzzles": len(arrays["puzzle_indices"]) - 1,
+        "mean_puzzle_examples": rows / max(1, len(arrays["puzzle_indices"]) - 1),
+        "domains": list(domains),
+    } | changes
+    write_split(root / split / "all", arrays, **metadata)
+    (root / "identifiers.json").write_text(json.dumps(["<blank>", *names]))
+    return arrays["inputs"]
+
+
+def write_trm(root: Path, group_sizes, split="train", sets=("all",), seed=0, **changes) -> dict:
+    """TRM's layout; `group_sizes`: for each group the number of examples of each puzzle."""
+    rng = np.random.default_rng(seed)
+    puzzles = np.concatenate([[0], np.cumsum([size for group in group_sizes for size in group])])
+    groups = np.concatenate([[0], np.cumsum([len(group) for group in group_sizes])])
+    rows, num_puzzles = int(puzzles[-1]), len(puzzles) - 1
+    arrays = {
+        "inputs": rng.integers(0, 11, (rows, S)).astype(np.int32),
+        "labels": rng.integers(0, 11, (rows, S)).astype(np.int32),
+        "puzzle_identifiers": np.arange(1, num_puzzles + 1).astype(np.int32),
+        "puzzle_indices": puzzles.astype(np.int32),
+        "group_indices": groups.astype(np.int32),
+    }
+    metadata = {
+        "pad_id": 0,
+        "ignore_label_id": 0,
+        "blank_identifier_id": 0,
+        "vocab_size": 11,
+        "seq_len": S,
+        "num_puzzle_identifiers": num_puzzles + 1,
+        "total_groups": len(group_sizes) * len(sets),
+        "total_puzzles": num_puzzles * len(sets),
+        "mean_puzzle_examples": rows / num_puzzles,
+        "sets": list(sets),
+    } | changes
+    for name in sets:
+        write_split(root / split, arrays, prefix=f"{name}__", **metadata)
+    names = ["<blank>"] + [f"puzzle{i}" for i in range(num_puzzles)]
+    (root / "identifiers.json").write_text(json.dumps(names))
+    return arrays
+
+
+def stream_of(corpora, **options) -> TrainStream:
+    options = {"global_batch_size": 8, "seed": 5, "epochs": 2} | options
+    return TrainStream(corpora, **options)
+
+
+def joined(parts: list[dict]) -> dict:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def real_rows(batch: dict) -> np.ndarray:
+    return (batch["labels"] != IGNORE_LABEL_ID).any(axis=1)
+
+
+def halting(seed: int, size: int):
+    """A model that halts slots at random; a pure function of the step."""
+
+    def flags(step: int) -> np.ndarray:
+        if step == 0:
+            return np.ones(size, bool)
+        return np.random.default_rng([seed, step]).random(size) < 0.4
+
+    return flags
+
+
+def run(streams: list[TrainStream], flags, first=0, steps=10_000) -> list[dict]:
+    """Global batches over all ranks, until the end or for a number of steps."""
+    batches = []
+    for step in range(first, first + steps):
+        parts = [stream.next(step, flags(step)) for stream in streams]
+        assert len({part is None for part in parts}) == 1
+        if parts[0] is None:
+            return batches
+        batches.append(joined([micro for part in parts for micro in part]))
+    return batches
+
+
+def assert_same(left: list[dict], right: list[dict]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def ids_of(batches: list[dict], inputs: np.ndarray) -> Counter:
+    """How often each row of `inputs` was entered."""
+    number = {row.tobytes(): i for i, row in enumerate(inputs.astype(np.int32))}
+    assert len(number) == len(inputs)
+    return Counter(
+        number[row.tobytes()] for batch in batches for row in batch["inputs"][real_rows(batch)]
+    )

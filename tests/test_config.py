@@ -1,0 +1,585 @@
+"""The configuration as users meet it: the real presets, the real command line, real mistakes."""
+
+import copy
+import functools
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from dataset.common import UserError
+from utils.config import (
+    PretrainConfig,
+    compose_config,
+    config_warnings,
+    hydra_entry,
+    load_config,
+)
+from utils.functions import load_class, load_model_class, random_run_name, source_path
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = "data_paths=[data/x]"
+PRESETS = {
+    group: sorted(path.stem for path in (ROOT / "config" / group).glob("*.yaml"))
+    for group in ("arch", "device", "debug", "experiment")
+}
+
+
+_GRAMMAR = OverridesParser.create()
+
+
+@functools.cache
+def composed(*presets: str) -> DictConfig:
+    return compose_config([DATA, *presets])
+
+
+def load(*overrides: str, world_size: int = 1) -> PretrainConfig:
+    """The config of these overrides; composing takes Hydra 0.1 s, so presets are kept."""
+    presets = [o for o in overrides if o.lstrip("+").partition("=")[0] in PRESETS]
+    cfg = copy.deepcopy(composed(*presets))
+    for parsed in _GRAMMAR.parse_overrides([o for o in overrides if o not in presets]):
+        OmegaConf.update(cfg, parsed.key_or_group, parsed.value(), merge=True, force_add=True)
+    return load_config(cfg, world_size)
+
+
+def complaint(*overrides: str, world_size: int = 1) -> str:
+    with pytest.raises(UserError) as error:
+        load(*overrides, world_size=world_size)
+    return str(error.value)
+
+
+# --- presets --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "preset", [f"{group}={name}" for group, names in PRESETS.items() for name in names]
+)
+def test_every_preset_is_a_valid_config(preset):
+    config = load(preset)
+    assert config.data_paths == ["data/x"]
+
+
+def test_large_preset_has_the_published_values():
+    arch = load("arch=athena_trm_large").arch.options
+    published = dict(
+        hidden_size=2304, num_heads=36, expansion=4.5, H_cycles=7, L_cycles=5, halt_max_steps=48,
+        halt_exploration_prob=0.08, force_min_steps=4, no_ACT_continue=True,
+        forward_dtype="bfloat16", reasoning_seq_len=96, reasoning_vocab_size=32000,
+        enable_reasoning_stream="auto", post_refinement_steps=4, puzzle_emb_ndim=1024,
+        eval_halting="max",
+    )  # fmt: skip
+    assert {key: arch[key] for key in published} == published
+    assert compose_config([]).arch == compose_config(["arch=athena_trm_large"]).arch
+
+
+def test_smaller_presets_change_the_width():
+    sizes = {name: load(f"arch=athena_trm_{name}").arch for name in ("medium", "small", "tiny")}
+    assert {n: (a.hidden_size, a.num_heads) for n, a in sizes.items()} == {
+        "medium": (1024, 16),
+        "small": (512, 8),
+        "tiny": (64, 2),
+    }
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS["arch"] if n != "trm"])
+def test_text_presets_never_see_the_next_token_or_another_document(name):
+    config = load(f"arch={name}")
+    assert config.arch.causal is True and config.arch.document_mask is True
+    assert config.feed == "consume"
+
+
+def test_text_presets_do_not_wait_for_an_exact_row():
+    assert load("arch=athena_trm_small").arch.loss.halt_target == "budget"
+
+
+def test_trm_preset_is_trm():
+    config = load("arch=trm")
+    arch = config.arch.options
+    expected = dict(
+        hidden_size=512, num_heads=8, num_key_value_heads=8, expansion=4, H_cycles=3, L_cycles=6,
+        L_layers=2, halt_max_steps=16, halt_exploration_prob=0.1, causal=False,
+        document_mask=False, puzzle_emb_ndim=512, puzzle_emb_len=16, force_min_steps=0,
+        post_refinement_steps=0,
+    )  # fmt: skip
+    assert {key: arch[key] for key in expected} == expected
+    assert config.arch.loss.options == {
+        "loss_type": "stablemax_cross_entropy",
+        "halt_target": "exact",
+    }
+    assert (config.feed, config.weight_decay_all, config.ema_warmup) == ("present", True, False)
+    # what the preset sets the command line still changes
+    changed = load("arch=trm", "feed=consume", "arch.num_heads=4")
+    assert changed.feed == "consume" and changed.arch.num_key_value_heads == 4
+
+
+def test_a_command_written_for_trm():
+    config = load(
+        "arch=trm", "evaluators=[]", "epochs=50000", "eval_interval=5000", "lr=1e-4",
+        "puzzle_emb_lr=1e-4", "weight_decay=1.0", "puzzle_emb_weight_decay=1.0",
+        "arch.mlp_t=True", "arch.pos_encodings=none", "arch.L_layers=2", "arch.H_cycles=3",
+        "arch.L_cycles=6", "+run_name=pretrain_mlp_t_sudoku", "ema=True",
+    )  # fmt: skip
+    assert config.arch.mlp_t is True and config.arch.pos_encodings == "none"
+
+
+def test_yaml_and_schema_agree_on_keys_defaults_and_descriptions():
+    raw = OmegaConf.load(ROOT / "config" / "cfg_pretrain.yaml")
+    fields = {k: f for k, f in PretrainConfig.model_fields.items() if k != "arch"}
+    assert set(raw) - {"defaults", "hydra"} == set(fields)
+    assert {k: OmegaConf.to_container(raw)[k] for k in fields} == {
+        k: f.default for k, f in fields.items()
+    }
+    text = (ROOT / "config" / "cfg_pretrain.yaml").read_text("utf-8")
+    comments = dict(re.findall(r"^(\w+): .*?  # (.*)$", text, re.M))
+    assert comments == {k: f.description for k, f in fields.items()}
+
+
+def test_defaults_are_the_documented_ones():
+    config = load()
+    documented = dict(
+        global_batch_size=768, epochs=1, lr=8e-5, lr_min_ratio=0.1, lr_warmup_steps=4000,
+        beta1=0.9, beta2=0.95, weight_decay=0.1, grad_clip_norm=1.0, puzzle_emb_lr=2e-4,
+        puzzle_emb_weight_decay=0.1, seed=0, ema=True, ema_rate=0.9995, device_type="auto",
+        eval_save_outputs=[], resume="auto", feed="consume", weight_decay_all=False,
+    )  # fmt: skip
+    assert {key: getattr(config, key) for key in documented} == documented
+
+
+def test_text_is_evaluated_by_default_with_its_options_checked():
+    assert [e.name for e in load().evaluators] == ["text@PerplexityEvaluator"]
+    line = complaint("evaluators=[{name: text@PerplexityEvaluator, prefx: held_out}]")
+    assert line == "unknown key 'evaluators[0].prefx': did you mean 'evaluators[0].prefix'?"
+
+
+def test_command_of_the_documentation_composes():
+    config = load_config(
+        compose_config(
+            [
+                "data_paths=[data/athena_base]",
+                "arch=athena_trm_large",
+                "global_batch_size=768",
+                "+run_name=athena_v1_large",
+            ]
+        ),
+        world_size=4,
+    )
+    assert config.run_name == "athena_v1_large"
+    assert config.micro_rows(4) is None  # 192 rows a rank: the memory estimate cuts them up
+
+
+# --- what is accepted -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_plus_signs_make_no_difference(plus):
+    overrides = ["run_name=x", "lr=1e-3", "arch.H_cycles=2", "arch=trm", "data_paths=[a]"]
+    config = load_config(compose_config([plus + override for override in overrides]))
+    assert (config.run_name, config.lr, config.arch.H_cycles) == ("x", 1e-3, 2)
+    assert config.arch.L_cycles == 6
+
+
+def test_numbers_in_the_forms_that_yaml_gives_them():
+    raw = OmegaConf.to_container(compose_config([DATA]))
+    raw.update(lr="1e-3", weight_decay=0, max_steps=1e4, run_name=7)
+    raw["arch"].update(rms_norm_eps="1e-6", halt_max_steps=16.0)
+    config = load_config(raw)
+    assert (config.lr, config.weight_decay, config.max_steps, config.run_name) == (
+        1e-3,
+        0.0,
+        10000,
+        "7",
+    )
+    assert type(config.max_steps) is int and type(config.weight_decay) is float
+
+
+def test_a_config_survives_its_own_dump():
+    config = load("arch=trm", "early_stopping={metric: x, patience: 2}", "eval_interval=0.5")
+    assert load_config(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rows"),
+    [
+        ([], None),
+        (["micro_batch_size=null"], 384),
+        (["grad_accum_steps=4"], 96),
+        (["micro_batch_size=48"], 48),
+        (["micro_batch_size=48", "grad_accum_steps=8"], 48),
+    ],
+)
+def test_rows_of_a_micro_batch(overrides, rows):
+    assert load(*overrides, world_size=2).micro_rows(2) == rows
+
+
+def test_evaluators_in_both_forms(evaluator):
+    short, long = load(f"evaluators=[{evaluator}]"), load(f"evaluators=[{{name: {evaluator}}}]")
+    assert short.evaluators == long.evaluators and short.evaluators[0].name == evaluator
+    assert load(f"evaluators=[{{name: {evaluator}, depth: 3}}]").evaluators[0].options == {
+        "depth": 3
+    }
+    line = complaint(f"evaluators=[{{name: {evaluator}, dpth: 3}}]")
+    assert line == "unknown key 'evaluators[0].dpth': did you mean 'evaluators[0].depth'?"
+    assert "write evaluators=[" in complaint(f"evaluators={evaluator}")
+
+
+@pytest.fixture
+def evaluator(tmp_path, monkeypatch):
+    """An evaluator plug-in in a file of its own, found below `evaluators.`."""
+    import evaluators
+
+    (tmp_path / "plugin_for_test.py").write_text(
+        "class Plugin:\n    def __init__(self, data_path, eval_metadata, depth=1): pass\n"
+    )
+    monkeypatch.setattr(evaluators, "__path__", [*evaluators.__path__, str(tmp_path)])
+    yield "plugin_for_test@Plugin"
+    sys.modules.pop("evaluators.plugin_for_test", None)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("lrr=1", "'lr'"),
+        ("learning_rate=1", "'lr'"),
+        ("arch.hiden_size=3", "'arch.hidden_size'"),
+        ("hidden_size=3", "'arch.hidden_size'"),
+        ("arch.lr=3", "'lr'"),
+        ("arch.loss.loss_tpe=x", "'arch.loss.loss_type'"),
+        ("loss_type=x", "'arch.loss.loss_type'"),
+        ("archh=trm", "'arch'"),
+        ("early_stopping={metric: x, patence: 3}", "'early_stopping.patience'"),
+        ("+arch.loss.halt_taget=exact", "'arch.loss.halt_target'"),
+    ],
+)
+def test_unknown_keys_name_the_nearest_valid_one(override, meant):
+    key = override.lstrip("+").partition("=")[0]
+    line = complaint(override, "eval_interval=1")
+    assert line.startswith(f"unknown key '{key}") and line.endswith(f"did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    ("override", "needed"),
+    [
+        ("lr=abc", ["lr", "a number", "'abc'"]),
+        ("lr=nan", ["lr", "finite", "nan"]),
+        ("lr=-1", ["lr", "at least 0", "-1"]),
+        ("beta1=1.0", ["beta1", "less than 1", "1.0"]),
+        ("lr_min_ratio=2", ["lr_min_ratio", "at most 1", "2"]),
+        ("seed=true", ["seed", "a whole number", "true"]),
+        ("epochs=0", ["epochs", "greater than 0"]),
+        ("max_steps=1.5", ["max_steps", "a whole number or null", "1.5"]),
+        ("ema=1", ["ema", "true or false", "1"]),
+        ("optimizer=adam", ["optimizer", "adam_atan2, adamw, muon", "did you mean 'adamw'?"]),
+        ("feed=consumed", ["feed", "did you mean 'consume'?"]),
+        ("device_type=gpu", ["device_type", "auto, cuda, xla, tpu, mps, cpu", "'gpu'"]),
+        ("micro_batch_size=most", ["micro_batch_size", "a whole number or auto or null"]),
+        ("data_paths=data/x", ["data_paths", "a list", "write data_paths=[data/x]"]),
+        ("logger=[wandb,tensorbord]", ["logger[1]", "did you mean 'tensorboard'?"]),
+        ("domain_weights={web: -1}", ["domain_weights.web", "greater than 0", "-1"]),
+        ("arch.causal=5", ["arch.causal", "true or false", "5"]),
+        ("arch.num_heads='36'", ["arch.num_heads", "a whole number", "'36'"]),
+        ("arch.L_layers=true", ["arch.L_layers", "a whole number or null", "true"]),
+        ("arch.eval_halting=maxx", ["arch.eval_halting", "did you mean 'max'?"]),
+        ("arch.loss=softmax", ["arch.loss", "'softmax'"]),
+        ("arch.loss.loss_type=softmax", ["loss_type", "softmax_cross_entropy"]),
+    ],
+)
+def test_wrong_values_are_named_with_what_is_expected(override, needed):
+    line = complaint(override)
+    assert "\n" not in line
+    assert all(part in line for part in needed), line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        (["global_batch_size=770"], ["global_batch_size 770", "4 rank(s)", "768 or 772"]),
+        (["global_batch_size=2"], ["global_batch_size 2", "use 4"]),
+        (["grad_accum_steps=5"], ["grad_accum_steps 5", "760 or 780"]),
+        (["micro_batch_size=50"], ["micro_batch_size 50", "600 or 800"]),
+        (
+            ["micro_batch_size=48", "grad_accum_steps=2"],
+            ["micro_batch_size 48", "4 micro-batches", "grad_accum_steps is 2"],
+        ),
+        (["eval_batch_size=6"], ["eval_batch_size 6", "4 or 8"]),
+        (["eval_interval=2"], ["eval_interval 2", "epochs 1"]),
+        (["min_eval_interval=2"], ["min_eval_interval 2", "epochs 1"]),
+        (["epochs=null"], ["epochs", "max_steps", "max_seconds"]),
+        (["data_paths=[]"], ["data_paths is empty"]),
+        (["data_paths=[a,b,a]"], ["data_paths", "'a' twice"]),
+        (["data_paths=[]", "dry_run=true", "seq_len=8"], ["dry_run", "vocab_size"]),
+        (["parallel=fsdp"], ["parallel=fsdp", "parallel=ddp"]),
+        (["resume=/a", "load_checkpoint=/b"], ["resume='/a'", "load_checkpoint='/b'"]),
+        (["eval_only=true"], ["eval_only", "load_checkpoint"]),
+        (["eval_only=true", "resume=none", "run_name=x"], ["eval_only", "load_checkpoint"]),
+        (["early_stopping={metric: x}"], ["early_stopping", "eval_interval"]),
+        (["run_name=a/b"], ["run_name='a/b'"]),
+        (["run_name=.."], ["run_name='..'"]),
+        (["resume_allow=[lrr]"], ["'lrr'", "'lr'"]),
+        (["min_iterations=50"], ["min_iterations 50", "arch.halt_max_steps 48"]),
+        (
+            ["freeze_weights=true", "arch.puzzle_emb_ndim=0"],
+            ["freeze_weights", "arch.puzzle_emb_ndim is 0"],
+        ),
+        (
+            ["arch.loss.reasoning_loss_weight=1", "arch.enable_reasoning_stream=false"],
+            ["reasoning_loss_weight 1", "enable_reasoning_stream is false"],
+        ),
+        (["arch.force_min_steps=100"], ["force_min_steps", "100", "halt_max_steps", "48"]),
+        (["arch.num_heads=7"], ["hidden_size", "2304", "num_heads", "7"]),
+        (["arch.vocab_size=5"], ["arch.vocab_size", "set by the data"]),
+    ],
+)
+def test_clashes_name_both_values(overrides, needed):
+    line = complaint(*overrides, world_size=4)
+    assert "\n" not in line
+    assert all(part in line for part in needed), line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["eval_only=true", "run_name=x"],
+        ["eval_only=true", "resume=/some/step_5"],
+        ["eval_only=true", "load_checkpoint=/some/step_5", "epochs=null"],
+        ["data_paths=[]", "dry_run=true", "seq_len=8", "vocab_size=9"],
+        ["resume=auto", "load_checkpoint=/b"],
+        ["resume=null"],
+        ["epochs=null", "max_seconds=60"],
+        ["early_stopping={metric: x}", "eval_interval=0.5"],
+        ["resume_allow=[lr,arch.halt_max_steps]"],
+    ],
+)
+def test_values_that_do_not_clash(overrides):
+    load(*overrides, world_size=4)
+
+
+def test_all_problems_are_listed_at_once():
+    text = complaint(
+        "lrr=1", "arch.hiden_size=3", "arch.loss.foo=1", "beta2=x", "eval_interval=3",
+        "arch.num_heads=7", "arch.force_min_steps=100", "arch.causal=5",
+    )  # fmt: skip
+    parts = (
+        "8 problems", "'lrr'", "'arch.hiden_size'", "'arch.loss.foo'", "beta2: expected",
+        "eval_interval 3", "num_heads=7", "force_min_steps=100", "arch.causal",
+    )  # fmt: skip
+    for part in parts:
+        assert part in text
+    assert len(text.splitlines()) == 9
+
+
+def test_no_complaint_about_a_value_that_the_user_did_not_give():
+    """epochs is wrong; the default that stands in for it must not clash with eval_interval."""
+    assert complaint("epochs=many", "eval_interval=5") == (
+        "epochs: expected a number or null, got 'many'"
+    )
+
+
+def test_missing_and_broken_values_of_own_configs():
+    with pytest.raises(UserError, match=r"arch is missing.*arch=athena_trm_large"):
+        load_config({"data_paths": ["x"]})
+    cfg = compose_config([DATA])
+    cfg.lr = "???"
+    with pytest.raises(UserError, match=r"lr has no value yet"):
+        load_config(cfg)
+    cfg.lr = "${nowhere}"
+    with pytest.raises(UserError, match=r"lr refers to a key.*nowhere"):
+        load_config(cfg)
+
+
+def test_rare_values_are_warned_about():
+    assert config_warnings(load()) == []
+    (line,) = config_warnings(load("max_steps=100"))
+    assert "lr_warmup_steps 4000" in line and "max_steps 100" in line
+    assert config_warnings(load("checkpoint_interval=null", "checkpoint_every_eval=false"))
+
+
+# --- look-up of classes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("identifier", "advice"),
+    [
+        (
+            "recursive_reasoning.athena_tr@AthenaTRM",
+            "did you mean 'recursive_reasoning.athena_trm'",
+        ),
+        ("athena_trm@AthenaTRM", "did you mean 'recursive_reasoning.athena_trm'"),
+        ("recursive_reasoning.athena_trm@AthenaTrm", "did you mean 'AthenaTRM'"),
+        ("AthenaTRM", "did you mean 'recursive_reasoning.athena_trm@AthenaTRM'"),
+        ("losses.ACTLossHead", "did you mean 'losses@ACTLossHead'"),
+        ("losses@math", "no class 'math'"),
+        ("../os@system", "not of the form module@Class"),
+    ],
+)
+def test_a_class_that_does_not_exist(identifier, advice):
+    with pytest.raises(UserError, match="^[^\n]*" + re.escape(advice)):
+        load_class(identifier, "models.")
+
+
+def test_classes_and_their_sources():
+    cls = load_model_class("losses@ACTLossHead")
+    assert cls is load_class("losses@ACTLossHead", "models.") and cls.__name__ == "ACTLossHead"
+    assert Path(source_path("losses@ACTLossHead")) == ROOT / "models" / "losses.py"
+
+
+def test_a_missing_package_is_named_and_a_bug_is_not_hidden(tmp_path, monkeypatch):
+    import evaluators
+
+    (tmp_path / "needs.py").write_text("import surely_not_installed\n")
+    (tmp_path / "buggy.py").write_text("import models.surely_not_there\n")
+    monkeypatch.setattr(evaluators, "__path__", [*evaluators.__path__, str(tmp_path)])
+    with pytest.raises(UserError, match="'surely_not_installed', which is not installed"):
+        load_class("needs@X", "evaluators.")
+    with pytest.raises(ModuleNotFoundError, match="surely_not_there"):
+        load_class("buggy@X", "evaluators.")
+
+
+def test_run_names_follow_their_generator_and_can_name_folders():
+    names = [random_run_name(random.Random(seed)) for seed in range(50)]
+    assert names == [random_run_name(random.Random(seed)) for seed in range(50)]
+    assert len(set(names)) > 40
+    assert all(re.fullmatch(r"[a-z]+-[a-z]+", name) for name in names)
+    assert random_run_name()
+
+
+# --- the command line ------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {root!r})
+from utils.config import hydra_entry
+
+assert "torch" not in sys.modules  # a typo must not wait for it
+
+@hydra_entry
+def launch(cfg):
+    if cfg.seed == 14:
+        raise RuntimeError("a bug")
+    if "lrr" in cfg:
+        from utils.config import load_config
+        load_config(cfg)
+    print("lr", cfg.lr, "run", cfg.run_name)
+
+launch()
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Runs a program like pretrain.py in an empty folder, with any number of command lines."""
+    (tmp_path / "program").mkdir()
+    (tmp_path / "cwd").mkdir()
+    program = tmp_path / "program" / "pretrain.py"
+    program.write_text(PROGRAM.format(root=str(ROOT)))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HYDRA", "LOCAL_"))}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, str(program), *arguments],
+            cwd=tmp_path / "cwd",
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    run.cwd = tmp_path / "cwd"
+    return run
+
+
+def refused(result: subprocess.CompletedProcess) -> str:
+    """The one sentence of a refused command line."""
+    assert result.returncode == 2, result
+    assert result.stdout == "" and result.stderr.count("\n") == 1, result
+    assert result.stderr.startswith("error: ")
+    return result.stderr.removeprefix("error: ").strip()
+
+
+def test_a_run_leaves_the_working_directory_alone(command):
+    result = command("data_paths=[x]", "+run_name=x", "lr=1e-3", "hydra.verbose=false")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "lr 0.001 run x\n", "")
+    assert list(command.cwd.iterdir()) == []
+
+
+def test_a_typo_on_the_command_line(command):
+    sentence = refused(command("lrr=1", DATA))
+    assert sentence == "unknown key 'lrr': did you mean 'lr'?"
+
+
+def test_a_bug_keeps_its_traceback(command):
+    bug = command("seed=14")
+    assert bug.returncode == 1 and "RuntimeError: a bug" in bug.stderr and "launch" in bug.stderr
+
+
+def test_sweeps_still_work(command):
+    result = command("run_name=x", "-m", "lr=1e-3,2e-3")
+    assert result.stdout.splitlines() == ["lr 0.001 run x", "lr 0.002 run x"], result
+
+
+# The rest in this process: starting one for each would mostly test Python's start.
+
+
+def test_cfg_prints_the_config(monkeypatch, capsys):
+    arguments = ["--cfg", "job", "arch=athena_trm_tiny", "lr=1e-3"]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
+    hydra_entry(lambda cfg: pytest.fail("must not run"))()
+    shown = OmegaConf.create(capsys.readouterr().out)
+    assert (shown.lr, shown.arch.hidden_size) == (1e-3, 64)
+
+
+def test_help_lists_groups_presets_and_keys(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--help"])
+    hydra_entry(lambda cfg: pytest.fail("must not run"))()
+    text = capsys.readouterr().out
+    for key, field in PretrainConfig.model_fields.items():
+        assert re.search(rf"^  {key}\b.*{re.escape(field.description)}", text, re.M), key
+    for group, presets in PRESETS.items():
+        assert re.search(rf"^  {group} +{', '.join(presets)}$", text, re.M)
+    assert re.search(r"^  arch\.hidden_size = 2304$", text, re.M)
+
+
+def test_a_mistake_found_while_running(monkeypatch, capsys):
+    def launch(cfg):
+        raise UserError(f"seed {cfg.seed} brings bad luck: use another")
+
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "seed=13"])
+    with pytest.raises(SystemExit) as exit_:
+        hydra_entry(launch)()
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: seed 13 brings bad luck: use another\n"
+
+
+ENTRY_MISTAKES = [
+    (["arch=athena_trm_lrge"], ["did you mean 'arch=athena_trm_large'", "athena_trm_tiny", "trm"]),
+    (["experiment=nothing"], ["'experiment=nothing'", *PRESETS["experiment"]]),
+    (["data_paths=[a,", "b]"], ["data_paths=[a,", "has no ']'"]),
+    (["lr", "=", "1"], ["'lr'", "key=value"]),
+    (["logger=a,b"], ["ambiguous", "'logger=[a,b]'"]),
+    (["lr=1=2"], ["'lr=1=2'", "quote"]),
+    (["--lr=1"], ["--lr", "lr=1"]),
+    (["--multrun"], ["'--multirun'"]),
+    (["--config-name", "cfg_pretran"], ["'cfg_pretran'", "cfg_pretrain"]),
+    (["nogroup/x=1"], ["'nogroup/x'", "arch, debug, device, experiment"]),
+    (["hydra.nokey=1"], ["hydra.nokey"]),
+    (["--cfg", "job", "lrr=1"], ["'lrr'", "'lr'"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "needed"), ENTRY_MISTAKES)
+def test_command_lines_that_hydra_would_refuse(arguments, needed, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        hydra_entry(lambda cfg: pytest.fail("must not run"))()
+    output = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert output.out == "" and output.err.count("\n") == 1 and "HYDRA" not in output.err
+    assert all(part in output.err for part in needed), output.err

@@ -1,0 +1,319 @@
+"""The stream: nothing lost, nothing twice, the same on any number of ranks, resumable anywhere."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from dataset.common import UserError
+from sequence_dataset import (
+    Corpora,
+    EvalStream,
+    TrainStream,
+    exploration,
+)
+from tests.stream_tools import (
+    PAD,
+    S,
+    assert_same,
+    halting,
+    ids_of,
+    joined,
+    real_rows,
+    run,
+    stream_of,
+    write_corpus,
+    write_trm,
+)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    write_corpus(tmp_path / "c", 97, names=("x", "y"), domains=("p", "q", "r"))
+    return Corpora([str(tmp_path / "c")])
+
+
+@pytest.mark.parametrize("world, micro", [(1, 1), (2, 2), (4, 1), (4, 2)])
+def test_epoch_enters_every_example_once(corpus, tmp_path, world, micro):
+    inputs = np.load(tmp_path / "c/train/all/inputs.npy")
+    streams = [
+        stream_of(corpus, epochs=1, rank=rank, world_size=world, micro_batches=micro)
+        for rank in range(world)
+    ]
+    batches = run(streams, halting(1, 8))
+    assert ids_of(batches, inputs) == Counter(range(97))
+    assert streams[0].examples_entered == streams[0].position == 97
+    assert streams[0].progress == 1.0 and streams[0].epoch == 1.0
+
+
+def test_epochs_follow_without_a_barrier_in_another_order(corpus, tmp_path):
+    inputs = np.load(tmp_path / "c/train/all/inputs.npy")
+    stream = stream_of(corpus, epochs=2.5)
+    batches = run([stream], lambda step: np.ones(8, bool))
+    rows = np.concatenate([batch["inputs"][real_rows(batch)] for batch in batches])
+    assert len(rows) == round(2.5 * 97)
+    assert all(real_rows(batch).all() for batch in batches[:-1])
+    epochs = [rows[:97], rows[97:194], rows[194:]]
+    for epoch in epochs[:2]:
+        assert ids_of([{"inputs": epoch, "labels": epoch}], inputs) == Counter(range(97))
+    assert not (epochs[0] == epochs[1]).all()
+    assert not (rows[:97] == inputs).all()
+
+
+def test_same_global_batches_on_any_world(corpus):
+    options = {"explore_prob": 0.5, "explore_max": 6}
+    expected = run([stream_of(corpus, **options)], halting(2, 8))
+    for world in (1, 2, 4):
+        for micro in (1, 2):
+            streams = [
+                stream_of(corpus, rank=r, world_size=world, micro_batches=micro, **options)
+                for r in range(world)
+            ]
+            assert_same(run(streams, halting(2, 8)), expected)
+
+
+def test_shapes_are_static_and_held_slots_are_ignored(corpus):
+    stream = stream_of(corpus, micro_batches=2)
+    first = stream.next(0, np.ones(8, bool))
+    halted = np.array([0, 1, 0, 0, 1, 0, 0, 1], bool)
+    second = stream.next(1, halted)
+    assert len(first) == len(second) == 2
+    for before, after in zip(first, second, strict=True):
+        assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+        assert all(array.dtype == np.int32 for array in after.values())
+    batch = joined(second)
+    np.testing.assert_array_equal(real_rows(batch), halted)
+    held = ~halted
+    assert (batch["inputs"][held] == PAD).all() and (batch["labels"][held] == -100).all()
+    assert (batch["puzzle_identifiers"][held] == 0).all()
+    assert (batch["iteration_targets"][held] == 1).all()
+    assert (batch["document_starts"][held] == S).all()
+
+
+def test_freed_slots_are_filled_in_ascending_order(corpus):
+    everything = stream_of(corpus, global_batch_size=11).next(0, np.ones(11, bool))[0]["inputs"]
+    stream = stream_of(corpus)
+    stream.next(0, np.ones(8, bool))
+    batch = stream.next(1, np.array([0, 1, 0, 0, 1, 0, 0, 1], bool))[0]
+    np.testing.assert_array_equal(batch["inputs"][[1, 4, 7]], everything[8:])
+
+
+def test_slots_drain_and_then_the_run_is_over(corpus):
+    stream = stream_of(corpus, epochs=11 / 97)
+    stream.next(0, np.ones(8, bool))
+    assert real_rows(stream.next(1, np.arange(8) < 5)[0]).sum() == 3
+    assert stream.occupied.tolist() == [True] * 3 + [False] * 2 + [True] * 3
+    assert not real_rows(stream.next(2, np.arange(8) < 5)[0]).any()  # two of these hold nothing
+    assert not real_rows(stream.next(3, np.arange(8) == 7)[0]).any()
+    assert stream.next(4, np.arange(8) >= 5) is None
+    assert stream.next(5, np.ones(8, bool)) is None
+    assert stream.examples_entered == 11
+
+
+def test_max_draws_ends_the_run_early(corpus):
+    batches = run([stream_of(corpus, max_draws=21)], halting(1, 8))
+    assert sum(real_rows(batch).sum() for batch in batches) == 21
+    assert stream_of(corpus, max_draws=21, feed="present").total_steps == 2
+
+
+def test_only_own_rows_are_read(corpus, monkeypatch):
+    read = []
+    rows = corpus.rows
+    monkeypatch.setattr(corpus, "rows", lambda index: read.append(len(index)) or rows(index))
+    stream = stream_of(corpus, rank=1, world_size=4)
+    stream.next(0, np.ones(8, bool))
+    stream.next(1, np.array([1, 1, 0, 1, 1, 1, 1, 1], bool))
+    assert read == [2, 1]
+
+
+def test_present_runs_trms_number_of_steps_with_full_batches(tmp_path):
+    rng = np.random.default_rng(3)
+    sizes = [[int(n) for n in rng.integers(1, 5, rng.integers(1, 4))] for _ in range(30)]
+    arrays = write_trm(tmp_path / "t", sizes)
+    stream = stream_of(Corpora([tmp_path / "t"]), feed="present", epochs=3.7)
+    mean = len(arrays["inputs"]) / (len(arrays["puzzle_indices"]) - 1)
+    assert stream.total_steps == int(3.7 * 30 * mean / 8)
+    batches = run([stream], halting(4, 8))
+    assert len(batches) == stream.total_steps and stream.progress == 1.0
+    assert all(len(batch["inputs"]) == 8 for batch in batches)
+    assert all((batch["puzzle_identifiers"] > 0).all() for batch in batches)
+    assert "iteration_targets" not in batches[0] and "domain_ids" not in batches[0]
+    assert "document_starts" not in batches[0]
+
+
+def test_each_visit_of_a_trm_group_gives_one_whole_puzzle(tmp_path):
+    sizes = [[3], [1, 4, 2], [2, 0, 5], [1], [6, 6]]
+    arrays = write_trm(tmp_path / "t", sizes)
+    stream = stream_of(Corpora([tmp_path / "t"]), global_batch_size=4, epochs=40)
+    batches = run([stream], lambda step: np.ones(4, bool))
+    ids = np.concatenate([b["puzzle_identifiers"][real_rows(b)] for b in batches])
+    rows = np.concatenate([b["inputs"][real_rows(b)] for b in batches])
+    borders, group_of = arrays["puzzle_indices"], np.repeat(np.arange(5), [1, 3, 3, 1, 2])
+    place, visits, seen = 0, Counter(), set()
+    while place < len(ids):
+        puzzle = int(ids[place]) - 1
+        start, end = borders[puzzle], borders[puzzle + 1]
+        np.testing.assert_array_equal(
+            rows[place : place + end - start], arrays["inputs"][start:end]
+        )
+        place += int(end - start)
+        visits[int(group_of[puzzle])] += 1
+        seen.add(puzzle)
+    assert seen == {0, 1, 2, 3, 4, 6, 7, 8, 9}  # all but the empty one
+    assert all(visits[group] == 40 for group in (0, 1, 3, 4)) and visits[2] < 40
+
+
+@pytest.mark.parametrize("kind", ["corpus", "weighted", "present", "trm", "relabel"])
+def test_resuming_anywhere_equals_not_stopping(tmp_path, kind):
+    options = {"epochs": 1.5, "explore_prob": 0.3, "explore_max": 5, "global_batch_size": 8}
+    if kind in ("trm", "present"):
+        rng = np.random.default_rng(1)
+        write_trm(tmp_path / "c", [[int(n) for n in rng.integers(1, 9, 2)] for _ in range(20)])
+        options["feed"] = "present" if kind == "present" else "consume"
+    else:
+        extra = {"relabel_ids": (2, 30)} if kind == "relabel" else {}
+        write_corpus(tmp_path / "c", 60, domains=("p", "q"), **extra)
+        if kind == "weighted":
+            options["domain_weights"] = {"p": 3, "q": 1}
+    corpora, flags = Corpora([tmp_path / "c"]), halting(7, 8)
+    expected = run([TrainStream(corpora, seed=1, **options)], flags)
+    rng = np.random.default_rng()
+    for stop in {0, 1, len(expected), *rng.integers(1, len(expected), 4).tolist()}:
+        before = TrainStream(corpora, seed=1, **options)
+        head = run([before], flags, steps=stop)
+        state = json.loads(json.dumps(before.state_dict()))
+        after = [
+            TrainStream(
+                Corpora([tmp_path / "c"]), seed=1, rank=r, world_size=2, micro_batches=2, **options
+            )
+            for r in range(2)
+        ]
+        for stream in after:
+            stream.load_state_dict(state)
+        assert_same(head + run(after, flags, first=stop), expected)
+
+
+def test_held_rows_can_restart_without_a_saved_carry(corpus, tmp_path):
+    inputs = np.load(tmp_path / "c/train/all/inputs.npy")
+    flags = halting(3, 8)
+    stream = stream_of(corpus, epochs=1)
+    head = run([stream], flags, steps=6)
+    occupied, state = stream.occupied, stream.state_dict()
+    fresh = stream_of(corpus, epochs=1)
+    fresh.load_state_dict(state, restart_held=True)
+    again = fresh.next(6, np.ones(8, bool))[0]
+    assert real_rows(again)[occupied].all()
+    last = {}
+    for batch in head:
+        last |= {int(i): batch["inputs"][i] for i in np.flatnonzero(real_rows(batch))}
+    for slot in np.flatnonzero(occupied):
+        np.testing.assert_array_equal(again["inputs"][slot], last[slot])
+    tail = run([fresh], flags, first=7)
+    counts = ids_of([*head, again, *tail], inputs)
+    assert set(counts) == set(range(97)) and counts.total() == 97 + occupied.sum()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 6}, {"feed": "present"}, {"global_batch_size": 16}, {"domain_weights": "other"}],
+)
+def test_resuming_something_else_is_refused_with_both_values(corpus, change):
+    weights = {"p": 1, "q": 1, "r": 2}
+    state = stream_of(corpus, domain_weights=weights).state_dict()
+    if "domain_weights" in change:
+        change = {"domain_weights": {"p": 1, "q": 1, "r": 1}}
+    other = stream_of(corpus, **({"domain_weights": weights} | change))
+    (name,) = change
+    with pytest.raises(UserError, match=name) as error:
+        other.load_state_dict(state)
+    assert str(state[name]) in str(error.value)
+    assert str(other.state_dict()[name]) in str(error.value)
+
+
+def test_resuming_on_changed_arrays_is_refused(corpus, tmp_path):
+    state = stream_of(corpus).state_dict()
+    inputs = np.load(tmp_path / "c/train/all/inputs.npy")
+    inputs[50, 3] ^= 1
+    np.save(tmp_path / "c/train/all/inputs.npy", inputs)
+    with pytest.raises(UserError, match="fingerprint"):
+        stream_of(Corpora([tmp_path / "c"])).load_state_dict(state)
+
+
+def test_weighted_domains_cycle_through_their_own_rows(tmp_path):
+    domain_ids = np.array([0] * 50 + [1] * 10 + [2] * 40, np.uint8)
+    inputs = write_corpus(
+        tmp_path / "c", 100, domains=("p", "q", "r"), arrays={"domain_ids": domain_ids}
+    )
+    stream = stream_of(
+        Corpora([tmp_path / "c"]), epochs=1, domain_weights={"p": 0.5, "q": 0.5, "r": 0}
+    )
+    batches = run([stream], halting(1, 8))
+    counts = ids_of(batches, inputs)
+    assert counts.total() == 100
+    assert [counts[row] for row in range(100)] == [1] * 50 + [5] * 10 + [0] * 40
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({"p": 1, "q": 1}, "leaves out 'r'"),
+        ({"p": 1, "q": 1, "r": 1, "rr": 1}, "'rr'.*did you mean 'r'"),
+        ({"p": 1, "q": -1, "r": 1}, "-1"),
+        ({"p": 0, "q": 0, "r": 0}, "all 0"),
+    ],
+)
+def test_wrong_domain_weights_are_named(corpus, weights, message):
+    with pytest.raises(UserError, match=message):
+        stream_of(corpus, domain_weights=weights)
+
+
+def test_exploration_depends_on_seed_step_and_slot_alone():
+    draws = np.stack([exploration(3, step, 64, 0.25, 6) for step in range(400)])
+    assert set(np.unique(draws)) == {0, 2, 3, 4, 5, 6}
+    assert abs((draws > 0).mean() - 0.25) < 0.02
+    counts = np.bincount(draws[draws > 0], minlength=7)[2:]
+    assert counts.min() > 0.85 * counts.mean()
+    np.testing.assert_array_equal(draws[7, :16], exploration(3, 7, 16, 0.25, 6))
+    assert (draws[0] != draws[1]).any()
+    assert (draws[0] != exploration(4, 0, 64, 0.25, 6)).any()
+    assert not exploration(3, 0, 64, 1.0, 1).any()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_evaluation_visits_every_row_once_in_order(tmp_path, world):
+    inputs = write_corpus(tmp_path / "c", 21, split="test")
+    corpora = Corpora([tmp_path / "c"], "test")
+    streams = [
+        EvalStream(corpora, global_batch_size=8, rank=r, world_size=world) for r in range(world)
+    ]
+    seen = []
+    for parts in zip(*streams, strict=True):
+        assert {name for name, _, _ in parts} == {"all"}
+        assert all(batch["inputs"].shape == (8 // world, S) for _, batch, _ in parts)
+        batch = joined([batch for _, batch, _ in parts])
+        assert {count for _, _, count in parts} == {real_rows(batch).sum()}
+        seen.append(batch["inputs"][real_rows(batch)])
+        assert (batch["document_starts"][~real_rows(batch)] == S).all()
+    assert len(seen) == len(streams[0]) == 3
+    np.testing.assert_array_equal(np.concatenate(seen), inputs)
+    assert len(list(EvalStream(corpora, global_batch_size=8, max_batches=2))) == 2
+
+
+def test_empty_test_split_gives_no_batches(tmp_path):
+    write_corpus(tmp_path / "c", 0, split="test")
+    stream = EvalStream(Corpora([tmp_path / "c"], "test"), global_batch_size=8)
+    assert len(stream) == 0 and list(stream) == []
+
+
+def test_impossible_requests_name_the_values(corpus):
+    with pytest.raises(UserError, match=r"global_batch_size 8 .* 3 ranks.* multiple of 3"):
+        stream_of(corpus, world_size=3)
+    with pytest.raises(UserError, match="multiple of 16"):
+        stream_of(corpus, world_size=4, micro_batches=4)
+    with pytest.raises(UserError, match="feed is 'eat'"):
+        stream_of(corpus, feed="eat")
+    with pytest.raises(UserError, match="epochs"):
+        stream_of(corpus, epochs=0.001)
+    with pytest.raises(UserError, match="one batch of 128"):
+        stream_of(corpus, epochs=1, feed="present", global_batch_size=128)

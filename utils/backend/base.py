@@ -1,0 +1,132 @@
+"""What a device backend is: where tensors live and how ranks talk.
+
+The only home of torch.distributed. `Backend` serves one process and, under torchrun, a process
+group; its subclasses say which device, which collective library, and what to do when asked for
+something that is not there.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dataset.common import UserError
+
+T = TypeVar("T")
+
+
+class Backend:
+    """One replica's view of its device and of the other replicas."""
+
+    name = "cpu"
+    collective = "gloo"
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device(self.name)
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Why this device cannot be used here; None if it can."""
+        return None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def launch(self, fn: Callable[..., T], *args: Any) -> T:
+        """Runs `fn(backend, *args)` as this replica, inside a process group if there are more."""
+        if self.world_size == 1:
+            return fn(self, *args)
+        dist.init_process_group(self.collective, timeout=timedelta(minutes=30))
+        try:
+            return fn(self, *args)
+        finally:
+            dist.destroy_process_group()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to call in training; its backward pass sums gradients over ranks."""
+        if self.world_size == 1:
+            return model
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.index is not None else None,
+            broadcast_buffers=False,  # only the identifier embedding changes, alike on all ranks
+            gradient_as_bucket_view=True,
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients are summed over ranks; DistributedDataParallel takes means, so scale first."""
+        (loss * self.world_size).backward()
+
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
+        """No reduction of gradients inside, unless this is the last micro-batch."""
+        if isinstance(model, DistributedDataParallel) and not last:
+            return model.no_sync()
+        return nullcontext()
+
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return {k: torch.from_numpy(v).to(self.device) for k, v in batch.items()}
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Concatenates over ranks along the first axis; shapes must agree."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_object(self, value: T) -> T:
+        """Rank 0's value on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def available_memory(self) -> int:
+        """Bytes that this replica may still take."""
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return free // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
+    def memory_bytes(self) -> int | None:
+        """Peak memory of this process on its device since the start, if known."""
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """Dense matrix FLOP/s of the device in `dtype`, where known."""
+        return None
+
+
+def require(backend: type[Backend]) -> Backend:
+    reason = backend.missing()
+    if reason is not None:
+        raise UserError(f"device_type={backend.name} was asked for, but {reason}")
+    return backend()

@@ -1,0 +1,18 @@
+"""CPU, alone or under torchrun with gloo."""
+
+import os
+
+import torch
+
+from utils.backend.base import Backend
+
+
+class CPUBackend(Backend):
+    name = "cpu"
+
+    def __init__(self) -> None:
+        super().__init__()
+        if self.world_size > 1:
+            # ranks that each take every core slow one another down many times
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))

@@ -1,0 +1,43 @@
+"""NVIDIA GPUs, one a process, NCCL between them."""
+
+import torch
+
+from utils.backend.base import Backend
+
+# dense bfloat16 FLOP/s by a part of the device's name (NVIDIA's data sheets, SXM variants)
+_BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+class CUDABackend(Backend):
+    name = "cuda"
+    collective = "nccl"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = torch.device("cuda", self.local_rank)
+        torch.cuda.set_device(self.device)
+
+    @classmethod
+    def missing(cls) -> str | None:
+        if not torch.cuda.is_available():
+            return "this torch finds no CUDA device; use device_type=auto, or install a CUDA build"
+        return None
+
+    def to_device(self, batch):
+        """Pinned, so that the copy overlaps with what the device still does."""
+        return {
+            k: torch.from_numpy(v).pin_memory().to(self.device, non_blocking=True)
+            for k, v in batch.items()
+        }
+
+    def available_memory(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def memory_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        if dtype != torch.bfloat16:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((peak for part, peak in _BF16_PEAK.items() if part in name), None)

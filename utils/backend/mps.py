@@ -1,0 +1,27 @@
+"""Apple GPUs, one process."""
+
+import torch
+
+from dataset.common import UserError
+from utils.backend.base import Backend
+
+
+class MPSBackend(Backend):
+    name = "mps"
+
+    def __init__(self) -> None:
+        super().__init__()
+        if self.world_size > 1:
+            raise UserError(
+                f"device_type=mps runs in one process, but WORLD_SIZE={self.world_size}; start "
+                "`python pretrain.py` without torchrun"
+            )
+
+    @classmethod
+    def missing(cls) -> str | None:
+        if not torch.backends.mps.is_available():
+            return "this machine has no Apple GPU that torch can use; use device_type=auto"
+        return None
+
+    def memory_bytes(self) -> int | None:
+        return torch.mps.driver_allocated_memory()

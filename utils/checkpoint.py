@@ -1,0 +1,188 @@
+"""Checkpoints: folders that appear whole or not at all, and run no code when read.
+
+`step_<n>/` holds model.pt and, where it applies, ema.pt; optimizer.pt; one carry_<rank>.pt a
+rank (held rows by slot); state.json (step, stream position, counters); config.yaml; the corpus'
+dataset.json and tokenizer.json; source/ (architecture and loss); manifest.json (SHA-256 of every
+other file). It is written beside its place under another name and renamed at the end.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dataset.common import UserError
+
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step_(\d+)")
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / f"step_{step}"
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    if not run.is_dir():
+        return []
+    found = [p for p in run.iterdir() if _STEP.fullmatch(p.name) and (p / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def save(
+    folder: Path,
+    *,
+    tensors: Mapping[str, Any],
+    texts: Mapping[str, str],
+    shard: Mapping[str, Any] | None,
+    copies: Iterable[tuple[Path, str]],
+    rank: int,
+    barrier: Callable[[], None],
+) -> None:
+    """Writes a checkpoint; every rank calls it, rank 0 writes all but the other ranks' shards.
+
+    tensors: file stem -> what torch.save takes. texts: file name -> content. shard: this rank's
+    carry. copies: files to copy and their names inside. Raises OSError where the disk does.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    if shard is not None:
+        torch.save(shard, temporary / f"carry_{rank}.pt")
+    if rank == 0:
+        for stem, value in tensors.items():
+            torch.save(value, temporary / f"{stem}.pt")
+        for name, text in texts.items():
+            (temporary / name).write_text(text)
+        for source, name in copies:
+            (temporary / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, temporary / name)
+    barrier()
+    if rank == 0:
+        _seal(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        _fsync(folder.parent)
+    barrier()
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {str(path.relative_to(folder)): _sha256(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in [*files, folder / MANIFEST, folder]:
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def prune(run: Path, keep: int | None) -> None:
+    """Removes all but the newest `keep` checkpoints."""
+    if keep is not None:
+        for folder in checkpoints_of(run)[:-keep]:
+            doomed = folder.with_name(f".{folder.name}.old")
+            folder.rename(doomed)  # so that a crash leaves no half-removed checkpoint
+            shutil.rmtree(doomed)
+
+
+class Checkpoint:
+    """A checkpoint folder, opened for reading. Raises UserError where it is not whole."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        manifest = self.folder / MANIFEST
+        if not manifest.is_file():
+            raise UserError(
+                f"{self.folder} is not a checkpoint: it has no {MANIFEST}; name a step_<n> folder"
+            )
+        self.files: dict[str, str] = json.loads(manifest.read_text())
+
+    def verify(self) -> None:
+        """Compares every file with the manifest."""
+        for name, digest in self.files.items():
+            path = self.folder / name
+            if not path.is_file() or _sha256(path) != digest:
+                raise UserError(
+                    f"checkpoint {self.folder} is damaged: {name} is not what was saved; go on "
+                    "from an older step_<n> with resume=<folder>"
+                )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def tensors(self, stem: str) -> Any:
+        return torch.load(self.folder / f"{stem}.pt", map_location="cpu", weights_only=True)
+
+    def text(self, name: str) -> str:
+        return (self.folder / name).read_text()
+
+    def json(self, name: str) -> Any:
+        return json.loads(self.text(name))
+
+    def carry(self, slots: range) -> dict[str, Tensor] | None:
+        """The held rows of a range of slots, wherever ranks stored them; None if not saved."""
+        parts = []
+        for name in sorted(n for n in self.files if re.fullmatch(r"carry_\d+\.pt", n)):
+            shard = torch.load(self.folder / name, map_location="cpu", weights_only=True, mmap=True)
+            low, high = shard["slots"]
+            start, stop = max(low, slots.start), min(high, slots.stop)
+            if start < stop:
+                rows = {k: v[start - low : stop - low] for k, v in shard["carry"].items()}
+                parts.append((start, rows))
+        if not parts:
+            return None
+        parts.sort(key=lambda part: part[0])
+        return {k: torch.cat([rows[k] for _, rows in parts]) for k in parts[0][1]}
+
+
+def load_weights(path: str | Path, which: str) -> tuple[dict[str, Tensor], Checkpoint | None]:
+    """Weights of a checkpoint folder, a run folder (its newest), or a single file as TRM's.
+
+    which: `ema` takes the averages where there are any, `raw` the weights as trained. Names are
+    those of the model without its loss head.
+    """
+    path = Path(path)
+    if path.is_file():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(
+                f"{path} is not a file of weights that torch can read: {error}"
+            ) from None
+        return {_bare(name): value for name, value in state.items()}, None
+    if not path.is_dir():
+        raise UserError(f"load_checkpoint={path} does not exist; name a checkpoint folder or file")
+    if not (path / MANIFEST).is_file() and (newest := checkpoints_of(path)):
+        path = newest[-1]
+    checkpoint = Checkpoint(path)
+    checkpoint.verify()
+    weights = checkpoint.tensors("model")
+    if which == "ema" and "ema.pt" in checkpoint:
+        for name, value in checkpoint.tensors("ema")["shadow"].items():
+            weights[name] = value.to(weights[name].dtype)
+    return {_bare(name): value for name, value in weights.items()}, checkpoint
+
+
+def _bare(name: str) -> str:
+    """TRM saves the compiled loss head: `_orig_mod.model.inner…`; ours, `model.inner…`."""
+    return name.removeprefix("_orig_mod.").removeprefix("model.")

@@ -1,0 +1,328 @@
+"""Corpora opened read-only as one: what must agree, names, and one global numbering.
+
+Owns the joining, so that the stream deals in row and group numbers alone. A corpus may hold
+several sets (TRM); each set of each corpus is one `CorpusPart`, and the parts lie end to end.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dataset.common import (
+    BLANK_IDENTIFIER,
+    IGNORE_LABEL_ID,
+    DatasetMetadata,
+    UserError,
+    find_split,
+    load_metadata,
+    verify_arrays,
+)
+from utils.corpus_part import (
+    LARGE_CORPUS,
+    REBUILD,
+    CorpusPart,
+    maximum,
+    open_arrays,
+    sample_rows,
+)
+from utils.functions import nearest
+
+NO_DOMAIN = "<none>"
+"""Domain of a corpus that names none, where it is joined with corpora that do."""
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """End of an error message: the nearest known name, if one is near, else all of them."""
+    near = nearest(name, list(known), cutoff=0.5)
+    return f"did you mean {near!r}?" if near else f"there is {', '.join(sorted(known)) or 'none'}."
+
+
+class Corpora:
+    """Several corpora opened read-only as one (one split).
+
+    Sequence length, vocabulary size, padding and eos must agree; identifiers and domains are
+    matched by name, numbered in the order in which they first appear, blank being 0.
+
+    Args:
+        data_paths: corpus folders, in Athena's or in TRM's layout.
+        split: "train" or "test". A train split without rows is an error.
+        verify: compare checksums: True, False, or None for corpora of at most 2 GiB.
+        like: corpora whose numbering of identifiers and domains is taken over. The test split
+            of other folders than the training ones must be opened like the training split, or
+            its rows would meet other rows' embeddings. Identifiers unknown there become blank.
+    """
+
+    def __init__(
+        self,
+        data_paths: Sequence[str],
+        split: str = "train",
+        *,
+        verify: bool | None = None,
+        like: "Corpora | None" = None,
+    ):
+        if not data_paths:
+            raise UserError("data_paths is empty; name at least one corpus folder.")
+        self.split = split
+        roots = [_existing_folder(path) for path in data_paths]
+        folders = [find_split(root, split) for root in roots]
+        metadata = [load_metadata(folder) for folder in folders]
+        _check_agreement(folders, metadata)
+        if like is not None:
+            _check_agreement([Path(like.data_paths[0]), folders[0]], [like.metadata, metadata[0]])
+        self.data_paths = [str(root) for root in roots]
+        self.identifiers, identifier_maps = _join_identifiers(roots, metadata, like)
+        self.domains, domain_maps = _join_domains(metadata, like)
+        self._parts: list[CorpusPart] = []
+        self.num_rows = self.num_groups = 0
+        for folder, meta, *maps in zip(
+            folders, metadata, identifier_maps, domain_maps, strict=True
+        ):
+            self._add_corpus(folder, meta, *maps, verify=verify)
+        self._row_ends = np.cumsum([part.num_rows for part in self._parts])
+        self._group_ends = np.cumsum([part.num_groups for part in self._parts])
+        if split == "train" and (self.num_rows == 0 or self.num_groups == 0):
+            raise UserError(
+                f"{', '.join(self.data_paths)}: the train split has no rows; "
+                "build it with more text or a higher train ratio."
+            )
+        self.metadata = _joined_metadata(metadata, self.identifiers, self.domains)
+        targets = self._arrays("iteration_targets")
+        self.has_targets = bool(targets)
+        self.max_target = max(map(maximum, targets), default=0)
+        widths = {array.shape[1] for array in self._arrays("reasoning_labels")}
+        if len(widths) > 1:
+            raise UserError(f"the widths of reasoning_labels.npy differ: {sorted(widths)}.")
+        self.reasoning_width = max(widths, default=0)
+        self.fingerprint = self._fingerprint()
+
+    def _add_corpus(
+        self,
+        folder: Path,
+        metadata: DatasetMetadata,
+        identifier_map: np.ndarray,
+        domain_map: np.ndarray,
+        verify: bool | None,
+    ) -> None:
+        groups_before, size = self.num_groups, 0
+        for name in metadata.sets:
+            arrays = open_arrays(folder, name, random_access=self.split == "train")
+            maps = (identifier_map, domain_map)
+            part = CorpusPart(folder, name, metadata, arrays, *maps, self.num_rows, self.num_groups)
+            self._parts.append(part)
+            self.num_rows += part.num_rows
+            self.num_groups += part.num_groups
+            size += sum(array.nbytes for array in arrays.values())
+        found = self.num_groups - groups_before
+        if found != metadata.total_groups:
+            raise UserError(
+                f"{folder} holds {found} groups, but its dataset.json says "
+                f"{metadata.total_groups}: the files do not belong together; {REBUILD}."
+            )
+        if verify or (verify is None and size <= LARGE_CORPUS):
+            verify_arrays(folder, metadata)
+
+    def _arrays(self, name: str) -> list[np.ndarray]:
+        return [part.arrays[name] for part in self._parts if name in part.arrays]
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps([self.identifiers, self.domains]).encode())
+        for part in self._parts:
+            meta = part.metadata
+            known = (part.set_name, meta.ignore_label_id, meta.relabel_ids, meta.checksums)
+            digest.update(repr(known).encode())
+            for name, array in sorted(part.arrays.items()):
+                digest.update(f"{name} {array.shape} {array.dtype}".encode())
+                digest.update(np.ascontiguousarray(sample_rows(array)).tobytes())
+        return digest.hexdigest()
+
+    def _by_part(
+        self, indices: np.ndarray, ends: np.ndarray
+    ) -> Iterator[tuple[CorpusPart, np.ndarray | slice]]:
+        """Each part that holds some of `indices`, and where in `indices` those are."""
+        if len(self._parts) == 1:
+            yield self._parts[0], slice(None)
+            return
+        owner = np.searchsorted(ends, indices, side="right")
+        for number in np.unique(owner):
+            yield self._parts[number], np.flatnonzero(owner == number)
+
+    def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows by global number.
+
+        Returns `inputs` and `labels` (n, S), `puzzle_identifiers`, `iteration_targets` (0: none)
+        and `domain_ids` (n,), all int32; `reasoning_labels` (n, R) where a corpus has them.
+        Ignored labels are IGNORE_LABEL_ID; identifiers and domains are the joined ones.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        count, width = indices.size, self.metadata.seq_len
+        out = {
+            "inputs": np.empty((count, width), np.int32),
+            "labels": np.empty((count, width), np.int32),
+            "puzzle_identifiers": np.empty(count, np.int32),
+            "iteration_targets": np.zeros(count, np.int32),
+            "domain_ids": np.zeros(count, np.int32),
+        }
+        if self.reasoning_width:
+            shape = (count, self.reasoning_width)
+            out["reasoning_labels"] = np.full(shape, IGNORE_LABEL_ID, np.int32)
+        for part, where in self._by_part(indices, self._row_ends):
+            local = indices[where] - part.first_row
+            out["puzzle_identifiers"][where] = part.identifiers(local)
+            if self.domains:
+                out["domain_ids"][where] = part.domains(local)
+            if "iteration_targets" in part.arrays:
+                out["iteration_targets"][where] = part.arrays["iteration_targets"][local]
+            for name in ("inputs", "labels", "reasoning_labels"):
+                if name in part.arrays:
+                    out[name][where] = part.tokens(name, local)
+        return out
+
+    def puzzles(self, groups: np.ndarray, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One puzzle of each group, by global numbers: its first row and its number of rows.
+
+        Args: groups (n,) int64; choice (n,) uint64, taken modulo the group's size.
+        """
+        start, size = np.empty(groups.size, np.int64), np.empty(groups.size, np.int64)
+        for part, where in self._by_part(groups, self._group_ends):
+            local = groups[where] - part.first_group
+            first, size[where] = part.puzzles(local, choice[where])
+            start[where] = first + part.first_row
+        return start, size
+
+    def relabel_ranges(self, indices: np.ndarray) -> np.ndarray | None:
+        """Per row the half-open range of ids that may be permuted, (n, 2); None if no row has."""
+        if not any(part.metadata.relabel_ids for part in self._parts):
+            return None
+        ranges = np.zeros((indices.size, 2), np.int64)
+        for part, where in self._by_part(indices, self._row_ends):
+            ranges[where] = part.metadata.relabel_ids or (0, 0)
+        return ranges
+
+    def group_domains(self) -> np.ndarray:
+        """Domain of the first row of every group, (num_groups,) int32: O(N) memory."""
+        domains = [part.domains(part.first_rows()).astype(np.int32) for part in self._parts]
+        return np.concatenate(domains)
+
+    def set_rows(self) -> dict[str, list[range]]:
+        """For each set, its global rows: one range for each corpus that has the set."""
+        ranges: dict[str, list[range]] = {}
+        for part in self._parts:
+            rows = range(part.first_row, part.first_row + part.num_rows)
+            ranges.setdefault(part.set_name, []).append(rows)
+        return ranges
+
+
+def _existing_folder(path: str | Path) -> Path:
+    root = Path(path)
+    if root.is_dir():
+        return root
+    parent = root.parent
+    if not parent.is_dir():
+        raise UserError(f"data path {root} does not exist, nor does the folder {parent}.")
+    siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    raise UserError(f"data path {root} does not exist; {did_you_mean(root.name, siblings)}")
+
+
+def _check_agreement(folders: Sequence[Path], metadata: Sequence[DatasetMetadata]) -> None:
+    for name in ("seq_len", "vocab_size", "pad_id", "eos_id"):
+        for folder, other in zip(folders[1:], metadata[1:], strict=True):
+            mine, theirs = getattr(metadata[0], name), getattr(other, name)
+            if mine != theirs:
+                raise UserError(
+                    f"{name} is {mine} in {folders[0]} but {theirs} in {folder}; corpora that "
+                    "are joined must be built with the same tokenizer and --seq-len."
+                )
+
+
+def _join_identifiers(
+    roots: Sequence[Path], metadata: Sequence[DatasetMetadata], like: Corpora | None
+) -> tuple[list[str], list[np.ndarray]]:
+    """Joined names and, per corpus, the map from its identifiers to the joined ones."""
+    names = list(like.identifiers) if like else [BLANK_IDENTIFIER]
+    number = {name: index for index, name in enumerate(names)}
+    maps, unknown = [], 0
+    for root, meta in zip(roots, metadata, strict=True):
+        own = _identifier_names(root, meta, alone=len(roots) == 1)
+        lookup = np.zeros(max(1, len(own)), np.int32)
+        for index, name in enumerate(own):
+            if index == meta.blank_identifier_id:
+                continue
+            if name not in number and like is None:
+                number[name] = len(names)
+                names.append(name)
+            unknown += name not in number
+            lookup[index] = number.get(name, 0)
+        maps.append(lookup)
+    if unknown:
+        warnings.warn(
+            f"{unknown} identifiers were never trained; their rows use the blank one.",
+            stacklevel=3,
+        )
+    return names, maps
+
+
+def _identifier_names(root: Path, metadata: DatasetMetadata, alone: bool) -> list[str]:
+    path, count = root / "identifiers.json", metadata.num_puzzle_identifiers
+    if not path.is_file():
+        if count <= 1:
+            return [BLANK_IDENTIFIER]
+        if alone:  # nothing to match; the folder's name keeps them apart from other corpora's
+            return [f"{root.name}#{index}" for index in range(count)]
+        raise UserError(f"{path} is missing; corpora are joined by the names of identifiers.")
+    try:
+        names = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {REBUILD}.") from error
+    if not isinstance(names, list) or len(names) < count:
+        found = len(names) if isinstance(names, list) else type(names).__name__
+        raise UserError(f"{path} must list {count} names, found {found}; {REBUILD}.")
+    return [str(name) for name in names[:count]]
+
+
+def _join_domains(
+    metadata: Sequence[DatasetMetadata], like: Corpora | None
+) -> tuple[list[str], list[np.ndarray]]:
+    names = list(like.domains) if like else []
+    named = bool(names) or any(meta.domains for meta in metadata)
+    maps = []
+    for meta in metadata:
+        own = meta.domains or ([NO_DOMAIN] if named else [])
+        names += [name for name in dict.fromkeys(own) if name not in names]
+        maps.append(np.array([names.index(name) for name in own] or [0], np.int32))
+    return names, maps
+
+
+def _joined_metadata(
+    metadata: Sequence[DatasetMetadata], identifiers: list[str], domains: list[str]
+) -> DatasetMetadata:
+    def values(name: str) -> list:
+        return [getattr(meta, name) for meta in metadata]
+
+    def total(name: str) -> int | None:
+        return None if None in values(name) else sum(values(name))
+
+    lowest = [value for value in values("min_iterations") if value is not None]
+    highest = [value for value in values("max_iterations") if value is not None]
+    total_puzzles = sum(values("total_puzzles"))
+    examples = sum(meta.mean_puzzle_examples * meta.total_puzzles for meta in metadata)
+    same_range = len(set(values("relabel_ids"))) == 1
+    update = {
+        "blank_identifier_id": 0,
+        "num_puzzle_identifiers": len(identifiers),
+        "total_groups": sum(values("total_groups")),
+        "total_puzzles": total_puzzles,
+        "mean_puzzle_examples": examples / total_puzzles if total_puzzles else 1.0,
+        "sets": list(dict.fromkeys(name for sets in values("sets") for name in sets)),
+        "min_iterations": min(lowest, default=None),
+        "max_iterations": max(highest, default=None),
+        "domains": domains,
+        "relabel_ids": metadata[0].relabel_ids if same_range else None,
+        "checksums": metadata[0].checksums if len(metadata) == 1 else {},
+        "domain_weights": metadata[0].domain_weights if len(metadata) == 1 else {},
+        **{name: total(name) for name in ("tokens", "documents", "scored_bytes")},
+    }
+    return metadata[0].model_copy(update=update)

@@ -1,0 +1,88 @@
+"""Where metrics go: JSONL, TensorBoard, Weights & Biases. Only rank 0 has loggers."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from dataset.common import UserError
+
+
+class Logger(Protocol):
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JSONLLogger:
+    """One object a line in <run>/metrics.jsonl: step, time (seconds since 1970), metrics."""
+
+    def __init__(self, run: Path, config: dict[str, Any]):
+        self.file = (run / "metrics.jsonl").open("a", buffering=1)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        # JSON has no NaN: a reader would choke on the very line that tells of trouble
+        finite = {
+            k: v if not isinstance(v, float) or math.isfinite(v) else None
+            for k, v in metrics.items()
+        }
+        self.file.write(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoardLogger:
+    def __init__(self, run: Path, config: dict[str, Any]):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "logger=[tensorboard] needs the package tensorboard: pip install tensorboard"
+            ) from None
+        self.writer = SummaryWriter(str(run / "tensorboard"))
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            if not isinstance(value, list):
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbLogger:
+    """Offline unless the user is logged in; `wandb sync` uploads an offline run later."""
+
+    def __init__(self, run: Path, config: dict[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "logger=[wandb] needs the package wandb: pip install wandb, or logger=[jsonl]"
+            ) from None
+        logged_in = "WANDB_API_KEY" in os.environ or wandb.api.api_key is not None
+        self.run = wandb.init(
+            project=config["project_name"],
+            name=config["run_name"],
+            dir=str(run),
+            config=config,
+            mode=os.environ.get("WANDB_MODE", "online" if logged_in else "offline"),
+            settings=wandb.Settings(silent=True),
+        )
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+LOGGERS = {"jsonl": JSONLLogger, "tensorboard": TensorBoardLogger, "wandb": WandbLogger}
+
+
+def create_loggers(names: list[str], run: Path, config: dict[str, Any]) -> list[Logger]:
+    run.mkdir(parents=True, exist_ok=True)
+    return [LOGGERS[name](run, config) for name in names]

@@ -1,0 +1,52 @@
+"""Sums that stay on the device until somebody wants to read them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# What each sum is divided by: rows with a real label, rows of all kinds, optimizer steps; all
+# else by the rows that have halted.
+DENOMINATORS = {
+    "lm_loss": "rows",
+    "q_halt_loss": "rows",
+    "q_continue_loss": "rows",
+    "reasoning_loss": "rows",
+    "z_H_norm": "slots",
+    "z_L_norm": "slots",
+    "grad_norm": "updates",
+}
+COUNTS = ("count", "rows", "slots", "updates")
+
+
+class MetricSums:
+    """Adds up dicts of scalar tensors; `read` brings all of them to the host in one transfer."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = (
+                value.detach().double() if value.device.type == "cpu" else value.detach().float()
+            )
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def read(self, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, float]:
+        """The sums over ranks, by name; starts afresh. A collective where `reduce` is one."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        values = reduce(torch.stack([self.sums[name] for name in names])).tolist()
+        self.sums = {}
+        return dict(zip(names, values, strict=True))
+
+
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """Each sum over its denominator; what no row was counted for is left out."""
+    found = {}
+    for name, value in sums.items():
+        count = sums.get(DENOMINATORS.get(name, "count"), 0)
+        if name not in COUNTS and count > 0:
+            found[name] = value / count
+    return found

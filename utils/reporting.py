@@ -1,0 +1,115 @@
+"""What a user watches: time, progress, tables."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+class Clock:
+    """Seconds of training, pauses left out."""
+
+    def __init__(self, before: float = 0.0):
+        self._start = time.monotonic() - before
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._start += time.monotonic() - begun
+
+
+class Mark:
+    """Remembers counters to tell how far each went since the last look."""
+
+    def __init__(self, *values: float):
+        self._values = values
+
+    def since(self, *values: float) -> list[float]:
+        """Differences; the first counter's (the seconds) is kept above 0 to divide by."""
+        gone = [now - before for now, before in zip(values, self._values, strict=True)]
+        self._values = values
+        return [max(gone[0], 1e-9), *gone[1:]]
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT append themselves to; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def progress_bar(shown: bool, begun: float) -> tqdm:
+    """A bar over the share of the run that is done, 0..1."""
+    return tqdm(
+        total=1.0,
+        initial=begun,
+        disable=not shown,
+        desc="train",
+        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}",
+        mininterval=0.5 if sys.stderr.isatty() else 20,
+    )
+
+
+def prefetched(items: Iterable[T], workers: int) -> Iterator[T]:
+    """The same items in order, the next one made ready in a thread (if `workers` is not 0)."""
+    if workers == 0:
+        yield from items
+        return
+    end, iterator = object(), iter(items)
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, iterator, end)
+        while (item := following.result()) is not end:
+            following = pool.submit(next, iterator, end)
+            yield item  # type: ignore[misc]
+
+
+def ticking(items: Iterable[T], bar: tqdm) -> Iterator[T]:
+    for item in items:
+        yield item
+        bar.update()
+
+
+def evaluation_table(results: dict[str, Any], step: int) -> str:
+    """Headline figures a line each; curves over ACT steps in a row."""
+    plain: list[str] = []
+    curves: dict[str, dict[int, float]] = {}
+    for name, value in results.items():
+        parts = name.split("/")
+        at = next((i for i, part in enumerate(parts) if part.startswith("step_")), None)
+        if at is not None and parts[at].removeprefix("step_").isdigit():
+            curve = "/".join(parts[:at] + parts[at + 1 :])
+            curves.setdefault(curve, {})[int(parts[at].removeprefix("step_"))] = value
+        elif not isinstance(value, list):
+            plain.append(f"  {name:<42}{value:.4f}")
+    rows = [f"evaluation at step {step}", *plain]
+    if curves:
+        rows.append("  by ACT step")
+    for name, values in curves.items():
+        row = "  ".join(f"{values[k]:.3f}" for k in sorted(values))
+        rows.append(f"  {name:<42}{row}")
+    return "\n".join(rows)
