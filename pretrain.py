@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dataset.common import DatasetMetadata, UserError
 from evaluators.loop import create_evaluators, evaluate
 from models import cost, persistence
+from models.layers import at_least_float32
 from models.persistence import resolved
 from models.sparse_embedding import SparseEmbeddingSignSGD
 from models.train_state import TrainState, create_model, create_train_state
@@ -154,7 +155,6 @@ def create_stream(config: PretrainConfig, data: Data, backend: Backend, micro_ba
         micro_batches=micro_batches,
         explore_prob=options.get("halt_exploration_prob", 0.0) if steps > 1 else 0.0,
         explore_max=steps,
-        document_starts=options.get("document_mask", True) or options.get("causal", True),
     )
 
 
@@ -253,6 +253,7 @@ def train_loop(run: Run, state: TrainState) -> int:
                 if ended:
                     say(run, f"stopped early: {config.early_stopping.metric} no longer improves")
                     break
+        log_training(run, state, sums, bar, mark)
     if saved_at != state.step:
         save(run, state)
     if evaluated_at != state.step:
@@ -325,9 +326,9 @@ def latent_norms(carry) -> dict[str, Tensor]:
     if inner.z_H.numel() == 0:
         return {}
     return {
-        f"{name}_norm": z.norm(dim=-1, dtype=torch.float32).mean(1).sum()
+        f"{name}_norm": at_least_float32(z).norm(dim=-1).mean(1).sum()
         for name, z in (("z_H", inner.z_H), ("z_L", inner.z_L))
-    } | {"slots": torch.tensor(float(len(inner.z_H)))}
+    } | {"slots": torch.full((), len(inner.z_H), device=inner.z_H.device)}
 
 
 def learning_rate_factor(run: Run, state: TrainState) -> float:
@@ -454,7 +455,7 @@ def log_training(run: Run, state: TrainState, sums: MetricSums, bar: tqdm, mark:
     """Means since the last call, to the loggers and the bar. A collective."""
     config, backend, stream = run.config, run.backend, run.stream
     values = sums.read(backend.sum)
-    if not backend.is_main:
+    if not backend.is_main or not values:
         return
     seconds, steps, entered = mark.since(state.seconds, state.step, stream.examples_entered)
     length = run.data.train.metadata.seq_len

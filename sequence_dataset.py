@@ -145,9 +145,7 @@ class TrainStream:
         if feed not in ("consume", "present"):
             raise UserError(f"feed is {feed!r}; it must be 'consume' or 'present'.")
         self._slots = _slots_of_rank(global_batch_size, rank, world_size, micro_batches)
-        self._weights = (
-            None if domain_weights is None else _checked_weights(domain_weights, corpora)
-        )
+        self._weights = _checked_weights(domain_weights, corpora) if domain_weights else None
         self._reader = RowReader(corpora, min_iterations, max_iterations, document_starts)
         self._order = _GroupOrder(corpora, seed, self._weights)
         self._corpora, self._seed, self._feed = corpora, seed, feed

@@ -5,7 +5,8 @@ The one place that decides which attention kernel runs.
 Shape letters: B rows, L = P + S positions, D hidden, N query heads, M key/value heads, K head size.
 """
 
-from typing import Literal, NamedTuple
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,13 @@ class SequenceInfo(NamedTuple):
     """What every block of one forward needs to know about positions.
 
     cos, sin: (B or 1, L, 1, K) rotary factors, or None without rotary positions.
-    mask:     (B, 1, L, L) bool, True where a query may look; None when `causal` says it all.
+    mask:     which keys a query may see (`visible`); None when `causal` says it all.
     causal:   position i sees positions 0..i only.
     """
 
     cos: Tensor | None
     sin: Tensor | None
-    mask: Tensor | None
+    mask: Any
     causal: bool
 
 
@@ -94,19 +95,56 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(wide * cos, torch.cat((-second, first), dim=-1), sin).to(x.dtype)
 
 
-def visible(document_starts: Tensor, prefix: int, causal: bool) -> Tensor:
+def visible(document_starts: Tensor, prefix: int, causal: bool) -> Any:
     """The attention mask of rows that hold several documents.
 
     document_starts: (B, S) integers, equal for tokens of one document. Prefix positions are seen
     by all and see only each other, so that nothing crosses a border through them.
-    Returns (B, 1, P+S, P+S) bool, True where a query (third axis) may look at a key (last).
+    Returns (B, 1, P+S, P+S) bool, True where a query (third axis) may look at a key (last); on
+    CUDA a BlockMask of the same content, which skips the blocks that nobody sees.
     """
     owner = F.pad(document_starts, (prefix, 0), value=-1)
-    positions = torch.arange(owner.shape[1], device=owner.device)
+    length = owner.shape[1]
+    if owner.is_cuda:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            allowed = (owner[b, query] == owner[b, key]) | (key < prefix)
+            return allowed & (query >= key) if causal else allowed
+
+        return create_block_mask(sees, len(owner), None, length, length, device=owner.device)
+    positions = torch.arange(length, device=owner.device)
     mask = (owner[:, :, None] == owner[:, None, :]) | (positions < prefix)
     if causal:
         mask = mask & (positions[:, None] >= positions)
     return mask.unsqueeze(1)
+
+
+@cache
+def _compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
+    """query (B, N, L, K), key and value (B, M, L, K) -> (B, N, L, K); N is a multiple of M.
+
+    Grouped keys and values are never repeated in memory. On CUDA fused kernels take no mask
+    together with grouped queries, so masked attention runs as flex attention there.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if info.mask is not None and not isinstance(info.mask, Tensor):
+        flex = _compiled_flex_attention()
+        return flex(query, key, value, block_mask=info.mask, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=info.mask,
+        is_causal=info.causal and info.mask is None,
+        enable_gqa=grouped,
+    )
 
 
 class Attention(nn.Module):
@@ -128,14 +166,7 @@ class Attention(nn.Module):
         if info.cos is not None and info.sin is not None:
             query_key = apply_rotary(query_key, info.cos, info.sin)
         query, key = query_key.split((self.num_heads, self.num_key_value_heads), dim=2)
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=info.mask,
-            is_causal=info.causal and info.mask is None,
-            enable_gqa=self.num_heads != self.num_key_value_heads,
-        )
+        out = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), info)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

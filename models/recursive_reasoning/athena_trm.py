@@ -180,8 +180,7 @@ class AthenaTRMInner(Backbone):
         prefix = self.config.prefix_len
         if self.config.causal or self.masks_documents(data):
             # the first position sees nothing of the row there
-            real = real_tokens(data) if self.masks_documents(data) else None
-            pooled = mean_over(z_H[:, prefix:], real)
+            pooled = mean_over(z_H[:, prefix:], real_tokens(data))
         else:
             pooled = z_H[:, 0]
         halt, proceed = at_least_float32(self.q_head(pooled)).unbind(-1)

@@ -58,7 +58,6 @@ class Backend:
             return model
         return DistributedDataParallel(
             model,
-            device_ids=[self.device] if self.device.index is not None else None,
             broadcast_buffers=False,  # only the identifier embedding changes, alike on all ranks
             gradient_as_bucket_view=True,
         )

@@ -1,0 +1,106 @@
+# Athena from a fresh clone. Every target makes the virtual environment that it needs.
+#   make quickstart                 PYTHON=python3.12 make test
+#   make test VENV=/path/to/a/venv  (an environment that is there already is only completed)
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+RUN_NAME ?= quickstart
+SECONDS_EACH ?= 360
+# Keys of pretrain.py on top of a recipe: make quickstart OVERRIDES="max_seconds=60 compile=false"
+OVERRIDES ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+# A stamp is named after what the requirements say, so a changed file installs again, and a fresh
+# checkout of the same files does not.
+key = $(shell cat $(1) | cksum | cut -d' ' -f1)
+BASE := $(VENV)/.athena-$(call key,requirements-common.txt requirements.txt requirements-demo.txt)
+DEV := $(VENV)/.athena-dev-$(call key,requirements-*.txt requirements.txt)
+
+DEMO := data/demo
+CORPUS := data/quickstart
+RUNS := checkpoints/athena
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart compare sudoku smoke test lint types clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
+		| awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+venv: $(DEV)  ## create the environment that the other targets use
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"error: Athena needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(BASE): | $(PY)
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps -r requirements-demo.txt
+	@touch $@
+
+$(DEV): $(BASE)
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+# --- a small text model ----------------------------------------------------------------------
+
+$(DEMO)/.complete: | $(BASE)
+	$(PY) scripts/demo_corpus.py --output-dir $(DEMO)
+	@touch $@
+
+$(DEMO)/tokenizer.json: $(DEMO)/.complete
+	$(PY) -m dataset.train_tokenizer --input-files $(DEMO)/train --documents file \
+		--vocab-size 1024 --output $@
+
+# The report is written last and with the corpus as a whole: where it is, the corpus is finished.
+$(CORPUS)/build_report.json: $(DEMO)/tokenizer.json
+	$(PY) -m dataset.build_corpus_dataset --tokenizer-json $(DEMO)/tokenizer.json \
+		--input-files $(DEMO)/train --test-files '$(DEMO)/test/*.txt' --documents file \
+		--domain-labels plays --identifiers none --seq-len 256 \
+		--min-iterations 2 --max-iterations 2 --output-dir $(CORPUS) --overwrite
+
+# resume=auto, the default: a run that was interrupted goes on, a finished one is evaluated and
+# shown again, and nothing is lost. To start afresh: another RUN_NAME, or remove the run's folder.
+quickstart: $(BASE) $(CORPUS)/build_report.json  ## train a small model on plays, sample from it, plot it
+	$(PY) pretrain.py experiment=quickstart run_name=$(RUN_NAME) $(OVERRIDES)
+	$(PY) scripts/generate.py checkpoint=$(RUNS)/$(RUN_NAME) prompt="HAMLET." \
+		max_new_tokens=200 temperature=0.8 top_k=50
+	$(PY) scripts/plot_run.py $(RUNS)/$(RUN_NAME)
+	@echo "data: $(DEMO) (texts, tokenizer), $(CORPUS) (corpus)"
+	@echo "run:  $(RUNS)/$(RUN_NAME) (checkpoints, metrics.jsonl, curves.png)"
+
+compare: $(BASE) $(CORPUS)/build_report.json  ## recursion against a plain decoder of as many parameters and seconds
+	$(PY) scripts/compare.py --seconds $(SECONDS_EACH) $(OVERRIDES)
+
+# --- a puzzle --------------------------------------------------------------------------------
+
+data/sudoku6/identifiers.json: | $(BASE)
+	$(PY) -m dataset.build_sudoku_dataset --size 6 --num-train 1000 --num-test 200 \
+		--blanks 20 --output-dir data/sudoku6
+
+sudoku: $(BASE) data/sudoku6/identifiers.json  ## train on 6 x 6 sudokus
+	$(PY) pretrain.py experiment=sudoku6 run_name=sudoku6 $(OVERRIDES)
+	$(PY) scripts/plot_run.py $(RUNS)/sudoku6
+
+# --- the project itself ----------------------------------------------------------------------
+
+smoke: $(BASE)  ## build, train and evaluate a tiny model, in about a minute
+	$(PY) scripts/smoke_test.py --run-training
+
+test: $(DEV)  ## run all tests
+	$(PY) -m pytest
+
+lint: $(DEV)  ## check format and style
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+
+types: $(DEV)  ## check types
+	$(PY) -m mypy
+
+clean:  ## remove caches; environments, data and checkpoints stay
+	find . -name .git -prune -o -path './$(VENV)' -prune -o \
+		-type d -name __pycache__ -exec rm -rf {} +
+	rm -rf .pytest_cache .ruff_cache .mypy_cache

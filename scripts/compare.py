@@ -1,0 +1,199 @@
+r"""Train two recipes for the same time on the same machine, and say which came out ahead.
+
+    python scripts/compare.py --seconds 360
+    python scripts/compare.py --seconds 60 seed=1 global_batch_size=16
+
+By default the recursive model of experiment=quickstart against the plain decoder of
+experiment=compare_transformer, which has as many core parameters and reads the same corpus. Further
+key=value arguments go to both. Each call trains afresh, in a folder of its own; with --output-dir
+of a former call it goes on where that one was interrupted.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.common import UserError, run_cli
+from models import cost
+from scripts.generate import build_model
+from scripts.plot_run import RunMetrics, draw
+from utils.checkpoint import Checkpoint, checkpoints_of
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = ["quickstart", "compare_transformer"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run. FLOPs count what the model computes, not what the device could."""
+
+    metrics: RunMetrics
+    core_parameters: int
+    parameters: int
+    train_flops: float
+    """Per token and optimizer step, in which every row takes one ACT step."""
+    eval_flops: float
+    """Per token, all ACT steps of an evaluation together."""
+    seconds: float
+    steps: int
+    examples: int
+    tokens: int
+    flops: float
+    act_steps: float
+    """Mean ACT steps of a training example."""
+
+
+def train(experiment: str, folder: Path, seconds: float, overrides: Sequence[str]) -> None:
+    """One run of pretrain.py, its command printed so that it can be repeated by hand."""
+    command = [
+        sys.executable,
+        str(ROOT / "pretrain.py"),
+        f"experiment={experiment}",
+        f"checkpoint_path={folder}",
+        f"run_name={experiment}",
+        f"max_seconds={seconds:g}",
+        "max_steps=null",
+        "epochs=null",
+        "keep_checkpoints=1",
+        *overrides,
+    ]
+    print("+ " + shlex.join(["python", "pretrain.py", *command[2:]]), flush=True)
+    status = subprocess.run(command).returncode
+    if status:
+        raise UserError(
+            f"the run experiment={experiment} ended with status {status}; "
+            f"with --output-dir {folder.parent} the comparison goes on from there"
+        )
+
+
+def measure(folder: Path) -> Result:
+    """What a finished run was and what it cost, from its newest checkpoint and its metrics."""
+    opened = Checkpoint(checkpoints_of(folder)[-1])
+    head, metadata = build_model(opened, device="meta")
+    counted = cost.measure(head.model)
+    state = opened.json("state.json")
+    step = state["counters"]["step"]
+    metrics = RunMetrics(folder)
+    length, slots = metadata.seq_len, state["stream"]["global_batch_size"]
+    taken = metrics.series("train/steps")[1]
+    return Result(
+        metrics=metrics,
+        core_parameters=counted.core_parameters,
+        parameters=counted.parameters,
+        train_flops=counted.train_flops,
+        eval_flops=counted.forward_flops * getattr(head.model.config, "max_eval_steps", 1),
+        seconds=state["counters"]["seconds"],
+        steps=step,
+        examples=state["stream"]["examples_entered"],
+        tokens=state["stream"]["examples_entered"] * length,
+        flops=counted.train_flops * slots * length * step,
+        act_steps=sum(taken) / len(taken) if taken else 1.0,
+    )
+
+
+def table(results: Sequence[Result]) -> str:
+    """A Markdown table, one column a run; the better figure is in bold."""
+    rows: list[tuple[str, list[str]]] = [
+        ("core parameters", [f"{r.core_parameters:,}" for r in results]),
+        ("all parameters", [f"{r.parameters:,}" for r in results]),
+        ("ACT steps of a training example", [f"{r.act_steps:.2f}" for r in results]),
+        (
+            "MFLOP per token and ACT step, training",
+            [f"{r.train_flops / 1e6:,.2f}" for r in results],
+        ),
+        ("MFLOP per token, evaluation", [f"{r.eval_flops / 1e6:,.2f}" for r in results]),
+        ("seconds of training", [f"{r.seconds:.0f}" for r in results]),
+        ("optimizer steps", [f"{r.steps:,}" for r in results]),
+        ("tokens seen", [f"{r.tokens:,}" for r in results]),
+        ("TFLOP spent in training", [f"{r.flops / 1e12:,.2f}" for r in results]),
+    ]
+    headline = results[0].metrics.headline
+    if headline is not None:
+        values = [r.metrics.last(headline.key) for r in results]
+        rows.append((f"{headline.label}, held out", _marked(values, headline.better)))
+        curves = [r.metrics.by_act_step() for r in results]
+        for step in sorted(set().union(*curves)):
+            shown = [curve.get(step) for curve in curves]
+            cells = ["–" if value is None else f"{value:.4f}" for value in shown]
+            rows.append((f"… after ACT step {step}", cells))
+    names = [r.metrics.name for r in results]
+    lines = [["", *names], ["---", *("---:" for _ in names)], *([name, *row] for name, row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [
+        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+        for line in lines
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in padded)
+
+
+def _marked(values: Sequence[float | None], better: str) -> list[str]:
+    """Values as text, the best of them in bold."""
+    known = [value for value in values if value is not None]
+    best = (min if better == "lower" else max)(known) if known else None
+    return [
+        "–" if value is None else f"**{value:.4f}**" if value == best else f"{value:.4f}"
+        for value in values
+    ]
+
+
+def verdict(results: Sequence[Result]) -> str:
+    """One sentence: who is ahead, and by how much."""
+    headline = results[0].metrics.headline
+    found = [] if headline is None else [(r.metrics.last(headline.key), r) for r in results]
+    scored = [(value, r.metrics.name) for value, r in found if value is not None]
+    if headline is None or len(scored) < len(results):
+        return "No verdict: not every run was evaluated on held-out data."
+    scored.sort(reverse=headline.better == "higher")
+    (best, winner), (second, _) = scored[:2]
+    if best == second:
+        return f"A draw: {best:.4f} {headline.label}."
+    return (
+        f"Ahead: {winner}, with {best:.4f} against {second:.4f} {headline.label} "
+        f"(a difference of {abs(best - second):.4f}; one run each, so repeat it with other seeds)."
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    folder: Path = args.output_dir
+    if folder is None:
+        folder = Path("checkpoints") / "compare" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    if len(args.experiments) < 2 or len(set(args.experiments)) < len(args.experiments):
+        raise UserError(
+            f"--experiments is {' '.join(args.experiments)}; name at least two, each once"
+        )
+    if args.seconds <= 0:
+        raise UserError(f"--seconds is {args.seconds:g}; it must be above 0")
+    for experiment in args.experiments:
+        train(experiment, folder / experiment, args.seconds, args.overrides)
+    results = [measure(folder / experiment) for experiment in args.experiments]
+    draw([result.metrics for result in results], folder / "compare.png")
+    report = f"{table(results)}\n\n{verdict(results)}\n"
+    (folder / "compare.md").write_text(report, encoding="utf-8")
+    print(f"\n{report}\nwrote {folder / 'compare.md'} and {folder / 'compare.png'}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the top of this file."""
+    parser = argparse.ArgumentParser(
+        prog="python scripts/compare.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="keys of pretrain.py, for every run")
+    add("--seconds", type=float, default=360, help="training time of each run (default: 360)")
+    add("--experiments", nargs="+", default=EXPERIMENTS, help="presets to compare")
+    add("--output-dir", type=Path, help="(default: a new folder in checkpoints/compare)")
+    args = parser.parse_intermixed_args(argv)
+    run_cli(lambda: run(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Losses against float64 formulas, and the head's halting targets and sums."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dataset.common import IGNORE_LABEL_ID
+from models import losses
+from models.losses import LOSSES, ACTLossHead
+from models.recursive_reasoning.athena_trm import Carry, InnerCarry
+
+NAMES = list(LOSSES)
+
+
+def reference_probabilities(name: str, logits: torch.Tensor) -> torch.Tensor:
+    x = logits.double()
+    if name == "softmax_cross_entropy":
+        return x.softmax(-1)
+    s = torch.where(x >= 0, x + 1, 1 / (1 - x.clamp(max=0)))
+    return s / s.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_loss_equals_its_formula(name, smoothing):
+    logits = torch.randn(4, 5, 11) * 10
+    labels = torch.randint(11, (4, 5))
+    labels[0, 2] = labels[3, 4] = IGNORE_LABEL_ID
+    loss = LOSSES[name].cross_entropy(logits, labels, label_smoothing=smoothing)
+    log_p = reference_probabilities(name, logits).log()
+    picked = log_p.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    expected = -(1 - smoothing) * picked - smoothing * log_p.mean(-1)
+    expected[labels == IGNORE_LABEL_ID] = 0
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_gradients_match_finite_differences(name, smoothing):
+    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([2, IGNORE_LABEL_ID, 6])
+    assert torch.autograd.gradcheck(
+        lambda x: LOSSES[name].cross_entropy(x, labels, label_smoothing=smoothing), logits
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_finite_at_zero_one_and_far_out(name):
+    logits = torch.tensor([[0.0, 1.0, -1.0, 1e4, -1e4, 0.0]], requires_grad=True)
+    LOSSES[name].cross_entropy(logits, torch.tensor([0])).sum().backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad[0, 0] < 0
+
+
+def test_stablemax_gradient_at_zero_is_one_sided_right():
+    """s'(0) = 1 and (log s)'(0) = 1; autograd through a careless `where` gives 0 or 2."""
+    logits = torch.zeros(1, 4, requires_grad=True)
+    LOSSES["stablemax_cross_entropy"].cross_entropy(logits, torch.tensor([1])).sum().backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.25, -0.75, 0.25, 0.25]]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chunks_change_nothing(name, monkeypatch):
+    logits, labels = torch.randn(6, 5, 9), torch.randint(9, (6, 5))
+    whole = LOSSES[name].cross_entropy(logits, labels)
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", 40)
+    assert torch.equal(whole, LOSSES[name].cross_entropy(logits, labels))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_softmax_over_exported_logits_gives_the_models_probabilities(name):
+    logits = torch.randn(3, 13) * 5
+    shown = LOSSES[name].softmax_logits(logits).softmax(-1)
+    torch.testing.assert_close(
+        shown.double(), reference_probabilities(name, logits), rtol=1e-5, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_logits_never_become_float64(name):
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                seen.add(out.dtype)
+            return out
+
+    logits = torch.randn(4, 9, dtype=torch.bfloat16, requires_grad=True)
+    with Watch():
+        LOSSES[name].cross_entropy(logits, torch.randint(9, (4,))).sum().backward()
+    assert torch.float32 in seen and torch.float64 not in seen
+
+
+class Replay(torch.nn.Module):
+    """A model that returns given outputs, so that the head alone is tested."""
+
+    def __init__(self, steps, halted, outputs, last_loss=None):
+        super().__init__()
+        self.steps, self.halted, self.outputs = steps, halted, outputs
+        self.last_loss = torch.full((len(steps),), torch.inf) if last_loss is None else last_loss
+
+    def forward(self, carry, batch):
+        z = torch.zeros(len(self.steps), 0, 0)
+        carry = Carry(InnerCarry(z, z), self.steps, self.halted, batch, self.last_loss)
+        return carry, dict(self.outputs)
+
+
+def replay(halt_target="exact", last_loss=None, **options):
+    """Row 0 right, row 1 half right, row 2 without labels; all but row 1 have halted."""
+    labels = torch.tensor([[1, 2], [1, 2], [IGNORE_LABEL_ID] * 2])
+    preds = torch.tensor([[1, 2], [1, 0], [0, 0]])
+    logits = 4.0 * torch.nn.functional.one_hot(preds, 4).float()
+    outputs = dict(logits=logits, q_halt_logits=torch.tensor([3.0, -2.0, 7.0]))
+    outputs["q_continue_logits"] = torch.zeros(3)
+    data = dict(labels=labels, iteration_targets=torch.tensor([5, 2, 1]))
+    model = Replay(torch.tensor([2, 3, 4]), torch.tensor([True, False, True]), outputs, last_loss)
+    head = ACTLossHead(model, "softmax_cross_entropy", halt_target=halt_target, **options)
+    return head(return_keys=("token_nll",), carry=None, batch=data)
+
+
+def bce(logit: float, target: bool) -> float:
+    return math.log1p(math.exp(-logit if target else logit))
+
+
+def test_rows_without_labels_enter_no_loss_and_no_metric():
+    _, loss, metrics, outputs, all_halted = replay()
+    log_z = math.log(math.exp(4) + 3)
+    lm = (log_z - 4) + ((log_z - 4) + log_z) / 2
+    halting = bce(3.0, True) + bce(-2.0, False)
+    assert loss.item() == pytest.approx(lm + 0.5 * halting, rel=1e-6)
+    found = {name: value.item() for name, value in metrics.items()}
+    assert found["count"] == found["exact_accuracy"] == found["q_halt_accuracy"] == 1
+    assert (found["rows"], found["steps"], found["accuracy"]) == (2, 2, 1)
+    assert found["lm_loss"] == pytest.approx(lm)
+    assert outputs["token_nll"][2].eq(0).all() and not all_halted
+
+
+@pytest.mark.parametrize(
+    ("halt_target", "targets"),
+    [
+        ("exact", (True, False)),
+        ("budget", (False, True)),  # steps 2 of 5, 3 of 2
+        ("exact_or_budget", (True, True)),
+        ("plateau", (False, True)),  # gained 10 nats, 0.001 nats
+    ],
+)
+def test_halt_targets(halt_target, targets):
+    row_losses = replay()[0].last_loss
+    last = row_losses + torch.tensor([10.0, 0.001, 0.0])
+    _, _, metrics, _, _ = replay(halt_target, last, plateau_threshold=0.01)
+    expected = bce(3.0, targets[0]) + bce(-2.0, targets[1])
+    assert metrics["q_halt_loss"].item() == pytest.approx(expected, rel=1e-6)

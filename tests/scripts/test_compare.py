@@ -1,0 +1,67 @@
+"""The comparison names whoever is ahead, and counts what each run spent."""
+
+import pytest
+
+from models import cost
+from pretrain import train
+from scripts import compare
+from utils.backend.cpu import CPUBackend
+from utils.checkpoint import Checkpoint, checkpoints_of
+from utils.config import compose_config, load_config
+
+RECURSIVE = """arch=athena_trm_tiny arch.halt_max_steps=4 arch.force_min_steps=3
+    arch.post_refinement_steps=0"""
+PLAIN = "arch=transformer arch.num_heads=2 arch.num_layers=2 arch.forward_dtype=float32"
+SHARED = """arch.hidden_size=32 arch.puzzle_emb_ndim=32 device_type=cpu global_batch_size=8
+    max_steps=4 log_interval=1 eval_max_batches=1"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, text_corpus) -> list[compare.Result]:
+    """The two architectures, trained for a few steps on one corpus."""
+    root = tmp_path_factory.mktemp("compare")
+    for name, arch in (("recursive", RECURSIVE), ("plain", PLAIN)):
+        folders = [f"data_paths=[{text_corpus}]", f"checkpoint_path={root / name}"]
+        config = load_config(compose_config([*f"{arch} {SHARED}".split(), *folders]))
+        assert train(CPUBackend(), config) == 0
+    return [compare.measure(root / name) for name in ("recursive", "plain")]
+
+
+def test_costs_are_those_of_the_run(results):
+    recursive, plain = results
+    for result in results:
+        opened = Checkpoint(checkpoints_of(result.metrics.folder)[-1])
+        weights = opened.tensors("model")
+        core = sum(w.numel() for name, w in weights.items() if ".layers." in name)
+        assert result.core_parameters == core
+        assert result.steps == 4
+        assert result.flops == pytest.approx(result.train_flops * 8 * 24 * 4)  # rows, tokens, steps
+        assert result.tokens == result.metrics.last("train/tokens")
+    model, _ = compare.build_model(
+        Checkpoint(checkpoints_of(recursive.metrics.folder)[-1]), device="meta"
+    )
+    assert recursive.eval_flops == cost.measure(model.model).forward_flops * 4  # halt_max_steps
+    assert plain.tokens == 4 * 8 * 24  # every row is new at every step
+    assert recursive.tokens < plain.tokens
+
+
+def test_table_shows_both_and_marks_the_better(results):
+    text = compare.table(results)
+    assert "| recursive |" in text.replace("  ", " ") and "plain" in text
+    values = [r.metrics.last("eval/text/bits_per_byte") for r in results]
+    assert f"**{min(values):.4f}**" in text and f"**{max(values):.4f}**" not in text
+    assert "after ACT step 4" in text
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_verdict_does_not_depend_on_the_order(results, order):
+    best = min(results, key=lambda r: r.metrics.last("eval/text/bits_per_byte"))
+    assert compare.verdict([results[i] for i in order]).startswith(f"Ahead: {best.metrics.name},")
+
+
+def test_a_run_that_fails_is_named(tmp_path, capsys):
+    arguments = ["--output-dir", str(tmp_path / "out"), "--seconds", "1", "no_such_key=1"]
+    with pytest.raises(SystemExit) as end:
+        compare.main(arguments)
+    assert end.value.code == 2
+    assert "experiment=quickstart ended with status 2" in capsys.readouterr().err

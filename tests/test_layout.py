@@ -1,0 +1,182 @@
+"""The shape of the project: imports point downwards, each concern has one home, files stay small,
+and the requirements say what the code imports."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# A part may import itself and what comes after it.
+ORDER = "pretrain sequence_dataset models evaluators dataset utils config".split()
+ABOVE_ALL = ("scripts", "tests", "notebooks")
+LEAF = "dataset.common"  # may be imported by all
+MOST_LINES = 450
+# Names under which packages are imported, where the package is called otherwise.
+PACKAGES = {
+    "hydra": "hydra-core",
+    "yaml": "pyyaml",
+    "backports": "backports.zstd",
+    "adam_atan2": "adam-atan2",
+    "pydantic_core": "pydantic",
+}
+# Used where a user has it, never needed: scripts/smoke_test.py falls back to text that is there.
+NOT_REQUIRED = {"datasets"}
+
+
+def source_files() -> list[Path]:
+    """Python files of the project, tests included."""
+    files = [*ROOT.glob("*.py")]
+    for part in (*ORDER, *ABOVE_ALL):
+        files += (ROOT / part).rglob("*.py")
+    return sorted(path for path in files if path.is_file())
+
+
+def shipped_files() -> list[Path]:
+    return [path for path in source_files() if path.relative_to(ROOT).parts[0] != "tests"]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, full dotted name) of every import, also those inside functions.
+
+    `from a import b` counts as a.b, because b may be a module.
+    """
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def points_up(importer: str, module: str) -> bool:
+    """Whether a file of part `importer` may not import `module`."""
+    imported = module.split(".")[0]
+    if within(module, LEAF) or importer in ABOVE_ALL:
+        return False
+    if imported in ABOVE_ALL:
+        return True
+    return imported in ORDER and ORDER.index(imported) < ORDER.index(importer)
+
+
+def test_the_rule_itself():
+    assert points_up("utils", "dataset.corpus.SPLITS")
+    assert not points_up("utils", "dataset.common.UserError")
+    assert points_up("models", "pretrain.train")
+    assert points_up("evaluators", "models.losses")
+    assert points_up("pretrain", "scripts.generate")
+    assert not points_up("scripts", "pretrain.main")
+    assert not points_up("models", "torch.utils.checkpoint")
+
+
+def test_imports_point_downwards():
+    violations = [
+        f"{name_of(path)}:{line} imports {module}"
+        for path in source_files()
+        for line, module in imports(path)
+        if points_up(part_of(path), module)
+    ]
+    assert not violations, "\n".join(violations)
+
+
+def test_devices_are_known_to_the_backends_alone():
+    """Collectives and torch_xla outside utils/backend would be one more place per device."""
+    foreign = re.compile(r"\btorch\.distributed\b|\btorch_xla\b")
+    violations = []
+    for path in shipped_files():
+        if path.is_relative_to(ROOT / "utils" / "backend"):
+            continue
+        violations += [
+            f"{name_of(path)}:{line} imports {module}"
+            for line, module in imports(path)
+            if foreign.match(module)
+        ]
+        violations += [
+            f"{name_of(path)}:{node.lineno} uses {ast.unparse(node)}"
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Attribute) and foreign.fullmatch(ast.unparse(node))
+        ]
+    assert not violations, "\n".join(violations)
+
+
+def test_builders_run_without_torch():
+    """Corpora are built on machines that have no torch: nothing that dataset/ loads may load it."""
+    modules = [f"dataset.{path.stem}" for path in (ROOT / "dataset").glob("[!_]*.py")]
+    code = (
+        "import sys; sys.modules['torch'] = None\n"  # any import of it now fails
+        f"import {', '.join(modules)}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", source_files(), ids=name_of)
+def test_files_stay_small(path: Path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MOST_LINES, f"{lines} lines: which concept hides in {name_of(path)}?"
+
+
+# --- requirements ------------------------------------------------------------------------------
+
+
+def requirements(*names: str) -> dict[str, str]:
+    """Package -> version part, of requirement files and what they include."""
+    found: dict[str, str] = {}
+    for name in names:
+        for line in (ROOT / name).read_text().splitlines():
+            line = line.partition("#")[0].partition(";")[0].strip()
+            if line.startswith("-r"):
+                found |= requirements(line.removeprefix("-r").strip())
+            elif line:
+                package, version = re.fullmatch(r"([\w.-]+)(?:\[\w+\])?(.*)", line).groups()
+                found[package.lower().replace("_", "-")] = version.strip()
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("requirements*.txt")), ids=name_of)
+def test_torch_is_never_an_open_range(path: Path):
+    """A range would let pip replace the torch that all else was tested with."""
+    for package, version in requirements(path.name).items():
+        if package.startswith("torch"):
+            assert re.fullmatch(r"==\d+\.\d+\.\d+", version), f"{package}{version}"
+
+
+def test_torch_of_cpu_and_cuda_is_the_pinned_one():
+    assert requirements("requirements.txt")["torch"] == "==2.13.0"
+
+
+def test_everything_imported_is_required():
+    """A fresh environment must not fail at the first import."""
+    known = requirements(*(path.name for path in ROOT.glob("requirements*.txt")))
+    missing = set()
+    for path in shipped_files():
+        for line, module in imports(path):
+            top = module.split(".")[0]
+            if top in sys.stdlib_module_names | {*ORDER, *ABOVE_ALL} | NOT_REQUIRED:
+                continue
+            if top == "compression":  # standard library from Python 3.14 on
+                continue
+            package = PACKAGES.get(top, top).replace("_", "-")
+            if package not in known:
+                missing.add(f"{name_of(path)}:{line} imports {module}")
+    assert not missing, "\n".join(sorted(missing))

@@ -1,0 +1,312 @@
+"""Training as a whole: resume, ranks, feeds, and what the loop promises."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import finish, make_config, start
+
+from dataset.common import UserError
+from pretrain import train
+from utils.backend.cpu import CPUBackend
+from utils.checkpoint import Checkpoint, checkpoints_of
+
+
+def metrics_of(run: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def leaves(value, name: str = "") -> dict[str, torch.Tensor]:
+    """All tensors inside nested dicts and lists, by path."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(
+        value, list) else ()  # fmt: skip
+    return {k: v for key, item in items for k, v in leaves(item, f"{name}/{key}").items()}
+
+
+def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
+    opened = Checkpoint(checkpoint)
+    opened.verify()
+    stems = [name.removesuffix(".pt") for name in opened.files if name.endswith(".pt")]
+    return {k: v for stem in stems for k, v in leaves(opened.tensors(stem), stem).items()}
+
+
+# --- resume ----------------------------------------------------------------------------------
+
+IDENTIFIERS = ("arch.puzzle_emb_ndim=32", "puzzle_emb_lr=1e-2")
+
+
+@pytest.mark.parametrize("optimizer", ["adam_atan2", "adamw", "muon"])
+@pytest.mark.parametrize("feed", ["consume", "present"])
+def test_n_plus_n_steps_equal_2n_steps_bit_for_bit(text_corpus, run_training, optimizer, feed):
+    options = [f"optimizer={optimizer}", f"feed={feed}", "max_steps=14", "epochs=20", *IDENTIFIERS]
+    options += ["keep_checkpoints=null", "evaluators=[]", "ema_rate=0.9"]
+    whole = run_training(text_corpus, "whole", *options, "checkpoint_interval=7")
+    parts = run_training(text_corpus, "parts", *options, f"resume={whole / 'step_7'}")
+    one, other = contents(whole / "step_14"), contents(parts / "step_14")
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert any(name.startswith("ema") for name in one)
+    assert 0 < one["carry_0/carry/halted"].sum() < 8, "no carry is in flight"
+    saved = [Checkpoint(run / "step_14").json("state.json")["stream"] for run in (whole, parts)]
+    assert saved[0] == saved[1]
+    middle = contents(whole / "step_7")
+    assert not torch.equal(middle["carry_0/carry/z_H"], one["carry_0/carry/z_H"])
+
+
+def test_auto_resume_goes_on_in_the_same_folder(text_corpus, run_training):
+    options = ["epochs=20", "evaluators=[]", "resume_allow=[max_steps]"]
+    run = run_training(text_corpus, "run", *options, "max_steps=3")
+    run_training(text_corpus, "run", *options, "max_steps=5")
+    assert [p.name for p in checkpoints_of(run)] == ["step_3", "step_5"]
+    assert len(metrics_of(run, "train/lm_loss")) == 5
+
+
+def test_resuming_with_changed_keys_lists_them(text_corpus, run_training):
+    run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
+    with pytest.raises(UserError, match=r"lr \(was 0.001, is 0.002\)"):
+        run_training(text_corpus, "run", "max_steps=2", "evaluators=[]", "lr=2e-3")
+    run_training(
+        text_corpus, "run", "max_steps=2", "evaluators=[]", "lr=2e-3", "resume_allow=[lr]"
+    )
+
+
+def test_a_damaged_checkpoint_is_refused(text_corpus, run_training):
+    run = run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
+    weights = run / "step_2" / "model.pt"
+    damaged = bytearray(weights.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    weights.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"model\.pt"):
+        run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(text_corpus, run_training):
+    run = run_training(text_corpus, "run", "max_steps=1", "evaluators=[]")
+    with pytest.raises(UserError, match="another architecture"):
+        run_training(
+            text_corpus, "other", "max_steps=1", "arch.hidden_size=64", f"load_checkpoint={run}"
+        )
+
+
+def test_load_checkpoint_starts_from_the_averages_and_matches_identifiers(
+    text_corpus, run_training
+):
+    options = ["max_steps=3", "evaluators=[]", *IDENTIFIERS]
+    run = run_training(text_corpus, "run", *options)
+    new = run_training(
+        text_corpus, "new", *options[1:], "max_steps=1", "lr=0", "puzzle_emb_lr=0", "ema=false",
+        f"load_checkpoint={run}",
+    )  # fmt: skip
+    old, loaded = contents(run / "step_3"), contents(new / "step_1")
+    name = "model.inner.lm_head.weight"
+    assert torch.equal(loaded[f"model/{name}"], old[f"ema/shadow/{name}"])
+    assert not torch.equal(old[f"model/{name}"], old[f"ema/shadow/{name}"])
+    table = "model/model.inner.puzzle_emb.weights"
+    assert torch.equal(loaded[table], old[table]) and old[table].any()
+
+
+def test_held_rows_restart_without_a_saved_carry(text_corpus, run_training):
+    options = ["epochs=20", "evaluators=[]", "checkpoint_carry=false", "keep_checkpoints=null"]
+    options += ["max_steps=6", "checkpoint_interval=3"]
+    run = run_training(text_corpus, "run", *options)
+    assert not list((run / "step_3").glob("carry_*"))
+    run_training(text_corpus, "again", *options, f"resume={run / 'step_3'}")
+
+
+# --- ranks and micro-batches -----------------------------------------------------------------
+
+
+def many_ways(tmp_path: Path, corpus: Path, options: list[str], script: str) -> dict[str, Path]:
+    """The same run on one rank, on one rank in two micro-batches, and on two ranks."""
+    ways = {"one": (1, ""), "micro": (1, "grad_accum_steps=2"), "two": (2, "")}
+    processes = {}
+    for name, (ranks, extra) in ways.items():
+        overrides = [
+            f"data_paths=[{corpus}]", f"checkpoint_path={tmp_path / name}", "run_name=ranks",
+            "device_type=cpu", "arch.forward_dtype=float64", "max_steps=20", "lr=1e-3",
+            "lr_warmup_steps=0", "evaluators=[]", "log_interval=1", "global_batch_size=8",
+            "ema_rate=0.9", "epochs=40", *options,
+        ]  # fmt: skip
+        used = "pretrain.py" if name == "one" else script
+        processes[name] = start(*overrides, *([extra] if extra else []), ranks=ranks, script=used)
+    for process in processes.values():
+        code, out, err = finish(process)
+        assert code == 0, out + err
+    return {name: tmp_path / name for name in ways}
+
+
+def differences(runs: dict[str, Path]) -> dict[str, float]:
+    """How far each way is from one rank: in losses, gradient norms and weights."""
+    found = {}
+    for name in ("micro", "two"):
+        for metric in ("train/lm_loss", "train/grad_norm", "train/steps", "train/examples"):
+            one, other = (metrics_of(runs[way], metric) for way in ("one", name))
+            assert len(one) == len(other)
+            worst = max(abs(a - b) for a, b in zip(one, other, strict=True))
+            found[f"{name} {metric}"] = worst
+        one, other = (contents(runs[way] / "step_20") for way in ("one", name))
+        for key in one:
+            if key.startswith(("model/", "ema/")):
+                found[f"{name} {key}"] = (one[key] - other[key]).abs().max().item()
+    return found
+
+
+TEXT = [
+    "arch=athena_trm_tiny", "arch.hidden_size=32", "arch.puzzle_emb_ndim=32",
+    "arch.halt_max_steps=5", "arch.force_min_steps=1", "arch.halt_exploration_prob=0.3",
+    "arch.post_refinement_steps=0", "puzzle_emb_lr=1e-2", "optimizer=adamw", "grad_clip_norm=0.5",
+]  # fmt: skip
+PUZZLES = [
+    "arch=trm", "arch.hidden_size=32", "arch.num_heads=2", "arch.H_cycles=2", "arch.L_cycles=2",
+    "arch.puzzle_emb_len=1", "arch.halt_max_steps=4", "arch.halt_exploration_prob=0.3",
+    "feed=consume", "puzzle_emb_lr=1e-2", "grad_clip_norm=0.5",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["text", "puzzles"])
+def test_ranks_and_micro_batches_leave_the_curve_alone(
+    kind, text_corpus, puzzle_corpus, tmp_path
+):
+    corpus, options = (text_corpus, TEXT) if kind == "text" else (puzzle_corpus, PUZZLES)
+    runs = many_ways(tmp_path, corpus, options, "pretrain.py")
+    off = {name: value for name, value in differences(runs).items() if not value <= 1e-7}
+    assert off == {}
+    states = [Checkpoint(run / "step_20").json("state.json")["stream"] for run in runs.values()]
+    assert states[0] == states[1] == states[2]
+    steps = metrics_of(runs["one"], "train/steps")
+    assert len(set(steps)) > 2, "rows should halt at different steps"
+    table = contents(runs["one"] / "step_20")["model/model.inner.puzzle_emb.weights"]
+    assert table.any(), "the identifier embedding was never trained"
+
+
+@pytest.mark.parametrize("fault", ["mean_for_sum", "own_identifiers_only"])
+def test_the_comparison_of_ranks_sees_faults(fault, text_corpus, tmp_path):
+    """The faults are put in on purpose; the test above must be able to go red."""
+    script = tmp_path / "faulty.py"
+    patches = {
+        "mean_for_sum": "base.Backend.backward = lambda self, loss: loss.backward()",
+        "own_identifiers_only": "sparse.SparseEmbeddingSignSGD.__init__.__defaults__\n"
+        "old = sparse.SparseEmbeddingSignSGD.__init__\n"
+        "def init(self, embedding, lr, weight_decay, all_gather=None):\n"
+        "    old(self, embedding, lr, weight_decay)\n"
+        "sparse.SparseEmbeddingSignSGD.__init__ = init",
+    }
+    script.write_text(
+        "import models.sparse_embedding as sparse\nimport utils.backend.base as base\n"
+        f"import pretrain\n{patches[fault]}\npretrain.main()\n"
+    )
+    runs = many_ways(tmp_path, text_corpus, TEXT, str(script))
+    assert max(v for name, v in differences(runs).items() if name.startswith("two")) > 1e-6
+
+
+# --- the loop --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_and_the_same_command_goes_on(text_corpus, tmp_path, ranks):
+    run = tmp_path / "run"
+    overrides = [
+        f"data_paths=[{text_corpus}]", f"checkpoint_path={run}", "run_name=x", *TEXT,
+        "device_type=cpu", "global_batch_size=8", "epochs=1000", "evaluators=[]", "log_interval=1",
+        "lr_warmup_steps=0", "max_steps=100000",
+    ]  # fmt: skip
+    process = start(*overrides, ranks=ranks)
+    deadline = time.monotonic() + 120
+    log = run / "metrics.jsonl"
+    while not (log.is_file() and log.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline and process.poll() is None, finish(process)
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    code, out, err = finish(process)
+    assert code != 0
+    assert ranks > 1 or code == 128 + signal.SIGTERM
+    (saved,) = checkpoints_of(run)
+    Checkpoint(saved).verify()
+    assert f"after saving {saved.name.replace('_', ' ')}" in out + err
+
+
+def test_a_non_finite_loss_skips_the_update_and_at_last_stops(
+    text_corpus, run_training, monkeypatch
+):
+    from models import train_state
+
+    real = train_state.create_model
+
+    def poisoned(*args, **kwargs):
+        model = real(*args, **kwargs)
+        with torch.no_grad():
+            model.model.inner.lm_head.weight[0, 0] = torch.nan
+        return model
+
+    monkeypatch.setattr("pretrain.create_model", poisoned)
+    with pytest.raises(UserError, match="max_nonfinite=3"):
+        run_training(text_corpus, "run", "max_steps=9", "evaluators=[]", "max_nonfinite=3")
+
+
+def test_freeze_weights_trains_identifiers_only(text_corpus, run_training):
+    run = run_training(
+        text_corpus, "run", "max_steps=3", "evaluators=[]", "freeze_weights=true", *IDENTIFIERS,
+        "checkpoint_interval=1", "keep_checkpoints=null",
+    )  # fmt: skip
+    one, three = contents(run / "step_1"), contents(run / "step_3")
+    changed = [k for k in one if k.startswith("model/") and not torch.equal(one[k], three[k])]
+    assert changed == ["model/model.inner.puzzle_emb.weights"]
+
+
+def test_an_epoch_of_the_real_loop_enters_every_example_once(text_corpus, tmp_path, monkeypatch):
+    """Counted inside the model, whatever halts."""
+    from models.recursive_reasoning.athena_trm import AthenaTRM
+
+    entered = []
+    real = AthenaTRM.admit
+
+    def admit(self, carry, batch):
+        if self.training:
+            free = carry.halted & (batch["labels"] >= 0).any(1)
+            entered.extend(tuple(row) for row in batch["inputs"][free].tolist())
+        return real(self, carry, batch)
+
+    monkeypatch.setattr(AthenaTRM, "admit", admit)
+    config = make_config(
+        text_corpus, f"checkpoint_path={tmp_path}", "run_name=x", "evaluators=[]", "epochs=1"
+    )
+    train(CPUBackend(), config)
+    from sequence_dataset import Corpora
+
+    corpora = Corpora([str(text_corpus)], "train")
+    rows = corpora.rows(torch.arange(corpora.num_rows).numpy())["inputs"]
+    assert sorted(entered) == sorted(tuple(row) for row in rows.tolist())
+
+
+def test_evaluation_saves_named_outputs_and_reports_by_step(text_corpus, run_training):
+    run = run_training(text_corpus, "run", "max_steps=2", "eval_save_outputs=[preds,steps]")
+    saved = torch.load(run / "evaluation_step_2" / "predictions_rank0.pt", weights_only=True)
+    assert saved["preds"].shape[1] == 24 and saved["steps"].eq(4).all()
+    by_step = [metrics_of(run, f"eval/text/step_{k}/nats_per_token")[-1] for k in range(1, 5)]
+    assert len(set(by_step)) == 4
+    assert metrics_of(run, "eval/text/nats_per_token")[-1] == pytest.approx(by_step[-1])
+    assert metrics_of(run, "eval/text/domain_poems/perplexity")
+    assert sum(metrics_of(run, "eval/all/hist/accuracy")[-1]) == metrics_of(run, "eval/all/rows")[-1]
+
+
+def test_early_stopping_ends_a_run_that_no_longer_improves(text_corpus, run_training):
+    run = run_training(
+        text_corpus, "run", "lr=0", "puzzle_emb_lr=0", "epochs=50", "max_steps=200", "eval_interval=0.2",
+        "early_stopping={metric: text/perplexity, patience: 2}",
+    )  # fmt: skip
+    assert len(metrics_of(run, "eval/text/perplexity")) == 3
+
+
+def test_all_loggers_write(text_corpus, run_training):
+    pytest.importorskip("tensorboard")
+    run = run_training(
+        text_corpus, "run", "max_steps=2", "evaluators=[]", "logger=[jsonl,tensorboard]"
+    )
+    assert list((run / "tensorboard").glob("events*"))
+    assert metrics_of(run, "train/lm_loss")
