@@ -9,7 +9,6 @@ import math
 import os
 import signal
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,14 +23,14 @@ from tqdm import tqdm
 from dataset.common import DatasetMetadata, UserError
 from evaluators.loop import create_evaluators, evaluate
 from models import cost, persistence
-from models.layers import at_least_float32
 from models.persistence import resolved
 from models.sparse_embedding import SparseEmbeddingSignSGD
 from models.train_state import TrainState, create_model, create_train_state
-from sequence_dataset import Corpora, EvalStream, TrainStream
+from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint
 from utils.backend import Backend, select_backend
 from utils.config import PretrainConfig, config_warnings, hydra_entry, load_config
+from utils.data import Data, open_data
 from utils.functions import random_run_name
 from utils.logging import Logger, create_loggers
 from utils.metrics import MetricSums, means
@@ -45,16 +44,6 @@ from utils.reporting import (
     ticking,
 )
 from utils.schedule import trm_warmup_cosine, warmup_cosine
-from utils.tokenizer_files import check_tokenizers
-
-
-class Data(NamedTuple):
-    """train: the joined training corpora. test: the split to evaluate, or None without one."""
-
-    train: Corpora
-    test: Corpora | None
-    test_paths: list[str]
-    tokenizer: Path | None
 
 
 class Run(NamedTuple):
@@ -76,12 +65,18 @@ def launch(cfg: DictConfig) -> None:
     if config.dry_run:
         return dry_run(config)
     backend, reason = select_backend(config.device_type)
+    if config.compile and (reason_not := backend.cannot_compile()) is not None:
+        config.compile = False
+        if backend.is_main:
+            print(f"note: compile=true has no effect: {reason_not}")
     if backend.is_main:
         ranks = f", {backend.world_size} ranks" if backend.world_size > 1 else ""
         print(f"device: {backend.device} ({reason}){ranks}")
         for line in config_warnings(config):
             print(f"note: {line}")
-    sys.exit(backend.launch(train, config))
+    status = backend.launch(train, config)
+    if status:  # a clean exit would end a multirun sweep after its first job
+        sys.exit(status)
 
 
 def dry_run(config: PretrainConfig) -> None:
@@ -91,12 +86,13 @@ def dry_run(config: PretrainConfig) -> None:
         metadata = open_data(config).train.metadata
     else:
         metadata = DatasetMetadata(
-            pad_id=0, ignore_label_id=None, vocab_size=config.vocab_size, seq_len=config.seq_len,
-            num_puzzle_identifiers=1, total_groups=0, mean_puzzle_examples=1, total_puzzles=0,
+            pad_id=0, ignore_label_id=None, vocab_size=config.vocab_size or 1,
+            seq_len=config.seq_len or 1, num_puzzle_identifiers=1, total_groups=0,
+            mean_puzzle_examples=1, total_puzzles=0,
         )  # fmt: skip
     rows = config.rows_per_rank(world_size)
     model = create_model(config, metadata, batch_size=rows, device="meta").model
-    micro_rows = config.micro_rows(world_size) or fitting_rows(config, model, rows, None)
+    micro_rows = config.micro_rows(world_size) or rows
     print(yaml.safe_dump(resolved(config), sort_keys=False))
     print(
         cost.report(
@@ -106,41 +102,9 @@ def dry_run(config: PretrainConfig) -> None:
     )  # fmt: skip
 
 
-def open_data(config: PretrainConfig) -> Data:
-    """Opens and checks the corpora; UserError where something is missing or does not fit."""
-    train = Corpora(config.data_paths, "train")
-    for key, value in (("vocab_size", config.vocab_size), ("seq_len", config.seq_len)):
-        found = getattr(train.metadata, key)
-        if value is not None and value != found:
-            raise UserError(f"{key}={value}, but the corpus has {key} {found}; leave the key out")
-    test_paths = config.data_paths_test or config.data_paths
-    paths = [*config.data_paths, *config.data_paths_test]
-    tokenizer = check_tokenizers(paths, train.metadata.vocab_size)
-    has_test = any((Path(path) / "test").is_dir() for path in test_paths)
-    test = Corpora(test_paths, "test", like=train) if has_test else None
-    if test is not None and test.num_rows == 0:
-        test = None
-    return Data(train, test, test_paths, tokenizer)
-
-
-def fitting_rows(
-    config: PretrainConfig, model: torch.nn.Module, rows: int, free: int | None
-) -> int:
-    """The most rows at once, dividing `rows`, whose estimate stays under 80 % of `free` bytes."""
-    counted = cost.measure(model)
-    for micro_rows in (n for n in range(rows, 0, -1) if rows % n == 0):
-        need = cost.memory(
-            model.config, counted, rows=rows, micro_rows=micro_rows,
-            optimizer=config.optimizer, ema=config.ema,
-        )  # fmt: skip
-        if free is None or sum(need.values()) < 0.8 * free:
-            return micro_rows
-    return 1
-
-
 def create_stream(config: PretrainConfig, data: Data, backend: Backend, micro_batches: int):
     options = config.arch.options
-    steps = options.get("halt_max_steps", 1)
+    steps = options.get("halt_max_steps")  # a plain decoder has no budgets to keep
     return TrainStream(
         data.train,
         global_batch_size=config.global_batch_size,
@@ -153,8 +117,8 @@ def create_stream(config: PretrainConfig, data: Data, backend: Backend, micro_ba
         rank=backend.rank,
         world_size=backend.world_size,
         micro_batches=micro_batches,
-        explore_prob=options.get("halt_exploration_prob", 0.0) if steps > 1 else 0.0,
-        explore_max=steps,
+        explore_prob=options.get("halt_exploration_prob", 0.0),
+        explore_max=steps or 1,
     )
 
 
@@ -177,7 +141,13 @@ def train(backend: Backend, config: PretrainConfig) -> int:
     labels = data.train.reasoning_width > 0
     model = create_model(config, data.train.metadata, batch_size=rows, reasoning_labels=labels)
     micro_rows = config.micro_rows(backend.world_size) or backend.broadcast_object(
-        fitting_rows(config, model.model, rows, backend.available_memory())
+        cost.fitting_rows(
+            model.model,
+            rows,
+            backend.available_memory(),
+            optimizer=config.optimizer,
+            ema=config.ema,
+        )
     )
     if config.load_checkpoint and resumed is None:
         persistence.load_pretrained(config, model, data.train.identifiers, data.tokenizer)
@@ -217,7 +187,7 @@ def train(backend: Backend, config: PretrainConfig) -> int:
 def train_loop(run: Run, state: TrainState) -> int:
     """Steps until the stream, a limit, or a signal ends the run; returns the exit status."""
     config, sums, clock = run.config, MetricSums(), Clock(state.seconds)
-    saved_at = evaluated_at = -1
+    saved_at, evaluated_at = state.step or -1, -1  # what was resumed is saved already
     mark = Mark(state.seconds, state.step, run.stream.examples_entered)
     shown = run.backend.is_main
     with signals() as received, progress_bar(shown, run_progress(run, state)) as bar:
@@ -232,11 +202,8 @@ def train_loop(run: Run, state: TrainState) -> int:
                 log_training(run, state, sums, bar, mark)
             due = run.stream.epoch >= state.next_eval
             every = config.checkpoint_interval
-            if (
-                stop
-                or (every and state.step % every == 0)
-                or (due and config.checkpoint_every_eval)
-            ):
+            asked = (every and state.step % every == 0) or (due and config.checkpoint_every_eval)
+            if stop or asked:
                 with clock.paused():
                     save(run, state)
                 saved_at = state.step
@@ -248,10 +215,10 @@ def train_loop(run: Run, state: TrainState) -> int:
                 while state.next_eval <= run.stream.epoch:
                     state.next_eval += config.eval_interval or math.inf
                 with clock.paused():
-                    ended = no_longer_improves(config, state, run_evaluation(run, state))
+                    ended = state.stops_early(config.early_stopping, run_evaluation(run, state))
                 evaluated_at = state.step
                 if ended:
-                    say(run, f"stopped early: {config.early_stopping.metric} no longer improves")
+                    say(run, "stopped early: the evaluations no longer improve")
                     break
         log_training(run, state, sums, bar, mark)
     if saved_at != state.step:
@@ -271,7 +238,7 @@ def train_batch(
     """
     config, backend, totals = run.config, run.backend, MetricSums()
     moved = [backend.to_device(batch) for batch in batches]
-    if state.carries is None:
+    if not state.carries:
         state.carries = [state.model.initial_carry(batch) for batch in moved]
     finite = torch.ones((), dtype=torch.bool, device=backend.device)
     for i, batch in enumerate(moved):
@@ -281,14 +248,13 @@ def train_batch(
             )
             backend.backward(loss / config.global_batch_size)
         finite &= torch.isfinite(loss.detach())
-        totals.add(metrics | latent_norms(state.carries[i]))
+        totals.add(metrics)
     norm = clip(state, config.grad_clip_norm)
     if norm is not None:
         finite &= torch.isfinite(norm)
     signal_number = torch.tensor([received[0] if received else 0], device=backend.device)
     state.step += 1
-    halted, all_finite, stop = share_flags(backend, state, finite, signal_number)
-    state.halted = halted
+    state.halted, all_finite, stop = share_flags(backend, state, finite, signal_number)
     if all_finite:
         apply_update(run, state)
     else:
@@ -320,21 +286,10 @@ def clip(state: TrainState, max_norm: float | None) -> Tensor | None:
     return torch.nn.utils.clip_grad_norm_(state.parameters, limit)
 
 
-def latent_norms(carry) -> dict[str, Tensor]:
-    """Sums over rows of the mean norm of a position of z_H and z_L."""
-    inner = carry.inner_carry
-    if inner.z_H.numel() == 0:
-        return {}
-    return {
-        f"{name}_norm": at_least_float32(z).norm(dim=-1).mean(1).sum()
-        for name, z in (("z_H", inner.z_H), ("z_L", inner.z_L))
-    } | {"slots": torch.full((), len(inner.z_H), device=inner.z_H.device)}
-
-
 def learning_rate_factor(run: Run, state: TrainState) -> float:
     config, stream = run.config, run.stream
     if config.feed == "present":
-        total = min(stream.total_steps, config.max_steps or stream.total_steps)
+        total = min(stream.total_steps or math.inf, config.max_steps or math.inf)
         return trm_warmup_cosine(state.step, config.lr_warmup_steps, total, config.lr_min_ratio)
     return warmup_cosine(
         state.step, config.lr_warmup_steps, run_progress(run, state), config.lr_min_ratio
@@ -400,7 +355,7 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
         world_size=backend.world_size,
         max_batches=config.eval_max_batches,
         min_iterations=config.min_iterations,
-        max_iterations=config.arch.options.get("halt_max_steps", 1),
+        max_iterations=config.arch.options.get("halt_max_steps"),
     )
     options = config.arch.options
     if options.get("post_refinement_steps") and not options.get("post_refinement_train"):
@@ -430,25 +385,6 @@ def limit_reached(config: PretrainConfig, state: TrainState) -> bool:
     return (config.max_steps is not None and state.step >= config.max_steps) or (
         config.max_seconds is not None and state.seconds >= config.max_seconds
     )
-
-
-def no_longer_improves(config: PretrainConfig, state: TrainState, results: dict[str, Any]) -> bool:
-    """Whether early stopping ends the run after this evaluation."""
-    rule = config.early_stopping
-    if rule is None:
-        return False
-    if f"eval/{rule.metric}" not in results:
-        raise UserError(
-            f"early_stopping.metric={rule.metric} was not evaluated; there are "
-            + ", ".join(sorted(name.removeprefix("eval/") for name in results))
-        )
-    sign = 1 if rule.mode == "max" else -1
-    value = sign * results[f"eval/{rule.metric}"]
-    if state.best is None or value > state.best + rule.min_delta:
-        state.best, state.bad_evaluations = value, 0
-    else:
-        state.bad_evaluations += 1
-    return state.bad_evaluations >= rule.patience
 
 
 def log_training(run: Run, state: TrainState, sums: MetricSums, bar: tqdm, mark: Mark) -> None:

@@ -226,7 +226,7 @@ class TrainStream:
 
     def _feed_all(self, halted: np.ndarray) -> np.ndarray | None:
         """`present`: the row that each slot gets, (G,) int64; None at the end."""
-        if self._steps >= self.total_steps:
+        if self.total_steps is None or self._steps >= self.total_steps:
             return None
         self._steps += 1
         self._held_place, self._held_offset, rows = self._draw(self._size, limit=None)

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from dataset.common import UserError
 
@@ -185,10 +185,15 @@ def _open_zstd(raw: IO[bytes]) -> IO[bytes]:
     return zstd.open(raw, "rb", options={zstd.DecompressionParameter.window_log_max: 31})
 
 
+def _buffered(stream: IO[bytes]) -> IO[bytes]:
+    """Reads a decompressor in large pieces; its own lines come byte by byte."""
+    return cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20))
+
+
 def _open_gzip(raw: IO[bytes]) -> IO[bytes]:
     import gzip
 
-    return gzip.GzipFile(fileobj=raw, mode="rb")
+    return cast(IO[bytes], gzip.GzipFile(fileobj=raw, mode="rb"))
 
 
 _OPENERS: dict[str | None, Callable[[IO[bytes]], IO[bytes]]] = {
@@ -261,7 +266,7 @@ class DocumentReader:
                 there = ", ".join(sorted(record)[:10]) or "none"
                 fault = f"no key {key!r} (keys there: {there}; see --text-key)"
             if fault is None:
-                yield text
+                yield cast(str, text)
             else:
                 self.skip_bad_line(source, number, fault)
 
@@ -310,7 +315,7 @@ class DocumentReader:
             return
         try:
             with open(source.path, "rb") as raw, _OPENERS[source.compression](raw) as stream:
-                lines = stream if raw is stream else io.BufferedReader(stream, 1 << 20)
+                lines = stream if raw is stream else _buffered(stream)
                 reported = 0
                 for line in lines:
                     yield line

@@ -65,9 +65,9 @@ class TextTokenizer:
                 "differ from the end of a document."
             )
         self.tokenizer.encode_special_tokens = True
-        self.eos_id: int = self.tokenizer.token_to_id(self.eos_token)
-        self.pad_id: int = self.tokenizer.token_to_id(self.pad_token)
-        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.eos_id, self.pad_id = vocabulary[self.eos_token], vocabulary[self.pad_token]
+        self.vocab_size = max(vocabulary.values()) + 1
         self.dtype = token_dtype(self.vocab_size)
         self.ignore_label_id = int(np.iinfo(self.dtype).max)
         self._cuttable = _is_cuttable(self.tokenizer)

@@ -162,7 +162,7 @@ def evaluate(
     path = None if save_path is None else str(save_path)
     for evaluator in evaluators:
         own = evaluator.result(path, backend.rank, backend.world_size, backend)
-        results |= backend.broadcast_object(own) or {}
+        results |= backend.broadcast_object(own or {})
     model.train(was_training)
     if halting in ("budget", "act"):
         results = {f"{halting}/{name}": value for name, value in results.items()}

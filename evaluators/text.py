@@ -71,7 +71,7 @@ class PerplexityEvaluator:
         names = list(dict.fromkeys(name for part in parts for name in part))
         metrics: dict[str, float] = {}
         for name in names:
-            nats, tokens, size = sum(part[name] for part in parts if name in part)
+            nats, tokens, size = np.sum([part[name] for part in parts if name in part], axis=0)
             if tokens == 0:
                 continue
             place = f"{self.prefix}/{name}"

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from models.backbone import BackboneConfig
+from models.layers import SwiGLU
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,6 @@ def layer_passes(config: Any) -> tuple[int, int, int]:
 
 def block_flops(config: Any) -> float:
     """Forward FLOPs of one block for one token, attention over the whole row included."""
-    from models.layers import SwiGLU
-
     width, positions = config.hidden_size, config.prefix_len + config.seq_len
     share = positions / config.seq_len  # prefix positions are computed too
     inner = SwiGLU.inner_size(width, config.expansion)
@@ -62,9 +61,14 @@ def block_flops(config: Any) -> float:
     return (mlp + projections + 4 * width * seen) * share
 
 
+def config_of(model: nn.Module) -> Any:
+    """The architecture's options (a module's attributes have no type)."""
+    return model.config
+
+
 def measure(model: nn.Module) -> Cost:
     """Counts a model, which may live on the meta device."""
-    config = model.config
+    config = config_of(model)
     sizes = dict(core=0, embed=0, head=0)
     for name, parameter in model.named_parameters():
         part = "core" if ".layers." in name else "embed" if "embed" in name else "head"
@@ -97,8 +101,6 @@ def memory(
     ema: bool,
 ) -> dict[str, int]:
     """Estimated bytes of one replica by part; `rows` are its slots, `micro_rows` at once."""
-    from models.layers import SwiGLU
-
     wide = 8 if config.forward_dtype == "float64" else 4
     item = 2 if config.forward_dtype == "bfloat16" else wide
     positions = config.prefix_len + config.seq_len
@@ -129,8 +131,10 @@ def report(
     model: nn.Module, *, rows: int, micro_rows: int, world_size: int, optimizer: str, ema: bool
 ) -> str:
     """What `dry_run` prints; `rows` are the slots of one replica."""
-    config, cost = model.config, measure(model)
-    parts = memory(config, cost, rows=rows, micro_rows=micro_rows, optimizer=optimizer, ema=ema)
+    config, cost = config_of(model), measure(model)
+    shape: dict[str, Any] = dict(rows=rows, optimizer=optimizer, ema=ema)
+    parts = memory(config, cost, micro_rows=micro_rows, **shape)
+    least = sum(memory(config, cost, micro_rows=1, **shape).values())
     step_tokens = rows * world_size * config.seq_len
     plain = cost.layer_passes - cost.gradient_passes
     lines = [
@@ -150,7 +154,7 @@ def report(
         ("FLOPs per optimizer step", f"{_short(cost.train_flops * step_tokens)} "
          f"({rows * world_size} rows x {config.seq_len} tokens)"),
         ("memory of a replica", f"about {_bytes(sum(parts.values()))} "
-         f"({rows} rows, {micro_rows} at once)"),
+         f"({rows} rows, {micro_rows} at once; {_bytes(least)} with one at once)"),
         *((f"  {name}", _bytes(size)) for name, size in parts.items()),
     ]  # fmt: skip
     return "\n".join(f"{name:<26}{value}" for name, value in lines)
@@ -169,3 +173,20 @@ def _short(number: float) -> str:
 
 def _bytes(number: int) -> str:
     return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
+
+
+def fitting_rows(model: nn.Module, rows: int, free: int, *, optimizer: str, ema: bool) -> int:
+    """The most rows at once, dividing `rows`, whose estimate stays under 80 % of `free` bytes."""
+    counted = measure(model)
+    for micro_rows in (n for n in range(rows, 0, -1) if rows % n == 0):
+        need = memory(
+            config_of(model),
+            counted,
+            rows=rows,
+            micro_rows=micro_rows,
+            optimizer=optimizer,
+            ema=ema,
+        )
+        if sum(need.values()) < 0.8 * free:
+            return micro_rows
+    return 1

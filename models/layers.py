@@ -75,6 +75,9 @@ class CastedEmbedding(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of rotary positions (Su et al. 2021, arXiv 2104.09864), (positions, K)."""
 
+    cos_cached: Tensor
+    sin_cached: Tensor
+
     def __init__(self, dim: int, max_positions: int, base: float, dtype: torch.dtype):
         super().__init__()
         inverse = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)

@@ -166,7 +166,7 @@ class ACTLossHead(nn.Module):
 
     def __init__(self, model: nn.Module, loss_type: str, **options):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.config = ACTLossConfig(loss_type=loss_type, **options)
         self.loss = LOSSES[loss_type]
 
@@ -259,7 +259,8 @@ class ACTLossHead(nn.Module):
 
     @staticmethod
     def _metrics(carry, outputs, valid, correct, exact, divisor, halt_target) -> dict[str, Tensor]:
-        """Sums over the rows that have just halted; `rows` counts all rows with a real label."""
+        """Sums over the rows that have just halted; `rows` counts all rows with a real label,
+        `slots` all rows, over which the norms of the latents are summed."""
         done = carry.halted & valid
         metrics = {
             "count": done.sum(),
@@ -268,6 +269,11 @@ class ACTLossHead(nn.Module):
             "exact_accuracy": (done & exact).sum(),
             "steps": torch.where(done, carry.steps, 0).sum(),
         }
+        inner = carry.inner_carry
+        if inner.z_H.numel() > 0:  # mean norm of a position
+            metrics["slots"] = torch.full((), len(inner.z_H), device=inner.z_H.device)
+            for name, z in (("z_H_norm", inner.z_H), ("z_L_norm", inner.z_L)):
+                metrics[name] = at_least_float32(z).norm(dim=-1).mean(1).sum()
         if "q_halt_logits" in outputs:
             says = outputs["q_halt_logits"] >= 0
             metrics["q_halt_accuracy"] = (done & (says == halt_target)).sum()

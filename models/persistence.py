@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import yaml
 
@@ -57,7 +56,7 @@ def save(
     """Writes `run`/step_<n> and prunes older ones; every rank calls it."""
     folder = checkpoint.step_folder(run, state.step)
     shard = None
-    if config.checkpoint_carry and state.carries is not None:
+    if config.checkpoint_carry and state.carries:
         share = len(state.halted) // backend.world_size
         slots = [backend.rank * share, (backend.rank + 1) * share]
         shard = {"slots": slots, "carry": carry_rows(state.carries)}
@@ -84,15 +83,21 @@ def save(
 def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoint | None:
     """The checkpoint to go on from, checked; None for a new run."""
     if config.resume == "none":
+        if not config.eval_only and (there := checkpoint.checkpoints_of(run)):
+            raise UserError(
+                f"resume=none starts a new run, but {run} holds {there[-1].name} of an old one; "
+                "choose another run_name, or move the folder away"
+            )
         return None
-    folder: Path | None = Path(config.resume)
-    if config.resume == "auto":
-        found = checkpoint.checkpoints_of(run)
-        folder = found[-1] if found else None
-    elif not (folder / checkpoint.MANIFEST).is_file() and (
-        inside := checkpoint.checkpoints_of(folder)
+    folder: Path | None = None
+    if config.resume != "auto" and (Path(config.resume) / checkpoint.MANIFEST).is_file():
+        folder = Path(config.resume)
+    elif found := checkpoint.checkpoints_of(
+        run if config.resume == "auto" else Path(config.resume)
     ):
-        folder = inside[-1]
+        folder = found[-1]
+    elif config.resume != "auto":
+        raise UserError(f"resume={config.resume} is neither a checkpoint nor a run that has one")
     folder = backend.broadcast_object(folder)
     if folder is None:
         return None
@@ -155,9 +160,8 @@ def restore(
             print("note: held rows were not saved, they start again; the run is not exact")
         return
     state.load_carry(rows, micro_batches)
-    own = torch.cat([carry.halted for carry in state.carries or []])
+    own = torch.cat([carry.halted for carry in state.carries])
     state.halted = backend.all_gather(own.int()).cpu().numpy().astype(bool)
-    assert isinstance(state.halted, np.ndarray)
 
 
 def load_pretrained(
@@ -169,11 +173,11 @@ def load_pretrained(
     old = None
     if opened is not None:
         old = opened.json("identifiers.json")
-        if tokenizer is not None and "tokenizer.json" in opened:
-            if opened.text("tokenizer.json") != tokenizer.read_text():
-                raise UserError(
-                    f"load_checkpoint={config.load_checkpoint} was trained with another tokenizer "
-                    f"than {tokenizer}; build the corpus with the checkpoint's tokenizer.json"
-                )
+        known = opened.text("tokenizer.json") if "tokenizer.json" in opened else None
+        if tokenizer is not None and known is not None and known != tokenizer.read_text():
+            raise UserError(
+                f"load_checkpoint={config.load_checkpoint} was trained with another tokenizer "
+                f"than {tokenizer}; build the corpus with the checkpoint's tokenizer.json"
+            )
     match_identifiers(weights, old, identifiers)
     load_into(model.model, weights)

@@ -20,7 +20,7 @@ from models.ema import EMA
 from models.losses import ACTLossHead
 from models.recursive_reasoning.athena_trm import Carry, InnerCarry
 from models.sparse_embedding import SparseEmbeddingSignSGD, sparse_embeddings
-from utils.config_schema import PretrainConfig
+from utils.config_schema import EarlyStoppingConfig, PretrainConfig
 from utils.functions import load_class
 from utils.optim import create_optimizers
 
@@ -68,8 +68,8 @@ class TrainState:
     ema: EMA | None
     halted: np.ndarray
     """(global batch,) bool: which slots are free, as of the last step."""
-    carries: list[Carry] | None = None
-    """Held rows, one carry a micro-batch; None before the first step."""
+    carries: list[Carry] = field(default_factory=list)
+    """Held rows, one carry a micro-batch; none before the first step."""
     step: int = 0
     seconds: float = 0.0
     """Training time so far, evaluation and saving left out."""
@@ -94,6 +94,22 @@ class TrainState:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def stops_early(self, rule: EarlyStoppingConfig | None, results: dict[str, Any]) -> bool:
+        """Whether early stopping ends the run after this evaluation."""
+        if rule is None:
+            return False
+        if f"eval/{rule.metric}" not in results:
+            raise UserError(
+                f"early_stopping.metric={rule.metric} was not evaluated; there are "
+                + ", ".join(sorted(name.removeprefix("eval/") for name in results))
+            )
+        value = results[f"eval/{rule.metric}"] * (1 if rule.mode == "max" else -1)
+        if self.best is None or value > self.best + rule.min_delta:
+            self.best, self.bad_evaluations = value, 0
+        else:
+            self.bad_evaluations += 1
+        return self.bad_evaluations >= rule.patience
 
     def counters(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.COUNTERS}

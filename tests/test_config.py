@@ -2,10 +2,8 @@
 
 import copy
 import functools
-import os
 import random
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from utils.config import (
     PretrainConfig,
     compose_config,
     config_warnings,
-    hydra_entry,
     load_config,
 )
 from utils.functions import load_class, load_model_class, random_run_name, source_path
@@ -449,137 +446,3 @@ def test_run_names_follow_their_generator_and_can_name_folders():
     assert len(set(names)) > 40
     assert all(re.fullmatch(r"[a-z]+-[a-z]+", name) for name in names)
     assert random_run_name()
-
-
-# --- the command line ------------------------------------------------------------------------
-
-PROGRAM = """
-import sys
-sys.path.insert(0, {root!r})
-from utils.config import hydra_entry
-
-assert "torch" not in sys.modules  # a typo must not wait for it
-
-@hydra_entry
-def launch(cfg):
-    if cfg.seed == 14:
-        raise RuntimeError("a bug")
-    if "lrr" in cfg:
-        from utils.config import load_config
-        load_config(cfg)
-    print("lr", cfg.lr, "run", cfg.run_name)
-
-launch()
-"""
-
-
-@pytest.fixture
-def command(tmp_path):
-    """Runs a program like pretrain.py in an empty folder, with any number of command lines."""
-    (tmp_path / "program").mkdir()
-    (tmp_path / "cwd").mkdir()
-    program = tmp_path / "program" / "pretrain.py"
-    program.write_text(PROGRAM.format(root=str(ROOT)))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HYDRA", "LOCAL_"))}
-
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, str(program), *arguments],
-            cwd=tmp_path / "cwd",
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    run.cwd = tmp_path / "cwd"
-    return run
-
-
-def refused(result: subprocess.CompletedProcess) -> str:
-    """The one sentence of a refused command line."""
-    assert result.returncode == 2, result
-    assert result.stdout == "" and result.stderr.count("\n") == 1, result
-    assert result.stderr.startswith("error: ")
-    return result.stderr.removeprefix("error: ").strip()
-
-
-def test_a_run_leaves_the_working_directory_alone(command):
-    result = command("data_paths=[x]", "+run_name=x", "lr=1e-3", "hydra.verbose=false")
-    assert (result.returncode, result.stdout, result.stderr) == (0, "lr 0.001 run x\n", "")
-    assert list(command.cwd.iterdir()) == []
-
-
-def test_a_typo_on_the_command_line(command):
-    sentence = refused(command("lrr=1", DATA))
-    assert sentence == "unknown key 'lrr': did you mean 'lr'?"
-
-
-def test_a_bug_keeps_its_traceback(command):
-    bug = command("seed=14")
-    assert bug.returncode == 1 and "RuntimeError: a bug" in bug.stderr and "launch" in bug.stderr
-
-
-def test_sweeps_still_work(command):
-    result = command("run_name=x", "-m", "lr=1e-3,2e-3")
-    assert result.stdout.splitlines() == ["lr 0.001 run x", "lr 0.002 run x"], result
-
-
-# The rest in this process: starting one for each would mostly test Python's start.
-
-
-def test_cfg_prints_the_config(monkeypatch, capsys):
-    arguments = ["--cfg", "job", "arch=athena_trm_tiny", "lr=1e-3"]
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
-    hydra_entry(lambda cfg: pytest.fail("must not run"))()
-    shown = OmegaConf.create(capsys.readouterr().out)
-    assert (shown.lr, shown.arch.hidden_size) == (1e-3, 64)
-
-
-def test_help_lists_groups_presets_and_keys(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--help"])
-    hydra_entry(lambda cfg: pytest.fail("must not run"))()
-    text = capsys.readouterr().out
-    for key, field in PretrainConfig.model_fields.items():
-        assert re.search(rf"^  {key}\b.*{re.escape(field.description)}", text, re.M), key
-    for group, presets in PRESETS.items():
-        assert re.search(rf"^  {group} +{', '.join(presets)}$", text, re.M)
-    assert re.search(r"^  arch\.hidden_size = 2304$", text, re.M)
-
-
-def test_a_mistake_found_while_running(monkeypatch, capsys):
-    def launch(cfg):
-        raise UserError(f"seed {cfg.seed} brings bad luck: use another")
-
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "seed=13"])
-    with pytest.raises(SystemExit) as exit_:
-        hydra_entry(launch)()
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err == "error: seed 13 brings bad luck: use another\n"
-
-
-ENTRY_MISTAKES = [
-    (["arch=athena_trm_lrge"], ["did you mean 'arch=athena_trm_large'", "athena_trm_tiny", "trm"]),
-    (["experiment=nothing"], ["'experiment=nothing'", *PRESETS["experiment"]]),
-    (["data_paths=[a,", "b]"], ["data_paths=[a,", "has no ']'"]),
-    (["lr", "=", "1"], ["'lr'", "key=value"]),
-    (["logger=a,b"], ["ambiguous", "'logger=[a,b]'"]),
-    (["lr=1=2"], ["'lr=1=2'", "quote"]),
-    (["--lr=1"], ["--lr", "lr=1"]),
-    (["--multrun"], ["'--multirun'"]),
-    (["--config-name", "cfg_pretran"], ["'cfg_pretran'", "cfg_pretrain"]),
-    (["nogroup/x=1"], ["'nogroup/x'", "arch, debug, device, experiment"]),
-    (["hydra.nokey=1"], ["hydra.nokey"]),
-    (["--cfg", "job", "lrr=1"], ["'lrr'", "'lr'"]),
-]
-
-
-@pytest.mark.parametrize(("arguments", "needed"), ENTRY_MISTAKES)
-def test_command_lines_that_hydra_would_refuse(arguments, needed, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        hydra_entry(lambda cfg: pytest.fail("must not run"))()
-    output = capsys.readouterr()
-    assert exit_.value.code == 2
-    assert output.out == "" and output.err.count("\n") == 1 and "HYDRA" not in output.err
-    assert all(part in output.err for part in needed), output.err

@@ -91,6 +91,6 @@ def test_a_text_preset_learns_nothing_from_noise(loss_type, depth):
 def test_this_test_sees_a_model_that_looks_ahead(loss_type):
     changes = dict(causal=False, document_mask=False, puzzle_emb_ndim=0, rope_theta=100.0)
     head = head_of(loss_type, **SHALLOW, **changes)
-    train_on_noise(head, updates=180)
+    train_on_noise(head, updates=300)
     mean, _ = mean_and_error(held_out(head, batches=5)[-1])
     assert mean < 1.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import finish, make_config, start
+from training_tools import finish, make_config, start
 
 from dataset.common import UserError
 from pretrain import train
@@ -71,9 +71,7 @@ def test_resuming_with_changed_keys_lists_them(text_corpus, run_training):
     run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
     with pytest.raises(UserError, match=r"lr \(was 0.001, is 0.002\)"):
         run_training(text_corpus, "run", "max_steps=2", "evaluators=[]", "lr=2e-3")
-    run_training(
-        text_corpus, "run", "max_steps=2", "evaluators=[]", "lr=2e-3", "resume_allow=[lr]"
-    )
+    run_training(text_corpus, "run", "max_steps=2", "evaluators=[]", "lr=2e-3", "resume_allow=[lr]")
 
 
 def test_a_damaged_checkpoint_is_refused(text_corpus, run_training):
@@ -170,9 +168,7 @@ PUZZLES = [
 
 
 @pytest.mark.parametrize("kind", ["text", "puzzles"])
-def test_ranks_and_micro_batches_leave_the_curve_alone(
-    kind, text_corpus, puzzle_corpus, tmp_path
-):
+def test_ranks_and_micro_batches_leave_the_curve_alone(kind, text_corpus, puzzle_corpus, tmp_path):
     corpus, options = (text_corpus, TEXT) if kind == "text" else (puzzle_corpus, PUZZLES)
     runs = many_ways(tmp_path, corpus, options, "pretrain.py")
     off = {name: value for name, value in differences(runs).items() if not value <= 1e-7}
@@ -292,12 +288,15 @@ def test_evaluation_saves_named_outputs_and_reports_by_step(text_corpus, run_tra
     assert len(set(by_step)) == 4
     assert metrics_of(run, "eval/text/nats_per_token")[-1] == pytest.approx(by_step[-1])
     assert metrics_of(run, "eval/text/domain_poems/perplexity")
-    assert sum(metrics_of(run, "eval/all/hist/accuracy")[-1]) == metrics_of(run, "eval/all/rows")[-1]
+    assert (
+        sum(metrics_of(run, "eval/all/hist/accuracy")[-1]) == metrics_of(run, "eval/all/rows")[-1]
+    )
 
 
 def test_early_stopping_ends_a_run_that_no_longer_improves(text_corpus, run_training):
     run = run_training(
-        text_corpus, "run", "lr=0", "puzzle_emb_lr=0", "epochs=50", "max_steps=200", "eval_interval=0.2",
+        text_corpus, "run", "lr=0", "puzzle_emb_lr=0", "epochs=50", "max_steps=200",
+        "eval_interval=0.2",
         "early_stopping={metric: text/perplexity, patience: 2}",
     )  # fmt: skip
     assert len(metrics_of(run, "eval/text/perplexity")) == 3

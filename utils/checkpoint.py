@@ -69,7 +69,8 @@ def save(
     barrier()
     if rank == 0:
         _seal(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            _remove(folder)
         temporary.rename(folder)
         _fsync(folder.parent)
     barrier()
@@ -100,9 +101,15 @@ def prune(run: Path, keep: int | None) -> None:
     """Removes all but the newest `keep` checkpoints."""
     if keep is not None:
         for folder in checkpoints_of(run)[:-keep]:
-            doomed = folder.with_name(f".{folder.name}.old")
-            folder.rename(doomed)  # so that a crash leaves no half-removed checkpoint
-            shutil.rmtree(doomed)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Renames first, so that a crash leaves no half-removed checkpoint."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 class Checkpoint:

@@ -104,8 +104,7 @@ def _plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         reason = str(error).splitlines()[0]
         raise UserError(f"{error.full_key or 'the config'} cannot be read: {reason}") from error
     assert isinstance(plain, dict)
-    plain.pop("hydra", None)
-    return plain
+    return {str(key): value for key, value in plain.items() if key != "hydra"}
 
 
 def _validate_schema(

@@ -212,7 +212,7 @@ def _line(
     kind = item["type"]
     if kind == "extra_forbidden":
         above = path.rpartition(".")[0]
-        fields = owner.model_fields if owner is not None else {}
+        fields = getattr(owner, "model_fields", {})
         siblings = [f"{above}.{name}" if above else name for name in fields]
         return f"unknown key '{path}': {did_you_mean(path, siblings, everywhere)}"
     if kind == "missing":

@@ -67,7 +67,7 @@ def compose_config(overrides: list[str], config_name: str = CONFIG_NAME) -> Dict
 
     Raises UserError for overrides that Hydra cannot read and for presets that do not exist.
     """
-    overrides = [_normalised(override, _groups([CONFIG_DIR])) for override in overrides]
+    overrides = _normalised(overrides, _groups([CONFIG_DIR]))
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -179,7 +179,7 @@ def _arguments(argv: list[str]) -> list[str]:
     groups = _groups(folders)
     if any(flag in ("--cfg", "-c") for flag in flags):
         _refuse_unknown(overrides, groups)
-    return flags + [_normalised(override, groups) for override in overrides]
+    return flags + _normalised(overrides, groups)
 
 
 def _refuse_unknown(overrides: list[str], groups: set[str]) -> None:
@@ -200,17 +200,24 @@ def _unknown_flag(flag: str, value: str) -> str:
     return f"unknown flag '{flag}': {advice}"
 
 
-def _normalised(override: str, groups: set[str]) -> str:
-    """`key=value`, `+key=value` -> `++key=value`; `+group=preset` -> `group=preset`."""
-    match = _ASSIGNMENT.fullmatch(override)
-    if match is None:
-        return override  # hydra/..., ~key, group@package: Hydra's own
-    key, value = match["key"], match["value"]
-    if key in groups:
-        return f"{key}={value}"
-    if key.split(".")[0] == "hydra":
-        return override
-    return f"++{key}={value}"
+def _normalised(overrides: list[str], groups: set[str]) -> list[str]:
+    """`key=value`, `+key=value` -> `++key=value`; `+group=preset` -> `group=preset`.
+
+    `group=null` is dropped: it is the default, which Hydra cannot be told again.
+    """
+    found = []
+    for override in overrides:
+        match = _ASSIGNMENT.fullmatch(override)
+        key = match["key"] if match else ""
+        if match is None or key.split(".")[0] == "hydra":
+            found.append(override)  # hydra/..., ~key, group@package: Hydra's own
+        elif key not in groups:
+            found.append(f"++{key}={match['value']}")
+        elif match["value"] == "null" and key == "arch":
+            raise UserError("arch=null: a run needs an architecture, " + ", ".join(_presets("arch")))
+        elif match["value"] != "null":
+            found.append(f"{key}={match['value']}")
+    return found
 
 
 # --- sentences ----------------------------------------------------------------------------

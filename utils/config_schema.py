@@ -156,7 +156,7 @@ class PretrainConfig(pydantic.BaseModel):
 
     # Evaluation
     evaluators: list[Evaluator] = Field(
-        ["text@PerplexityEvaluator"],  # type: ignore[list-item]  # read like a user's value
+        ["text@PerplexityEvaluator"],  # read like a user's value
         validate_default=True,
         description="module@Class, or {name: module@Class, option: value}",
     )

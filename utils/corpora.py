@@ -67,6 +67,8 @@ class Corpora:
         if not data_paths:
             raise UserError("data_paths is empty; name at least one corpus folder.")
         self.split = split
+        self.data_paths: list[str]
+        self.metadata: DatasetMetadata
         roots = [_existing_folder(path) for path in data_paths]
         folders = [find_split(root, split) for root in roots]
         metadata = [load_metadata(folder) for folder in folders]
@@ -78,10 +80,9 @@ class Corpora:
         self.domains, domain_maps = _join_domains(metadata, like)
         self._parts: list[CorpusPart] = []
         self.num_rows = self.num_groups = 0
-        for folder, meta, *maps in zip(
-            folders, metadata, identifier_maps, domain_maps, strict=True
-        ):
-            self._add_corpus(folder, meta, *maps, verify=verify)
+        opened = zip(folders, metadata, identifier_maps, domain_maps, strict=True)
+        for folder, meta, identifier_map, domain_map in opened:
+            self._add_corpus(folder, meta, identifier_map, domain_map, verify)
         self._row_ends = np.cumsum([part.num_rows for part in self._parts])
         self._group_ends = np.cumsum([part.num_groups for part in self._parts])
         if split == "train" and (self.num_rows == 0 or self.num_groups == 0):

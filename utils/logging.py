@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,9 +81,13 @@ class WandbLogger:
         self.run.finish()
 
 
-LOGGERS = {"jsonl": JSONLLogger, "tensorboard": TensorBoardLogger, "wandb": WandbLogger}
+LOGGERS: dict[str, Callable[[Path, dict[str, Any]], Logger]] = {
+    "jsonl": JSONLLogger,
+    "tensorboard": TensorBoardLogger,
+    "wandb": WandbLogger,
+}
 
 
-def create_loggers(names: list[str], run: Path, config: dict[str, Any]) -> list[Logger]:
+def create_loggers(names: Sequence[str], run: Path, config: dict[str, Any]) -> list[Logger]:
     run.mkdir(parents=True, exist_ok=True)
     return [LOGGERS[name](run, config) for name in names]

@@ -1,6 +1,7 @@
 """Optimizers by name, and which weights they decay."""
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ class AdamATan2(Optimizer):
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list[dict]:
     """Weights that are matrices of linear maps decay; embeddings and vectors only if asked."""
-    decayed, kept = [], []
+    decayed: list[Tensor] = []
+    kept: list[Tensor] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim >= 2 and not name.endswith("embedding_weight")
         (decayed if matrix or decay_all else kept).append(parameter)
@@ -62,7 +64,7 @@ def create_optimizers(
     if name == "muon":
         return _muon(model, lr, betas, weight_decay, decay_all)
     groups = parameter_groups(model, weight_decay, decay_all)
-    options = dict(lr=lr, betas=betas, weight_decay=weight_decay)
+    options: dict[str, Any] = dict(lr=lr, betas=betas, weight_decay=weight_decay)
     if name == "adamw":
         return [torch.optim.AdamW(groups, **options)]
     if device_type == "cuda" and importlib.util.find_spec("adam_atan2"):

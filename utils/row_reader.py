@@ -79,7 +79,7 @@ class RowReader:
         self._corpora = corpora
         self._low = 1 if low is None else max(1, low)
         self._high = NO_BUDGET if high is None else high
-        self._with_starts = with_starts and corpora.metadata.eos_id is not None
+        self._eos_id = corpora.metadata.eos_id if with_starts else None
 
     def read(self, rows: np.ndarray, relabel_keys: np.ndarray | None = None) -> Batch:
         """Batch for global row numbers (b,); -1 makes an ignored row."""
@@ -91,9 +91,9 @@ class RowReader:
         targets = np.where(targets > 0, np.maximum(targets, self._low), NO_BUDGET)
         data["iteration_targets"] = np.minimum(targets, self._high).astype(np.int32)
         meta = self._corpora.metadata
-        if self._with_starts:
+        if self._eos_id is not None:
             data["document_starts"] = document_starts(
-                data["inputs"], data["labels"], meta.eos_id, meta.pad_id
+                data["inputs"], data["labels"], self._eos_id, meta.pad_id
             )
         if not self._corpora.has_targets:
             del data["iteration_targets"]

@@ -14,7 +14,7 @@ def warmup_cosine(step: int, warmup: int, progress: float, min_ratio: float) -> 
     return (min(1.0, step / warmup) if warmup > 0 else 1.0) * cosine(progress, min_ratio)
 
 
-def trm_warmup_cosine(step: int, warmup: int, total_steps: int, min_ratio: float) -> float:
+def trm_warmup_cosine(step: int, warmup: int, total_steps: float, min_ratio: float) -> float:
     """TRM's schedule: the cosine begins where the warm-up ends, both counted in steps."""
     if step < warmup:
         return step / warmup

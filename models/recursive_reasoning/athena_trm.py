@@ -134,6 +134,8 @@ class AthenaTRMInner(Backbone):
     """The recursion: no halting, no losses."""
 
     config: AthenaTRMConfig
+    H_init: Tensor
+    L_init: Tensor
 
     def __init__(self, config: AthenaTRMConfig):
         super().__init__(config)
@@ -151,7 +153,7 @@ class AthenaTRMInner(Backbone):
             self.reasoning_head = CastedLinear(config.hidden_size, config.reasoning_vocab_size)
         with torch.no_grad():  # almost never halts at first, as in TRM
             self.q_head.weight.zero_()
-            self.q_head.bias.fill_(-5)
+            self.q_head.bias.fill_(-5)  # type: ignore[union-attr]
 
     def recur(self, carry: InnerCarry, data: Batch, info: SequenceInfo) -> tuple[Tensor, Tensor]:
         """One ACT step: z_H, z_L (B, P+S, D), with gradient through the last H_grad_cycles."""

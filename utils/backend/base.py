@@ -6,6 +6,7 @@ something that is not there.
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -107,6 +108,16 @@ class Backend:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def cannot_compile(self) -> str | None:
+        """Why torch.compile will not work on this device; None if it should."""
+        if (
+            shutil.which(os.environ.get("CXX", ""))
+            or shutil.which("g++")
+            or shutil.which("clang++")
+        ):
+            return None
+        return "it needs a C++ compiler, and there is neither g++ nor clang++"
 
     def available_memory(self) -> int:
         """Bytes that this replica may still take."""

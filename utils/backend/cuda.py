@@ -30,6 +30,9 @@ class CUDABackend(Backend):
             for k, v in batch.items()
         }
 
+    def cannot_compile(self) -> str | None:
+        return None
+
     def available_memory(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]
 

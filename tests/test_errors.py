@@ -1,0 +1,184 @@
+"""What a user sees who made a mistake: one sentence, no traceback, before a model is built."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training_tools import ROOT, TINY, make_config
+
+from dataset.common import UserError
+from pretrain import launch, main, open_data
+from utils.config import compose_config
+
+
+def refused(capsys, monkeypatch, *arguments: str) -> str:
+    """Runs the real entry point; the sentence on stderr."""
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
+    monkeypatch.setattr("pretrain.create_model", lambda *a, **k: pytest.fail("a model was built"))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    return printed.split("error: ", 1)[1].strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        (["lrr=1"], ["lrr", "'lr'"]),
+        (["arch.hiden_size=4"], ["arch.hiden_size", "arch.hidden_size"]),
+        (["lr=fast"], ["lr", "fast"]),
+        (["arch.num_heads=5"], ["hidden_size=32", "num_heads=5"]),
+        (["global_batch_size=6", "grad_accum_steps=4"], ["6", "4"]),
+        (["experiment=nothing"], ["nothing", "quickstart"]),
+        (["device_type=cuda"], ["cuda", "device_type=auto"]),
+        (["device_type=tpu"], ["not available yet"]),
+        (["parallel=fsdp"], ["fsdp", "ddp"]),
+        (["resume=no/such"], ["no/such"]),
+        (["early_stopping={metric: x, patience: 0}"], ["patience"]),
+    ],
+)
+def test_mistakes_in_the_config(text_corpus, arguments, needed, capsys, monkeypatch):
+    if arguments == ["device_type=cuda"]:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("there is a CUDA device")
+    sentence = refused(capsys, monkeypatch, *TINY, f"data_paths=[{text_corpus}]", *arguments)
+    for part in needed:
+        assert part in sentence, sentence
+
+
+def test_a_missing_corpus(capsys, monkeypatch):
+    sentence = refused(capsys, monkeypatch, *TINY, "data_paths=[data/nowhere]", "device_type=cpu")
+    assert "data/nowhere" in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize("null", ["experiment=null", "debug=null"])
+def test_null_takes_a_group_away(null, text_corpus):
+    assert compose_config([*TINY, f"data_paths=[{text_corpus}]", null]).lr == 1e-3
+
+
+@pytest.fixture
+def copied(text_corpus, tmp_path) -> Path:
+    return Path(shutil.copytree(text_corpus, tmp_path / "copy"))
+
+
+def opening(corpus: Path) -> str:
+    with pytest.raises(UserError) as error:
+        open_data(make_config(corpus))
+    return str(error.value)
+
+
+def test_a_damaged_array(copied):
+    path = copied / "train" / "all" / "labels.npy"
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 4
+    path.write_bytes(data)
+    assert "labels.npy" in opening(copied)
+
+
+def test_a_truncated_array(copied):
+    path = copied / "train" / "all" / "inputs.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "inputs.npy" in opening(copied)
+
+
+def test_a_missing_array(copied):
+    (copied / "train" / "all" / "inputs.npy").unlink()
+    assert "inputs" in opening(copied)
+
+
+def test_a_tokenizer_that_does_not_belong_to_the_corpus(copied):
+    path = copied / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 999, "content": "<x>"})
+    path.write_text(json.dumps(tokenizer))
+    assert "tokenizer.json" in opening(copied) and "1000" in opening(copied)
+
+
+def test_two_corpora_with_different_tokenizers(text_corpus, copied):
+    path = copied / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(UserError, match="differ"):
+        open_data(make_config(text_corpus, f"data_paths_test=[{copied}]"))
+
+
+def test_an_empty_test_split_skips_evaluation_with_one_sentence(copied, tmp_path, capsys):
+    shutil.rmtree(copied / "test")
+    run = [f"checkpoint_path={tmp_path}/run", "max_steps=1"]
+    launch(compose_config([*TINY, f"data_paths=[{copied}]", *run]))
+    assert "evaluation is skipped" in capsys.readouterr().out
+
+
+def test_new_run_in_the_folder_of_an_old_one(text_corpus, run_training):
+    run_training(text_corpus, "run", "max_steps=1", "evaluators=[]")
+    with pytest.raises(UserError, match="resume=none"):
+        run_training(text_corpus, "run", "max_steps=1", "evaluators=[]", "resume=none")
+
+
+def test_dry_run_counts_the_large_preset(capsys):
+    """The cost is told before the start: 210 layer passes a step, up to 10,080 a token; the core
+    is what the name says, and no head is there that nothing trains."""
+    sizes = ["vocab_size=32000", "seq_len=2048"]
+    launch(compose_config(["arch=athena_trm_large", "dry_run=true", *sizes]))
+    printed = capsys.readouterr().out
+    core, heads = (
+        float(re.search(rf"^  {part} +([\d.]+) M", printed, re.MULTILINE)[1])
+        for part in (r"core \(blocks\)", "heads")
+    )
+    assert 250 <= core <= 330
+    assert heads == pytest.approx(2304 * 32000 / 1e6, rel=1e-3)
+    assert "210 per ACT step" in printed and "10,080" in printed
+
+
+def test_dry_run_flops_equal_what_torch_counts():
+    """One training forward and backward pass of a small model, by torch's own counter."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from models import cost
+    from models.losses import ACTLossHead
+    from models.recursive_reasoning.athena_trm import AthenaTRM
+
+    options = dict(
+        batch_size=2, seq_len=16, vocab_size=64, num_puzzle_identifiers=3, hidden_size=64,
+        num_heads=4, num_key_value_heads=4, expansion=4, H_cycles=3, L_cycles=2, L_layers=2,
+        H_grad_cycles=2, causal=False, document_mask=False, puzzle_emb_ndim=64,
+        forward_dtype="float32", halt_exploration_prob=0.0,
+    )  # fmt: skip
+    model = AthenaTRM(options)
+    head = ACTLossHead(model, "softmax_cross_entropy")
+    tokens = torch.randint(64, (2, 16))
+    batch = dict(inputs=tokens, labels=tokens, puzzle_identifiers=torch.ones(2, dtype=torch.long))
+    with FlopCounterMode(display=False) as counter:
+        _, loss, *_ = head(return_keys=(), carry=model.initial_carry(batch), batch=batch)
+        forward = counter.get_total_flops()
+        loss.backward()
+    counted = cost.measure(model)
+    q_head = 2 * 2 * 64 * 2  # two logits a row, left out of the estimate
+    assert forward - q_head == counted.forward_flops * 2 * 16
+    backward = counter.get_total_flops() - forward
+    # torch's attention backward computes the scores again: five products instead of four
+    assert backward == pytest.approx((counted.train_flops - counted.forward_flops) * 32, rel=0.03)
+
+
+def test_the_entry_point_in_a_process_of_its_own(tmp_path):
+    """As typed, from another folder; torch must not be needed for the answer to be quick."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "pretrain.py"), "lrr=1"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "did you mean 'lr'?" in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_arrays_of_the_corpus_use_the_smallest_dtype(text_corpus):
+    assert np.load(text_corpus / "train" / "all" / "inputs.npy").dtype == np.uint16

@@ -1,0 +1,127 @@
+"""Small corpora on disk and ways to run the real training on them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.build_corpus_dataset import main as build_corpus
+from dataset.build_sudoku_dataset import main as build_sudoku
+from dataset.train_tokenizer import main as train_tokenizer
+from pretrain import train
+from utils.backend.cpu import CPUBackend
+from utils.config import PretrainConfig, compose_config, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # tiny models: threads would only get in each other's way
+
+TINY = (
+    "arch=athena_trm_tiny",
+    "arch.hidden_size=32",
+    "arch.halt_max_steps=4",
+    "arch.force_min_steps=1",
+    "arch.halt_exploration_prob=0.3",
+    "arch.post_refinement_steps=0",
+    "arch.loss.loss_type=softmax_cross_entropy",
+    "device_type=cpu",
+    "lr=1e-3",
+    "lr_warmup_steps=0",
+    "global_batch_size=8",
+    "log_interval=1",
+)
+
+
+def write_texts(folder: Path, seed: int, documents: int) -> list[Path]:
+    """Two domains of pseudo-text, documents of very different length and variety."""
+    rng = np.random.default_rng(seed)
+    words = ["".join(rng.choice(list("abcdefgh"), rng.integers(1, 6))) for _ in range(120)]
+    files = []
+    for name, share in (("poems", 120), ("lists", 12)):
+        lines = [
+            " ".join(rng.choice(words[: rng.integers(2, share)], rng.integers(3, 60)))
+            for _ in range(documents)
+        ]
+        files.append(folder / f"{name}.txt")
+        files[-1].write_text("\n".join(lines))
+    return files
+
+
+@pytest.fixture(scope="session")
+def text_corpus(tmp_path_factory) -> Path:
+    """Rows of 24 tokens of two domains, budgets 1..4, with a test split."""
+    folder = tmp_path_factory.mktemp("text")
+    files = [
+        str(f) for f in write_texts(folder, seed=np.random.SeedSequence().entropy, documents=60)
+    ]
+    tokenizer = folder / "tok.json"
+    train_tokenizer(["--input-files", *files, "--vocab-size", "300", "--output", str(tokenizer)])
+    corpus = folder / "corpus"
+    build_corpus(
+        ["--tokenizer-json", str(tokenizer), "--input-files", *files, "--output-dir", str(corpus)]
+        + "--seq-len 24 --train-ratio 0.8 --min-iterations 1 --max-iterations 6".split()
+    )
+    return corpus
+
+
+@pytest.fixture(scope="session")
+def puzzle_corpus(tmp_path_factory) -> Path:
+    """4x4 sudokus in TRM's format, given five identifiers, so that their embedding
+    trains, and budgets, so that rows halt at different steps."""
+    corpus = tmp_path_factory.mktemp("puzzles") / "sudoku4"
+    build_sudoku(
+        "--size 4 --num-train 64 --num-test 16 --blanks 6 --output-dir".split() + [str(corpus)]
+    )
+    rng = np.random.default_rng()
+    for split in ("train", "test"):
+        path = corpus / split / "all__puzzle_identifiers.npy"
+        np.save(path, rng.integers(0, 5, len(np.load(path))).astype(np.int32))
+        targets = rng.integers(1, 5, len(np.load(path))).astype(np.int32)
+        np.save(path.with_name("all__iteration_targets.npy"), targets)
+        meta = corpus / split / "dataset.json"
+        changes = {"num_puzzle_identifiers": 5, "checksums": {}}
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | changes))
+    (corpus / "identifiers.json").write_text('["<blank>", "a", "b", "c", "d"]')
+    return corpus
+
+
+def make_config(corpus: Path, *overrides: str) -> PretrainConfig:
+    return load_config(compose_config([*TINY, f"data_paths=[{corpus}]", *overrides]))
+
+
+@pytest.fixture
+def run_training(tmp_path) -> Callable[..., Path]:
+    """Trains in this process; returns the run's folder."""
+
+    def run(corpus: Path, name: str, *overrides: str) -> Path:
+        folder = tmp_path / name
+        config = make_config(corpus, f"checkpoint_path={folder}", "run_name=test", *overrides)
+        assert train(CPUBackend(), config) == 0
+        return folder
+
+    return run
+
+
+def start(*overrides: str, ranks: int = 1, script: str = "pretrain.py") -> subprocess.Popen:
+    """`pretrain.py` in processes of its own: as a user starts it, with torchrun if ranks > 1."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.Popen(
+        [*command, str(ROOT / script), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err

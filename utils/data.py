@@ -1,0 +1,35 @@
+"""Opening the corpora of a run: training split, test split, and their tokenizer."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from dataset.common import UserError
+from utils.config_schema import PretrainConfig
+from utils.corpora import Corpora
+from utils.tokenizer_files import check_tokenizers
+
+
+class Data(NamedTuple):
+    """train: the joined training corpora. test: the split to evaluate, or None without one."""
+
+    train: Corpora
+    test: Corpora | None
+    test_paths: list[str]
+    tokenizer: Path | None
+
+
+def open_data(config: PretrainConfig) -> Data:
+    """Opens and checks the corpora; UserError where something is missing or does not fit."""
+    train = Corpora(config.data_paths, "train")
+    for key, value in (("vocab_size", config.vocab_size), ("seq_len", config.seq_len)):
+        found = getattr(train.metadata, key)
+        if value is not None and value != found:
+            raise UserError(f"{key}={value}, but the corpus has {key} {found}; leave the key out")
+    test_paths = config.data_paths_test or config.data_paths
+    paths = [*config.data_paths, *config.data_paths_test]
+    tokenizer = check_tokenizers(paths, train.metadata.vocab_size)
+    has_test = any((Path(path) / "test").is_dir() for path in test_paths)
+    test = Corpora(test_paths, "test", like=train) if has_test else None
+    if test is not None and test.num_rows == 0:
+        test = None
+    return Data(train, test, test_paths, tokenizer)
