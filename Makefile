@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 RUN_NAME ?= quickstart
-SECONDS_EACH ?= 360
+SECONDS_EACH ?= 500
 # Keys of pretrain.py on top of a recipe: make quickstart OVERRIDES="max_seconds=60 compile=false"
 OVERRIDES ?=
 
@@ -53,7 +53,7 @@ $(DEMO)/.complete: | $(BASE)
 
 $(DEMO)/tokenizer.json: $(DEMO)/.complete
 	$(PY) -m dataset.train_tokenizer --input-files $(DEMO)/train --documents file \
-		--vocab-size 1024 --output $@
+		--vocab-size 2048 --output $@
 
 # The report is written last and with the corpus as a whole: where it is, the corpus is finished.
 $(CORPUS)/build_report.json: $(DEMO)/tokenizer.json
@@ -78,7 +78,7 @@ compare: $(BASE) $(CORPUS)/build_report.json  ## recursion against a plain decod
 # --- a puzzle --------------------------------------------------------------------------------
 
 data/sudoku6/identifiers.json: | $(BASE)
-	$(PY) -m dataset.build_sudoku_dataset --size 6 --num-train 1000 --num-test 200 \
+	$(PY) -m dataset.build_sudoku_dataset --size 6 --num-train 20000 --num-test 1000 \
 		--blanks 20 --output-dir data/sudoku6
 
 sudoku: $(BASE) data/sudoku6/identifiers.json  ## train on 6 x 6 sudokus

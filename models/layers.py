@@ -107,20 +107,25 @@ def visible(document_starts: Tensor, prefix: int, causal: bool) -> Any:
     CUDA a BlockMask of the same content, which skips the blocks that nobody sees.
     """
     owner = F.pad(document_starts, (prefix, 0), value=-1)
-    length = owner.shape[1]
     if owner.is_cuda:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            allowed = (owner[b, query] == owner[b, key]) | (key < prefix)
-            return allowed & (query >= key) if causal else allowed
-
-        return create_block_mask(sees, len(owner), None, length, length, device=owner.device)
-    positions = torch.arange(length, device=owner.device)
+        return block_mask(owner, prefix, causal)
+    positions = torch.arange(owner.shape[1], device=owner.device)
     mask = (owner[:, :, None] == owner[:, None, :]) | (positions < prefix)
     if causal:
         mask = mask & (positions[:, None] >= positions)
     return mask.unsqueeze(1)
+
+
+def block_mask(owner: Tensor, prefix: int, causal: bool) -> Any:
+    """What `visible` says, as flex attention takes it; owner (B, P+S), -1 on the prefix."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        allowed = (owner[b, query] == owner[b, key]) | (key < prefix)
+        return allowed & (query >= key) if causal else allowed
+
+    rows, length = owner.shape
+    return create_block_mask(sees, rows, None, length, length, device=owner.device)
 
 
 @cache

@@ -214,7 +214,9 @@ def _normalised(overrides: list[str], groups: set[str]) -> list[str]:
         elif key not in groups:
             found.append(f"++{key}={match['value']}")
         elif match["value"] == "null" and key == "arch":
-            raise UserError("arch=null: a run needs an architecture, " + ", ".join(_presets("arch")))
+            raise UserError(
+                "arch=null: a run needs an architecture, " + ", ".join(_presets("arch"))
+            )
         elif match["value"] != "null":
             found.append(f"{key}={match['value']}")
     return found

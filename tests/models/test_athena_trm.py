@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from models import layers
 from models.losses import LOSSES, ACTLossHead
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from models.recursive_reasoning.transformer import Transformer
@@ -155,6 +156,25 @@ def test_grouped_queries_equal_repeated_keys_and_values():
         logits_by_step(grouped.eval(), batch), logits_by_step(full.eval(), batch), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_the_mask_for_cuda_says_the_same(causal, prefix):
+    """Flex attention with the block mask, uncompiled on the CPU, against the boolean mask."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    starts = random_batch(documents=True)["document_starts"]
+    length = prefix + S
+    q, k, v = (torch.randn(B, heads, length, 16) for heads in (4, 2, 2))
+    owner = torch.nn.functional.pad(starts, (prefix, 0), value=-1)
+    flex = flex_attention(
+        q, k, v, block_mask=layers.block_mask(owner, prefix, causal), enable_gqa=True
+    )
+    plain = layers.attend(
+        q, k, v, layers.SequenceInfo(None, None, layers.visible(starts, prefix, causal), causal)
+    )
+    torch.testing.assert_close(flex, plain, rtol=0, atol=1e-5)
 
 
 # --- halting -------------------------------------------------------------------------------
