@@ -102,9 +102,11 @@ def dry_run(config: PretrainConfig) -> None:
     )  # fmt: skip
 
 
-def create_stream(config: PretrainConfig, data: Data, backend: Backend, micro_batches: int):
-    options = config.arch.options
-    steps = options.get("halt_max_steps")  # a plain decoder has no budgets to keep
+def create_stream(
+    config: PretrainConfig, arch: Any, data: Data, backend: Backend, micro_batches: int
+) -> TrainStream:
+    """`arch` is the model's own config, with its defaults."""
+    steps = getattr(arch, "halt_max_steps", None)  # a plain decoder has no budgets to keep
     return TrainStream(
         data.train,
         global_batch_size=config.global_batch_size,
@@ -117,7 +119,7 @@ def create_stream(config: PretrainConfig, data: Data, backend: Backend, micro_ba
         rank=backend.rank,
         world_size=backend.world_size,
         micro_batches=micro_batches,
-        explore_prob=options.get("halt_exploration_prob", 0.0),
+        explore_prob=getattr(arch, "halt_exploration_prob", 0.0),
         explore_max=steps or 1,
     )
 
@@ -140,8 +142,12 @@ def train(backend: Backend, config: PretrainConfig) -> int:
     resumed = persistence.find_resume(config, folder, backend)
     labels = data.train.reasoning_width > 0
     model = create_model(config, data.train.metadata, batch_size=rows, reasoning_labels=labels)
+    saved_rows = resumed.json("state.json").get("micro_rows") if resumed is not None else None
+    if saved_rows is not None and rows % saved_rows:
+        saved_rows = None  # of another world size
     micro_rows = config.micro_rows(backend.world_size) or backend.broadcast_object(
-        cost.fitting_rows(
+        saved_rows  # as before, so that a resumed run stays exact whatever is free today
+        or cost.fitting_rows(
             model.model,
             rows,
             backend.available_memory(),
@@ -159,15 +165,15 @@ def train(backend: Backend, config: PretrainConfig) -> int:
         all_gather=backend.all_gather,
         device_type=backend.device.type,
     )
-    stream = create_stream(config, data, backend, rows // micro_rows)
+    stream = create_stream(config, model.model.config, data, backend, rows // micro_rows)
     run = Run(
         config, backend, data, stream, folder, rows // micro_rows, cost.measure(model.model), []
     )
-    state.next_eval = max(config.eval_interval or math.inf, config.min_eval_interval)
     if resumed is not None:
         persistence.restore(config, state, stream, backend, resumed, run.micro_batches)
     if backend.is_main:
         run.loggers.extend(create_loggers(config.logger, folder, resolved(config)))
+    if backend.is_main and not config.eval_only:
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
     try:
         if config.eval_only:
@@ -191,16 +197,15 @@ def train_loop(run: Run, state: TrainState) -> int:
     mark = Mark(state.seconds, state.step, run.stream.examples_entered)
     shown = run.backend.is_main
     with signals() as received, progress_bar(shown, run_progress(run, state)) as bar:
-        while not limit_reached(config, state):
+        while not (state.stopped or limit_reached(config, state)):
             batches = run.stream.next(state.step + 1, state.halted)
             if batches is None:
                 break
-            metrics, stop = train_batch(run, state, batches, received)
+            metrics, stop = train_batch(run, state, batches, clock, received)
             sums.add(metrics)
-            state.seconds = clock.seconds
             if state.step % config.log_interval == 0:
                 log_training(run, state, sums, bar, mark)
-            due = run.stream.epoch >= state.next_eval
+            due = run.stream.epoch >= state.next_eval(config)
             every = config.checkpoint_interval
             asked = (every and state.step % every == 0) or (due and config.checkpoint_every_eval)
             if stop or asked:
@@ -212,14 +217,12 @@ def train_loop(run: Run, state: TrainState) -> int:
                          f"go on with run_name={config.run_name}")  # fmt: skip
                 return 128 + stop
             if due:
-                while state.next_eval <= run.stream.epoch:
-                    state.next_eval += config.eval_interval or math.inf
                 with clock.paused():
-                    ended = state.stops_early(config.early_stopping, run_evaluation(run, state))
-                evaluated_at = state.step
-                if ended:
+                    results = run_evaluation(run, state)
+                evaluated_at, state.evaluated_epoch = state.step, run.stream.epoch
+                if state.stops_early(config.early_stopping, results):
                     say(run, "stopped early: the evaluations no longer improve")
-                    break
+                    saved_at = -1  # the next start must know
         log_training(run, state, sums, bar, mark)
     if saved_at != state.step:
         save(run, state)
@@ -229,7 +232,11 @@ def train_loop(run: Run, state: TrainState) -> int:
 
 
 def train_batch(
-    run: Run, state: TrainState, batches: list[dict[str, np.ndarray]], received: list[int]
+    run: Run,
+    state: TrainState,
+    batches: list[dict[str, np.ndarray]],
+    clock: Clock,
+    received: list[int],
 ) -> tuple[dict[str, Tensor], int]:
     """One optimizer step over this replica's micro-batches.
 
@@ -249,12 +256,11 @@ def train_batch(
             backend.backward(loss / config.global_batch_size)
         finite &= torch.isfinite(loss.detach())
         totals.add(metrics)
-    norm = clip(state, config.grad_clip_norm)
+    norm = state.clip_gradients(config.grad_clip_norm)
     if norm is not None:
         finite &= torch.isfinite(norm)
-    signal_number = torch.tensor([received[0] if received else 0], device=backend.device)
     state.step += 1
-    state.halted, all_finite, stop = share_flags(backend, state, finite, signal_number)
+    all_finite, stop = share_flags(backend, state, finite, clock, received)
     if all_finite:
         apply_update(run, state)
     else:
@@ -268,22 +274,17 @@ def train_batch(
 
 
 def share_flags(
-    backend: Backend, state: TrainState, finite: Tensor, signal_number: Tensor
-) -> tuple[np.ndarray, bool, int]:
-    """Which slots have halted, over all ranks in slot order; whether all ranks are finite; and
-    the largest signal number."""
-    own = torch.cat([carry.halted for carry in state.carries])
-    flags = torch.cat((own.int(), finite.int().view(1), signal_number.int()))
+    backend: Backend, state: TrainState, finite: Tensor, clock: Clock, received: list[int]
+) -> tuple[bool, int]:
+    """What all ranks must agree on: which slots have halted (in slot order) and rank 0's clock,
+    both noted in `state`; whether all ranks are finite, and the largest signal number."""
+    own = torch.cat([carry.halted for carry in state.carries]).long()
+    host = [round(clock.seconds * 1000), received[0] if received else 0]
+    flags = torch.cat((own, finite.long().view(1), torch.tensor(host, device=own.device)))
     table = backend.all_gather(flags.unsqueeze(0)).cpu().numpy()
-    return table[:, :-2].astype(bool).ravel(), bool(table[:, -2].all()), int(table[:, -1].max())
-
-
-def clip(state: TrainState, max_norm: float | None) -> Tensor | None:
-    """Norm of the gradients, which are clipped to `max_norm` if there is one."""
-    if not state.parameters:
-        return None
-    limit = math.inf if max_norm is None else max_norm
-    return torch.nn.utils.clip_grad_norm_(state.parameters, limit)
+    state.halted = table[:, :-3].astype(bool).ravel()
+    state.seconds = table[0, -2] / 1000
+    return bool(table[:, -3].all()), int(table[:, -1].max())
 
 
 def learning_rate_factor(run: Run, state: TrainState) -> float:
@@ -340,7 +341,7 @@ def skip_update(run: Run, state: TrainState) -> None:
 
 def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
     """Evaluates the averaged weights on the test split, logs and prints what was found."""
-    config, backend = run.config, run.backend
+    config, backend, arch = run.config, run.backend, state.model.model.config
     if run.data.test is None:
         say(run, "the corpora have no test split, or an empty one: evaluation is skipped")
         return {}
@@ -355,10 +356,9 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
         world_size=backend.world_size,
         max_batches=config.eval_max_batches,
         min_iterations=config.min_iterations,
-        max_iterations=config.arch.options.get("halt_max_steps"),
+        max_iterations=getattr(arch, "halt_max_steps", None),
     )
-    options = config.arch.options
-    if options.get("post_refinement_steps") and not options.get("post_refinement_train"):
+    if getattr(arch, "post_refinement_steps", 0) and not arch.post_refinement_train:
         say(run, "note: the refinement passes were never trained (post_refinement_train=false); "
                  "figures without them are under unrefined/")  # fmt: skip
     evaluators = create_evaluators(config.evaluators, run.data.test_paths, run.data.test.metadata)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -49,7 +48,7 @@ class PerplexityEvaluator:
         self._add("", nats, tokens, size)
         if "unrefined_token_nll" in preds:
             self._add("unrefined/", _row_sums(preds["unrefined_token_nll"]), tokens, size)
-        for k, by_step in enumerate(preds["row_nll_by_step"].double().cpu().numpy().T, 1):
+        for k, by_step in enumerate(preds["row_nll_by_step"].cpu().double().numpy().T, 1):
             self._add(f"step_{k}/", by_step, tokens, size)
         if "domain_ids" in batch and len(self.metadata.domains) > 1:
             domains = batch["domain_ids"].cpu().numpy()
@@ -83,4 +82,4 @@ class PerplexityEvaluator:
 
 
 def _row_sums(token_nll: Tensor) -> np.ndarray:
-    return token_nll.sum(-1, dtype=torch.float64).cpu().numpy()
+    return token_nll.cpu().double().sum(-1).numpy()  # not every device has float64

@@ -211,6 +211,9 @@ class ACTLossHead(nn.Module):
             if logit in outputs and target is not None:
                 losses[name] = _halting_loss(outputs[logit], target, valid)
                 total = total + 0.5 * losses[name]
+        if "reasoning_logits" in outputs:
+            # a head that is only looked at must still take part in the backward pass of all ranks
+            total = total + 0.0 * outputs["reasoning_logits"].sum()
         if self.config.reasoning_loss_weight and "reasoning_labels" in data:
             losses["reasoning_loss"] = self._reasoning_loss(
                 outputs, data["reasoning_labels"], valid
@@ -251,7 +254,7 @@ class ACTLossHead(nn.Module):
         return exact | spent if kind == "exact_or_budget" else spent
 
     def _reasoning_loss(self, outputs: dict[str, Tensor], labels: Tensor, valid: Tensor) -> Tensor:
-        logits = outputs["reasoning_logits"]
+        logits = outputs["reasoning_logits"][:, : labels.shape[1]]
         labels = labels[:, : logits.shape[1]]
         mask = (labels != IGNORE_LABEL_ID) & valid.unsqueeze(-1)
         loss = self.loss.cross_entropy(logits, labels, valid_mask=mask)

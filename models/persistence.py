@@ -60,7 +60,13 @@ def save(
         share = len(state.halted) // backend.world_size
         slots = [backend.rank * share, (backend.rank + 1) * share]
         shard = {"slots": slots, "carry": carry_rows(state.carries)}
-    counters = {"counters": state.counters(), "stream": stream.state_dict()}
+    position = stream.state_dict()
+    if shard is None and config.feed == "consume":
+        # held rows start again, but those that have halted are done
+        places = zip(position["held_places"], state.halted.tolist(), strict=True)
+        position["held_places"] = [-1 if halted else place for place, halted in places]
+    micro_rows = len(state.carries[0].halted) if state.carries else None
+    counters = {"counters": state.counters(), "stream": position, "micro_rows": micro_rows}
     checkpoint.save(
         folder,
         tensors=state.tensors() if backend.is_main else {},
@@ -105,6 +111,8 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
     if backend.is_main:
         opened.verify()
         print(f"resuming from {folder}")
+        if folder.parent.resolve() == run.resolve() and not config.eval_only:
+            checkpoint.set_aside(run, after=folder)
     backend.barrier()
     check_unchanged(config, yaml.safe_load(opened.text("config.yaml")))
     return opened

@@ -41,7 +41,8 @@ class CastedSparseEmbedding(nn.Module):
 class SparseEmbeddingSignSGD(Optimizer):
     """Sign-SGD with decoupled weight decay on the rows used since the last step.
 
-    w ← w·(1 − lr·wd) − lr·sign(Σ gradients of w). `all_gather` concatenates a tensor over ranks
+    w ← w·(1 − lr·wd) − lr·sign(Σ gradients of w). A row whose gradient is all 0 was used by
+    ignored rows only and stays as it is. `all_gather` concatenates a tensor over ranks
     (first axis); every rank must hold equally many rows.
     """
 
@@ -68,9 +69,9 @@ class SparseEmbeddingSignSGD(Optimizer):
         unique, inverse = ids.unique(return_inverse=True)
         total = grads.new_zeros(len(unique), grads.shape[1]).index_add_(0, inverse, grads)
         group = self.param_groups[0]
-        rows = self.embedding.weights[unique]
-        rows.mul_(1 - group["lr"] * group["weight_decay"]).sub_(total.sign_(), alpha=group["lr"])
-        self.embedding.weights[unique] = rows
+        old = self.embedding.weights[unique]
+        new = old * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * total.sign()
+        self.embedding.weights[unique] = torch.where(total.any(1, keepdim=True), new, old)
 
 
 def _gradient(rows: Tensor) -> Tensor:

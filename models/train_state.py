@@ -4,6 +4,7 @@ Model, optimizers, averages, held rows and counters; the stream keeps its own po
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,7 +23,7 @@ from models.recursive_reasoning.athena_trm import Carry, InnerCarry
 from models.sparse_embedding import SparseEmbeddingSignSGD, sparse_embeddings
 from utils.config_schema import EarlyStoppingConfig, PretrainConfig
 from utils.functions import load_class
-from utils.optim import create_optimizers
+from utils.optim import AdamATan2, create_optimizers
 
 
 def create_model(
@@ -38,9 +39,11 @@ def create_model(
     `device` is "meta" to count a model without allocating it.
     """
     options, loss = config.arch.options, config.arch.loss
-    if options.get("enable_reasoning_stream") == "auto":
+    architecture = load_class(config.arch.name)
+    if "enable_reasoning_stream" in architecture.Config.model_fields:  # type: ignore[attr-defined]
+        wanted = options.get("enable_reasoning_stream", "auto")
         used = bool(loss.options.get("reasoning_loss_weight")) and reasoning_labels
-        options["enable_reasoning_stream"] = used
+        options["enable_reasoning_stream"] = used if wanted == "auto" else wanted
     sizes = dict(
         batch_size=batch_size,
         seq_len=metadata.seq_len,
@@ -50,7 +53,7 @@ def create_model(
     torch.manual_seed(config.seed)
     try:
         with torch.device(device):
-            model = load_class(config.arch.name)(options | sizes)
+            model = architecture(options | sizes)
     except ValidationError as error:
         messages = "; ".join(fault["msg"] for fault in error.errors())
         raise UserError(f"arch and the corpus do not fit: {messages}") from None
@@ -75,8 +78,10 @@ class TrainState:
     """Training time so far, evaluation and saving left out."""
     nonfinite: int = 0
     nonfinite_in_a_row: int = 0
-    next_eval: float = 0.0
-    """Epoch of the next evaluation."""
+    evaluated_epoch: float = 0.0
+    """Epoch of the last evaluation."""
+    stopped: bool = False
+    """Early stopping has ended the run."""
     best: float | None = None
     bad_evaluations: int = 0
     parameters: list[nn.Parameter] = field(default_factory=list)
@@ -86,7 +91,8 @@ class TrainState:
         "seconds",
         "nonfinite",
         "nonfinite_in_a_row",
-        "next_eval",
+        "evaluated_epoch",
+        "stopped",
         "best",
         "bad_evaluations",
     )
@@ -94,6 +100,13 @@ class TrainState:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def clip_gradients(self, max_norm: float | None) -> Tensor | None:
+        """Norm of the gradients, which are clipped to `max_norm` if there is one."""
+        if not self.parameters:
+            return None
+        limit = math.inf if max_norm is None else max_norm
+        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
 
     def stops_early(self, rule: EarlyStoppingConfig | None, results: dict[str, Any]) -> bool:
         """Whether early stopping ends the run after this evaluation."""
@@ -105,11 +118,21 @@ class TrainState:
                 + ", ".join(sorted(name.removeprefix("eval/") for name in results))
             )
         value = results[f"eval/{rule.metric}"] * (1 if rule.mode == "max" else -1)
-        if self.best is None or value > self.best + rule.min_delta:
+        if not math.isnan(value) and (self.best is None or value > self.best + rule.min_delta):
             self.best, self.bad_evaluations = value, 0
         else:
             self.bad_evaluations += 1
-        return self.bad_evaluations >= rule.patience
+        self.stopped = self.bad_evaluations >= rule.patience
+        return self.stopped
+
+    def next_eval(self, config: PretrainConfig) -> float:
+        """Epoch from which the next evaluation is due."""
+        every = config.eval_interval
+        if every is None:
+            return math.inf
+        # half a row in a million rows: a sum of fractions may fall short of its epoch
+        following = (math.floor(self.evaluated_epoch / every + 1e-9) + 1) * every
+        return max(following, config.min_eval_interval)
 
     def counters(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.COUNTERS}
@@ -132,7 +155,7 @@ class TrainState:
     def load_tensors(self, read: Callable[[str], Any]) -> None:
         load_into(self.model, read("model"))
         for optimizer, state in zip(self.optimizers, read("optimizer"), strict=True):
-            optimizer.load_state_dict(state)
+            load_optimizer(optimizer, state)
         if self.ema is not None:
             self.ema.load_state_dict(read("ema"))
         torch.set_rng_state(read("rng"))
@@ -191,6 +214,20 @@ def create_train_state(
         halted=np.ones(config.global_batch_size, dtype=bool),
         parameters=trainable,
     )
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Loads moments and step counts; rates and decays stay those of today's config."""
+    today = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, today, strict=True):
+        group.update(values)
+    if "atan2" in type(optimizer).__name__.lower():
+        # the plain one counts steps in Python, the fused one on the device: either reads both
+        plain = isinstance(optimizer, AdamATan2)
+        for parameter, moments in optimizer.state.items():
+            count = float(moments["step"])
+            moments["step"] = int(count) if plain else torch.tensor(count, device=parameter.device)
 
 
 def load_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -260,6 +297,7 @@ def carry_from_rows(rows: dict[str, Tensor]) -> Carry:
 
 
 def source_files(model: ACTLossHead) -> list[tuple[Path, str]]:
-    """Source of the architecture and the loss, to be kept with the weights."""
-    files = {Path(inspect.getfile(type(module))) for module in (model, model.model)}
-    return [(path, f"source/{path.name}") for path in sorted(files)]
+    """Source of the architecture, the loss and what they are made of, to keep with the weights."""
+    files = {Path(inspect.getfile(type(module))) for module in model.modules()}
+    own = [path for path in sorted(files) if "site-packages" not in path.parts]
+    return [(path, f"source/{path.name}") for path in own]

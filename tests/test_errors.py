@@ -100,7 +100,7 @@ def test_a_tokenizer_that_does_not_belong_to_the_corpus(copied):
     tokenizer = json.loads(path.read_text())
     tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 999, "content": "<x>"})
     path.write_text(json.dumps(tokenizer))
-    assert "tokenizer.json" in opening(copied) and "1000" in opening(copied)
+    assert "tokenizer.json has 301 token ids" in opening(copied)
 
 
 def test_two_corpora_with_different_tokenizers(text_corpus, copied):

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def save(
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in folder.parent.glob(".step_*.*"):  # by a crash
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
     if shard is not None:
@@ -95,6 +97,18 @@ def _fsync(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def set_aside(run: Path, after: Path) -> None:
+    """Renames the checkpoints that a run has beyond `after`, from which it starts again.
+
+    They would be taken for the newest otherwise, and the new ones for old.
+    """
+    found = checkpoints_of(run)
+    for folder in found[found.index(run / after.name) + 1 :]:
+        aside = folder.with_name(f"abandoned_{folder.name}_{int(time.time())}")
+        folder.rename(aside)
+        print(f"note: {folder.name} is later than {after.name}, it is now {aside.name}")
 
 
 def prune(run: Path, keep: int | None) -> None:

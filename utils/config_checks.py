@@ -104,7 +104,7 @@ def _parallel(c: Context) -> Iterator[str]:
 @_reads("data_paths", "data_paths_test", "dry_run", "eval_only", "vocab_size", "seq_len")
 def _data(c: Context) -> Iterator[str]:
     config = c.config
-    if config.data_paths or (config.eval_only and config.data_paths_test):
+    if config.data_paths:
         return
     if not config.dry_run:
         yield "data_paths is empty: name at least one corpus folder, data_paths=[data/my_corpus]"

@@ -37,7 +37,6 @@ PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Ratio = Annotated[Float, Field(ge=0, le=1)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]  # of a running average: 1 would never move
-Weight = Annotated[Float, Field(gt=0)]
 
 
 class _Component(pydantic.BaseModel):
@@ -91,7 +90,7 @@ class PretrainConfig(pydantic.BaseModel):
     data_paths_test: list[str] = Field(
         [], description="corpus folders to evaluate on; [] is data_paths"
     )
-    domain_weights: dict[str, Weight] | None = Field(
+    domain_weights: dict[str, NonNegativeFloat] | None = Field(
         None, description="share of each domain in the mix, by name; null is by size"
     )
     min_iterations: PositiveInt | None = Field(

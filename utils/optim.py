@@ -1,6 +1,7 @@
 """Optimizers by name, and which weights they decay."""
 
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -68,9 +69,15 @@ def create_optimizers(
     if name == "adamw":
         return [torch.optim.AdamW(groups, **options)]
     if device_type == "cuda" and importlib.util.find_spec("adam_atan2"):
-        from adam_atan2 import AdamATan2 as Fused  # the same numbers in one CUDA kernel
+        try:  # the same numbers in one CUDA kernel
+            from adam_atan2 import AdamATan2 as Fused
 
-        return [Fused(groups, **options)]
+            return [Fused(groups, **options)]
+        except (ImportError, OSError) as error:
+            warnings.warn(
+                f"adam-atan2 is installed but does not load ({error}); plain PyTorch is used",
+                stacklevel=2,
+            )
     return [AdamATan2(groups, **options)]
 
 

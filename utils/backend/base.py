@@ -7,9 +7,11 @@ something that is not there.
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -121,18 +123,31 @@ class Backend:
 
     def available_memory(self) -> int:
         """Bytes that this replica may still take."""
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return free // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        return free_host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
     def memory_bytes(self) -> int | None:
         """Peak memory of this process on its device since the start, if known."""
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Dense matrix FLOP/s of the device in `dtype`, where known."""
         return None
+
+
+def free_host_memory() -> int:
+    """Bytes that the host still gives, within the limit of a container."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, max(0, int(text) - int(used.read_text())))
+    return free
 
 
 def require(backend: type[Backend]) -> Backend:

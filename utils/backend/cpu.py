@@ -15,4 +15,4 @@ class CPUBackend(Backend):
         if self.world_size > 1:
             # ranks that each take every core slow one another down many times
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
