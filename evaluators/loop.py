@@ -1,5 +1,6 @@
 """One evaluation: every row of a split, a fixed number of ACT steps, metrics over all ranks."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,20 +97,30 @@ def run_batch(model, batch: Batch, keys: set[str], max_steps: int, figures: SetF
 
     Rows that have halted keep their outputs. `row_nll_by_step` (B, steps) is the sum of a row's
     nats after each step, without refinement, which belongs to the end of the run.
+    `reasoning_preds` (B, steps, R) is what the reasoning head reads in z_L after each step.
     """
     curve = "row_nll_by_step" in keys
-    wanted = keys - {"row_nll_by_step"} | set(SetFigures.CURVE) | {"valid"}
+    stream = "reasoning_preds" in keys
+    wanted = keys - {"row_nll_by_step", "reasoning_preds"} | set(SetFigures.CURVE) | {"valid"}
     wanted |= {"steps", "q_halt_logits", "row_halt_target"}
     if curve:
         wanted |= {"token_nll", "unrefined_token_nll"}
-    carry, preds, row_nll = model.initial_carry(batch), {}, []
+    if stream:
+        wanted |= {"reasoning_logits"}
+    carry, preds = model.initial_carry(batch), {}
+    row_nll: list[Tensor] = []
+    decoded: list[Tensor] = []
     for step in range(max_steps):
         carry, _, _, preds, _ = model(return_keys=sorted(wanted), carry=carry, batch=batch)
         figures.add_step(step, preds)
         if curve:
             source = preds.get("unrefined_token_nll", preds["token_nll"])
             row_nll.append(source.sum(-1))
+        if "reasoning_logits" in preds and stream:
+            decoded.append(preds["reasoning_logits"].argmax(-1))
     figures.add_end(preds)
+    if decoded:
+        preds["reasoning_preds"] = torch.stack(decoded, dim=1)
     if curve:
         preds["row_nll_by_step"] = torch.stack(row_nll, dim=1)
     return preds
@@ -150,6 +161,8 @@ def evaluate(
         for name in save_outputs:
             if (value := preds.get(name, batch.get(name))) is not None:
                 saved.setdefault(name, []).append(value.cpu())
+    if missing := sorted(set(save_outputs) - set(saved)):
+        warnings.warn(f"eval_save_outputs: there is no {', '.join(missing)}", stacklevel=2)
     if saved and save_path is not None:
         save_path.mkdir(parents=True, exist_ok=True)
         joined = {name: torch.cat(parts) for name, parts in saved.items()}

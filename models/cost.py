@@ -77,6 +77,15 @@ def measure(model: nn.Module) -> Cost:
     passes, with_gradient, steps = layer_passes(config)
     block, head = block_flops(config), 2 * config.hidden_size * config.vocab_size
     again = 4 if config.use_gradient_checkpointing else 3
+    train = (passes - with_gradient) * block + with_gradient * again * block + 3 * head
+    evaluate = passes * block + head
+    refinement = getattr(config, "post_refinement_steps", 0) * getattr(config, "layers", 0) * block
+    if refinement:
+        trained = config.post_refinement_train
+        train += again * refinement if trained else 0
+        evaluate += refinement + (0 if trained else head)  # untrained: scored with and without it
+    if not getattr(config, "no_ACT_continue", True):
+        train += passes * block  # the bootstrapped target looks one step ahead
     return Cost(
         core_parameters=sizes["core"],
         embedding_parameters=sizes["embed"],
@@ -86,8 +95,8 @@ def measure(model: nn.Module) -> Cost:
         layer_passes=passes,
         gradient_passes=with_gradient,
         max_steps=steps,
-        forward_flops=passes * block + head,
-        train_flops=(passes - with_gradient) * block + with_gradient * again * block + 3 * head,
+        forward_flops=evaluate,
+        train_flops=train,
     )
 
 
@@ -117,13 +126,14 @@ def memory(
     logits = config.vocab_size * (item + 3 * wide)
     moments = {"adam_atan2": 2, "adamw": 2, "muon": 1}[optimizer]
     carried = 2 if cost.max_steps > 1 else 0
+    mask = positions**2 if config.document_mask else 0  # a byte a pair
     return {
         "weights": wide * (cost.parameters + cost.identifier_parameters + cost.buffers),
         "gradients": wide * cost.parameters,
         "optimizer": wide * moments * cost.parameters,
         "ema": wide * cost.parameters if ema else 0,
         "carry": carried * item * rows * positions * width,
-        "activations": micro_rows * (positions * blocks + config.seq_len * logits),
+        "activations": micro_rows * (positions * blocks + config.seq_len * logits + mask),
     }
 
 

@@ -44,6 +44,11 @@ def create_model(
         wanted = options.get("enable_reasoning_stream", "auto")
         used = bool(loss.options.get("reasoning_loss_weight")) and reasoning_labels
         options["enable_reasoning_stream"] = used if wanted == "auto" else wanted
+    if loss.options.get("reasoning_loss_weight") and device != "meta" and not reasoning_labels:
+        raise UserError(
+            f"arch.loss.reasoning_loss_weight={loss.options['reasoning_loss_weight']} needs "
+            "reasoning_labels.npy beside the corpus' other arrays; add it or set the weight to 0"
+        )
     sizes = dict(
         batch_size=batch_size,
         seq_len=metadata.seq_len,

@@ -280,7 +280,7 @@ def test_unknown_keys_name_the_nearest_valid_one(override, meant):
         ("micro_batch_size=most", ["micro_batch_size", "a whole number or auto or null"]),
         ("data_paths=data/x", ["data_paths", "a list", "write data_paths=[data/x]"]),
         ("logger=[wandb,tensorbord]", ["logger[1]", "did you mean 'tensorboard'?"]),
-        ("domain_weights={web: -1}", ["domain_weights.web", "greater than 0", "-1"]),
+        ("domain_weights={web: -1}", ["domain_weights.web", "at least 0", "-1"]),
         ("arch.causal=5", ["arch.causal", "true or false", "5"]),
         ("arch.num_heads='36'", ["arch.num_heads", "a whole number", "'36'"]),
         ("arch.L_layers=true", ["arch.L_layers", "a whole number or null", "true"]),

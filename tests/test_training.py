@@ -1,23 +1,19 @@
 """Training as a whole: resume, ranks, feeds, and what the loop promises."""
 
-import json
+import shutil
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from training_tools import finish, make_config, start
+from training_tools import finish, make_config, metrics_of, start
 
 from dataset.common import UserError
 from pretrain import train
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint import Checkpoint, checkpoints_of
-
-
-def metrics_of(run: Path, name: str) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line[name] for line in lines if name in line]
 
 
 def leaves(value, name: str = "") -> dict[str, torch.Tensor]:
@@ -309,3 +305,90 @@ def test_all_loggers_write(text_corpus, run_training):
     )
     assert list((run / "tensorboard").glob("events*"))
     assert metrics_of(run, "train/lm_loss")
+
+
+def test_ranks_stop_together_when_the_time_is_up(text_corpus, tmp_path):
+    """The learning rate follows the clock; two clocks would train two models."""
+    run = tmp_path / "run"
+    process = start(
+        f"data_paths=[{text_corpus}]", f"checkpoint_path={run}", "run_name=x", *TEXT,
+        "device_type=cpu", "global_batch_size=8", "epochs=null", "max_seconds=1.5",
+        "evaluators=[]", "lr_warmup_steps=0", ranks=2,
+    )  # fmt: skip
+    code, out, err = finish(process)
+    assert code == 0, out + err
+    (saved,) = checkpoints_of(run)
+    assert Checkpoint(saved).json("state.json")["counters"]["seconds"] >= 1.5
+
+
+def test_starting_again_from_an_older_checkpoint_sets_later_ones_aside(text_corpus, run_training):
+    options = ["epochs=20", "evaluators=[]", "keep_checkpoints=1", "resume_allow=[max_steps]"]
+    run = run_training(text_corpus, "run", *options, "max_steps=4", "keep_checkpoints=null",
+                       "checkpoint_interval=2")  # fmt: skip
+    run_training(text_corpus, "run", *options, "max_steps=3", f"resume={run / 'step_2'}")
+    assert [p.name for p in checkpoints_of(run)] == ["step_3"]
+    (aside,) = run.glob("abandoned_step_4_*")
+    Checkpoint(aside).verify()
+
+
+def test_a_rate_that_may_change_on_resume_does_change(text_corpus, run_training):
+    options = ["epochs=20", "evaluators=[]", "optimizer=adamw", "keep_checkpoints=null"]
+    run_training(text_corpus, "run", *options, "max_steps=2", "weight_decay=0.5")
+    run = run_training(
+        text_corpus, "run", *options, "max_steps=3", "weight_decay=0.25",
+        "resume_allow=[max_steps,weight_decay]",
+    )  # fmt: skip
+    groups = Checkpoint(run / "step_3").tensors("optimizer")[0]["param_groups"]
+    assert groups[0]["weight_decay"] == 0.25
+
+
+def test_a_run_that_was_stopped_early_stays_so(text_corpus, run_training):
+    options = ["lr=0", "puzzle_emb_lr=0", "epochs=50", "max_steps=200", "eval_interval=0.2"]
+    options += ["early_stopping={metric: text/perplexity, patience: 1}"]
+    run = run_training(text_corpus, "run", *options)
+    steps = [p.name for p in checkpoints_of(run)]
+    run_training(text_corpus, "run", *options)
+    assert [p.name for p in checkpoints_of(run)] == steps
+
+
+def test_two_micro_batches_are_chosen_again_on_resume(text_corpus, run_training):
+    options = ["epochs=20", "evaluators=[]", "micro_batch_size=4", "resume_allow=[max_steps]"]
+    run_training(text_corpus, "run", *options, "max_steps=2")
+    run = run_training(text_corpus, "run", *options, "max_steps=3", "micro_batch_size=auto")
+    assert Checkpoint(run / "step_3").json("state.json")["micro_rows"] == 4
+
+
+def test_a_finished_example_is_not_trained_again_without_a_saved_carry(text_corpus, run_training):
+    options = ["epochs=20", "evaluators=[]", "checkpoint_carry=false", "arch.halt_max_steps=1"]
+    run = run_training(text_corpus, "run", *options, "max_steps=2")
+    places = Checkpoint(run / "step_2").json("state.json")["stream"]["held_places"]
+    assert places == [-1] * 8
+
+
+def test_the_reasoning_stream_is_decoded_per_step(text_corpus, run_training):
+    run = run_training(
+        text_corpus, "run", "max_steps=1", "arch.enable_reasoning_stream=true",
+        "arch.reasoning_vocab_size=11", "arch.reasoning_seq_len=5",
+        "eval_save_outputs=[reasoning_preds]",
+    )  # fmt: skip
+    saved = torch.load(run / "evaluation_step_1" / "predictions_rank0.pt", weights_only=True)
+    assert saved["reasoning_preds"].shape[1:] == (4, 5)
+
+
+def test_a_reasoning_loss_needs_its_labels(text_corpus, run_training):
+    with pytest.raises(UserError, match=r"reasoning_labels\.npy"):
+        run_training(text_corpus, "run", "max_steps=1", "arch.loss.reasoning_loss_weight=0.5")
+
+
+def test_reasoning_labels_train_their_head(text_corpus, tmp_path, run_training):
+    corpus = Path(shutil.copytree(text_corpus, tmp_path / "corpus"))
+    for split in ("train", "test"):
+        rows = len(np.load(corpus / split / "all" / "labels.npy"))
+        labels = np.random.default_rng().integers(0, 11, (rows, 3)).astype(np.int32)
+        np.save(corpus / split / "all" / "reasoning_labels.npy", labels)
+    run = run_training(
+        corpus, "run", "max_steps=2", "evaluators=[]", "arch.reasoning_vocab_size=11",
+        "arch.loss.reasoning_loss_weight=0.5",
+    )  # fmt: skip
+    assert 0 < metrics_of(run, "train/reasoning_loss")[0] < 6
+    assert "model/model.inner.reasoning_head.weight" in contents(run / "step_2")

@@ -125,3 +125,9 @@ def start(*overrides: str, ranks: int = 1, script: str = "pretrain.py") -> subpr
 def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
+
+
+def metrics_of(run: Path, name: str) -> list[float]:
+    """Every logged value of one metric, in order."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
