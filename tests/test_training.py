@@ -298,12 +298,12 @@ def test_early_stopping_ends_a_run_that_no_longer_improves(text_corpus, run_trai
     assert len(metrics_of(run, "eval/text/perplexity")) == 3
 
 
-def test_all_loggers_write(text_corpus, run_training):
-    pytest.importorskip("tensorboard")
-    run = run_training(
-        text_corpus, "run", "max_steps=2", "evaluators=[]", "logger=[jsonl,tensorboard]"
-    )
+def test_all_loggers_write(text_corpus, run_training, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = run_training(text_corpus, "run", "max_steps=2", "logger=[jsonl,tensorboard,wandb]")
     assert list((run / "tensorboard").glob("events*"))
+    assert list((run / "wandb").glob("offline-run-*/run-*.wandb"))
     assert metrics_of(run, "train/lm_loss")
 
 

@@ -8,13 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from dataset.common import UserError
 
 
 class Logger(Protocol):
-    def log(self, metrics: dict[str, float], step: int) -> None: ...
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        """Scalars, and lists of counts by bin."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Writes what is still held back."""
 
 
 class JSONLLogger:
@@ -23,7 +27,7 @@ class JSONLLogger:
     def __init__(self, run: Path, config: dict[str, Any]):
         self.file = (run / "metrics.jsonl").open("a", buffering=1)
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
+    def log(self, metrics: dict[str, Any], step: int) -> None:
         # JSON has no NaN: a reader would choke on the very line that tells of trouble
         finite = {
             k: v if not isinstance(v, float) or math.isfinite(v) else None
@@ -45,9 +49,11 @@ class TensorBoardLogger:
             ) from None
         self.writer = SummaryWriter(str(run / "tensorboard"))
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
+    def log(self, metrics: dict[str, Any], step: int) -> None:
         for name, value in metrics.items():
-            if not isinstance(value, list):
+            if isinstance(value, list):  # counts by bin
+                self.writer.add_histogram(name, np.repeat(np.arange(len(value)), value), step)
+            else:
                 self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -64,18 +70,27 @@ class WandbLogger:
             raise UserError(
                 "logger=[wandb] needs the package wandb: pip install wandb, or logger=[jsonl]"
             ) from None
-        logged_in = "WANDB_API_KEY" in os.environ or wandb.api.api_key is not None
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None:
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        self.histogram = wandb.Histogram
         self.run = wandb.init(
             project=config["project_name"],
             name=config["run_name"],
             dir=str(run),
             config=config,
-            mode=os.environ.get("WANDB_MODE", "online" if logged_in else "offline"),
+            mode=mode,
             settings=wandb.Settings(silent=True),
         )
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self.run.log(metrics, step=step)
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        shown = {
+            name: self.histogram(np_histogram=(value, list(range(len(value) + 1))))
+            if isinstance(value, list)
+            else value
+            for name, value in metrics.items()
+        }
+        self.run.log(shown, step=step)
 
     def close(self) -> None:
         self.run.finish()
