@@ -70,7 +70,7 @@ class WandbLogger:
             raise UserError(
                 "logger=[wandb] needs the package wandb: pip install wandb, or logger=[jsonl]"
             ) from None
-        mode = os.environ.get("WANDB_MODE")
+        mode: Any = os.environ.get("WANDB_MODE")
         if mode is None:
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         self.histogram = wandb.Histogram
@@ -85,7 +85,7 @@ class WandbLogger:
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         shown = {
-            name: self.histogram(np_histogram=(value, list(range(len(value) + 1))))
+            name: self.histogram(np_histogram=(np.array(value), np.arange(len(value) + 1)))
             if isinstance(value, list)
             else value
             for name, value in metrics.items()
