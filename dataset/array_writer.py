@@ -4,6 +4,7 @@ Rows go to a raw stream behind an `.npy` header of fixed size, whose row count i
 end, so that neither memory nor a count known beforehand is needed.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -137,6 +138,14 @@ def is_corpus(folder: Path) -> bool:
     return any(
         (folder / "train" / layout / METADATA_NAME).is_file() for layout in ("all", ".")
     ) and ((folder / "identifiers.json").is_file())
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every builder shares."""
+    parser.add_argument("--output-dir", required=True, type=Path, metavar="FOLDER")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a finished corpus, at the very end"
+    )
 
 
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:

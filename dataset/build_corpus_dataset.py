@@ -18,7 +18,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset.array_writer import SplitWriter, check_output_dir, corpus_folder
+from dataset.array_writer import (
+    SplitWriter,
+    add_output_options,
+    check_output_dir,
+    corpus_folder,
+)
 from dataset.common import UserError, run_cli, token_byte_lengths
 from dataset.corpus import (
     SPLITS,
@@ -318,11 +323,10 @@ def describe_inputs(inputs: list[Input], domains: list[str]) -> list[dict]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dataset.build_corpus_dataset")
+    add_output_options(parser)
     add_input_options(parser)
     add_tokenizer_options(parser)
     add = parser.add_argument
-    add("--output-dir", required=True, type=Path)
-    add("--overwrite", action="store_true", help="replace a finished corpus, at the very end")
     add("--seq-len", type=int, default=2048, help="tokens per row (default: 2048)")
     add("--stride", type=int, help="tokens from one window to the next (default: --seq-len)")
     add("--train-ratio", type=float, help=f"(default: {DEFAULT_TRAIN_RATIO}; 1 with --test-files)")
@@ -341,8 +345,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the top of this file."""
-    args = parse_args(argv)
-    run_cli(lambda: build(args))
+    run_cli(lambda: build(parse_args(argv)))
 
 
 if __name__ == "__main__":

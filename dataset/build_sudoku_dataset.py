@@ -16,7 +16,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset.array_writer import SplitWriter, check_output_dir, corpus_folder, write_json
+from dataset.array_writer import (
+    SplitWriter,
+    add_output_options,
+    check_output_dir,
+    corpus_folder,
+    write_json,
+)
 from dataset.common import BLANK_IDENTIFIER, FORMAT_VERSION, UserError, run_cli
 
 BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
@@ -289,21 +295,19 @@ def _append(writer: SplitWriter, rows: list[tuple[Grid, Grid]]) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dataset.build_sudoku_dataset")
+    add_output_options(parser)
     add = parser.add_argument
     add("--size", type=int, choices=tuple(BOX_SHAPES), default=6, help="(default: 6)")
     add("--num-train", type=int, default=1000, help="(default: 1000)")
     add("--num-test", type=int, default=200, help="(default: 200)")
     add("--blanks", type=int, default=20, help="empty cells of each puzzle (default: 20)")
-    add("--output-dir", required=True, type=Path)
-    add("--overwrite", action="store_true", help="replace a finished data set, at the very end")
     add("--seed", type=int, default=0, help="(default: 0)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the top of this file."""
-    args = parse_args(argv)
-    run_cli(lambda: build(args))
+    run_cli(lambda: build(parse_args(argv)))
 
 
 if __name__ == "__main__":

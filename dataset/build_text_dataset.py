@@ -19,7 +19,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dataset.array_writer import SplitWriter, check_output_dir, corpus_folder
+from dataset.array_writer import (
+    SplitWriter,
+    add_output_options,
+    check_output_dir,
+    corpus_folder,
+)
 from dataset.common import UserError, run_cli, token_byte_lengths
 from dataset.corpus import (
     SPLITS,
@@ -296,11 +301,10 @@ def build(args: argparse.Namespace) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dataset.build_text_dataset")
+    add_output_options(parser)
     add_tokenizer_options(parser)
     add = parser.add_argument
     add("--input-files", nargs="+", required=True, metavar="FILE", help="JSON lines; see above")
-    add("--output-dir", required=True, type=Path)
-    add("--overwrite", action="store_true", help="replace a finished corpus, at the very end")
     add("--max-context-tokens", type=int, default=1024, help="longer prompts lose their start")
     add("--max-response-tokens", type=int, default=1024, help="longer responses lose their end")
     add("--train-ratio", type=float, default=0.98, help="(default: 0.98)")
@@ -316,8 +320,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the top of this file."""
-    args = parse_args(argv)
-    run_cli(lambda: build(args))
+    run_cli(lambda: build(parse_args(argv)))
 
 
 if __name__ == "__main__":

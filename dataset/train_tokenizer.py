@@ -79,8 +79,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the top of this file."""
-    args = parse_args(argv)
-    run_cli(lambda: run(args))
+    run_cli(lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -227,13 +227,13 @@ class Block(nn.Module):
             x = x + self._mix(rms_norm(x, self.eps), info)
             return x + self.mlp(rms_norm(x, self.eps))
         if self.mixes_by_mlp:  # TRM normalises this sum over positions, not over channels
-            x = x.transpose(1, 2)
-            x = rms_norm(x + self.mlp_t(x), self.eps).transpose(1, 2)
+            x = x.transpose(1, 2).contiguous()  # else every product copies it, and batch by batch
+            x = rms_norm(x + self.mlp_t(x), self.eps).transpose(1, 2).contiguous()
         else:
             x = rms_norm(x + self.self_attn(x, info), self.eps)
         return rms_norm(x + self.mlp(x), self.eps)
 
     def _mix(self, x: Tensor, info: SequenceInfo) -> Tensor:
         if self.mixes_by_mlp:
-            return self.mlp_t(x.transpose(1, 2)).transpose(1, 2)
+            return self.mlp_t(x.transpose(1, 2).contiguous()).transpose(1, 2)
         return self.self_attn(x, info)

@@ -18,7 +18,7 @@ from utils.config import (
     config_warnings,
     load_config,
 )
-from utils.functions import load_class, load_model_class, random_run_name, source_path
+from utils.functions import load_class, random_run_name
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = "data_paths=[data/x]"
@@ -422,10 +422,9 @@ def test_a_class_that_does_not_exist(identifier, advice):
         load_class(identifier, "models.")
 
 
-def test_classes_and_their_sources():
-    cls = load_model_class("losses@ACTLossHead")
+def test_a_class_is_found_by_module_and_name():
+    cls = load_class("losses@ACTLossHead")
     assert cls is load_class("losses@ACTLossHead", "models.") and cls.__name__ == "ACTLossHead"
-    assert Path(source_path("losses@ACTLossHead")) == ROOT / "models" / "losses.py"
 
 
 def test_a_missing_package_is_named_and_a_bug_is_not_hidden(tmp_path, monkeypatch):

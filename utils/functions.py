@@ -145,17 +145,6 @@ def load_class(identifier: str, prefix: str = "models.") -> type:
     return found
 
 
-# TRM's name for it, so that scripts written for TRM find what they look for.
-load_model_class = load_class
-
-
-def source_path(identifier: str, prefix: str = "models.") -> str:
-    """The file that defines the class `module@Class`, to be copied beside a checkpoint."""
-    path = inspect.getsourcefile(load_class(identifier, prefix))
-    assert path is not None
-    return path
-
-
 def random_run_name(rng: random.Random | None = None) -> str:
     """Two words such as `steady-otter`, from `rng`, or from the system's randomness.
 
