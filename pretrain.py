@@ -113,7 +113,7 @@ def create_stream(
         seed=config.seed,
         epochs=config.epochs or 1e9,
         feed=config.feed,
-        domain_weights=config.domain_weights,
+        domain_weights=config.domain_weights or data.train.metadata.domain_weights or None,
         min_iterations=config.min_iterations,
         max_iterations=steps,
         rank=backend.rank,
@@ -140,13 +140,10 @@ def train(backend: Backend, config: PretrainConfig) -> int:
     rows = config.rows_per_rank(backend.world_size)
     folder = open_run_folder(config, backend)
     resumed = persistence.find_resume(config, folder, backend)
-    labels = data.train.reasoning_width > 0
-    model = create_model(config, data.train.metadata, batch_size=rows, reasoning_labels=labels)
-    saved_rows = resumed.json("state.json").get("micro_rows") if resumed is not None else None
-    if saved_rows is not None and rows % saved_rows:
-        saved_rows = None  # of another world size
+    labels = data.train.reasoning_ids()
+    model = create_model(config, data.train.metadata, batch_size=rows, reasoning_ids=labels)
     micro_rows = config.micro_rows(backend.world_size) or backend.broadcast_object(
-        saved_rows  # as before, so that a resumed run stays exact whatever is free today
+        persistence.saved_micro_rows(resumed, rows)
         or cost.fitting_rows(
             model.model,
             rows,
@@ -290,7 +287,9 @@ def share_flags(
 def learning_rate_factor(run: Run, state: TrainState) -> float:
     config, stream = run.config, run.stream
     if config.feed == "present":
-        total = min(stream.total_steps or math.inf, config.max_steps or math.inf)
+        in_time = config.max_seconds and state.step * config.max_seconds / (state.seconds or 1)
+        limits = (stream.total_steps, config.max_steps, in_time)
+        total = min((limit for limit in limits if limit), default=math.inf)
         return trm_warmup_cosine(state.step, config.lr_warmup_steps, total, config.lr_min_ratio)
     return warmup_cosine(
         state.step, config.lr_warmup_steps, run_progress(run, state), config.lr_min_ratio

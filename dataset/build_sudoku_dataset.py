@@ -11,7 +11,6 @@ import argparse
 import random
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm

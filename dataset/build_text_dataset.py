@@ -277,6 +277,8 @@ def build(args: argparse.Namespace) -> None:
                 f"--domain-weights names {', '.join(sorted(unknown))}, but the domains are "
                 f"{', '.join(rows.domains)}."
             )
+        if weights:
+            weights = {name: weights.get(name, 1.0) for name in rows.domains}
         if not splits["train"].writer.rows and args.train_ratio > 0:
             raise UserError(
                 f"no example fell to the training split; raise --train-ratio {args.train_ratio}."
@@ -311,7 +313,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=7, help="decides which prompts are test (default: 7)")
     add("--min-iterations", type=int, default=4, help="(default: 4)")
     add("--max-iterations", type=int, default=48, help="(default: 48)")
-    add("--domain-weights", nargs="+", default=[], metavar="NAME=WEIGHT")
+    add(
+        "--domain-weights",
+        nargs="+",
+        default=[],
+        metavar="NAME=WEIGHT",
+        help="share of each domain in training, relative to 1 for those that are not named "
+        "(default: by size); domain_weights of pretrain.py replaces them",
+    )
     add("--identifiers", choices=("none", "domain"), default="domain", help="(default: domain)")
     add("--dedup", choices=("exact", "none"), default="exact", help="(default: exact)")
     add("--max-bad-lines", type=int, default=0, metavar="N", help="lines that may be skipped")

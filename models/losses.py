@@ -140,7 +140,9 @@ class ACTLossConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     loss_type: str = Field("stablemax_cross_entropy", description="one of " + ", ".join(LOSSES))
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="mass spread over all tokens")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="mass spread over all tokens, in training"
+    )
     halt_target: Literal["exact", "budget", "plateau", "exact_or_budget"] = Field(
         "exact", description="what q_halt learns to predict"
     )
@@ -196,8 +198,9 @@ class ACTLossHead(nn.Module):
             preds = logits.argmax(-1)
             correct = mask & (preds == labels)
             exact = correct.sum(-1) == counts
+        smoothing = self.config.label_smoothing if self.training else 0.0
         token_loss = self.loss.cross_entropy(
-            logits, labels, valid_mask=mask, label_smoothing=self.config.label_smoothing
+            logits, labels, valid_mask=mask, label_smoothing=smoothing
         )
         row_loss = token_loss.sum(-1) / divisor
         losses = {"lm_loss": row_loss.sum()}

@@ -147,6 +147,15 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def saved_micro_rows(resumed: Checkpoint | None, rows: int) -> int | None:
+    """Rows of a micro-batch as before, so that a resumed run stays exact whatever is free today.
+
+    None for a new run, or where they do not divide the `rows` of a rank (another world size).
+    """
+    saved = resumed.json("state.json").get("micro_rows") if resumed is not None else None
+    return saved if saved is not None and rows % saved == 0 else None
+
+
 def restore(
     config: PretrainConfig,
     state: TrainState,

@@ -31,20 +31,21 @@ def create_model(
     metadata: DatasetMetadata,
     *,
     batch_size: int,
-    reasoning_labels: bool = False,
+    reasoning_ids: int = 0,
     device: str | torch.device = "cpu",
 ) -> ACTLossHead:
     """The architecture inside its loss head, initialised from `config.seed` on the CPU.
 
+    `reasoning_ids` is the highest label of the corpus' reasoning stream + 1, 0 without one;
     `device` is "meta" to count a model without allocating it.
     """
     options, loss = config.arch.options, config.arch.loss
     architecture = load_class(config.arch.name)
     if "enable_reasoning_stream" in architecture.Config.model_fields:  # type: ignore[attr-defined]
         wanted = options.get("enable_reasoning_stream", "auto")
-        used = bool(loss.options.get("reasoning_loss_weight")) and reasoning_labels
+        used = bool(loss.options.get("reasoning_loss_weight")) and reasoning_ids > 0
         options["enable_reasoning_stream"] = used if wanted == "auto" else wanted
-    if loss.options.get("reasoning_loss_weight") and device != "meta" and not reasoning_labels:
+    if loss.options.get("reasoning_loss_weight") and device != "meta" and not reasoning_ids:
         raise UserError(
             f"arch.loss.reasoning_loss_weight={loss.options['reasoning_loss_weight']} needs "
             "reasoning_labels.npy beside the corpus' other arrays; add it or set the weight to 0"
@@ -62,6 +63,12 @@ def create_model(
     except ValidationError as error:
         messages = "; ".join(fault["msg"] for fault in error.errors())
         raise UserError(f"arch and the corpus do not fit: {messages}") from None
+    known = getattr(model.config, "reasoning_vocab_size", 0)
+    if options.get("enable_reasoning_stream") is True and reasoning_ids > known:
+        raise UserError(
+            f"reasoning_labels.npy holds the label {reasoning_ids - 1}, but "
+            f"arch.reasoning_vocab_size is {known}; it must be at least {reasoning_ids}"
+        )
     return load_class(loss.name)(model, **loss.options)
 
 

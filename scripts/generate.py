@@ -112,7 +112,7 @@ def build_model(
         load_config(raw),
         metadata,
         batch_size=1,
-        reasoning_labels=bool(loss.get("reasoning_loss_weight")),
+        reasoning_ids=int(bool(loss.get("reasoning_loss_weight"))),
         device=device,
     )
     return head, metadata

@@ -1,9 +1,11 @@
 """Training as a whole: resume, ranks, feeds, and what the loop promises."""
 
+import json
 import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from training_tools import finish, make_config, metrics_of, start
 
 from dataset.common import UserError
-from pretrain import train
+from pretrain import learning_rate_factor, train
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint import Checkpoint, checkpoints_of
 
@@ -387,13 +389,40 @@ def test_a_reasoning_loss_needs_its_labels(text_corpus, run_training):
 
 def test_reasoning_labels_train_their_head(text_corpus, tmp_path, run_training):
     corpus = Path(shutil.copytree(text_corpus, tmp_path / "corpus"))
-    for split in ("train", "test"):
+    for split in ("test", "train"):
         rows = len(np.load(corpus / split / "all" / "labels.npy"))
         labels = np.random.default_rng().integers(0, 11, (rows, 3)).astype(np.int32)
         np.save(corpus / split / "all" / "reasoning_labels.npy", labels)
-    run = run_training(
-        corpus, "run", "max_steps=2", "evaluators=[]", "arch.reasoning_vocab_size=11",
-        "arch.loss.reasoning_loss_weight=0.5",
-    )  # fmt: skip
+    labels[-1, -1] = 10
+    np.save(corpus / "train" / "all" / "reasoning_labels.npy", labels)
+    options = ["max_steps=2", "evaluators=[]", "arch.loss.reasoning_loss_weight=0.5"]
+    with pytest.raises(UserError, match=r"label 10, but arch\.reasoning_vocab_size is 10"):
+        run_training(corpus, "run", *options, "arch.reasoning_vocab_size=10")
+    run = run_training(corpus, "run", *options, "arch.reasoning_vocab_size=11")
     assert 0 < metrics_of(run, "train/reasoning_loss")[0] < 6
     assert "model/model.inner.reasoning_head.weight" in contents(run / "step_2")
+
+
+def test_the_weights_that_a_corpus_was_built_with_are_the_default(
+    text_corpus, tmp_path, run_training
+):
+    corpus = Path(shutil.copytree(text_corpus, tmp_path / "corpus"))
+    path = corpus / "train" / "all" / "dataset.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"domain_weights": {"poems": 3, "lists": 1}})
+    )
+    for name, options in (("own", []), ("given", ["domain_weights={poems: 1, lists: 1}"])):
+        run = run_training(corpus, name, "max_steps=1", "evaluators=[]", *options)
+        stream = Checkpoint(run / "step_1").json("state.json")["stream"]
+        assert stream["domain_weights"]["poems"] == (0.5 if options else 0.75)
+
+
+def test_the_cosine_of_trm_ends_when_the_time_does():
+    run = SimpleNamespace(
+        config=make_config("unused", "feed=present", "max_seconds=100", "lr_warmup_steps=0",
+                           "lr_min_ratio=0.1"),
+        stream=SimpleNamespace(total_steps=10**9),
+    )  # fmt: skip
+    for seconds, factor in ((0.0, 1.0), (50.0, 0.55), (100.0, 0.1)):
+        state = SimpleNamespace(step=7 if seconds else 0, seconds=seconds)
+        assert learning_rate_factor(run, state) == pytest.approx(factor)

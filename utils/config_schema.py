@@ -91,7 +91,9 @@ class PretrainConfig(pydantic.BaseModel):
         [], description="corpus folders to evaluate on; [] is data_paths"
     )
     domain_weights: dict[str, NonNegativeFloat] | None = Field(
-        None, description="share of each domain in the mix, by name; null is by size"
+        None,
+        description="share of each domain in the mix, by name; null is what the corpus was built "
+        "with, else by size",
     )
     min_iterations: PositiveInt | None = Field(
         None, description="lifts every iteration budget below it, in ACT steps"

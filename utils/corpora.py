@@ -182,6 +182,11 @@ class Corpora:
                     out[name][where] = part.tokens(name, local)
         return out
 
+    def reasoning_ids(self) -> int:
+        """Highest label of reasoning_labels.npy + 1, all of it read; 0 without one."""
+        found = [part.highest("reasoning_labels") for part in self._parts]
+        return max(found, default=-1) + 1
+
     def puzzles(self, groups: np.ndarray, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One puzzle of each group, by global numbers: its first row and its number of rows.
 

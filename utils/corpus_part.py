@@ -69,6 +69,15 @@ class CorpusPart:
             np.copyto(values, IGNORE_LABEL_ID, where=ignored)
         return values
 
+    def highest(self, name: str) -> int:
+        """Largest value of a kind of labels, ignored ones left out; -1 without any."""
+        if name not in self.arrays:
+            return -1
+        rows, width = self.arrays[name].shape
+        size = max(1, _CHUNK // max(1, width))
+        chunks = (np.arange(i, min(i + size, rows)) for i in range(0, rows, size))
+        return max((int(self.tokens(name, chunk).max(initial=-1)) for chunk in chunks), default=-1)
+
     def identifiers(self, rows: np.ndarray) -> np.ndarray:
         """Joined identifiers of rows (n,), whether stored by row or, as TRM does, by puzzle."""
         if not self._identifiers_per_row:

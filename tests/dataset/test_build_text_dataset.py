@@ -101,13 +101,13 @@ def test_budgets_domains_and_weights(build_text, tmp_path):
         record["meta"]["domain"] = "maths"
     path = write_examples(tmp_path / "qa.jsonl", records)
     options = "--train-ratio 1 --max-iterations 20 --max-context-tokens 8 --max-response-tokens 8"
-    corpus = build_text(path, f"{options} --domain-weights maths=2 qa=0.5")
+    corpus = build_text(path, f"{options} --domain-weights maths=2")
     data = read_split(corpus, "train")
     assert data.iteration_targets.tolist() == [budget for _, budget in metas]
     assert data.domain_ids.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
     assert data.metadata.domains == ["maths", "qa"]
     assert data.puzzle_identifiers.tolist() == (data.domain_ids + 1).tolist()
-    assert data.metadata.domain_weights == {"maths": 2.0, "qa": 0.5}
+    assert data.metadata.domain_weights == {"maths": 2.0, "qa": 1.0}
     assert json.loads((corpus / "identifiers.json").read_text()) == ["<blank>", "maths", "qa"]
     assert json.loads((corpus / "build_report.json").read_text())["clipped_budgets"] == 2
 

@@ -109,7 +109,7 @@ class Replay(torch.nn.Module):
         return carry, dict(self.outputs)
 
 
-def replay(halt_target="exact", last_loss=None, **options):
+def replay(halt_target="exact", last_loss=None, training=True, **options):
     """Row 0 right, row 1 half right, row 2 without labels; all but row 1 have halted."""
     labels = torch.tensor([[1, 2], [1, 2], [IGNORE_LABEL_ID] * 2])
     preds = torch.tensor([[1, 2], [1, 0], [0, 0]])
@@ -119,7 +119,7 @@ def replay(halt_target="exact", last_loss=None, **options):
     data = dict(labels=labels, iteration_targets=torch.tensor([5, 2, 1]))
     model = Replay(torch.tensor([2, 3, 4]), torch.tensor([True, False, True]), outputs, last_loss)
     head = ACTLossHead(model, "softmax_cross_entropy", halt_target=halt_target, **options)
-    return head(return_keys=("token_nll",), carry=None, batch=data)
+    return head.train(training)(return_keys=("token_nll",), carry=None, batch=data)
 
 
 def bce(logit: float, target: bool) -> float:
@@ -137,6 +137,14 @@ def test_rows_without_labels_enter_no_loss_and_no_metric():
     assert (found["rows"], found["steps"], found["accuracy"]) == (2, 2, 1)
     assert found["lm_loss"] == pytest.approx(lm)
     assert outputs["token_nll"][2].eq(0).all() and not all_halted
+
+
+def test_labels_are_smoothed_in_training_only():
+    losses = [
+        replay(training=training, label_smoothing=smoothing)[2]["lm_loss"].item()
+        for training, smoothing in ((False, 0.0), (False, 0.2), (True, 0.2))
+    ]
+    assert losses[0] == losses[1] < losses[2]
 
 
 @pytest.mark.parametrize(
