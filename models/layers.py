@@ -196,6 +196,13 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+def transposed(x: Tensor) -> Tensor:
+    """(B, L, D) as (B, D, L). Copied in bfloat16, where products with a transposed operand copy it
+    anyway, batch by batch and each time anew; float32 products take it as it lies."""
+    x = x.transpose(1, 2)
+    return x.contiguous() if x.dtype == torch.bfloat16 else x
+
+
 class Block(nn.Module):
     """One transformer block: mixes positions (attention, or an MLP over them), then channels.
 
@@ -227,13 +234,13 @@ class Block(nn.Module):
             x = x + self._mix(rms_norm(x, self.eps), info)
             return x + self.mlp(rms_norm(x, self.eps))
         if self.mixes_by_mlp:  # TRM normalises this sum over positions, not over channels
-            x = x.transpose(1, 2).contiguous()  # else every product copies it, and batch by batch
-            x = rms_norm(x + self.mlp_t(x), self.eps).transpose(1, 2).contiguous()
+            x = transposed(x)
+            x = transposed(rms_norm(x + self.mlp_t(x), self.eps))
         else:
             x = rms_norm(x + self.self_attn(x, info), self.eps)
         return rms_norm(x + self.mlp(x), self.eps)
 
     def _mix(self, x: Tensor, info: SequenceInfo) -> Tensor:
         if self.mixes_by_mlp:
-            return self.mlp_t(x.transpose(1, 2).contiguous()).transpose(1, 2)
+            return transposed(self.mlp_t(transposed(x)))
         return self.self_attn(x, info)

@@ -92,8 +92,7 @@ class PretrainConfig(pydantic.BaseModel):
     )
     domain_weights: dict[str, NonNegativeFloat] | None = Field(
         None,
-        description="share of each domain in the mix, by name; null is what the corpus was built "
-        "with, else by size",
+        description="share of each domain in the mix, by name; null: as built, else by size",
     )
     min_iterations: PositiveInt | None = Field(
         None, description="lifts every iteration budget below it, in ACT steps"
