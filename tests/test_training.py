@@ -50,10 +50,10 @@ def test_n_plus_n_steps_equal_2n_steps_bit_for_bit(text_corpus, run_training, op
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     assert any(name.startswith("ema") for name in one)
-    assert 0 < one["carry_0/carry/halted"].sum() < 8, "no carry is in flight"
     saved = [Checkpoint(run / "step_14").json("state.json")["stream"] for run in (whole, parts)]
     assert saved[0] == saved[1]
     middle = contents(whole / "step_7")
+    assert not middle["carry_0/carry/halted"].all(), "no carry is in flight"
     assert not torch.equal(middle["carry_0/carry/z_H"], one["carry_0/carry/z_H"])
 
 
