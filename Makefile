@@ -37,6 +37,7 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 $(BASE): | $(PY)
+	@echo "installing PyTorch and what else is needed into $(VENV), about a minute"
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps -r requirements-demo.txt
 	@touch $@
@@ -87,7 +88,7 @@ sudoku: $(BASE) data/sudoku6/identifiers.json  ## train on 6 x 6 sudokus
 
 # --- the project itself ----------------------------------------------------------------------
 
-smoke: $(BASE)  ## build, train and evaluate a tiny model, in about a minute
+smoke: $(BASE)  ## build, train and evaluate a tiny model, in seconds
 	$(PY) scripts/smoke_test.py --run-training
 
 test: $(DEV)  ## run all tests

@@ -20,9 +20,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.common import DatasetMetadata, UserError
+from dataset.common import UserError
 from evaluators.loop import create_evaluators, evaluate
 from models import cost, persistence
+from models.dry_run import dry_run
 from models.persistence import resolved
 from models.sparse_embedding import SparseEmbeddingSignSGD
 from models.train_state import TrainState, create_model, create_train_state
@@ -42,6 +43,7 @@ from utils.reporting import (
     progress_bar,
     signals,
     ticking,
+    warnings_as_notes,
 )
 from utils.schedule import trm_warmup_cosine, warmup_cosine
 
@@ -74,32 +76,10 @@ def launch(cfg: DictConfig) -> None:
         print(f"device: {backend.device} ({reason}){ranks}")
         for line in config_warnings(config):
             print(f"note: {line}")
-    status = backend.launch(train, config)
+    with warnings_as_notes(shown=backend.is_main):
+        status = backend.launch(train, config)
     if status:  # a clean exit would end a multirun sweep after its first job
         sys.exit(status)
-
-
-def dry_run(config: PretrainConfig) -> None:
-    """Prints what the run would cost and the resolved config; builds nothing real."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if config.data_paths:
-        metadata = open_data(config).train.metadata
-    else:
-        metadata = DatasetMetadata(
-            pad_id=0, ignore_label_id=None, vocab_size=config.vocab_size or 1,
-            seq_len=config.seq_len or 1, num_puzzle_identifiers=1, total_groups=0,
-            mean_puzzle_examples=1, total_puzzles=0,
-        )  # fmt: skip
-    rows = config.rows_per_rank(world_size)
-    model = create_model(config, metadata, batch_size=rows, device="meta").model
-    micro_rows = config.micro_rows(world_size) or rows
-    print(yaml.safe_dump(resolved(config), sort_keys=False))
-    print(
-        cost.report(
-            model, rows=rows, micro_rows=micro_rows, world_size=world_size,
-            optimizer=config.optimizer, ema=config.ema,
-        )
-    )  # fmt: skip
 
 
 def create_stream(
@@ -200,6 +180,7 @@ def train_loop(run: Run, state: TrainState) -> int:
                 break
             metrics, stop = train_batch(run, state, batches, clock, received)
             sums.add(metrics)
+            bar.update(run_progress(run, state) - bar.n)
             if state.step % config.log_interval == 0:
                 log_training(run, state, sums, bar, mark)
             due = run.stream.epoch >= state.next_eval(config)
@@ -221,6 +202,9 @@ def train_loop(run: Run, state: TrainState) -> int:
                     say(run, "stopped early: the evaluations no longer improve")
                     saved_at = -1  # the next start must know
         log_training(run, state, sums, bar, mark)
+    if state.step < config.lr_warmup_steps:
+        say(run, f"note: the run ended at step {state.step} of {config.lr_warmup_steps} in its "
+                 "warm-up, below lr; lower lr_warmup_steps or train for longer")  # fmt: skip
     if saved_at != state.step:
         save(run, state)
     if evaluated_at != state.step:
@@ -344,10 +328,9 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
     if run.data.test is None:
         say(run, "the corpora have no test split, or an empty one: evaluation is skipped")
         return {}
-    rows = config.eval_batch_size or min(
-        config.global_batch_size, run.config.rows_per_rank(backend.world_size)
-        // run.micro_batches * backend.world_size,
-    )  # fmt: skip
+    whole, test_rows = backend.world_size, run.data.test.num_rows
+    at_once = config.rows_per_rank(whole) // run.micro_batches
+    rows = config.eval_batch_size or whole * min(at_once, -(-test_rows // whole))
     stream = EvalStream(
         run.data.test,
         global_batch_size=rows,
@@ -420,7 +403,9 @@ def log_training(run: Run, state: TrainState, sums: MetricSums, bar: tqdm, mark:
     for logger in run.loggers:
         logger.log(metrics, state.step)
     bar.update(done - bar.n)
-    loss, rate = metrics.get("train/lm_loss", math.nan), metrics["train/tokens_per_s"]
+    # of the whole run: rows that halt together would make the bar jump, down to 0
+    rate = stream.examples_entered * length / max(state.seconds, 1e-9)
+    loss = metrics.get("train/lm_loss", math.nan)
     bar.set_postfix_str(f"step {state.step:,} loss {loss:.3f} {rate:,.0f} tokens/s")
 
 

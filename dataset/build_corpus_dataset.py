@@ -24,7 +24,7 @@ from dataset.array_writer import (
     check_output_dir,
     corpus_folder,
 )
-from dataset.common import UserError, run_cli, token_byte_lengths
+from dataset.common import UserError, command_parser, run_cli, token_byte_lengths
 from dataset.corpus import (
     SPLITS,
     CorpusSplit,
@@ -306,6 +306,9 @@ def build(args: argparse.Namespace) -> None:
         }
         finish_corpus(args, folder, splits, tokenizer, domains, args.seq_len, report)
     print_summary(args.output_dir, splits, skipped, time.perf_counter() - started)
+    if args.documents == "line" and any(entry.source.format == "text" for entry in inputs):
+        print("note: each line of the text files was a document of its own, lines that came before "
+              "were left out; --documents file keeps files whole")  # fmt: skip
 
 
 def describe_inputs(inputs: list[Input], domains: list[str]) -> list[dict]:
@@ -322,7 +325,7 @@ def describe_inputs(inputs: list[Input], domains: list[str]) -> list[dict]:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m dataset.build_corpus_dataset")
+    parser = command_parser("python -m dataset.build_corpus_dataset", __doc__)
     add_output_options(parser)
     add_input_options(parser)
     add_tokenizer_options(parser)
@@ -332,11 +335,27 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--train-ratio", type=float, help=f"(default: {DEFAULT_TRAIN_RATIO}; 1 with --test-files)")
     add("--test-files", nargs="+", metavar="FILE", help="inputs, or further files, wholly test")
     add("--seed", type=int, default=0, help="decides which documents are test (default: 0)")
-    add("--min-iterations", type=int, default=4, help="budget of the plainest row (default: 4)")
-    add("--max-iterations", type=int, default=48, help="of the most varied one (default: 48)")
+    add(
+        "--min-iterations", type=int, default=4, metavar="N",
+        help="ACT steps that a row of one token repeated is given; the share of distinct tokens "
+        "decides in between (default: 4)",
+    )  # fmt: skip
+    add(
+        "--max-iterations", type=int, default=48, metavar="N",
+        help="ACT steps that a row of distinct tokens is given; training caps them at "
+        "arch.halt_max_steps (default: 48)",
+    )  # fmt: skip
     add("--domain-labels", nargs="+", help="one per --input-files argument, or one per file")
-    add("--identifiers", choices=("none", "domain", "sequence"), default="domain")
-    add("--dedup", choices=("exact", "none"), default="exact", help="(default: exact)")
+    add(
+        "--identifiers", choices=("none", "domain", "sequence"), default="domain",
+        help="what a learned identifier embedding stands for (default: domain)",
+    )  # fmt: skip
+    add(
+        "--dedup",
+        choices=("exact", "none"),
+        default="exact",
+        help="documents that came before are left out (default: exact)",
+    )
     add("--min-chars", type=int, default=0, help="leave shorter documents out (default: 0)")
     add("--max-chars", type=int, help="leave longer documents out (default: keep them)")
     add("--layout", choices=("arrays", "stream"), default="arrays", help="(default: arrays)")

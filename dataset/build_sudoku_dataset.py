@@ -22,7 +22,7 @@ from dataset.array_writer import (
     corpus_folder,
     write_json,
 )
-from dataset.common import BLANK_IDENTIFIER, FORMAT_VERSION, UserError, run_cli
+from dataset.common import BLANK_IDENTIFIER, FORMAT_VERSION, UserError, command_parser, run_cli
 
 BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 FRUITLESS_GRIDS = 300
@@ -293,7 +293,7 @@ def _append(writer: SplitWriter, rows: list[tuple[Grid, Grid]]) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m dataset.build_sudoku_dataset")
+    parser = command_parser("python -m dataset.build_sudoku_dataset", __doc__)
     add_output_options(parser)
     add = parser.add_argument
     add("--size", type=int, choices=tuple(BOX_SHAPES), default=6, help="(default: 6)")

@@ -25,7 +25,7 @@ from dataset.array_writer import (
     check_output_dir,
     corpus_folder,
 )
-from dataset.common import UserError, run_cli, token_byte_lengths
+from dataset.common import UserError, command_parser, run_cli, token_byte_lengths
 from dataset.corpus import (
     SPLITS,
     CorpusSplit,
@@ -302,13 +302,29 @@ def build(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m dataset.build_text_dataset")
+    parser = command_parser("python -m dataset.build_text_dataset", __doc__)
     add_output_options(parser)
     add_tokenizer_options(parser)
     add = parser.add_argument
-    add("--input-files", nargs="+", required=True, metavar="FILE", help="JSON lines; see above")
-    add("--max-context-tokens", type=int, default=1024, help="longer prompts lose their start")
-    add("--max-response-tokens", type=int, default=1024, help="longer responses lose their end")
+    add(
+        "--input-files",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON lines, as described above",
+    )
+    add(
+        "--max-context-tokens",
+        type=int,
+        default=1024,
+        help="longer prompts lose their start (default: 1024)",
+    )
+    add(
+        "--max-response-tokens",
+        type=int,
+        default=1024,
+        help="longer responses lose their end (default: 1024)",
+    )
     add("--train-ratio", type=float, default=0.98, help="(default: 0.98)")
     add("--seed", type=int, default=7, help="decides which prompts are test (default: 7)")
     add("--min-iterations", type=int, default=4, help="(default: 4)")

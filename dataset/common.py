@@ -4,6 +4,7 @@ A leaf: it imports numpy, pydantic and (only where a tokenizer is read) tokenize
 else of the project, so that builders, the stream, the model and the scripts can all share it.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -39,6 +40,15 @@ T = TypeVar("T")
 
 class UserError(ValueError):
     """A mistake that a user can make and mend; the message names the value and the way out."""
+
+
+def command_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser whose --help begins with the module's own description, as it was written."""
+    return argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def run_cli(fn: Callable[[], T]) -> T:

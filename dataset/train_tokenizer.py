@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from dataset.common import UserError, run_cli
+from dataset.common import UserError, command_parser, run_cli
 from dataset.text_sources import DocumentReader, ReadOptions, add_input_options, find_sources
 
 SPECIAL_TOKENS = ("<|pad|>", "<|eos|>")
@@ -70,10 +70,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m dataset.train_tokenizer")
+    parser = command_parser("python -m dataset.train_tokenizer", __doc__)
     add_input_options(parser)
-    parser.add_argument("--vocab-size", type=int, default=32000, help="(default: 32000)")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        default=32000,
+        help="tokens, bytes and special ones included (default: 32000)",
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="tokenizer.json to write"
+    )
     return parser.parse_args(argv)
 
 

@@ -240,7 +240,11 @@ class ACTLossHead(nn.Module):
                 ("unrefined_token_nll", "unrefined_logits"),
             ):
                 if name in return_keys and source in outputs:
-                    found[name] = self.loss.cross_entropy(outputs[source], labels, valid_mask=mask)
+                    found[name] = (
+                        token_loss
+                        if source == "logits" and not smoothing
+                        else self.loss.cross_entropy(outputs[source], labels, valid_mask=mask)
+                    )
         carry = replace(carry, last_loss=row_loss.detach().to(carry.last_loss.dtype))
         kept = {k: (found | data)[k].detach() for k in return_keys if k in found or k in data}
         return carry, total, metrics, kept, carry.halted.all()

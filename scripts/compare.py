@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import UserError, run_cli
+from dataset.common import UserError, command_parser, run_cli
 from models import cost
 from scripts.generate import build_model
 from scripts.plot_run import RunMetrics, draw
@@ -181,11 +181,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the top of this file."""
-    parser = argparse.ArgumentParser(
-        prog="python scripts/compare.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python scripts/compare.py", __doc__)
     add = parser.add_argument
     add("overrides", nargs="*", metavar="KEY=VALUE", help="keys of pretrain.py, for every run")
     add("--seconds", type=float, default=360, help="training time of each run (default: 360)")

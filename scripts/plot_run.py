@@ -169,6 +169,10 @@ def draw(runs: Sequence[RunMetrics], output: Path) -> None:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     tokens.xaxis.set_major_formatter(EngFormatter())
     speed.yaxis.set_major_formatter(EngFormatter())
+    low, high = act.get_ylim()
+    slack = 0.02 * max(abs(low), abs(high)) - (high - low)
+    if slack > 0:  # a difference of a thousandth must not look like a cliff
+        act.set_ylim(low - slack / 2, high + slack / 2)
     speed.set_ylim(bottom=0)
     rate.set_ylim(bottom=0)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))

@@ -170,7 +170,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Text to tokenizer to corpus to a trained, evaluated tiny model.",
     )
     add = parser.add_argument
-    add("--run-training", action="store_true", help="train and evaluate (about a minute)")
+    add(
+        "--run-training",
+        action="store_true",
+        help="train and evaluate (seconds); without it, only the text "
+        "is looked up and the corpus built",
+    )
     add("--dataset-name", metavar="NAME[:CONFIG]", help="data set to download (default: none)")
     add("--tokenizer-json", type=Path, metavar="FILE", help="(default: one is trained)")
     add("--output-dir", type=Path, default=Path("data/smoke"), help="(default: data/smoke)")

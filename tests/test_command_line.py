@@ -110,7 +110,8 @@ def test_help_lists_groups_presets_and_keys(monkeypatch, capsys):
         assert re.search(rf"^  {key}\b.*{re.escape(field.description)}", text, re.M), key
     for group, presets in PRESETS.items():
         assert re.search(rf"^  {group} +{', '.join(presets)}$", text, re.M)
-    assert re.search(r"^  arch\.hidden_size = 2304$", text, re.M)
+    for option in ("hidden_size = 2304 .*width", "loss.halt_target = .*exact, budget, plateau"):
+        assert re.search(rf"^  arch\.{option}", text, re.M), option
 
 
 def test_a_mistake_found_while_running(monkeypatch, capsys):

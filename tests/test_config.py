@@ -276,7 +276,10 @@ def test_unknown_keys_name_the_nearest_valid_one(override, meant):
         ("ema=1", ["ema", "true or false", "1"]),
         ("optimizer=adam", ["optimizer", "adam_atan2, adamw, muon", "did you mean 'adamw'?"]),
         ("feed=consumed", ["feed", "did you mean 'consume'?"]),
-        ("device_type=gpu", ["device_type", "auto, cuda, xla, tpu, mps, cpu", "'gpu'"]),
+        (
+            "device_type=gpu",
+            ["device_type", "auto, cuda, xla, tpu, mps, cpu", "'gpu'; did you mean 'cuda'"],
+        ),
         ("micro_batch_size=most", ["micro_batch_size", "a whole number or auto or null"]),
         ("data_paths=data/x", ["data_paths", "a list", "write data_paths=[data/x]"]),
         ("logger=[wandb,tensorbord]", ["logger[1]", "did you mean 'tensorboard'?"]),

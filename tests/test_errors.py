@@ -136,6 +136,7 @@ def test_dry_run_counts_the_large_preset(capsys):
     assert 250 <= core <= 330
     assert heads == pytest.approx(2304 * 32000 / 1e6, rel=1e-3)
     assert "210 per ACT step" in printed and "10,080" in printed
+    assert re.search(r"^rows at once +\d+ of 768, .* GB free", printed, re.MULTILINE)
 
 
 def test_dry_run_flops_equal_what_torch_counts():

@@ -14,6 +14,7 @@ from training_tools import finish, make_config, metrics_of, start
 
 from dataset.common import UserError
 from pretrain import learning_rate_factor, train
+from sequence_dataset import EvalStream
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint import Checkpoint, checkpoints_of
 
@@ -426,3 +427,20 @@ def test_the_cosine_of_trm_ends_when_the_time_does():
     for seconds, factor in ((0.0, 1.0), (50.0, 0.55), (100.0, 0.1)):
         state = SimpleNamespace(step=7 if seconds else 0, seconds=seconds)
         assert learning_rate_factor(run, state) == pytest.approx(factor)
+
+
+def test_a_small_test_split_is_not_padded_to_the_training_batch(text_corpus, run_training, capsys):
+    """Evaluating a handful of rows must not cost what hundreds do."""
+    seen = []
+
+    class Watched(EvalStream):
+        def __init__(self, *args, **options):
+            seen.append((options["global_batch_size"], args[0].num_rows))
+            super().__init__(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretrain.EvalStream", Watched)
+        run_training(text_corpus, "run", "max_steps=1", "global_batch_size=96", "lr_warmup_steps=5")
+    (batch, rows), *_ = seen
+    assert batch == min(rows, 96)
+    assert "ended at step 1 of 5 in its warm-up" in capsys.readouterr().out

@@ -133,8 +133,11 @@ class Checkpoint:
         self.folder = Path(folder)
         manifest = self.folder / MANIFEST
         if not manifest.is_file():
+            below = sorted(path.parent.parent for path in self.folder.glob(f"*/step_*/{MANIFEST}"))
+            advice = ", ".join(dict.fromkeys(map(str, below))) or "name a run or a step_<n> in one"
             raise UserError(
-                f"{self.folder} is not a checkpoint: it has no {MANIFEST}; name a step_<n> folder"
+                f"{self.folder} is not a checkpoint: it has no {MANIFEST}; "
+                + (f"runs below it: {advice}" if below else advice)
             )
         self.files: dict[str, str] = json.loads(manifest.read_text())
 

@@ -165,7 +165,9 @@ def _wrong_type(path: str, annotation: Any, value: Any) -> str:
         return f"{sentence}; write {path}=[{value}]"
     for kind in kinds:
         if get_origin(kind) is Literal:
-            best = nearest(str(value), [str(choice) for choice in get_args(kind)])
+            choices = [str(choice) for choice in get_args(kind)]
+            meant = "cuda" if value == "gpu" and "cuda" in choices else None
+            best = meant or nearest(str(value), choices)
             if best is not None and best != value:
                 return f"{sentence}; did you mean '{best}'?"
     return sentence

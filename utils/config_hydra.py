@@ -26,7 +26,7 @@ from pydantic_core import PydanticUndefined
 from dataset.common import UserError
 from utils.config_errors import did_you_mean, expected, show
 from utils.config_schema import PretrainConfig
-from utils.functions import nearest
+from utils.functions import load_class, nearest
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 CONFIG_NAME = "cfg_pretrain"
@@ -310,11 +310,25 @@ def help_text(program: str = "pretrain.py") -> str:
         lines.append(f"  {group:<11} {', '.join(_presets(group))}")
     lines += ["", "keys (key=value), with their defaults:", *_key_lines()]
     cfg = compose_config([])
-    lines += ["", "options of the default architecture (arch.<option>=value; see config/arch/):"]
+    lines += ["", "options of the default architecture, athena_trm_large (arch.<option>=value):"]
     arch = OmegaConf.to_container(cfg.arch, resolve=True)
-    lines += [f"  {key} = {_bare(value)}" for key, value in _flat("arch", arch)]
+    meanings = _arch_meanings(arch)
+    lines += [
+        f"  {f'{key} = {_bare(value)}':<46}  {meanings.get(key, '')}".rstrip()
+        for key, value in _flat("arch", arch)
+    ]
     lines += ["", "-m runs a sweep (lr=1e-4,2e-4), --cfg job prints the config and ends."]
     return "\n".join(lines)
+
+
+def _arch_meanings(arch: Any) -> dict[str, str]:
+    """What each option of the composed architecture and its loss does, by full key."""
+    found = {}
+    for prefix, options in (("arch", arch), ("arch.loss", arch["loss"])):
+        fields = load_class(options["name"]).Config.model_fields  # type: ignore[attr-defined]
+        for name, field in fields.items():
+            found[f"{prefix}.{name}"] = f"{field.description} [{_short(field.annotation)}]"
+    return found
 
 
 def _key_lines() -> Iterator[str]:

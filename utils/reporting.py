@@ -3,12 +3,15 @@
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+from utils.functions import PROJECT_ROOT
 
 T = TypeVar("T")
 
@@ -63,6 +66,24 @@ def signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def warnings_as_notes(shown: bool) -> Iterator[None]:
+    """The project's own warnings are sentences for its user: once each, without a source line."""
+    with warnings.catch_warnings():
+        usual, said = warnings.showwarning, set()
+
+        def show(message, category, filename, lineno, file=None, line=None) -> None:
+            ours = filename.startswith(str(PROJECT_ROOT)) and "site-packages" not in filename
+            if not ours or category is not UserWarning:
+                usual(message, category, filename, lineno, file, line)
+            elif shown and str(message) not in said:
+                said.add(str(message))
+                tqdm.write(f"note: {message}")
+
+        warnings.showwarning = show
+        yield
+
+
 def progress_bar(shown: bool, begun: float) -> tqdm:
     """A bar over the share of the run that is done, 0..1."""
     return tqdm(
@@ -105,7 +126,8 @@ def evaluation_table(results: dict[str, Any], step: int) -> str:
             curve = "/".join(parts[:at] + parts[at + 1 :])
             curves.setdefault(curve, {})[int(parts[at].removeprefix("step_"))] = value
         elif not isinstance(value, list):
-            plain.append(f"  {name:<42}{value:.4f}")
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            plain.append(f"  {name:<42}{shown}")
     rows = [f"evaluation at step {step}", *plain]
     if curves:
         rows.append("  by ACT step")

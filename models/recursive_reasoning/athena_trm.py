@@ -292,7 +292,8 @@ class AthenaTRM(nn.Module):
     def _readout(self, z_H: Tensor, z_L: Tensor, halted: Tensor, info: SequenceInfo) -> Batch:
         config, inner, outputs = self.config, self.inner, {}
         answer = z_H
-        if config.post_refinement_steps and (config.post_refinement_train or not self.training):
+        refines = config.post_refinement_train if self.training else bool(halted.any())
+        if config.post_refinement_steps and refines:
             # the carry stays unrefined: only the logits of rows that have halted change
             answer = torch.where(halted.view(-1, 1, 1), inner.refine(z_H, z_L, info), z_H)
             if not self.training:

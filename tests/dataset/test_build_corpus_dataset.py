@@ -196,6 +196,18 @@ def test_duplicates_are_left_out_and_counted(build, tmp_path):
     assert (skipped["duplicates"], skipped["blank_documents"]) == (2, 1)
 
 
+def test_lines_taken_for_documents_are_pointed_out(build, tmp_path, capsys):
+    """The default cuts a text file into lines and drops the repeated ones: one must be told."""
+    for ending, text in ((".txt", "one\ntwo\n"), (".jsonl", '{"text": "one two"}\n')):
+        path = tmp_path / f"a{ending}"
+        path.write_text(text)
+        for documents in ("line", "file"):
+            options = f"--seq-len 8 --train-ratio 1 --documents {documents} --overwrite"
+            build(path, options=options)
+            told = "--documents file keeps files whole" in capsys.readouterr().out
+            assert told == (ending == ".txt" and documents == "line")
+
+
 def test_documents_are_filtered_by_length(build, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["a", "bb", "ccc", "dddd"])
     corpus = build(path, options="--seq-len 8 --train-ratio 1 --min-chars 2 --max-chars 3")

@@ -186,6 +186,8 @@ def test_refusals(trained_run, tmp_path, capsys):
     assert "did you mean 'poems'" in fails(capsys, here, "prompt=a", "identifier=poem")
     assert "not a folder" in fails(capsys, f"checkpoint={tmp_path / 'none'}", "prompt=a")
     assert "not a checkpoint" in fails(capsys, f"checkpoint={tmp_path}", "prompt=a")
+    above = fails(capsys, f"checkpoint={Path(trained_run).parent}", "prompt=a")
+    assert "runs below it" in above and str(trained_run) in above
 
 
 def test_a_model_that_sees_the_future_is_refused(trained_run, tmp_path):

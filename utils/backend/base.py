@@ -61,7 +61,7 @@ class Backend:
             return model
         return DistributedDataParallel(
             model,
-            broadcast_buffers=False,  # only the identifier embedding changes, alike on all ranks
+            forward_sync_buffers=False,  # only the identifier embedding changes, alike on all ranks
             gradient_as_bucket_view=True,
         )
 
