@@ -117,7 +117,7 @@ def ticking(items: Iterable[T], bar: tqdm) -> Iterator[T]:
 
 def evaluation_table(results: dict[str, Any], step: int) -> str:
     """Headline figures a line each; curves over ACT steps in a row."""
-    plain: list[str] = []
+    plain: dict[str, str] = {}
     curves: dict[str, dict[int, float]] = {}
     for name, value in results.items():
         parts = name.split("/")
@@ -126,12 +126,13 @@ def evaluation_table(results: dict[str, Any], step: int) -> str:
             curve = "/".join(parts[:at] + parts[at + 1 :])
             curves.setdefault(curve, {})[int(parts[at].removeprefix("step_"))] = value
         elif not isinstance(value, list):
-            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-            plain.append(f"  {name:<42}{shown}")
-    rows = [f"evaluation at step {step}", *plain]
-    if curves:
-        rows.append("  by ACT step")
-    for name, values in curves.items():
-        row = "  ".join(f"{values[k]:.3f}" for k in sorted(values))
-        rows.append(f"  {name:<42}{row}")
-    return "\n".join(rows)
+            plain[name] = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    rows = {
+        name: "  ".join(f"{values[k]:.3f}" for k in sorted(values))
+        for name, values in curves.items()
+    }
+    width = max([40, *map(len, [*plain, *rows])]) + 2
+    lines = [f"evaluation at step {step}", *(f"  {k:<{width}}{v}" for k, v in plain.items())]
+    if rows:
+        lines += ["  by ACT step", *(f"  {k:<{width}}{v}" for k, v in rows.items())]
+    return "\n".join(lines)
