@@ -93,7 +93,9 @@ def create_stream(
         seed=config.seed,
         epochs=config.epochs or 1e9,
         feed=config.feed,
-        domain_weights=config.domain_weights or data.train.metadata.domain_weights or None,
+        domain_weights=data.train.recorded_weights()
+        if config.domain_weights is None
+        else config.domain_weights,
         min_iterations=config.min_iterations,
         max_iterations=steps,
         rank=backend.rank,
@@ -120,7 +122,7 @@ def train(backend: Backend, config: PretrainConfig) -> int:
     rows = config.rows_per_rank(backend.world_size)
     folder = open_run_folder(config, backend)
     resumed = persistence.find_resume(config, folder, backend)
-    labels = data.train.reasoning_ids()
+    labels = data.reasoning_ids() if config.arch.loss.options.get("reasoning_loss_weight") else 0
     model = create_model(config, data.train.metadata, batch_size=rows, reasoning_ids=labels)
     micro_rows = config.micro_rows(backend.world_size) or backend.broadcast_object(
         persistence.saved_micro_rows(resumed, rows)
@@ -330,7 +332,9 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
         return {}
     whole, test_rows = backend.world_size, run.data.test.num_rows
     at_once = config.rows_per_rank(whole) // run.micro_batches
-    rows = config.eval_batch_size or whole * min(at_once, -(-test_rows // whole))
+    if not config.compile:  # another shape would be compiled anew
+        at_once = min(at_once, -(-test_rows // whole))
+    rows = config.eval_batch_size or whole * at_once
     stream = EvalStream(
         run.data.test,
         global_batch_size=rows,

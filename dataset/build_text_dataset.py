@@ -277,8 +277,6 @@ def build(args: argparse.Namespace) -> None:
                 f"--domain-weights names {', '.join(sorted(unknown))}, but the domains are "
                 f"{', '.join(rows.domains)}."
             )
-        if weights:
-            weights = {name: weights.get(name, 1.0) for name in rows.domains}
         if not splits["train"].writer.rows and args.train_ratio > 0:
             raise UserError(
                 f"no example fell to the training split; raise --train-ratio {args.train_ratio}."

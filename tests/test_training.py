@@ -390,12 +390,12 @@ def test_a_reasoning_loss_needs_its_labels(text_corpus, run_training):
 
 def test_reasoning_labels_train_their_head(text_corpus, tmp_path, run_training):
     corpus = Path(shutil.copytree(text_corpus, tmp_path / "corpus"))
-    for split in ("test", "train"):
+    for split in ("train", "test"):
         rows = len(np.load(corpus / split / "all" / "labels.npy"))
-        labels = np.random.default_rng().integers(0, 11, (rows, 3)).astype(np.int32)
+        labels = np.random.default_rng().integers(0, 10, (rows, 3)).astype(np.int32)
         np.save(corpus / split / "all" / "reasoning_labels.npy", labels)
     labels[-1, -1] = 10
-    np.save(corpus / "train" / "all" / "reasoning_labels.npy", labels)
+    np.save(corpus / "test" / "all" / "reasoning_labels.npy", labels)
     options = ["max_steps=2", "evaluators=[]", "arch.loss.reasoning_loss_weight=0.5"]
     with pytest.raises(UserError, match=r"label 10, but arch\.reasoning_vocab_size is 10"):
         run_training(corpus, "run", *options, "arch.reasoning_vocab_size=10")
@@ -409,13 +409,15 @@ def test_the_weights_that_a_corpus_was_built_with_are_the_default(
 ):
     corpus = Path(shutil.copytree(text_corpus, tmp_path / "corpus"))
     path = corpus / "train" / "all" / "dataset.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"domain_weights": {"poems": 3, "lists": 1}})
-    )
-    for name, options in (("own", []), ("given", ["domain_weights={poems: 1, lists: 1}"])):
-        run = run_training(corpus, name, "max_steps=1", "evaluators=[]", *options)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"domain_weights": {"poems": 3}}))
+    own, given = {"poems": 0.75, "lists": 0.25}, {"poems": 0.5, "lists": 0.5}
+    by_option = {"null": own, "{}": None, "{poems: 1, lists: 1}": given}
+    for i, (option, weights) in enumerate(by_option.items()):
+        run = run_training(
+            corpus, str(i), "max_steps=1", "evaluators=[]", f"domain_weights={option}"
+        )
         stream = Checkpoint(run / "step_1").json("state.json")["stream"]
-        assert stream["domain_weights"]["poems"] == (0.5 if options else 0.75)
+        assert stream["domain_weights"] == weights
 
 
 def test_the_cosine_of_trm_ends_when_the_time_does():

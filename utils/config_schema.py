@@ -92,7 +92,7 @@ class PretrainConfig(pydantic.BaseModel):
     )
     domain_weights: dict[str, NonNegativeFloat] | None = Field(
         None,
-        description="share of each domain in the mix, by name; null: as built, else by size",
+        description="share of each domain in the mix, by name; null: as built, {}: by size",
     )
     min_iterations: PositiveInt | None = Field(
         None, description="lifts every iteration budget below it, in ACT steps"
@@ -167,7 +167,7 @@ class PretrainConfig(pydantic.BaseModel):
         0.0, description="epochs before the first evaluation"
     )
     eval_batch_size: PositiveInt | None = Field(
-        None, description="rows over all ranks; null: global_batch_size"
+        None, description="rows over all ranks; null: as in training, or fewer"
     )
     eval_max_batches: PositiveInt | None = Field(
         None, description="batches per evaluation at most; null: the whole split"

@@ -182,10 +182,27 @@ class Corpora:
                     out[name][where] = part.tokens(name, local)
         return out
 
-    def reasoning_ids(self) -> int:
-        """Highest label of reasoning_labels.npy + 1, all of it read; 0 without one."""
-        found = [part.highest("reasoning_labels") for part in self._parts]
-        return max(found, default=-1) + 1
+    def highest_reasoning_label(self) -> int:
+        """The largest id in reasoning_labels.npy, all of it read; -1 without any."""
+        return max((part.highest("reasoning_labels") for part in self._parts), default=-1)
+
+    def recorded_weights(self) -> dict[str, float] | None:
+        """The domain_weights that a corpus was built with, 1 where none was given and 0 for
+        domains without rows here; None without any. Joined corpora do not take them over."""
+        recorded = self.metadata.domain_weights
+        if not recorded:
+            if any(part.metadata.domain_weights for part in self._parts):
+                warnings.warn(
+                    "the corpora are joined by size, although weights were given when they were "
+                    "built; set domain_weights to mix them otherwise",
+                    stacklevel=2,
+                )
+            return None
+        sizes = np.bincount(self.group_domains(), minlength=len(self.domains))
+        return {
+            name: recorded.get(name, 1.0) if size else 0.0
+            for name, size in zip(self.domains, sizes.tolist(), strict=True)
+        }
 
     def puzzles(self, groups: np.ndarray, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One puzzle of each group, by global numbers: its first row and its number of rows.

@@ -17,6 +17,13 @@ class Data(NamedTuple):
     test_paths: list[str]
     tokenizer: Path | None
 
+    def reasoning_ids(self) -> int:
+        """Highest label of the reasoning streams of both splits + 1; 0 if training has none."""
+        if not self.train.reasoning_width:
+            return 0
+        splits = [self.train] if self.test is None else [self.train, self.test]
+        return max(1, *(split.highest_reasoning_label() + 1 for split in splits))
+
 
 def open_data(config: PretrainConfig) -> Data:
     """Opens and checks the corpora; UserError where something is missing or does not fit."""

@@ -107,7 +107,7 @@ def test_budgets_domains_and_weights(build_text, tmp_path):
     assert data.domain_ids.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
     assert data.metadata.domains == ["maths", "qa"]
     assert data.puzzle_identifiers.tolist() == (data.domain_ids + 1).tolist()
-    assert data.metadata.domain_weights == {"maths": 2.0, "qa": 1.0}
+    assert data.metadata.domain_weights == {"maths": 2.0}
     assert json.loads((corpus / "identifiers.json").read_text()) == ["<blank>", "maths", "qa"]
     assert json.loads((corpus / "build_report.json").read_text())["clipped_budgets"] == 2
 
