@@ -307,8 +307,8 @@ def build(args: argparse.Namespace) -> None:
         finish_corpus(args, folder, splits, tokenizer, domains, args.seq_len, report)
     print_summary(args.output_dir, splits, skipped, time.perf_counter() - started)
     if args.documents == "line" and any(entry.source.format == "text" for entry in inputs):
-        print("note: each line of the text files was a document of its own, lines that came before "
-              "were left out; --documents file keeps files whole")  # fmt: skip
+        print("note: each line of the text files was a document of its own, a repeated one a "
+              "duplicate; --documents file keeps files whole")  # fmt: skip
 
 
 def describe_inputs(inputs: list[Input], domains: list[str]) -> list[dict]:
