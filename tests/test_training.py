@@ -323,7 +323,7 @@ def test_ranks_stop_together_when_the_time_is_up(text_corpus, tmp_path):
         "device_type=cpu", "global_batch_size=8", "epochs=null", "max_seconds=1.5",
         "evaluators=[]", "lr_warmup_steps=0", ranks=2, script=str(script),
     )  # fmt: skip
-    code, out, err = finish(process)
+    code, out, err = finish(process, timeout=120)
     assert code == 0, out + err
     (saved,) = checkpoints_of(run)
     assert 1.5 <= Checkpoint(saved).json("state.json")["counters"]["seconds"] < 100

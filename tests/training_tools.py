@@ -123,7 +123,12 @@ def start(*overrides: str, ranks: int = 1, script: str = "pretrain.py") -> subpr
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=timeout)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks too
+        process.communicate(timeout=60)
+        raise
     return process.returncode, out, err
 
 
