@@ -85,6 +85,8 @@ class DatasetMetadata(BaseModel):
     mean_puzzle_examples: float = _renamed("mean_puzzle_examples", "mean_examples_per_group")
     total_puzzles: int = _renamed("total_puzzles", "total_sequences", ge=0)
     sets: list[str] = ["all"]
+    layout: str = "npy"
+    """npy: one array entry for every position; stream: one token array and views of it as rows."""
     min_iterations: int | None = None
     max_iterations: int | None = None
     domains: list[str] = []
