@@ -5,214 +5,274 @@ r"""Build a corpus for language modelling from text files.
         --seq-len 2048 --stride 2048 --format jsonl --text-key text
 
 Documents are tokenized, ended with eos, and packed into windows that never mix domains or splits.
-A document's split is a keyed hash of its text, so it depends on nothing but the seed.
+A document's split is a keyed hash of its text, so it depends on nothing but the seed. A build that
+was killed goes on with --resume and ends in the same bytes.
 """
 
 import argparse
-import fnmatch
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tokenizers
 from tqdm import tqdm
 
-from dataset.array_writer import (
-    SplitWriter,
-    add_output_options,
-    check_output_dir,
-    corpus_folder,
+from dataset.array_writer import write_json
+from dataset.common import (
+    FORMAT_VERSION,
+    UserError,
+    command_parser,
+    run_cli,
+    sha256_file,
+    token_byte_lengths,
 )
-from dataset.common import UserError, command_parser, run_cli, token_byte_lengths
 from dataset.corpus import (
     SPLITS,
     CorpusSplit,
     DocumentRouter,
+    add_layout_option,
     check_iterations,
     finish_corpus,
     print_summary,
 )
-from dataset.packing import PackOptions, Rows, WindowPacker, iteration_targets
-from dataset.text_sources import (
-    DocumentReader,
-    ReadOptions,
-    Source,
-    add_input_options,
-    find_sources,
+from dataset.corpus_folder import (
+    Workplace,
+    add_output_options,
+    check_output_dir,
+    is_corpus,
+    resumable_folder,
 )
+from dataset.document_reader import DocumentReader, ReadOptions
+from dataset.documents import Batch, DocumentFeed, LengthFilter
+from dataset.inputs import describe_inputs, plan_inputs
+from dataset.pipeline import PACKERS, PackedCorpus, Stopwatch, tokenize_all
+from dataset.quality import PRESETS, RULES, QualityFilter
+from dataset.spool import DocumentSpool
+from dataset.text_sources import add_input_options
 from dataset.tokenization import TextTokenizer, add_tokenizer_options
 
 DEFAULT_TRAIN_RATIO = 0.995
-BATCH_CHARS = 2_000_000
-"""Text tokenized at once: enough to keep all threads busy, little enough to keep memory flat."""
+# Options that may change between a build and its --resume: they do not change the result.
+FREE_OPTIONS = {
+    "workers",
+    "tokenizer_library",
+    "max_bad_lines",
+    "overwrite",
+    "resume",
+    "save_every",
+}
 
 
-@dataclass(frozen=True)
-class Input:
-    """One source with what the command line says about it."""
+class Build:
+    """One run of the command, from its arguments to a finished folder."""
 
-    source: Source
-    domain: int
-    held_out: bool
+    def __init__(self, args: argparse.Namespace, tokenizer: TextTokenizer) -> None:
+        self.args = args
+        self.tokenizer = tokenizer
+        self.inputs, self.domains = plan_inputs(args)
+        self.quality = QualityFilter(args.quality)
+        self.watch = Stopwatch()
+        ratio = args.train_ratio
+        if ratio is None:
+            ratio = 1.0 if args.test_files else DEFAULT_TRAIN_RATIO
+        self.train_ratio = ratio
 
-
-def plan_inputs(args: argparse.Namespace) -> tuple[list[Input], list[str]]:
-    """Inputs in reading order (held-out files first) and the names of the domains."""
-    groups = find_sources(args.input_files, args.format)
-    sources = [source for group in groups for source in group]
-    held_out, extra_groups = _held_out(args, sources)
-    labels = _labels(args.domain_labels, groups, extra_groups)
-    domains = {label: index for index, label in enumerate(dict.fromkeys(labels.values()))}
-    inputs = [Input(source, domains[label], source in held_out) for source, label in labels.items()]
-    return sorted(inputs, key=lambda entry: not entry.held_out), list(domains)
-
-
-def _held_out(
-    args: argparse.Namespace, sources: list[Source]
-) -> tuple[set[Source], list[list[Source]]]:
-    """Sources that are wholly test, and those among them that are not inputs, per argument."""
-    by_path = {source.path.resolve(): source for source in sources if not source.is_stdin}
-    held_out: set[Source] = set()
-    extra_groups = []
-    for pattern in args.test_files or []:
-        matches = [
-            source
-            for source in sources
-            if fnmatch.fnmatchcase(source.path.name, pattern)
-            or fnmatch.fnmatchcase(str(source.path), pattern)
-        ]
-        extra = []
-        if not matches or Path(pattern).exists():
-            for source in find_sources([pattern], args.format)[0]:
-                known = by_path.get(source.path.resolve())
-                matches.append(known or source)
-                if known is None and source not in held_out:
-                    extra.append(source)
-        held_out.update(matches)
-        extra_groups.append(extra)
-    return held_out, extra_groups
-
-
-def _labels(
-    given: list[str] | None, groups: list[list[Source]], extra_groups: list[list[Source]]
-) -> dict[Source, str]:
-    """Domain of each source: one label per argument or per file; else the file's stem."""
-    sources = [source for group in groups for source in group]
-    extras = [source for group in extra_groups for source in group]
-    labels = {source: source.label for source in sources + extras}
-    if not given:
-        return labels
-    if len(given) == len(groups) + len(extra_groups) and extras:
-        groups = groups + extra_groups
-    if len(given) == len(groups):
-        labels.update(
-            (source, label) for group, label in zip(groups, given, strict=True) for source in group
-        )
-    elif len(given) == len(sources):
-        labels.update(zip(sources, given, strict=True))
-    else:
-        raise UserError(
-            f"--domain-labels names {len(given)} ({', '.join(given[:5])}); give one for each of "
-            f"the {len(groups)} --input-files arguments or for each of their {len(sources)} files."
-        )
-    if len(set(given)) == 1:  # a corpus of one domain: files held out beside it are of it too
-        labels.update((source, given[0]) for source in extras)
-    return labels
-
-
-@dataclass
-class LengthFilter:
-    """Leaves out documents that are too short or too long to be worth learning; counts them."""
-
-    min_chars: int
-    max_chars: int | None
-    left_out: int = 0
-
-    def keeps(self, text: str) -> bool:
-        kept = self.min_chars <= len(text) <= (self.max_chars or len(text))
-        self.left_out += not kept
-        return kept
-
-
-def routed_batches(
-    inputs: list[Input],
-    reader: DocumentReader,
-    length_filter: LengthFilter,
-    router: DocumentRouter,
-) -> Iterator[list[tuple[str, int, str]]]:
-    """Batches of (split, domain, text), about `BATCH_CHARS` characters each."""
-    batch, size = [], 0
-    for entry in inputs:
-        for text in reader.texts(entry.source):
-            if not length_filter.keeps(text):
-                continue
-            split = router.route(text.encode(), entry.held_out)
-            if split is None:
-                continue
-            batch.append((split, entry.domain, text))
-            size += len(text)
-            if size >= BATCH_CHARS:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
-
-
-class PackedCorpus:
-    """Packs both splits' documents: one stream of tokens per (split, domain)."""
-
-    def __init__(
-        self, args: argparse.Namespace, tokenizer: TextTokenizer, splits: dict[str, CorpusSplit]
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._splits = splits
-        self._iterations = (args.min_iterations, args.max_iterations)
-        self._pack = {
-            name: PackOptions(
-                seq_len=args.seq_len,
-                stride=args.stride,
-                eos_id=tokenizer.eos_id,
-                pad_id=tokenizer.pad_id,
-                ignore_label_id=tokenizer.ignore_label_id,
-                score_once=name == "test",
+    def identity(self) -> dict[str, Any]:
+        """What a resumed build must have in common with the one that it goes on with."""
+        if any(entry.source.is_stdin for entry in self.inputs) and self.args.resume:
+            raise UserError(
+                "--resume: standard input cannot be read again from its beginning; write it to a "
+                "file first."
             )
-            for name in splits
+        options = {n: str(v) for n, v in vars(self.args).items() if n not in FREE_OPTIONS}
+        files = [
+            (str(entry.source), entry.source.size, entry.source.modified) for entry in self.inputs
+        ]
+        return {
+            **options,
+            "tokenizer": sha256_file(self.args.tokenizer_json),
+            "tokenizers version": tokenizers.__version__,
+            "format version": FORMAT_VERSION,
+            "input files (name, bytes, time of change)": str(files),
         }
-        self._packers: dict[tuple[str, int], WindowPacker] = {}
-        self.empty_documents = 0
 
-    def add(self, batch: list[tuple[str, int, str]]) -> None:
-        """Tokenize documents (split, domain, text) and write the rows that they complete."""
-        encoded = self._tokenizer.encode([text for _, _, text in batch])
-        eos = np.array([self._tokenizer.eos_id], self._tokenizer.dtype)
-        runs: dict[str, tuple[int, list[np.ndarray]]] = {}  # per split, documents of one domain
-        for (split, domain, text), tokens in zip(batch, encoded, strict=True):
-            if not len(tokens):  # a normalizer may leave nothing of a text
-                self.empty_documents += 1
-                continue
-            self._splits[split].count_document(domain, len(text.encode()), len(tokens) + 1)
-            if split in runs and runs[split][0] != domain:
-                self._pack_run(split, *runs.pop(split))
-            runs.setdefault(split, (domain, []))[1].extend((tokens, eos))
-        for split, run in runs.items():
-            self._pack_run(split, *run)
+    def run(self, place: Workplace) -> tuple[dict[str, CorpusSplit], dict[str, int]]:
+        """Build in the given folder; the splits and what was left out of them."""
+        state = place.state or {}
+        folder = place.folder
+        folder.mkdir(exist_ok=True)
+        self.tokenizer.save(folder / "tokenizer.json")
+        self.watch.seconds = state.get("seconds", {})
+        splits = self._open_splits(folder, state.get("packed", {}).get("splits", {}))
+        packed = PackedCorpus(
+            self.tokenizer,
+            splits,
+            pack=self.args.pack,
+            seq_len=self.args.seq_len,
+            stride=self.args.stride,
+            iterations=(self.args.min_iterations, self.args.max_iterations),
+        )
+        if "packed" in state:
+            packed.load_state_dict(state["packed"])
+        spool = None
+        if self.args.dedup == "near":
+            spool_folder = folder.parent / "spool"
+            spool = DocumentSpool(
+                spool_folder, self.tokenizer.dtype, self.args.seed, state.get("spool")
+            )
+        with self._bar(state.get("shown", {})) as bar:
+            feed = self._feed(place, bar.update)
+            if "feed" in state:
+                feed.load_state_dict(state["feed"])
+            save = partial(self._save, place, feed, packed, spool, bar)
+            self._read(feed, spool or packed, save, bar)
+        left_out = feed.left_out()
+        with self.watch("packing and writing"):
+            if spool is not None:
+                save()  # packing begins anew if it is cut short: it is the lesser part
+                for batch, ids, counts in spool.batches():
+                    packed.add(batch, ids, counts)
+                left_out["near_duplicates"] = spool.left_out
+            packed.finish()
+        left_out["documents_without_tokens"] = packed.empty_documents
+        return splits, left_out
 
-    def finish(self) -> None:
-        """Pad and write the last window of each stream, in the order of the domains."""
-        for split, domain in sorted(self._packers):
-            self._write(split, domain, self._packers[split, domain].finish())
+    def finish(
+        self, place: Workplace, splits: dict[str, CorpusSplit], left_out: dict[str, int]
+    ) -> None:
+        """Close the files and write what there is to say about them."""
+        if not splits["train"].writer.rows and self.train_ratio > 0:
+            raise UserError(
+                "no document is left for the training split; name fewer --test-files, raise "
+                f"--train-ratio (it is {self.train_ratio}), or filter less."
+            )
+        report = {
+            "train_ratio": self.train_ratio,
+            "inputs": describe_inputs(self.inputs, self.domains),
+            "skipped": left_out,
+            "quality_rules": {name: RULES[name] for name in self.quality.enabled},
+            "tokenizer_library": self.tokenizer.encoder.name,
+        }
+        with self.watch("checksums"):
+            report = finish_corpus(
+                self.args, place.folder, splits, self.tokenizer, self.domains, self.args.seq_len,
+                report,
+            )  # fmt: skip
+        report["seconds_by_stage"] = {n: round(s, 3) for n, s in self.watch.seconds.items()}
+        write_json(place.folder / "build_report.json", report)
 
-    def _pack_run(self, split: str, domain: int, pieces: list[np.ndarray]) -> None:
-        key = (split, domain)
-        if key not in self._packers:
-            self._packers[key] = WindowPacker(self._pack[split])
-        self._write(split, domain, self._packers[key].add(np.concatenate(pieces)))
+    def _feed(self, place: Workplace, progress: Callable[[int], Any]) -> DocumentFeed:
+        args = self.args
+        options = ReadOptions(args.documents, args.text_key, args.max_bad_lines)
+        return DocumentFeed(
+            self.inputs,
+            DocumentReader(options, progress),
+            LengthFilter(args.min_chars, args.max_chars),
+            self.quality,
+            DocumentRouter(args.seed, self.train_ratio, args.dedup != "none", place.journal),
+            progress,
+        )
 
-    def _write(self, split: str, domain: int, blocks: Iterator[Rows]) -> None:
-        for rows in blocks:
-            targets = iteration_targets(rows.inputs, rows.lengths, *self._iterations)
-            self._splits[split].write(domain, rows, targets)
+    def _read(
+        self,
+        feed: DocumentFeed,
+        sink: PackedCorpus | DocumentSpool,
+        save: Callable[[], None],
+        bar: "CorpusBar",
+    ) -> None:
+        tokenize_all(
+            feed,
+            self.tokenizer.encoder,
+            sink,
+            self.watch,
+            save=save,
+            every=self.args.save_every,
+            shown=bar.show,
+        )
+
+    def _save(
+        self,
+        place: Workplace,
+        feed: DocumentFeed,
+        packed: PackedCorpus,
+        spool: DocumentSpool | None,
+        bar: "CorpusBar",
+    ) -> None:
+        """What a resumed build needs, in one commit."""
+        place.journal.commit(
+            state={
+                "feed": feed.state_dict(),
+                "packed": packed.state_dict(),
+                "spool": spool and spool.state_dict(),
+                "seconds": self.watch.seconds,
+                "shown": bar.state_dict(),
+            }
+        )
+
+    def _bar(self, shown: dict[str, int]) -> "CorpusBar":
+        return CorpusBar(sum(entry.source.size for entry in self.inputs), **shown)
+
+    def _open_splits(self, folder: Path, states: dict[str, Any]) -> dict[str, CorpusSplit]:
+        """Both splits, with the identifiers that their rows will carry."""
+        identifiers = self.args.identifiers
+        trained = {entry.domain for entry in self.inputs if not entry.held_out}
+        byte_lengths = token_byte_lengths(folder / "tokenizer.json")
+
+        def identifier_of(domain: int) -> int:
+            # One that no training row carries would be evaluated untrained: blank is better.
+            return domain + 1 if identifiers == "domain" and domain in trained else 0
+
+        return {
+            name: CorpusSplit(
+                folder / name / "all",
+                self.args.layout,
+                self.tokenizer,
+                self.args.seq_len,
+                None if identifiers == "sequence" and name == "train" else identifier_of,
+                byte_lengths,
+                states.get(name),
+            )
+            for name in SPLITS
+        }
+
+
+class CorpusBar:
+    """A progress bar over the bytes of the inputs that also tells documents, tokens and speed."""
+
+    def __init__(self, total: int, documents: int = 0, tokens: int = 0) -> None:
+        self._bar = tqdm(
+            total=total or None, unit="B", unit_scale=True, disable=None, desc="building",
+            dynamic_ncols=True,
+        )  # fmt: skip
+        self._documents, self._tokens = documents, tokens
+        self._started, self._text_bytes = time.monotonic(), 0
+
+    def __enter__(self) -> "CorpusBar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def update(self, count: int) -> None:
+        """More bytes of the input files have been read."""
+        self._bar.update(count)
+
+    def show(self, batch: Batch, counts: np.ndarray) -> None:
+        """A batch has been packed."""
+        self._documents += len(batch)
+        self._tokens += int(counts.sum())
+        self._text_bytes += batch.size
+        rate = self._text_bytes / 1e6 / max(time.monotonic() - self._started, 1e-9)
+        self._bar.set_postfix_str(
+            f"{self._documents:,} documents, {self._tokens:,} tokens, {rate:.1f} MB/s of text",
+            refresh=False,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"documents": self._documents, "tokens": self._tokens}
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -225,6 +285,11 @@ def check_options(args: argparse.Namespace) -> None:
             f"--stride is {args.stride}; it must lie in 1..{args.seq_len} (--seq-len), because a "
             "longer one would lose tokens."
         )
+    if args.pack == "bestfit" and args.stride != args.seq_len:
+        raise UserError(
+            f"--stride {args.stride} and --pack bestfit clash: rows that hold whole documents do "
+            "not overlap; leave --stride out."
+        )
     if args.train_ratio is not None and not 0 <= args.train_ratio <= 1:
         raise UserError(f"--train-ratio is {args.train_ratio}; it must lie in 0..1.")
     check_iterations(args)
@@ -233,95 +298,36 @@ def check_options(args: argparse.Namespace) -> None:
             f"--min-chars {args.min_chars} and --max-chars {args.max_chars} leave no document; "
             "raise --max-chars."
         )
-    if args.layout != "arrays":
-        raise UserError("--layout stream is not supported yet; use --layout arrays.")
-    check_output_dir(args.output_dir.expanduser().resolve(), args.overwrite)
-
-
-def open_splits(
-    args: argparse.Namespace, folder: Path, tokenizer: TextTokenizer, inputs: list[Input]
-) -> dict[str, CorpusSplit]:
-    """Empty splits in the temporary folder, with the identifiers that their rows will carry."""
-    trained = {entry.domain for entry in inputs if not entry.held_out}
-    byte_lengths = token_byte_lengths(folder / "tokenizer.json")
-
-    def identifier_of(domain: int) -> int:
-        # One that no training row carries would be evaluated untrained: blank is better.
-        return domain + 1 if args.identifiers == "domain" and domain in trained else 0
-
-    return {
-        name: CorpusSplit(
-            writer=SplitWriter(folder / name / "all", tokenizer.dtype, args.seq_len),
-            ignore_label_id=tokenizer.ignore_label_id,
-            byte_lengths=byte_lengths,
-            identifier_of=(
-                None if args.identifiers == "sequence" and name == "train" else identifier_of
-            ),
-        )
-        for name in SPLITS
-    }
+    if args.max_bad_lines < 0:
+        raise UserError(f"--max-bad-lines is {args.max_bad_lines}; it must be 0 or more.")
+    QualityFilter(args.quality)
 
 
 def build(args: argparse.Namespace) -> None:
     """Build the corpus that the command line asks for, whole or not at all."""
     started = time.perf_counter()
     check_options(args)
-    tokenizer = TextTokenizer(args.tokenizer_json, args.eos_token, args.pad_token, args.workers)
-    inputs, domains = plan_inputs(args)
-    ratio = args.train_ratio
-    if ratio is None:
-        ratio = 1.0 if args.test_files else DEFAULT_TRAIN_RATIO
-    router = DocumentRouter(args.seed, ratio, args.dedup == "exact")
-    length_filter = LengthFilter(args.min_chars, args.max_chars)
-    size = sum(entry.source.size for entry in inputs)
-    with (
-        corpus_folder(args.output_dir, args.overwrite) as folder,
-        tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        tokenizer.save(folder / "tokenizer.json")
-        read_options = ReadOptions(args.documents, args.text_key, args.max_bad_lines)
-        reader = DocumentReader(read_options, bar.update)
-        splits = open_splits(args, folder, tokenizer, inputs)
-        packed = PackedCorpus(args, tokenizer, splits)
-        for batch in routed_batches(inputs, reader, length_filter, router):
-            packed.add(batch)
-        packed.finish()
-        if not splits["train"].writer.rows and ratio > 0:
-            raise UserError(
-                "no document is left for the training split; name fewer --test-files or raise "
-                f"--train-ratio (it is {ratio})."
-            )
-        skipped = {
-            "duplicates": router.duplicates,
-            "copies_of_held_out_documents": router.held_out_copies,
-            "blank_documents": reader.blank_documents,
-            "documents_by_length": length_filter.left_out,
-            "documents_without_tokens": packed.empty_documents,
-            "bad_lines": reader.bad_lines,
-        }
-        report = {
-            "train_ratio": ratio,
-            "inputs": describe_inputs(inputs, domains),
-            "skipped": skipped,
-        }
-        finish_corpus(args, folder, splits, tokenizer, domains, args.seq_len, report)
-    print_summary(args.output_dir, splits, skipped, time.perf_counter() - started)
-    if args.documents == "line" and any(entry.source.format == "text" for entry in inputs):
+    target = args.output_dir.expanduser().resolve()
+    if args.resume and not args.overwrite and target.is_dir() and is_corpus(target):
+        print(f"{args.output_dir} is finished; there is nothing to resume")
+        return
+    check_output_dir(target, args.overwrite)
+    tokenizer = TextTokenizer(
+        args.tokenizer_json, args.eos_token, args.pad_token, args.workers, args.tokenizer_library
+    )
+    job = Build(args, tokenizer)
+    with resumable_folder(
+        args.output_dir, overwrite=args.overwrite, resume=args.resume, identity=job.identity()
+    ) as place:
+        if place.finished:
+            print(f"{args.output_dir} was built already and is now put in place")
+            return
+        splits, left_out = job.run(place)
+        job.finish(place, splits, left_out)
+    print_summary(args.output_dir, splits, left_out, time.perf_counter() - started)
+    if args.documents == "line" and any(entry.source.format == "text" for entry in job.inputs):
         print("note: each line of the text files was a document of its own, a repeated one a "
               "duplicate; --documents file keeps files whole")  # fmt: skip
-
-
-def describe_inputs(inputs: list[Input], domains: list[str]) -> list[dict]:
-    """What the report says of the inputs, in reading order."""
-    return [
-        {
-            "file": str(entry.source),
-            "bytes": entry.source.size,
-            "domain": domains[entry.domain],
-            "held_out": entry.held_out,
-        }
-        for entry in inputs
-    ]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -329,9 +335,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_output_options(parser)
     add_input_options(parser)
     add_tokenizer_options(parser)
+    add_layout_option(parser)
     add = parser.add_argument
+    add("--resume", action="store_true", help="go on with a build that was killed")
+    add(
+        "--save-every", type=float, default=10.0, metavar="SECONDS",
+        help="time between points from which --resume goes on (default: 10)",
+    )  # fmt: skip
     add("--seq-len", type=int, default=2048, help="tokens per row (default: 2048)")
     add("--stride", type=int, help="tokens from one window to the next (default: --seq-len)")
+    add(
+        "--pack", choices=tuple(PACKERS), default="concat",
+        help="concat cuts documents wherever a row ends; bestfit keeps those whole that fit into a "
+        "row (default: concat)",
+    )  # fmt: skip
     add("--train-ratio", type=float, help=f"(default: {DEFAULT_TRAIN_RATIO}; 1 with --test-files)")
     add("--test-files", nargs="+", metavar="FILE", help="inputs, or further files, wholly test")
     add("--seed", type=int, default=0, help="decides which documents are test (default: 0)")
@@ -351,14 +368,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="what a learned identifier embedding stands for (default: domain)",
     )  # fmt: skip
     add(
-        "--dedup",
-        choices=("exact", "none"),
-        default="exact",
-        help="documents that came before are left out (default: exact)",
-    )
+        "--dedup", choices=("exact", "near", "none"), default="exact",
+        help="leave out documents that came before: the same, or also nearly the same (MinHash "
+        "over token 5-grams) (default: exact)",
+    )  # fmt: skip
     add("--min-chars", type=int, default=0, help="leave shorter documents out (default: 0)")
     add("--max-chars", type=int, help="leave longer documents out (default: keep them)")
-    add("--layout", choices=("arrays", "stream"), default="arrays", help="(default: arrays)")
+    add(
+        "--quality", nargs="+", default=[], metavar="RULE",
+        help=f"leave out documents that break a rule of Gopher's: {', '.join(PRESETS)}, one of "
+        f"{', '.join(RULES)}, or no_<rule> to leave one out (default: none)",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 

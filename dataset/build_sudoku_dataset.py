@@ -15,14 +15,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from dataset.array_writer import (
-    SplitWriter,
-    add_output_options,
-    check_output_dir,
-    corpus_folder,
-    write_json,
-)
+from dataset.array_writer import SplitWriter, write_json
 from dataset.common import BLANK_IDENTIFIER, FORMAT_VERSION, UserError, command_parser, run_cli
+from dataset.corpus_folder import add_output_options, check_output_dir, corpus_folder
 
 BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 FRUITLESS_GRIDS = 300
@@ -253,12 +248,9 @@ def build(args: argparse.Namespace) -> None:
         corpus_folder(args.output_dir, args.overwrite) as folder,
         tqdm(total=sum(wanted.values()), unit=" puzzles", disable=None) as bar,
     ):
-        writers = {
-            split: SplitWriter(
-                folder / split, np.dtype(np.uint8), args.size**2, "all__", ("puzzle_identifiers",)
-            )
-            for split in wanted
-        }
+        cells = (np.uint8, (args.size**2,))
+        arrays = {"inputs": cells, "labels": cells, "puzzle_identifiers": (np.int32, ())}
+        writers = {split: SplitWriter(folder / split, arrays, prefix="all__") for split in wanted}
         pending: dict[str, list[tuple[Grid, Grid]]] = {split: [] for split in wanted}
         for split, puzzle, solution in generate(args.size, args.blanks, wanted, args.seed):
             pending[split].append((puzzle, solution))

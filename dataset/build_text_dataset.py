@@ -19,29 +19,22 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dataset.array_writer import (
-    SplitWriter,
-    add_output_options,
-    check_output_dir,
-    corpus_folder,
-)
+from dataset.array_writer import write_json
 from dataset.common import UserError, command_parser, run_cli, token_byte_lengths
 from dataset.corpus import (
     SPLITS,
     CorpusSplit,
     DocumentRouter,
+    add_layout_option,
     check_iterations,
     finish_corpus,
     print_summary,
 )
-from dataset.packing import Rows
-from dataset.text_sources import (
-    DocumentReader,
-    ReadOptions,
-    Source,
-    find_sources,
-    is_encodable,
-)
+from dataset.corpus_folder import add_output_options, check_output_dir, corpus_folder
+from dataset.document_reader import DocumentReader, ReadOptions, is_encodable
+from dataset.journal import Journal
+from dataset.packing import PackOptions, make_rows
+from dataset.text_sources import Source, find_sources
 from dataset.tokenization import TextTokenizer, add_tokenizer_options
 
 BATCH_CHARS = 2_000_000
@@ -137,6 +130,7 @@ class ExampleRows:
         self.domains: list[str] = []
         self.truncated_prompts = 0
         self.truncated_responses = 0
+        self._tokens_written = 0
 
     def add(self, batch: list[tuple[str, Example]]) -> None:
         """Tokenize and write examples, in order."""
@@ -170,18 +164,28 @@ class ExampleRows:
         return np.concatenate([prompt, end]), len(prompt)
 
     def _write(self, split: str, domain: int, run: list[tuple[np.ndarray, int, int]]) -> None:
-        seq_len = self._context + self._response
-        tokenizer = self._tokenizer
-        inputs = np.full((len(run), seq_len), tokenizer.pad_id, tokenizer.dtype)
-        labels = np.full((len(run), seq_len), tokenizer.ignore_label_id, tokenizer.dtype)
-        for row, (tokens, prompt_length, _) in enumerate(run):
-            real = tokens[:seq_len]
-            inputs[row, : len(real)] = real
-            first = max(prompt_length, 1)  # nothing predicts a row's first token
-            labels[row, first - 1 : len(tokens) - 1] = tokens[first:]
-        lengths = np.array([min(len(tokens), seq_len) for tokens, _, _ in run])
-        targets = np.array([budget for _, _, budget in run])
-        self._splits[split].write(domain, Rows(inputs, labels, lengths), targets)
+        tokenizer, seq_len = self._tokenizer, self._context + self._response
+        lengths = np.array([len(tokens) for tokens, _, _ in run])
+        prompts = np.array([prompt_length for _, prompt_length, _ in run])
+        options = PackOptions(
+            seq_len=seq_len,
+            stride=seq_len,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            ignore_label_id=tokenizer.ignore_label_id,
+            score_once=False,
+        )
+        rows = make_rows(
+            options,
+            np.concatenate([tokens for tokens, _, _ in run]),
+            self._tokens_written,
+            np.cumsum(lengths) - lengths,
+            lengths,
+            # The prompt's last token predicts the response's first; nothing predicts a row's first.
+            np.maximum(prompts, 1) - 1,
+        )
+        self._tokens_written += int(lengths.sum())
+        self._splits[split].write(domain, rows, np.array([budget for _, _, budget in run]))
 
 
 def routed_batches(
@@ -241,10 +245,12 @@ def open_splits(
     seq_len = args.max_context_tokens + args.max_response_tokens
     return {
         name: CorpusSplit(
-            writer=SplitWriter(folder / name / "all", tokenizer.dtype, seq_len),
-            ignore_label_id=tokenizer.ignore_label_id,
-            byte_lengths=byte_lengths,
-            identifier_of=lambda domain: domain + 1 if args.identifiers == "domain" else 0,
+            folder / name / "all",
+            args.layout,
+            tokenizer,
+            seq_len,
+            lambda domain: domain + 1 if args.identifiers == "domain" else 0,
+            byte_lengths,
         )
         for name in SPLITS
     }
@@ -255,11 +261,13 @@ def build(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     check_options(args)
     weights = parse_weights(args.domain_weights)
-    tokenizer = TextTokenizer(args.tokenizer_json, args.eos_token, args.pad_token, args.workers)
+    tokenizer = TextTokenizer(
+        args.tokenizer_json, args.eos_token, args.pad_token, args.workers, args.tokenizer_library
+    )
     sources = [source for group in find_sources(args.input_files, "jsonl") for source in group]
     if plain := [source for source in sources if source.format != "jsonl"]:
         raise UserError(f"{plain[0]} is plain text; prompts and responses come as JSON lines.")
-    router = DocumentRouter(args.seed, args.train_ratio, dedup=False)
+    router = DocumentRouter(args.seed, args.train_ratio, dedup=False, journal=Journal(""))
     size = sum(source.size for source in sources)
     with (
         corpus_folder(args.output_dir, args.overwrite) as folder,
@@ -290,9 +298,10 @@ def build(args: argparse.Namespace) -> None:
             "clipped_budgets": reader.clipped_budgets,
         }
         seq_len = args.max_context_tokens + args.max_response_tokens
-        finish_corpus(
+        report = finish_corpus(
             args, folder, splits, tokenizer, rows.domains, seq_len, report, domain_weights=weights
         )
+        write_json(folder / "build_report.json", report)
     for name in ("truncated_prompts", "truncated_responses", "clipped_budgets"):
         if report[name]:
             print(f"{report[name]:,} {name.replace('_', ' ')}")
@@ -303,6 +312,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("python -m dataset.build_text_dataset", __doc__)
     add_output_options(parser)
     add_tokenizer_options(parser)
+    add_layout_option(parser)
     add = parser.add_argument
     add(
         "--input-files",

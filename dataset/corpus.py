@@ -5,27 +5,30 @@ the counts that bits per byte rest on, and the files around the arrays.
 """
 
 import argparse
-import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
+import xxhash
 
 from dataset.array_writer import SplitWriter, write_json
 from dataset.common import (
     BLANK_IDENTIFIER,
     FORMAT_VERSION,
+    IGNORE_LABEL_ID,
     DatasetMetadata,
     UserError,
     sha256_file,
 )
+from dataset.journal import Journal
 from dataset.packing import Rows
 from dataset.tokenization import TextTokenizer
 
 SPLITS = ("train", "test")
+_HELD_OUT = 1  # kind of the digests of held-out documents
 
 
 @dataclass
@@ -44,64 +47,112 @@ class Counts:
 
 
 class DocumentRouter:
-    """Sends each document to a split, or nowhere when it is a duplicate.
+    """Sends each document to a split, or nowhere when it is a copy.
 
     The digest is keyed with the seed, so that identical texts share their fate whatever their
     order. Held-out files must come first: their documents never reach the training split.
     """
 
-    def __init__(self, seed: int, train_ratio: float, dedup: bool) -> None:
-        self._key = str(seed).encode()[:64]
+    def __init__(self, seed: int, train_ratio: float, dedup: bool, journal: Journal) -> None:
+        self._seed = seed % 2**64
         self._train_ratio = train_ratio
         self._dedup = dedup
-        self._seen: set[bytes] = set()
-        self._held_out: set[bytes] = set()
+        self._journal = journal
+        self._holds_out = False
         self.duplicates = 0
         self.held_out_copies = 0
 
     def route(self, text: bytes, held_out: bool) -> str | None:
         """The split of a document given as UTF-8; None if it is to be left out."""
-        if self._dedup and self.is_copy(text):
+        digest = self._digest(text)
+        if self._dedup and self._is_copy(digest):
             return None
         if held_out:
             if not self._dedup:
-                self._held_out.add(self._digest(text))
+                self._holds_out = True
+                self._journal.is_new(digest, _HELD_OUT)
             return "test"
-        split = self.split_of(text)
-        if split == "train" and self._held_out and self._digest(text) in self._held_out:
+        split = self._split(digest)
+        if split == "train" and self._holds_out and self._journal.knows(digest, _HELD_OUT):
             self.held_out_copies += 1
             return None
         return split
 
     def is_copy(self, text: bytes) -> bool:
         """Whether this text came before; copies are counted."""
-        digest = self._digest(text)
-        if digest in self._seen:
-            self.duplicates += 1
-            return True
-        self._seen.add(digest)
-        return False
+        return self._is_copy(self._digest(text))
 
     def split_of(self, text: bytes) -> str:
         """The split that the text's digest falls to."""
-        share = int.from_bytes(self._digest(text)[:8], "big") / 2**64
+        return self._split(self._digest(text))
+
+    def _is_copy(self, digest: bytes) -> bool:
+        new = self._journal.is_new(digest)
+        self.duplicates += not new
+        return not new
+
+    def _split(self, digest: bytes) -> str:
+        share = int.from_bytes(digest[:8], "big") / 2**64
         return "train" if share < self._train_ratio else "test"
 
     def _digest(self, text: bytes) -> bytes:
-        return hashlib.blake2b(text, digest_size=16, key=self._key).digest()
+        return xxhash.xxh3_128_digest(text, self._seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts; the digests are the journal's."""
+        names = ("duplicates", "held_out_copies", "_holds_out")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
 
-@dataclass
 class CorpusSplit:
-    """One split in the making: its files, and the counts of what each domain put into them."""
+    """One split in the making: its files, and the counts of what each domain put into them.
 
-    writer: SplitWriter
-    ignore_label_id: int
-    byte_lengths: np.ndarray
-    """(V,) int32: bytes of text that a token id stands for."""
-    identifier_of: Callable[[int], int] | None
-    """Identifier of a domain's rows; None numbers the rows from 1."""
-    counts: dict[int, Counts] = field(default_factory=dict)
+    Args:
+        layout: `npy` stores inputs and labels of every row, `stream` the tokens once and where
+            rows begin in them.
+        identifier_of: identifier of a domain's rows; None numbers the rows from 1.
+        byte_lengths: (V,) int32, bytes of text that a token id stands for.
+        state: what `state_dict` gave, to go on from there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: str,
+        tokenizer: TextTokenizer,
+        seq_len: int,
+        identifier_of: Callable[[int], int] | None,
+        byte_lengths: np.ndarray,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.layout = layout
+        self.ignore_label_id = tokenizer.ignore_label_id
+        self._identifier_of = identifier_of
+        # One entry more, for the ignored label: look-ups beyond the end are clipped to it.
+        self.byte_lengths = np.append(byte_lengths, 0)
+        self.counts: dict[int, Counts] = {}
+        self._last = (-1, 0, 0)  # domain and end of the row written last, and its end in tokens
+        row, per_row = (seq_len,), (np.int32, ())
+        arrays: dict[str, tuple[Any, tuple[int, ...]]]
+        if layout == "npy":
+            arrays = {"inputs": (tokenizer.dtype, row), "labels": (tokenizer.dtype, row)}
+        else:
+            # Ignored labels are not stored here, so no value need be left for them.
+            token = np.min_scalar_type(tokenizer.vocab_size - 1)
+            length = (np.min_scalar_type(seq_len + 1), ())
+            arrays = {"tokens": (token, ()), "row_starts": (np.int64, ())}
+            arrays |= {"row_lengths": length, "label_starts": length}
+        arrays |= dict.fromkeys(("puzzle_identifiers", "iteration_targets", "domain_ids"), per_row)
+        if layout == "stream":
+            arrays |= {"iteration_targets": (np.uint16, ()), "domain_ids": (np.uint16, ())}
+        rows = None
+        if state is not None:
+            rows, self._last = state["rows"], tuple(state["last"])
+            self.counts = {int(domain): Counts(**c) for domain, c in state["counts"].items()}
+        self.writer = SplitWriter(folder, arrays, indices=layout == "npy", rows=rows)
 
     def count(self, domain: int) -> Counts:
         return self.counts.setdefault(domain, Counts())
@@ -114,30 +165,56 @@ class CorpusSplit:
         counts.tokens += tokens
 
     def write(self, domain: int, rows: Rows, targets: np.ndarray) -> None:
-        """Append rows (n, S) of one domain with their iteration targets (n,)."""
+        """Append rows of one domain with their iteration targets (n,)."""
         count = len(rows.inputs)
-        if self.identifier_of is None:
+        if self._identifier_of is None:
             identifiers = np.arange(self.writer.rows + 1, self.writer.rows + count + 1)
         else:
-            identifiers = np.full(count, self.identifier_of(domain))
+            identifiers = np.full(count, self._identifier_of(domain))
+        stored = self._views(domain, rows) if self.layout == "stream" else {
+            "inputs": rows.inputs, "labels": rows.labels
+        }  # fmt: skip
         self.writer.append(
-            inputs=rows.inputs,
-            labels=rows.labels,
+            **stored,
             puzzle_identifiers=identifiers,
             iteration_targets=targets,
             domain_ids=np.full(count, domain),
         )
-        scored = rows.labels[rows.labels != self.ignore_label_id]
         counts = self.count(domain)
         counts.rows += count
-        counts.stored_tokens += int(rows.lengths.sum())
-        counts.scored_tokens += len(scored)
-        counts.scored_bytes += int(self.byte_lengths[scored].sum(dtype=np.int64))
+        counts.stored_tokens += int(rows.input_lengths.sum())
+        counts.scored_tokens += int(np.count_nonzero(rows.labels != self.ignore_label_id))
+        sizes = self.byte_lengths.take(rows.labels, mode="clip")
+        counts.scored_bytes += int(sizes.sum(dtype=np.int64))
+
+    def _views(self, domain: int, rows: Rows) -> dict[str, np.ndarray]:
+        """The tokens that are not stored yet, and where the rows lie among all tokens."""
+        first, last = int(rows.starts[0]), int(rows.starts[-1] + rows.lengths[-1])
+        end, written = self._last[1] - rows.origin, self._last[2]
+        # Windows overlap the one before in the same stream; its tokens are there already.
+        known = end - first if self._last[0] == domain and 0 <= end - first <= last - first else 0
+        tokens = rows.stream[first + known : last]
+        shift = written - known - first
+        self._last = (domain, rows.origin + last, written + len(tokens))
+        return {
+            "tokens": tokens,
+            "row_starts": rows.starts + shift,
+            "row_lengths": rows.lengths,
+            "label_starts": rows.label_starts,
+        }
 
     @property
     def total(self) -> Counts:
         parts = [asdict(counts) for counts in self.counts.values()]
         return Counts(**{name: sum(part[name] for part in parts) for name in asdict(Counts())})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts and the rows that the disk has; waits for the disk."""
+        return {
+            "rows": self.writer.saved_rows(),
+            "last": self._last,
+            "counts": {domain: asdict(counts) for domain, counts in self.counts.items()},
+        }
 
 
 def finish_corpus(
@@ -149,14 +226,18 @@ def finish_corpus(
     seq_len: int,
     report: dict[str, Any],
     domain_weights: dict[str, float] | None = None,
-) -> None:
-    """Close both splits and write their metadata, `identifiers.json` and `build_report.json`."""
+) -> dict[str, Any]:
+    """Close both splits and write their metadata and `identifiers.json`; gives what
+    `build_report.json` is to hold: `report` and what is known here."""
     train = splits["train"]
     metadata = {
         name: split.writer.finish(
             pad_id=tokenizer.pad_id,
             eos_id=tokenizer.eos_id,
-            ignore_label_id=tokenizer.ignore_label_id,
+            ignore_label_id=(
+                tokenizer.ignore_label_id if split.layout == "npy" else IGNORE_LABEL_ID
+            ),
+            layout=split.layout,
             vocab_size=tokenizer.vocab_size,
             seq_len=seq_len,
             num_puzzle_identifiers=1
@@ -174,23 +255,20 @@ def finish_corpus(
     }
     write_json(folder / "identifiers.json", _identifiers(args.identifiers, metadata["train"]))
     options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-    write_json(
-        folder / "build_report.json",
-        {
-            "format_version": FORMAT_VERSION,
-            "options": options,
-            "tokenizers_version": tokenizers.__version__,
-            "tokenizer_sha256": sha256_file(folder / "tokenizer.json"),
-            **report,
-            "splits": {
-                name: {
-                    "total": asdict(split.total),
-                    "domains": {domains[d]: asdict(split.counts[d]) for d in sorted(split.counts)},
-                }
-                for name, split in splits.items()
-            },
+    return {
+        "format_version": FORMAT_VERSION,
+        "options": options,
+        "tokenizers_version": tokenizers.__version__,
+        "tokenizer_sha256": sha256_file(folder / "tokenizer.json"),
+        **report,
+        "splits": {
+            name: {
+                "total": asdict(split.total),
+                "domains": {domains[d]: asdict(split.counts[d]) for d in sorted(split.counts)},
+            }
+            for name, split in splits.items()
         },
-    )
+    }
 
 
 def _identifiers(kind: str, train: DatasetMetadata) -> list[str]:
@@ -204,6 +282,17 @@ def _identifiers(kind: str, train: DatasetMetadata) -> list[str]:
     return [BLANK_IDENTIFIER, *(f"{corpus}/{row}" for row in range(train.total_puzzles))]
 
 
+def add_layout_option(parser: argparse.ArgumentParser) -> None:
+    """How the rows are stored."""
+    parser.add_argument(
+        "--layout",
+        choices=("npy", "stream"),
+        default="npy",
+        help="npy: inputs and labels of every row; stream: each token once, about half the bytes, "
+        "read by the same programs (default: npy)",
+    )
+
+
 def check_iterations(args: argparse.Namespace) -> None:
     """Refuse bounds of the iteration budget that clash."""
     if not 1 <= args.min_iterations <= args.max_iterations:
@@ -211,6 +300,8 @@ def check_iterations(args: argparse.Namespace) -> None:
             f"--min-iterations {args.min_iterations} and --max-iterations {args.max_iterations} "
             "clash; 1 <= min <= max is needed."
         )
+    if args.max_iterations > np.iinfo(np.uint16).max:
+        raise UserError(f"--max-iterations is {args.max_iterations}; it must be at most 65535.")
 
 
 def print_summary(

@@ -1,15 +1,17 @@
-"""Packing token streams into rows: windows, shifted labels, ignored positions, budgets.
+"""Packing documents into rows: views of a token stream, shifted labels, ignored positions, budgets.
 
-Pure arithmetic on arrays; what a row means on disk is the writer's concern.
+Pure arithmetic on arrays; how a row lies on disk is the writer's concern.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-BLOCK_TOKENS = 1 << 21
+BLOCK_TOKENS = 1 << 18
+"""Tokens of rows that are made at once: few enough to stay in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -27,69 +29,148 @@ class PackOptions:
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive rows of one stream: inputs and labels (n, S), lengths (n,) of real inputs."""
+    """Rows (n) of one stream of tokens, each a window of up to S + 1 of them."""
 
     inputs: np.ndarray
+    """(n, S)"""
     labels: np.ndarray
+    """(n, S)"""
+    stream: np.ndarray
+    """(m,) tokens that the windows are cut from"""
+    origin: int
+    """position of `stream[0]` in the whole stream of its split and domain"""
+    starts: np.ndarray
+    """(n,) index in `stream` of each window's first token"""
     lengths: np.ndarray
+    """(n,) tokens of each window, 2..S + 1"""
+    label_starts: np.ndarray
+    """(n,) row position of the first label that may count"""
+
+    @property
+    def input_lengths(self) -> np.ndarray:
+        """(n,) real tokens in `inputs`."""
+        return np.minimum(self.lengths, self.inputs.shape[1])
+
+
+def make_rows(
+    options: PackOptions,
+    stream: np.ndarray,
+    origin: int,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    label_starts: np.ndarray,
+) -> Rows:
+    """Rows of windows of `stream`; see `Rows`. Those without a label are left out."""
+    width = options.seq_len + 1
+    windows = _windows(stream, starts, lengths, width, options.pad_id)
+    inputs, labels = windows[:, :-1], windows[:, 1:].copy()
+    # What follows an eos is the next document's first token: nothing predicts it.
+    labels.reshape(-1)[np.flatnonzero(inputs == options.eos_id)] = options.ignore_label_id
+    for row in np.flatnonzero(lengths < width):
+        labels[row, lengths[row] - 1 :] = options.ignore_label_id
+    for first in np.unique(label_starts[label_starts > 0]):
+        labels[label_starts == first, :first] = options.ignore_label_id
+    scored = (labels != options.ignore_label_id).any(axis=1)
+    if scored.all():
+        return Rows(inputs, labels, stream, origin, starts, lengths, label_starts)
+    per_row = (array[scored] for array in (starts, lengths, label_starts))
+    return Rows(inputs[scored], labels[scored], stream, origin, *per_row)
+
+
+def _windows(
+    stream: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int, pad_id: int
+) -> np.ndarray:
+    """(n, width), padded; a view where all windows are whole and start at even distances."""
+    steps = np.diff(starts)
+    if len(starts) and (lengths == width).all() and (len(steps) == 0 or (steps == steps[0]).all()):
+        step = int(steps[0]) if len(steps) else 1
+        return sliding_window_view(stream, width)[starts[0] : starts[-1] + 1 : step]
+    windows = np.full((len(starts), width), pad_id, stream.dtype)
+    for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        windows[row, :length] = stream[start : start + length]
+    return windows
+
+
+class Packer(Protocol):
+    """Turns one stream of documents into rows, as soon as they are complete."""
+
+    def add(self, stream: np.ndarray, ends: np.ndarray) -> Iterator[Rows]:
+        """Append documents, each ended with eos: tokens (m,) and where documents end (d,)."""
+        ...
+
+    def finish(self) -> Iterator[Rows]:
+        """The rows that are left, padded where they are short."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class WindowPacker:
-    """Cuts one stream of documents, each ended with eos, into windows of `seq_len + 1` tokens.
+    """Cuts one stream of documents into windows of `seq_len + 1` tokens, wherever documents end.
 
     Windows start every `stride` tokens; the last, short one is padded. Rows come out as soon as
-    they are complete, so that their order does not depend on how the stream was handed in.
+    they are complete, so that they do not depend on how the stream was handed in.
     """
 
     def __init__(self, options: PackOptions) -> None:
         self.options = options
         self._pending: list[np.ndarray] = []
         self._pending_tokens = 0
+        self._origin = 0
         self._covered = 0
         """Index, in the pending tokens, of the last one that is a label of an earlier window."""
 
-    def add(self, tokens: np.ndarray) -> Iterator[Rows]:
-        """Append tokens (n,) to the stream; yields the rows that this completes."""
-        self._pending.append(tokens)
-        self._pending_tokens += len(tokens)
-        width = self.options.seq_len + 1
+    def add(self, stream: np.ndarray, ends: np.ndarray) -> Iterator[Rows]:
+        """See `Packer`; where documents end does not matter here."""
+        self._pending.append(stream)
+        self._pending_tokens += len(stream)
+        width, stride = self.options.seq_len + 1, self.options.stride
         if self._pending_tokens < width:
             return
-        stream = np.concatenate(self._pending)
-        count = (len(stream) - width) // self.options.stride + 1
-        windows = sliding_window_view(stream, width)[:: self.options.stride]
+        stream = np.concatenate(self._pending) if len(self._pending) > 1 else stream
+        count = (len(stream) - width) // stride + 1
         block = max(1, BLOCK_TOKENS // width)
-        for start in range(0, count, block):
-            yield from self._rows(windows[start : min(start + block, count)], width)
-        rest = stream[count * self.options.stride :].copy()
+        for first in range(0, count, block):
+            size = min(block, count - first)
+            yield from self._rows(
+                stream[first * stride : (first + size - 1) * stride + width],
+                np.arange(size) * stride,
+                np.full(size, width),
+            )
+            self._origin += size * stride
+        rest = stream[count * stride :].copy()
         self._pending, self._pending_tokens = [rest], len(rest)
 
     def finish(self) -> Iterator[Rows]:
-        """Yield the last, short window if it holds anything that is not yet a label."""
+        """The last, short window, if it holds anything that is not yet a label."""
         if self._pending_tokens - 1 > self._covered:
             stream = np.concatenate(self._pending)
-            window = np.full((1, self.options.seq_len + 1), self.options.pad_id, stream.dtype)
-            window[0, : len(stream)] = stream
-            yield from self._rows(window, len(stream))
+            yield from self._rows(stream, np.zeros(1, np.int64), np.array([len(stream)]))
         self._pending, self._pending_tokens = [], 0
 
-    def _rows(self, windows: np.ndarray, real_tokens: int) -> Iterator[Rows]:
-        """Rows of windows (n, S+1) of `real_tokens` each; those without a label are left out."""
-        options = self.options
-        inputs = windows[:, :-1].copy()
-        labels = windows[:, 1:].copy()
-        # What follows an eos is the next document's first token: nothing predicts it.
-        labels[inputs == options.eos_id] = options.ignore_label_id
-        labels[:, real_tokens - 1 :] = options.ignore_label_id
-        if options.score_once:
-            labels[:1, : self._covered] = options.ignore_label_id
-            labels[1:, : options.seq_len - options.stride] = options.ignore_label_id
-        self._covered = options.seq_len - options.stride
-        lengths = np.full(len(inputs), min(real_tokens, options.seq_len))
-        if not (scored := (labels != options.ignore_label_id).any(axis=1)).all():
-            inputs, labels, lengths = inputs[scored], labels[scored], lengths[scored]
-        if len(inputs):
-            yield Rows(inputs, labels, lengths)
+    def _rows(self, stream: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Iterator[Rows]:
+        label_starts = np.zeros(len(starts), np.int64)
+        if self.options.score_once:
+            label_starts[0] = self._covered
+            label_starts[1:] = self.options.seq_len - self.options.stride
+        self._covered = self.options.seq_len - self.options.stride
+        rows = make_rows(self.options, stream, self._origin, starts, lengths, label_starts)
+        if len(rows.inputs):
+            yield rows
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "pending": np.concatenate(self._pending) if self._pending else None,
+            "origin": self._origin,
+            "covered": self._covered,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._origin, self._covered = state["origin"], state["covered"]
+        self._pending = [] if state["pending"] is None else [state["pending"]]
+        self._pending_tokens = sum(map(len, self._pending))
 
 
 def iteration_targets(
@@ -105,6 +186,6 @@ def iteration_targets(
         padding = np.arange(inputs.shape[1]) >= lengths[:, None]
         tokens = np.where(padding, inputs[:, :1], inputs)
     ordered = np.sort(tokens, axis=1)
-    distinct = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
+    distinct = 1 + np.count_nonzero(ordered[:, 1:] != ordered[:, :-1], axis=1)
     ratio = distinct / lengths
     return np.floor(min_iterations + ratio * (max_iterations - min_iterations)).astype(np.int32)

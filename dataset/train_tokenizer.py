@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from dataset.common import UserError, command_parser, run_cli
-from dataset.text_sources import DocumentReader, ReadOptions, add_input_options, find_sources
+from dataset.document_reader import DocumentReader, ReadOptions
+from dataset.text_sources import add_input_options, find_sources
 
 SPECIAL_TOKENS = ("<|pad|>", "<|eos|>")
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)

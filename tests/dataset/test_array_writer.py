@@ -5,8 +5,9 @@ import os
 import numpy as np
 import pytest
 
-from dataset.array_writer import ArrayWriter, corpus_folder
+from dataset.array_writer import ArrayWriter
 from dataset.common import UserError
+from dataset.corpus_folder import corpus_folder
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dataset import build_corpus_dataset
+from dataset import build_corpus_dataset, pipeline
 from dataset.common import UserError, iteration_target, token_byte_lengths, verify_arrays
 from dataset.tokenization import TextTokenizer
 from dataset.train_tokenizer import train_tokenizer
@@ -127,9 +127,9 @@ def test_batch_size_changes_nothing(build, tmp_path, rng, monkeypatch):
     options = "--seq-len 16 --stride 12 --train-ratio 0.8 --domain-labels x y x"
     whole = file_bytes(build(a, b, c, options=options, out="whole"))
     for size in (1, 700):
-        monkeypatch.setattr(build_corpus_dataset, "BATCH_CHARS", size)
+        monkeypatch.setattr("dataset.documents.BATCH_BYTES", size)
         monkeypatch.setattr("dataset.packing.BLOCK_TOKENS", size)
-        monkeypatch.setattr("dataset.tokenization.PIECE_CHARS", size)
+        monkeypatch.setattr("dataset.encoders.PIECE_CHARS", size)
         assert file_bytes(build(a, b, c, options=options, out=f"parts{size}")) == whole
 
 
@@ -141,9 +141,9 @@ def test_cutting_long_texts_keeps_their_tokens(tmp_path, monkeypatch, rng):
     tokenizer = TextTokenizer(tmp_path / "tok.json")
     whole = tokenizer.encode([text])[0]
     for size in (1, 2, 3, 50):
-        monkeypatch.setattr("dataset.tokenization.PIECE_CHARS", size)
+        monkeypatch.setattr("dataset.encoders.PIECE_CHARS", size)
         assert tokenizer.encode([text])[0].tolist() == whole.tolist()
-        assert size > 3 or len(tokenizer._cut(text)) > 100
+        assert size > 3 or len(tokenizer.encoder._cut(text)) > 100
 
 
 def test_text_that_spells_a_special_token(build, tmp_path):
@@ -310,7 +310,9 @@ def test_other_tokenizers_get_eos_and_pad(tmp_path, build, fails):
         ("--seq-len 0", "--seq-len is 0"),
         ("--train-ratio 1.5", "--train-ratio is 1.5"),
         ("--min-iterations 9 --max-iterations 8", "--min-iterations 9 and --max-iterations 8"),
-        ("--layout stream", "not supported yet"),
+        ("--pack bestfit --stride 4 --seq-len 8", "--stride 4 and --pack bestfit clash"),
+        ("--quality gophr", "gophr"),
+        ("--max-bad-lines -1", "--max-bad-lines is -1"),
         ("--min-chars 9 --max-chars 8", "leave no document"),
         ("--test-files absent.txt", "'absent.txt' does not exist"),
         ("--test-files a.jsonl", "no document is left for the training split"),
@@ -340,16 +342,16 @@ def test_a_bad_last_line_leaves_nothing_behind(build, tmp_path, fails, rng):
 
 def test_a_crash_midway_leaves_nothing_behind(build, tmp_path, rng, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", distinct_texts(rng, 100))
-    monkeypatch.setattr(build_corpus_dataset, "BATCH_CHARS", 100)
+    monkeypatch.setattr("dataset.documents.BATCH_BYTES", 100)
     calls = iter(range(5))
-    original = build_corpus_dataset.iteration_targets
+    original = pipeline.iteration_targets
 
     def break_down(*arguments):
         if next(calls) == 4:
             raise MemoryError
         return original(*arguments)
 
-    monkeypatch.setattr(build_corpus_dataset, "iteration_targets", break_down)
+    monkeypatch.setattr(pipeline, "iteration_targets", break_down)
     with pytest.raises(MemoryError):
         build(path, options="--seq-len 8")
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]

@@ -1,10 +1,12 @@
 """Windows: nothing lost, nothing scored twice, whatever the pieces a stream comes in."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from dataset.common import iteration_target
-from dataset.packing import PackOptions, Rows, WindowPacker, iteration_targets
+from dataset.packing import PackOptions, WindowPacker, iteration_targets
 
 EOS, PAD, IGNORE = 1, 0, 255
 
@@ -19,17 +21,18 @@ def random_stream(generator: np.random.Generator, tokens: int) -> np.ndarray:
     return stream
 
 
-def pack(stream, seq_len, stride, score_once, pieces=1) -> Rows:
+def pack(stream, seq_len, stride, score_once, pieces=1) -> SimpleNamespace:
+    """All rows: inputs, labels and `lengths` of real inputs."""
     packer = WindowPacker(PackOptions(seq_len, stride, EOS, PAD, IGNORE, score_once))
     blocks = []
     for piece in np.array_split(stream, pieces):
-        blocks += packer.add(piece)
+        blocks += packer.add(piece, np.flatnonzero(piece == EOS) + 1)
     blocks += packer.finish()
     shape = (0, seq_len)
-    return Rows(
-        np.concatenate([np.empty(shape, np.uint8)] + [rows.inputs for rows in blocks]),
-        np.concatenate([np.empty(shape, np.uint8)] + [rows.labels for rows in blocks]),
-        np.concatenate([np.empty(0, int)] + [rows.lengths for rows in blocks]),
+    return SimpleNamespace(
+        inputs=np.concatenate([np.empty(shape, np.uint8)] + [rows.inputs for rows in blocks]),
+        labels=np.concatenate([np.empty(shape, np.uint8)] + [rows.labels for rows in blocks]),
+        lengths=np.concatenate([np.empty(0, int)] + [rows.input_lengths for rows in blocks]),
     )
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dataset.common import UserError
-from dataset.text_sources import DocumentReader, ReadOptions, find_sources
+from dataset.document_reader import DocumentReader, ReadOptions
+from dataset.text_sources import find_sources
 from tests.dataset.conftest import random_text, write_jsonl
 
 try:
@@ -126,7 +127,7 @@ def test_text_key(tmp_path):
 def test_invalid_utf8_is_placed(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("é fine\n".encode() + b"not \xff fine\n")
-    with pytest.raises(UserError, match=r"a\.txt, line 2 \(byte 12\): byte 0xff"):
+    with pytest.raises(UserError, match=r"a\.txt, line 2: byte 0xff at place 5"):
         read(path)
     path.write_bytes(gzip.compress(b"text"))
     with pytest.raises(UserError, match="looks like gzip data"):
@@ -147,8 +148,10 @@ def test_globs_folders_and_repeats(tmp_path):
         read(tmp_path / "absent.txt")
     with pytest.raises(UserError, match="matches no file"):
         read(f"{tmp_path}/*.jsonl")
-    with pytest.raises(UserError, match="Parquet is not supported yet"):
+    with pytest.raises(UserError, match=r"x\.parquet is damaged or cut off"):
         read(write_jsonl(tmp_path / "x.parquet", ["a"]))
+    with pytest.raises(UserError, match=r"cannot read Parquet below \.gz"):
+        read(write_jsonl(tmp_path / "x.parquet.gz", ["a"]))
 
 
 def test_standard_input(monkeypatch):

@@ -1,0 +1,87 @@
+"""Opening an input file as a stream of bytes, whatever it is compressed with.
+
+Every way in which a file can be unreadable, cut off or damaged ends in a `UserError` that names the
+file and the place: a decompressor that stops early without a word would lose documents.
+"""
+
+import io
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, cast
+
+from dataset.common import UserError
+from dataset.text_sources import Source
+
+# A decompressor hands out lines byte by byte; a buffer of this size in front of it does not.
+_BUFFER = 1 << 20
+
+
+def _open_zstd(raw: IO[bytes]) -> IO[bytes]:
+    # Not the `zstandard` package: it reads a truncated file to a clean end.
+    try:
+        from compression import zstd  # Python 3.14
+    except ImportError:
+        try:
+            from backports import zstd
+        except ImportError:
+            raise UserError(
+                "reading .zst needs the package backports.zstd: pip install backports.zstd"
+            ) from None
+    # The widest window that the format has, for files written with `zstd --long=31`.
+    return zstd.open(raw, "rb", options={zstd.DecompressionParameter.window_log_max: 31})
+
+
+def _open_gzip(raw: IO[bytes]) -> IO[bytes]:
+    import gzip
+
+    return cast(IO[bytes], gzip.GzipFile(fileobj=raw, mode="rb"))
+
+
+_OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
+    "gzip": _open_gzip,
+    "zstd": _open_zstd,
+    "xz": lzma.LZMAFile,
+}
+
+
+@contextmanager
+def open_source(source: Source) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
+    """The decompressed bytes of a source, and a function that tells how many bytes of the file on
+    disk have been read so far. Faults inside the block become `UserError`s."""
+    if source.is_stdin:
+        yield sys.stdin.buffer, lambda: 0
+        return
+    position = 0
+    try:
+        with open(source.path, "rb", buffering=_BUFFER) as raw:
+            if source.compression is None:
+                yield raw, raw.tell
+                return
+            with _OPENERS[source.compression](raw) as stream:
+                buffered = io.BufferedReader(cast(io.RawIOBase, stream), _BUFFER)
+                try:
+                    yield cast(IO[bytes], buffered), raw.tell
+                finally:
+                    position = raw.tell()
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise _reading_fault(source, error, position) from error
+    except Exception as error:
+        if type(error).__name__ == "ZstdError":
+            raise _reading_fault(source, error, position) from error
+        raise
+
+
+def _reading_fault(source: Source, error: Exception, position: int) -> UserError:
+    """One sentence for a file that ends early, is damaged, or cannot be opened."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return UserError(f"cannot read {source}: {error.strerror}.")
+    what = (
+        "is cut off" if isinstance(error, EOFError) else f"is not valid {source.compression} data"
+    )
+    return UserError(
+        f"{source} {what} at or before byte {position:,} of {source.size:,} ({error}); "
+        "copy or download it again."
+    )

@@ -1,0 +1,220 @@
+"""Reading documents out of files, one at a time, and counting what could not be used.
+
+Nothing is held but the current document. A reader can go on in the middle of a file: every document
+comes with the number of records (lines, paragraphs, Parquet rows) that have been read with it.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import orjson
+
+from dataset.common import UserError
+from dataset.decompression import open_source
+from dataset.text_sources import Source
+
+MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\x00": "xz",
+    b"PAR1": "parquet",
+}
+MAX_LINE_BYTES = 1 << 30
+"""A longer line is taken for a file that has no lines at all."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How documents are cut out of a file."""
+
+    documents: str = "line"
+    """line | paragraph | file, for plain text"""
+    text_key: str = "text"
+    max_bad_lines: int = 0
+    """Lines that may be skipped over all files before reading stops."""
+
+
+class DocumentReader:
+    """Reads documents of sources in order and counts what it skipped.
+
+    `progress` is called with the number of bytes on disk that were newly read.
+    """
+
+    def __init__(self, options: ReadOptions, progress: Callable[[int], Any] | None = None) -> None:
+        self.options = options
+        self.bad_lines = 0
+        self.blank_documents = 0
+        self._progress = progress or (lambda count: None)
+
+    def texts(self, source: Source) -> Iterator[str]:
+        """Documents of one source; blank ones are skipped; none at all is an error."""
+        for _, text in self.documents(source):
+            yield text
+
+    def documents(self, source: Source, skip: int = 0) -> Iterator[tuple[int, str]]:
+        """Documents of one source after its first `skip` records, each with the number of records
+        read so far."""
+        found = skip > 0
+        for number, text in self._pieces(source, skip):
+            if not text or text.isspace():
+                self.blank_documents += 1
+                continue
+            found = True
+            yield number, text
+        if not found:
+            raise UserError(
+                f"{source} holds no document: it is empty or blank; leave it out of the inputs."
+            )
+
+    def records(self, source: Source, skip: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Line numbers and JSON objects of one source, whatever their keys."""
+        for number, line in self._lines(source, skip):
+            if not line or line.isspace():
+                continue
+            try:
+                record = _json_object(line)
+            except ValueError as error:
+                self.skip_bad_line(source, number, str(error))
+                continue
+            yield number, record
+
+    def skip_bad_line(self, source: Source, number: int, fault: str) -> None:
+        """Count a line that cannot be used; one too many is an error."""
+        self.bad_lines += 1
+        if self.bad_lines > self.options.max_bad_lines:
+            hint = (
+                "mend it, or pass --max-bad-lines to skip such lines"
+                if self.options.max_bad_lines == 0
+                else f"that is one more than --max-bad-lines {self.options.max_bad_lines}"
+            )
+            what = "row" if source.format == "parquet" else "line"
+            raise UserError(f"{source}, {what} {number:,}: {fault}; {hint}.")
+
+    def _pieces(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
+        if source.format == "jsonl":
+            return self._checked(source, self.records(source, skip))
+        if source.format == "parquet":
+            from dataset.parquet import parquet_records
+
+            records = parquet_records(source, self.options.text_key, skip, self._progress)
+            return self._checked(source, records)
+        if self.options.documents == "line":
+            return self._text_lines(source, skip)
+        return self._joined_lines(source, skip)
+
+    def _checked(
+        self, source: Source, records: Iterator[tuple[int, dict[str, Any]]]
+    ) -> Iterator[tuple[int, str]]:
+        """The text of each record; one without text is a bad line."""
+        key = self.options.text_key
+        for number, record in records:
+            text = record.get(key)
+            if isinstance(text, str):
+                fault = None if is_encodable(text) else f"key {key!r} holds half a surrogate pair"
+            elif key in record:
+                fault = f"key {key!r} holds {_json_type(text)}, not text"
+            else:
+                there = ", ".join(sorted(record)[:10]) or "none"
+                fault = f"no key {key!r} (keys there: {there}; see --text-key)"
+            if fault is None:
+                yield number, cast(str, text)
+            else:
+                self.skip_bad_line(source, number, fault)
+
+    def _text_lines(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
+        for number, line in self._lines(source, skip):
+            try:
+                yield number, _without_end(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                self.skip_bad_line(source, number, _encoding_fault(line, number, error))
+
+    def _joined_lines(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
+        """Paragraphs, or the whole file; numbered, because a document has many lines."""
+        by_paragraph = self.options.documents == "paragraph"
+        number, held = 0, []
+        for line_number, line in self._lines(source, 0):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                fault = _encoding_fault(line, line_number, error)
+                raise UserError(f"{source}, line {line_number:,}: {fault}.") from None
+            if not by_paragraph or not (text.isspace() or not text):
+                held.append(text)
+            elif held:
+                number += 1
+                if number > skip:
+                    yield number, _without_end("".join(held)).replace("\r\n", "\n")
+                held = []
+        if held and number >= skip:
+            text = "".join(held)
+            yield number + 1, _without_end(text).replace("\r\n", "\n") if by_paragraph else text
+
+    def _lines(self, source: Source, skip: int) -> Iterator[tuple[int, bytes]]:
+        """Numbered lines with their ends after the first `skip`; only a line feed ends a line."""
+        with open_source(source) as (stream, position):
+            reported = 0
+            for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES), b""), 1):
+                if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    raise UserError(
+                        f"{source}, line {number:,}: longer than {MAX_LINE_BYTES:,} bytes; this is "
+                        "no file of lines, convert it."
+                    )
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is not text
+                if number > skip:
+                    yield number, line
+                if (now := position()) != reported:
+                    self._progress(now - reported)
+                    reported = now
+
+
+def _without_end(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
+
+
+def _encoding_fault(line: bytes, number: int, error: UnicodeDecodeError) -> str:
+    actual = next((kind for magic, kind in MAGIC.items() if line.startswith(magic)), "")
+    hint = (
+        f"it looks like {actual} data, so give the file that ending"
+        if number == 1 and actual
+        else "convert the file to UTF-8"
+    )
+    return (
+        f"byte 0x{line[error.start]:02x} at place {error.start + 1:,} of the line is not valid "
+        f"UTF-8; {hint}"
+    )
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    """Parse one line; `ValueError` says in a clause what is wrong."""
+    try:
+        value = orjson.loads(line)
+    except ValueError:
+        # orjson refuses a little more (half surrogate pairs, depth); the standard library decides.
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(_encoding_fault(line, 1, error)) from None
+        except ValueError as error:
+            raise ValueError(f"not valid JSON ({error}); one object per line is expected") from None
+        except RecursionError:
+            raise ValueError("JSON nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"holds {_json_type(value)}; one JSON object per line is expected")
+    return value
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value"}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
+def is_encodable(text: str) -> bool:
+    """Whether UTF-8 has bytes for the text: JSON can spell halves of surrogate pairs."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

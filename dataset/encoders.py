@@ -1,0 +1,206 @@
+"""Text to token ids by either library: Hugging Face's `tokenizers`, or one with the same ids.
+
+A faster library is trusted with tokenizers of known kinds only, must agree on a self-test when it
+is loaded, and is checked against Hugging Face on samples of the real text all along: a corpus that
+was tokenized wrongly would not be noticed before a model had been trained on it.
+"""
+
+import array
+import json
+import os
+import random
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from dataset.common import UserError
+
+PIECE_CHARS = 1 << 16
+# One space or line feed between two words: GPT-2's pre-tokenizer always starts a token there.
+_SAFE_CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
+
+Encoded = tuple[np.ndarray, np.ndarray]
+"""Token ids of all texts, one after the other (n,), and how many each text has (texts,)."""
+
+
+class Encoder(Protocol):
+    """What turns texts into token ids, special tokens' spellings being text."""
+
+    name: str
+
+    def encode(self, texts: Sequence[bytes]) -> Encoded:
+        """Token ids of texts in UTF-8."""
+        ...
+
+
+def use_threads(workers: int) -> None:
+    """How many threads either library may use; before its first call."""
+    os.environ["RAYON_NUM_THREADS"] = str(workers)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"
+
+
+class HuggingFaceEncoder:
+    """The reference: `tokenizers`, a batch at a time."""
+
+    name = "huggingface"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._cuttable = is_gpt2_kind(json.loads(tokenizer.to_str()))
+
+    def encode(self, texts: Sequence[bytes]) -> Encoded:
+        """See `Encoder`."""
+        pieces: list[str] = []
+        sizes = []
+        for text in texts:
+            cut = self._cut(text.decode())
+            pieces += cut
+            sizes.append(len(cut))
+        try:
+            encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises bare Exception, e.g. for a missing unk
+            raise UserError(f"the tokenizer cannot encode the text ({error}).") from error
+        ids = array.array("I")  # takes a list of integers at twice the speed of numpy
+        counts = []
+        for encoding in encodings:
+            ids.extend(piece := encoding.ids)
+            counts.append(len(piece))
+        per_piece = np.array(counts, np.int64)
+        if len(pieces) != len(texts):
+            per_piece = np.add.reduceat(per_piece, np.cumsum([0, *sizes[:-1]]))
+        return np.frombuffer(ids, np.uint32), per_piece
+
+    def _cut(self, text: str) -> list[str]:
+        """A long text in pieces, so that threads share it and memory stays small."""
+        if not self._cuttable or len(text) <= PIECE_CHARS:
+            return [text]
+        pieces, start = [], 0
+        while cut := _SAFE_CUT.search(text, start + PIECE_CHARS):
+            pieces.append(text[start : cut.start()])
+            start = cut.start()
+        return [*pieces, text[start:]]
+
+
+class GigatokenEncoder:
+    """`gigatoken`: the same ids, some twenty times faster. Optional."""
+
+    name = "gigatoken"
+
+    def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
+        try:
+            import gigatoken
+        except ImportError:
+            raise UserError(
+                "--tokenizer-library gigatoken needs that package: pip install gigatoken"
+            ) from None
+        description = json.loads(tokenizer.to_str())
+        if not is_gpt2_kind(description):
+            raise UserError(
+                "--tokenizer-library gigatoken is trusted with byte-level BPE as GPT-2 has it, and "
+                "this tokenizer is of another kind; use --tokenizer-library huggingface."
+            )
+        # Without its special tokens it cannot find them in a text that spells them.
+        description["added_tokens"] = []
+        self._tokenizer = gigatoken.Tokenizer.from_json(json.dumps(description))
+        self._parallel = workers > 1
+
+    def encode(self, texts: Sequence[bytes]) -> Encoded:
+        """See `Encoder`."""
+        rows = self._tokenizer.encode_batch(list(texts), parallel=self._parallel).layout
+        offsets = np.asarray(rows.offsets.data)
+        ids = np.asarray(rows.content.data)[offsets[0] : offsets[-1]]
+        return ids, np.diff(offsets)
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        return self._tokenizer.decode(ids.astype(np.uint32))
+
+
+class CheckedEncoder:
+    """A faster encoder whose ids are compared with the reference's, on samples of every batch."""
+
+    def __init__(self, fast: GigatokenEncoder, reference: Encoder) -> None:
+        self.name = fast.name
+        self._fast = fast
+        self._reference = reference
+        self._random = random.Random(0)  # which samples: of no influence on the result
+        self._compare([text.encode() for text in SELF_TEST], "its self-test")
+        self._unchecked = FIRST_SAMPLE_BYTES
+
+    def encode(self, texts: Sequence[bytes]) -> Encoded:
+        """See `Encoder`; `UserError` where the libraries differ."""
+        ids, counts = self._fast.encode(texts)
+        number = self._random.randrange(len(texts))
+        start = int(counts[:number].sum())
+        if self._fast.decode(ids[start : start + counts[number]]) != texts[number]:
+            raise self._fault(texts[number], "a document")
+        self._compare([_slice(texts[number], self._unchecked, self._random)], "a sample")
+        self._unchecked = SAMPLE_BYTES
+        return ids, counts
+
+    def _compare(self, texts: Sequence[bytes], what: str) -> None:
+        ids, counts = self._fast.encode(texts)
+        wanted, wanted_counts = self._reference.encode(texts)
+        if np.array_equal(counts, wanted_counts) and np.array_equal(ids, wanted):
+            return
+        for text in texts:
+            if not np.array_equal(self._fast.encode([text])[0], self._reference.encode([text])[0]):
+                raise self._fault(text, what)
+
+    def _fault(self, text: bytes, what: str) -> UserError:
+        return UserError(
+            f"{self.name} gives other token ids than Hugging Face's tokenizers in {what} "
+            f"({text[:60].decode(errors='replace')!r}…); use --tokenizer-library huggingface."
+        )
+
+
+FIRST_SAMPLE_BYTES = 1 << 16
+SAMPLE_BYTES = 1 << 10
+
+# fmt: off
+SELF_TEST = (
+    "Hello, world! It's 1984 (or isn't it?)\r\n\r\n\tTabs  and   spaces ",
+    "\u00a0 \u2003end \n \n x ",
+    "I'M he'LL we've 'tis ''s can't'd 12345 3.14159e-10 0x1F ½ ² ٣٤ ",
+    " 10,000.00 €5 $7 #tag @me",
+    "naïve façade Ångström Ａｆｕｌｌ ﬁne ſtraße İstanbul e\u0301 क्षि ไทย",
+    "日本語、中文。한국어 עברית العربية",
+    "🙂\U0001f469\u200d\U0001f469\u200d\U0001f467🇩🇪 \U0001f469\U0001f3fd \u200b\u200d\ufeff\u00ad",
+    " \u2028\u2029\x85 \x00\x01\x7f\x1c ",
+    "<|endoftext|> <|eos|> <|pad|></s><s> <pad> [CLS] <0x0A> <|im_start|>user\n",
+    "def f(x):\n    return {'a': [1, 2, 3], \"b\": x**2}  # done\n\n\n\nclass A: pass\n",
+    "=" * 200,
+    "a" * 300 + " " * 300 + "\n" * 50 + "_" * 70 + "!?" * 40 + "ab" * 200 + " é" * 50,
+    "https://example.org/?q=a%20b&c=d;e http://x.y e.g. i.e. U.S.A. O'Neil–Smith—“quoted” ‘x’ …",
+)
+# fmt: on
+
+
+def _slice(text: bytes, size: int, chooser: random.Random) -> bytes:
+    """About `size` bytes out of a text, cut between characters."""
+    if len(text) <= size:
+        return text
+    start = chooser.randrange(len(text) - size)
+    return text[start : start + size].decode(errors="ignore").encode()
+
+
+def is_gpt2_kind(description: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is byte-level BPE with GPT-2's pre-tokenizer and nothing else."""
+    model, pre_tokenizer = description["model"], description.get("pre_tokenizer") or {}
+    return (
+        model["type"] == "BPE"
+        and not any(
+            model.get(name)
+            for name in (
+                "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
+                "fuse_unk", "byte_fallback", "ignore_merges",
+            )
+        )
+        and description.get("normalizer") is None
+        and pre_tokenizer.get("type") == "ByteLevel"
+        and pre_tokenizer.get("use_regex", True)
+        and not pre_tokenizer.get("add_prefix_space")
+        and all(token["special"] for token in description.get("added_tokens", []))
+    )  # fmt: skip

@@ -1,0 +1,213 @@
+"""From batches of documents to rows on disk: tokenized ahead, packed in order, saved at times.
+
+One thread reads and packs, another keeps the tokenizer's threads busy, so that neither waits for
+the other. Rows are made in reading order by one thread alone: they depend on no worker count.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+
+from dataset.best_fit import BestFitPacker
+from dataset.corpus import CorpusSplit
+from dataset.documents import Batch
+from dataset.encoders import Encoded, Encoder
+from dataset.packing import Packer, PackOptions, Rows, WindowPacker, iteration_targets
+from dataset.tokenization import TextTokenizer
+
+PACKERS: dict[str, Callable[[PackOptions], Packer]] = {
+    "concat": WindowPacker,
+    "bestfit": BestFitPacker,
+}
+_AHEAD = 2  # batches that are being tokenized, or wait for it
+
+
+class Sink(Protocol):
+    """Where tokenized documents go."""
+
+    def add(self, batch: Batch, ids: np.ndarray, counts: np.ndarray) -> None:
+        """Documents of a batch with their token ids (n,) and how many each has (documents,)."""
+        ...
+
+
+class Stopwatch:
+    """Seconds by stage. Stages of different threads overlap, so they need not add up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+    def timed(self, stage: str, items: Iterable[Batch]) -> Iterator[Batch]:
+        """The same items, with the time that making them takes."""
+        iterator = iter(items)
+        while True:
+            with self(stage):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
+
+
+def tokenize_all(
+    batches: Iterable[Batch],
+    encoder: Encoder,
+    sink: Sink,
+    watch: Stopwatch,
+    *,
+    save: Callable[[], None],
+    every: float,
+    shown: Callable[[Batch, np.ndarray], None],
+) -> None:
+    """Tokenize batches and hand them to the sink, in order.
+
+    `save` is called about every so many seconds, at a moment when all batches that were read are
+    in the sink; `shown` for each batch and its token counts, for a progress bar.
+    """
+
+    def encoded(batch: Batch) -> Encoded:
+        with watch("tokenizing"):
+            return encoder.encode(batch.texts)
+
+    in_flight: deque[tuple[Batch, Future[Encoded]]] = deque()
+
+    def take_one() -> None:
+        batch, future = in_flight.popleft()
+        with watch("waiting for the tokenizer"):
+            ids, counts = future.result()
+        with watch("packing and writing"):
+            sink.add(batch, ids, counts)
+        shown(batch, counts)
+
+    saved = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            for batch in watch.timed("reading", batches):
+                in_flight.append((batch, pool.submit(encoded, batch)))
+                if len(in_flight) >= _AHEAD:
+                    take_one()
+                if time.monotonic() - saved >= every:
+                    while in_flight:
+                        take_one()
+                    with watch("saving"):
+                        save()
+                    saved = time.monotonic()
+            while in_flight:
+                take_one()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class PackedCorpus:
+    """Packs both splits' documents: one stream of tokens per (split, domain)."""
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        splits: dict[str, CorpusSplit],
+        *,
+        pack: str,
+        seq_len: int,
+        stride: int,
+        iterations: tuple[int, int],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._splits = splits
+        self._iterations = iterations
+        self._make_packer = PACKERS[pack]
+        self._options = {
+            name: PackOptions(
+                seq_len=seq_len,
+                stride=stride,
+                eos_id=tokenizer.eos_id,
+                pad_id=tokenizer.pad_id,
+                ignore_label_id=tokenizer.ignore_label_id,
+                score_once=name == "test",
+            )
+            for name in splits
+        }
+        self._packers: dict[tuple[str, int], Packer] = {}
+        self.empty_documents = 0
+
+    def add(self, batch: Batch, ids: np.ndarray, counts: np.ndarray) -> None:
+        """Pack documents and write the rows that they complete."""
+        ends = np.cumsum(counts)
+        for (split, domain), documents in self._runs(batch, counts):
+            if len(documents) == len(counts):
+                chosen = ids
+            else:
+                chosen = np.concatenate([ids[ends[n] - counts[n] : ends[n]] for n in documents])
+            stream, stream_ends = self._with_eos(chosen, counts[documents])
+            self._write(split, domain, self._packer(split, domain).add(stream, stream_ends))
+
+    def _runs(self, batch: Batch, counts: np.ndarray) -> list[tuple[tuple[str, int], list[int]]]:
+        """Documents that follow each other in one split and are of one domain: handed on together,
+        and in this order, rows come out as if documents had come one by one. Counts them too."""
+        runs: list[tuple[tuple[str, int], list[int]]] = []
+        last: dict[str, int] = {}  # per split, its run that may still grow
+        keys = zip(batch.splits, batch.domains, batch.sizes, counts.tolist(), strict=True)
+        for number, (split, domain, size, tokens) in enumerate(keys):
+            if not tokens:  # a normalizer may leave nothing of a text
+                self.empty_documents += 1
+                continue
+            self._splits[split].count_document(domain, size, tokens + 1)
+            run = last.get(split, -1)
+            if run < 0 or runs[run][0] != (split, domain):
+                last[split] = run = len(runs)
+                runs.append(((split, domain), []))
+            runs[run][1].append(number)
+        return runs
+
+    def finish(self) -> None:
+        """Write the last rows of each stream, in the order of the domains."""
+        for split, domain in sorted(self._packers):
+            self._write(split, domain, self._packers[split, domain].finish())
+
+    def _with_eos(self, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of documents with eos after each, and where the documents end."""
+        ends = np.cumsum(counts + 1)
+        stream = np.empty(len(ids) + len(counts), self._tokenizer.dtype)
+        is_text = np.ones(len(stream), bool)
+        is_text[ends - 1] = False
+        stream[is_text] = ids
+        stream[ends - 1] = self._tokenizer.eos_id
+        return stream, ends
+
+    def _packer(self, split: str, domain: int) -> Packer:
+        if (split, domain) not in self._packers:
+            self._packers[split, domain] = self._make_packer(self._options[split])
+        return self._packers[split, domain]
+
+    def _write(self, split: str, domain: int, blocks: Iterator[Rows]) -> None:
+        for rows in blocks:
+            targets = iteration_targets(rows.inputs, rows.input_lengths, *self._iterations)
+            self._splits[split].write(domain, rows, targets)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not on disk yet, and where the files end; waits for the disk."""
+        return {
+            "empty_documents": self.empty_documents,
+            "packers": [
+                {"split": split, "domain": domain, "state": packer.state_dict()}
+                for (split, domain), packer in self._packers.items()
+            ],
+            "splits": {name: split.state_dict() for name, split in self._splits.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The packers' part of a state; splits are made with theirs."""
+        self.empty_documents = state["empty_documents"]
+        for entry in state["packers"]:
+            self._packer(entry["split"], entry["domain"]).load_state_dict(entry["state"])
