@@ -27,7 +27,6 @@ from dataset.common import (
     command_parser,
     run_cli,
     sha256_file,
-    token_byte_lengths,
 )
 from dataset.corpus import (
     SPLITS,
@@ -219,7 +218,7 @@ class Build:
         """Both splits, with the identifiers that their rows will carry."""
         identifiers = self.args.identifiers
         trained = {entry.domain for entry in self.inputs if not entry.held_out}
-        byte_lengths = token_byte_lengths(folder / "tokenizer.json")
+        byte_lengths = self.tokenizer.byte_lengths()
 
         def identifier_of(domain: int) -> int:
             # One that no training row carries would be evaluated untrained: blank is better.

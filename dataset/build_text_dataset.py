@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.array_writer import write_json
-from dataset.common import UserError, command_parser, run_cli, token_byte_lengths
+from dataset.common import UserError, command_parser, run_cli
 from dataset.corpus import (
     SPLITS,
     CorpusSplit,
@@ -31,7 +31,7 @@ from dataset.corpus import (
     print_summary,
 )
 from dataset.corpus_folder import add_output_options, check_output_dir, corpus_folder
-from dataset.document_reader import DocumentReader, ReadOptions, is_encodable
+from dataset.document_reader import DocumentReader, ReadOptions
 from dataset.journal import Journal
 from dataset.packing import PackOptions, make_rows
 from dataset.text_sources import Source, find_sources
@@ -100,8 +100,6 @@ def _text(record: dict[str, Any], key: str) -> str:
     value = record[key]
     if not isinstance(value, str) or not value:
         raise UserError(f"key {key!r} holds {'no text' if value != '' else 'an empty text'}")
-    if not is_encodable(value):
-        raise UserError(f"key {key!r} holds half a surrogate pair")
     return value
 
 
@@ -241,7 +239,7 @@ def open_splits(
     args: argparse.Namespace, folder: Path, tokenizer: TextTokenizer
 ) -> dict[str, CorpusSplit]:
     """Empty splits in the temporary folder."""
-    byte_lengths = token_byte_lengths(folder / "tokenizer.json")
+    byte_lengths = tokenizer.byte_lengths()
     seq_len = args.max_context_tokens + args.max_response_tokens
     return {
         name: CorpusSplit(

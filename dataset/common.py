@@ -212,16 +212,30 @@ def token_byte_lengths(tokenizer_json_path: str | Path) -> np.ndarray:
     except Exception as error:  # tokenizers raises bare Exception for a malformed file
         raise UserError(f"{path} is not a tokenizer.json ({error}).") from error
 
+    return byte_lengths(tokenizer, description)
+
+
+def byte_lengths(tokenizer: Any, description: dict[str, Any]) -> np.ndarray:
+    """`token_byte_lengths` of a loaded tokenizer and the tokenizer.json that it was made from."""
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     lengths = np.zeros(max(vocab.values()) + 1, dtype=np.int32)
     added = tokenizer.get_added_tokens_decoder()
-    length_of = _byte_level_length if _is_byte_level(description) else _decoded_length(tokenizer)
+    if not _is_byte_level(description):
+        length_of = _decoded_length(tokenizer)
+    elif _ALPHABET.keys() >= set().union(*vocab):  # a character a byte, in all tokens
+        length_of = _length
+    else:
+        length_of = _byte_level_length
     for token, index in vocab.items():
         if index in added:
             lengths[index] = 0 if added[index].special else len(added[index].content.encode())
         else:
             lengths[index] = length_of(token, index)
     return lengths
+
+
+def _length(token: str, index: int) -> int:
+    return len(token)
 
 
 def _is_byte_level(description: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from dataset.common import UserError
 from dataset.text_sources import Source
@@ -40,10 +40,44 @@ def _open_gzip(raw: IO[bytes]) -> IO[bytes]:
     return cast(IO[bytes], gzip.GzipFile(fileobj=raw, mode="rb"))
 
 
+class _XzReader(io.RawIOBase):
+    """All streams of an .xz file. `lzma.LZMAFile` takes whatever follows the first and is no stream
+    for the end, and so would read a file whose second stream is damaged without a word."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._stream = lzma.LZMADecompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._stream.eof:
+                rest = self._stream.unused_data.lstrip(b"\0")  # padding between streams
+                while not rest and (block := self._raw.read(_BUFFER)):
+                    rest = block.lstrip(b"\0")
+                if not rest:
+                    return 0
+                self._stream = lzma.LZMADecompressor()
+            else:
+                rest = self._raw.read(_BUFFER) if self._stream.needs_input else b""
+                if not rest and self._stream.needs_input:
+                    raise EOFError("the file ends before its last stream does")
+            data = self._stream.decompress(rest, len(buffer))
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
+
+
+def _open_xz(raw: IO[bytes]) -> IO[bytes]:
+    return cast(IO[bytes], _XzReader(raw))
+
+
 _OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
     "gzip": _open_gzip,
     "zstd": _open_zstd,
-    "xz": lzma.LZMAFile,
+    "xz": _open_xz,
 }
 
 

@@ -47,9 +47,9 @@ class HuggingFaceEncoder:
 
     name = "huggingface"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, description: dict[str, Any]) -> None:
         self._tokenizer = tokenizer
-        self._cuttable = is_gpt2_kind(json.loads(tokenizer.to_str()))
+        self._cuttable = is_gpt2_kind(description)
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
         """See `Encoder`."""
@@ -89,22 +89,21 @@ class GigatokenEncoder:
 
     name = "gigatoken"
 
-    def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
+    def __init__(self, description: dict[str, Any], workers: int) -> None:
         try:
             import gigatoken
         except ImportError:
             raise UserError(
                 "--tokenizer-library gigatoken needs that package: pip install gigatoken"
             ) from None
-        description = json.loads(tokenizer.to_str())
         if not is_gpt2_kind(description):
             raise UserError(
                 "--tokenizer-library gigatoken is trusted with byte-level BPE as GPT-2 has it, and "
                 "this tokenizer is of another kind; use --tokenizer-library huggingface."
             )
         # Without its special tokens it cannot find them in a text that spells them.
-        description["added_tokens"] = []
-        self._tokenizer = gigatoken.Tokenizer.from_json(json.dumps(description))
+        plain = {**description, "added_tokens": []}
+        self._tokenizer = gigatoken.Tokenizer.from_json(json.dumps(plain))
         self._parallel = workers > 1
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:

@@ -9,7 +9,6 @@ import numpy as np
 from dataset.array_writer import ArrayWriter
 from dataset.corpus import SPLITS
 from dataset.documents import Batch
-
 from dataset.near_duplicates import NearDuplicates
 
 _BLOCK_DOCUMENTS = 4096

@@ -9,11 +9,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from dataset.common import UserError, token_dtype
+from dataset.common import UserError, byte_lengths, token_dtype
 from dataset.encoders import (
     CheckedEncoder,
     Encoder,
@@ -66,7 +67,7 @@ class TextTokenizer:
             raise UserError(f"--workers is {workers}; it must be at least 1.")
         use_threads(workers)
         self.path = path
-        self.tokenizer = _load(path)
+        self.tokenizer, self._description = _load(path)
         # A token that is named for the one is no candidate for the other.
         eos_usual = tuple(token for token in EOS_TOKENS if token != pad_token)
         pad_usual = tuple(token for token in PAD_TOKENS if token != eos_token)
@@ -83,14 +84,19 @@ class TextTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         self.dtype = token_dtype(self.vocab_size)
         self.ignore_label_id = int(np.iinfo(self.dtype).max)
-        self.encoder: Encoder = HuggingFaceEncoder(self.tokenizer)
+        self.encoder: Encoder = HuggingFaceEncoder(self.tokenizer, self._description)
         if library == "gigatoken":
-            self.encoder = CheckedEncoder(GigatokenEncoder(self.tokenizer, workers), self.encoder)
+            fast = GigatokenEncoder(self._description, workers)
+            self.encoder = CheckedEncoder(fast, self.encoder)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, without special tokens: arrays (n,) of `dtype`."""
         ids, counts = self.encoder.encode([text.encode() for text in texts])
         return np.split(ids.astype(self.dtype), np.cumsum(counts)[:-1])
+
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of text that each token id stands for: (V,) int32; see `token_byte_lengths`."""
+        return byte_lengths(self.tokenizer, self._description)
 
     def save(self, path: Path) -> None:
         """Write the tokenizer with its eos and pad."""
@@ -115,15 +121,16 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _load(path: Path) -> Tokenizer:
-    """Read a tokenizer.json without what would change or shorten a document's tokens."""
+def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """A tokenizer.json and what it says, without what would change or shorten a document's
+    tokens."""
     try:
         description = json.loads(path.read_bytes())
         description["truncation"] = None
         description["padding"] = None
         if description["model"].get("dropout") is not None:
             description["model"]["dropout"] = None  # training noise; a corpus is built once
-        return Tokenizer.from_str(json.dumps(description))
+        return Tokenizer.from_str(json.dumps(description)), description
     except OSError as error:
         raise UserError(
             f"cannot read --tokenizer-json {path}: {error.strerror or error}; "

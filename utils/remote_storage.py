@@ -221,7 +221,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         import fsspec
 
-        if scheme not in fsspec.available_protocols():
+        if scheme not in {*fsspec.available_protocols(), *fsspec.registry}:
             raise UserError(f"{shown(url)}: fsspec knows no storage called {scheme}://.")
         if is_http(url):
             # Quoted here, and only what must be: more would break the signature of a signed url.

@@ -159,7 +159,7 @@ def test_a_crash_before_the_first_document(tmp_path):
     assert NearDuplicates(tmp_path, 5).resolve().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("sort_keys", [1, 7, 100, 199, 200])
+@pytest.mark.parametrize("sort_keys", [5, 64, 199, 200])
 def test_little_memory_gives_the_same_answer(sort_keys, tmp_path, monkeypatch):
     documents = mixed_documents(np.random.default_rng(), 200)
     documents[50:110] = [documents[3]] * 60  # one key in more documents than are sorted at once

@@ -1,0 +1,349 @@
+"""What building and streaming corpora costs, as ratios to references measured in the same run.
+
+    python scripts/benchmark_data.py --input-file novels.jsonl.zst --tokenizer-json gpt2.json
+
+Real text is needed, some tens of MB of it in documents. Every build is a process of its own; builds
+and references take turns, and medians are compared, because machines are noisy. The table that is
+printed at the end says what is asked of each figure.
+"""
+
+import argparse
+import dataclasses
+import filecmp
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import orjson
+
+from dataset.build_corpus_dataset import main as build_corpus
+from dataset.common import UserError, command_parser, run_cli
+from dataset.document_reader import DocumentReader, ReadOptions
+from dataset.documents import BATCH_BYTES
+from dataset.text_sources import find_sources
+from dataset.tokenization import TextTokenizer
+from scripts.benchmark_stream import stream_rows
+
+PROTOTYPE_RATE = 1.8
+"""MB of text per CPU-second that the builder before this one reached."""
+LIBRARIES = ("huggingface", "gigatoken")
+
+
+@dataclasses.dataclass
+class Row:
+    """One line of the table; `holds` says whether the figure is what is asked for."""
+
+    what: str
+    figure: str
+    asked: str
+    holds: bool
+
+
+class Bench:
+    """The inputs, a scratch folder, and processes that are measured."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.folder = folder
+        self.tokenizer_json: Path = args.tokenizer_json
+        self.rounds: int = args.rounds
+        self.texts = self._texts(args.input_file, args.text_key)
+        self.bytes = sum(len(text.encode()) for text in self.texts)
+        self.once = self._write("once", 1)
+        self.five = self._write("five", 5)
+
+    def _texts(self, path: str, key: str) -> list[str]:
+        (sources,) = find_sources([path])
+        reader = DocumentReader(ReadOptions(text_key=key))
+        texts = [text for source in sources for text in reader.texts(source)]
+        if not texts:
+            raise UserError(f"--input-file {path} holds no document.")
+        return texts
+
+    def _write(self, name: str, times: int) -> Path:
+        """The texts so many times over, told apart by a number, as plain JSON lines."""
+        path = self.folder / f"{name}.jsonl"
+        with open(path, "wb") as file:
+            for copy in range(times):
+                for text in self.texts:
+                    file.write(orjson.dumps({"text": f"{copy}. {text}"}) + b"\n")
+        return path
+
+    def build(self, source: Path, out: str, *options: str) -> dict[str, float]:
+        """Seconds, CPU-seconds, and peak memory in MB of a build in a process of its own."""
+        shutil.rmtree(self.folder / out, ignore_errors=True)
+        return self.run("build", self.build_options(source, out, *options))
+
+    def build_options(self, source: Path, out: str, *options: str) -> list[str]:
+        return [
+            *("--tokenizer-json", str(self.tokenizer_json), "--input-files", str(source)),
+            *("--output-dir", str(self.folder / out), *options),
+        ]
+
+    def tokenize(self, source: Path, library: str, workers: int) -> dict[str, float]:
+        """The same of nothing but tokenizing the same text, held in memory, in the same batches."""
+        return self.run("tokenize", [str(self.tokenizer_json), str(source), library, str(workers)])
+
+    def run(self, task: str, arguments: list[str]) -> dict[str, float]:
+        command = [sys.executable, __file__, "--task", task, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured(work: Callable[[], object]) -> dict[str, float]:
+    """Seconds and CPU-seconds of a call, and this process' peak memory in MB."""
+    import resource
+
+    started, cpu = time.perf_counter(), time.process_time()
+    work()
+    return {
+        "seconds": time.perf_counter() - started,
+        "cpu": time.process_time() - cpu,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+    }
+
+
+def tokenize_task(tokenizer_json: str, source: str, library: str, workers: str) -> dict[str, float]:
+    tokenizer = TextTokenizer(Path(tokenizer_json), workers=int(workers), library=library)
+    # Neither self-tests nor samples are part of the reference.
+    encoder = getattr(tokenizer.encoder, "_fast", tokenizer.encoder)
+    batches: list[list[bytes]] = [[]]
+    size = 0
+    for line in Path(source).read_bytes().splitlines():
+        text = orjson.loads(line)["text"].encode()
+        batches[-1].append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            batches.append([])
+            size = 0
+    if library == "huggingface":
+        texts = [[text.decode() for text in batch] for batch in batches]
+        encode = tokenizer.tokenizer.encode_batch_fast
+        return measured(
+            lambda: [encode(batch, add_special_tokens=False) and None for batch in texts]
+        )
+    return measured(lambda: [encoder.encode(batch) and None for batch in batches if batch])
+
+
+def speed_rows(bench: Bench) -> Iterable[Row]:
+    """Builds against pure tokenization and against the prototype's rate."""
+    for library, workers, source, copies, asked in (
+        ("huggingface", 2, bench.once, 1, 0.90),
+        ("gigatoken", 1, bench.five, 5, 0.65),
+    ):
+        size = copies * bench.bytes / 1e6
+        options = ("--tokenizer-library", library, "--workers", str(workers))
+        builds, pure = [], []
+        for _ in range(bench.rounds):
+            pure.append(bench.tokenize(source, library, workers))
+            builds.append(bench.build(source, f"speed_{library}", *options))
+        seconds = statistics.median(build["seconds"] for build in builds)
+        cpu = statistics.median(build["cpu"] for build in builds)
+        reference = statistics.median(run["seconds"] for run in pure)
+        ratio = reference / seconds
+        threads = f"{workers} thread{'s' * (workers > 1)}"
+        yield Row(
+            f"whole build / pure tokenization, {library}, {threads}",
+            f"{ratio:.2f} ({size / seconds:.1f} / {size / reference:.1f} MB/s)",
+            f">= {asked:.2f}",
+            ratio >= asked,
+        )
+        rate, wanted = size / cpu / PROTOTYPE_RATE, 1.4 if library == "huggingface" else 35
+        yield Row(
+            f"build / prototype, per CPU-second, {library}",
+            f"{rate:.1f} x ({size / cpu:.1f} MB per CPU-second)",
+            f">= {wanted} x",
+            rate >= wanted,
+        )
+        if library == "huggingface":
+            wall = size / seconds / PROTOTYPE_RATE
+            yield Row("… in wall time", f"{wall:.1f} x", ">= 2.4 x", wall >= 2.4)
+
+
+def memory_rows(bench: Bench) -> Iterable[Row]:
+    """Peak memory of a build, and of one with five times the input."""
+    for library in LIBRARIES:
+        options = ("--tokenizer-library", library, "--workers", "2")
+        small = bench.build(bench.once, "memory", *options)["peak"]
+        large = bench.build(bench.five, "memory", *options)["peak"]
+        yield Row(
+            f"peak memory, 5 times the input, {library}",
+            f"{large / small:.2f} x ({small:.0f} and {large:.0f} MB)",
+            "<= 1.1 x, < 400 MB",
+            large <= 1.1 * small and large < 400,
+        )
+
+
+def long_document_rows(bench: Bench) -> Iterable[Row]:
+    """One document of about 20 M tokens against one of 5 M."""
+    everything = " ".join(bench.texts)
+    while len(everything) < 84e6:
+        everything += everything
+    for library in LIBRARIES:
+        seconds = {}
+        for millions in (5, 20):
+            path = bench.folder / f"long{millions}.txt"
+            path.write_text(everything[: int(millions * 4.1e6)])
+            options = ("--documents", "file", "--train-ratio", "1", "--tokenizer-library", library)
+            runs = [bench.build(path, "long", *options) for _ in range(1 if millions > 5 else 2)]
+            seconds[millions] = min(run["seconds"] for run in runs)
+        ratio = seconds[20] / seconds[5]
+        yield Row(
+            f"one document of 20 M tokens against 5 M, {library}",
+            f"{ratio:.1f} x the time ({seconds[5]:.1f} and {seconds[20]:.1f} s)",
+            "<= 5 x",
+            ratio <= 5,
+        )
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two corpora hold the same bytes, but for the report, which tells times."""
+    names = [
+        {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
+        for root in (one, other)
+    ]
+    ignored = {Path("build_report.json")}
+    return names[0] == names[1] and all(
+        filecmp.cmp(one / name, other / name, shallow=False) for name in names[0] - ignored
+    )
+
+
+def identity_rows(bench: Bench, kills: int) -> Iterable[Row]:
+    """The same bytes from either library, any number of workers, and after kills."""
+    options = {
+        "hf": ("--workers", "2"),
+        "hf1": ("--workers", "1"),
+        "fast": ("--tokenizer-library", "gigatoken", "--workers", "2"),
+    }
+    for name, more in options.items():
+        bench.build(bench.once, name, *more)
+    for other, what in (
+        ("fast", "gigatoken's corpus against Hugging Face's"),
+        ("hf1", "1 worker against 2"),
+    ):
+        same = same_files(bench.folder / "hf", bench.folder / other)
+        yield Row(what, "the same bytes" if same else "they differ", "byte-identical", same)
+    killed = killed_build(bench, kills)
+    same = same_files(bench.folder / "hf", bench.folder / "killed")
+    figure = f"{'the same bytes' if same else 'they differ'} after {killed} kills"
+    yield Row("killed with SIGKILL and resumed", figure, "byte-identical", same)
+
+
+def killed_build(bench: Bench, kills: int) -> int:
+    """Kills a build at random moments until it has been killed that often; then lets it end."""
+    chooser = random.Random()
+    options = ("--tokenizer-library", "gigatoken", "--resume", "--save-every", "0.05")
+    command = [sys.executable, __file__, "--task", "build"]
+    command += bench.build_options(bench.once, "killed", *options)
+    done = 0
+    while True:
+        started = time.monotonic()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            process.wait(chooser.uniform(0.5, 4) if done < kills else None)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            done += 1
+            continue
+        if process.returncode:
+            raise UserError(f"a resumed build failed after {time.monotonic() - started:.1f} s")
+        if done >= kills:
+            return done
+        shutil.rmtree(bench.folder / "killed")
+
+
+def layout_rows(bench: Bench) -> Iterable[Row]:
+    """Bytes per token of the layout `stream`, and padding of best-fit rows."""
+    options = ("--tokenizer-library", "gigatoken")
+    bench.build(bench.five, "stream", "--layout", "stream", *options)
+    bench.build(bench.five, "npy", *options)
+    folder = bench.folder / "stream" / "train"
+    report = json.loads((bench.folder / "stream" / "build_report.json").read_bytes())
+    tokens = report["splits"]["train"]["total"]["tokens"]
+    stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    yield Row(
+        "bytes per token, layout stream", f"{stored / tokens:.3f}", "<= 2.05",
+        stored <= 2.05 * tokens,
+    )  # fmt: skip
+    bench.build(bench.once, "bestfit", "--pack", "bestfit", *options)
+    report = json.loads((bench.folder / "bestfit" / "build_report.json").read_bytes())
+    total = report["splits"]["train"]["total"]
+    padding = 1 - total["stored_tokens"] / (total["rows"] * 2048)
+    yield Row("padding of best-fit rows", f"{padding:.3%}", "<= 0.1 %", padding <= 0.001)
+
+
+def print_table(rows: list[Row]) -> None:
+    heads = Row("what", "figure", "asked", True)
+    widths = [max(len(getattr(r, n)) for r in [heads, *rows]) for n in ("what", "figure", "asked")]
+
+    def line(*cells: str) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    print()
+    print(line(*(c.ljust(w) for c, w in zip(("what", "figure", "asked"), widths, strict=True)), ""))
+    print(line(*("-" * width for width in widths), "---"))
+    for row in rows:
+        cells = (row.what, row.figure, row.asked)
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        print(line(*padded, "   " if row.holds else "NO "))
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Measure everything that was asked for, and print one table."""
+    parts: dict[str, Callable[[Bench], Iterable[Row]]] = {
+        "speed": speed_rows,
+        "memory": memory_rows,
+        "long": long_document_rows,
+        "identity": lambda bench: identity_rows(bench, args.kills),
+        "layout": layout_rows,
+        "stream": lambda bench: (Row(*row) for row in stream_rows(bench.folder)),
+    }
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+        bench = Bench(args, Path(folder))
+        print(f"{len(bench.texts):,} documents, {bench.bytes / 1e6:.1f} MB of text, "
+              f"{len(os.sched_getaffinity(0))} cores", flush=True)  # fmt: skip
+        for part in args.parts or parts:
+            for row in parts[part](bench):
+                rows.append(row)
+                print(f"{row.what}: {row.figure}", flush=True)
+    print_table(rows)
+
+
+def main() -> None:
+    """The command; see the top of this file."""
+    if sys.argv[1:2] == ["--task"]:
+        task: Any = {
+            "build": lambda *options: measured(lambda: build_corpus(options)),
+            "tokenize": tokenize_task,
+        }[sys.argv[2]]
+        print(json.dumps(task(*sys.argv[3:])))
+        return
+    parser = command_parser("python scripts/benchmark_data.py", __doc__)
+    add = parser.add_argument
+    add("--input-file", required=True, help="text, as the builder takes it")
+    add("--text-key", default="text", help="(default: text)")
+    add("--tokenizer-json", required=True, type=Path, help="of GPT-2's kind")
+    add("--rounds", type=int, default=3, help="of timed runs that take turns (default: 3)")
+    add("--kills", type=int, default=20, help="(default: 20)")
+    add("--scratch", type=Path, help="where some GB may be written for a while (default: /tmp)")
+    add("--parts", nargs="+", help="speed memory long identity layout stream (default: all)")
+    run_cli(lambda: benchmark(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
