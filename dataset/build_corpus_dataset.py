@@ -160,7 +160,7 @@ class Build:
                 self.args, place.folder, splits, self.tokenizer, self.domains, self.args.seq_len,
                 report,
             )  # fmt: skip
-        report["seconds_by_stage"] = {n: round(s, 3) for n, s in self.watch.seconds.items()}
+        report["seconds"] = {n: round(s, 3) for n, s in self.watch.seconds.items()}
         write_json(place.folder / "build_report.json", report)
 
     def _feed(self, place: Workplace, progress: Callable[[int], Any]) -> DocumentFeed:

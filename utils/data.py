@@ -6,11 +6,15 @@ from typing import NamedTuple
 from dataset.common import UserError
 from utils.config_schema import PretrainConfig
 from utils.corpora import Corpora
+from utils.remote import local_path
 from utils.tokenizer_files import check_tokenizers
 
 
 class Data(NamedTuple):
-    """train: the joined training corpora. test: the split to evaluate, or None without one."""
+    """train: the joined training corpora. test: the split to evaluate, or None without one.
+
+    test_paths: folders of the evaluated corpora, on this machine.
+    """
 
     train: Corpora
     test: Corpora | None
@@ -26,14 +30,20 @@ class Data(NamedTuple):
 
 
 def open_data(config: PretrainConfig) -> Data:
-    """Opens and checks the corpora; UserError where something is missing or does not fit."""
-    train = Corpora(config.data_paths, "train")
+    """Opens and checks the corpora; UserError where something is missing or does not fit.
+
+    Corpora behind urls are fetched first, once per machine; the config keeps the urls, so that a
+    checkpoint names what its run was given.
+    """
+    train_paths = [local_path(path) for path in config.data_paths]
+    own_test_paths = [local_path(path) for path in config.data_paths_test]
+    train = Corpora(train_paths, "train")
     for key, value in (("vocab_size", config.vocab_size), ("seq_len", config.seq_len)):
         found = getattr(train.metadata, key)
         if value is not None and value != found:
             raise UserError(f"{key}={value}, but the corpus has {key} {found}; leave the key out")
-    test_paths = config.data_paths_test or config.data_paths
-    paths = [*config.data_paths, *config.data_paths_test]
+    test_paths = own_test_paths or train_paths
+    paths = [*train_paths, *own_test_paths]
     tokenizer = check_tokenizers(paths, train.metadata.vocab_size)
     has_test = any((Path(path) / "test").is_dir() for path in test_paths)
     test = Corpora(test_paths, "test", like=train) if has_test else None

@@ -1,5 +1,7 @@
 """Best-fit packing: documents whole where they fit, every token and label there, little padding."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ def pack(documents: list[np.ndarray], seq_len: int, pieces: int = 1) -> list:
     packer = BestFitPacker(PackOptions(seq_len, seq_len, EOS, PAD, IGNORE, False))
     blocks = []
     bounds = np.linspace(0, len(documents), pieces + 1).astype(int)
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in pairwise(bounds):
         if part := documents[low:high]:
             blocks += packer.add(np.concatenate(part), np.cumsum([len(d) for d in part]))
         state = packer.state_dict()  # as a build that is killed here and goes on

@@ -1,0 +1,392 @@
+"""Show what is in a corpus: figures, documents, budgets, a few rows as text.
+
+    python -m dataset.inspect_corpus data/athena_base
+    python -m dataset.inspect_corpus gs://bucket/athena_base --split test --rows 10 --png corpus.png
+
+Checksums are compared first; a file that differs from its checksum ends the command with exit
+code 1. Everything is read in chunks, in whichever layout the corpus has.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset.common import (
+    DatasetMetadata,
+    UserError,
+    command_parser,
+    find_split,
+    load_metadata,
+    run_cli,
+    sha256_file,
+    token_byte_lengths,
+    verify_arrays,
+)
+from dataset.corpus_statistics import Figures, SplitStatistics, measure, quantiles, real_tokens
+from dataset.corpus_views import Decode, bars, draw, row_lines
+from utils.corpora import Corpora
+from utils.remote import is_remote, local_path
+
+SPLITS = ("train", "test")
+WIDTH = 92
+MOST_DOMAINS = 20
+# Options of a builder that say where, not what.
+DULL_OPTIONS = {"output_dir", "overwrite", "input_files", "tokenizer_json", "workers"}
+
+
+@dataclass
+class Tokenizer:
+    """The corpus' tokenizer.json: `decode` for people, bytes per token for the figures."""
+
+    description: str
+    decode: Decode
+    name: Callable[[int], str | None]
+    byte_lengths: np.ndarray
+
+    @classmethod
+    def of(cls, root: Path) -> "Tokenizer | None":
+        path = root / "tokenizer.json"
+        if not path.is_file():
+            return None
+        byte_lengths = token_byte_lengths(path)  # and says what is wrong with the file
+        import tokenizers
+
+        kind = json.loads(path.read_bytes()).get("model", {}).get("type", "unknown kind")
+        loaded = tokenizers.Tokenizer.from_file(str(path))
+        return cls(
+            f"{kind}, {len(byte_lengths):,} ids",
+            lambda ids: loaded.decode(ids, skip_special_tokens=False),
+            loaded.id_to_token,
+            byte_lengths,
+        )
+
+
+@dataclass
+class Corpus:
+    """One corpus folder, opened as far as all splits share it."""
+
+    path: str
+    """As the user names it, perhaps a url; `root` is the folder on this machine."""
+    root: Path
+    folders: dict[str, Path]
+    metadata: dict[str, DatasetMetadata]
+    tokenizer: Tokenizer | None
+    report: dict[str, Any]
+
+    @classmethod
+    def of(cls, path: str, split: str) -> "Corpus":
+        root = Path(local_path(path))
+        wanted = [split]
+        if split == "all":  # where none is there, find_split says so of the first
+            wanted = [name for name in SPLITS if _has_split(root, name)] or ["train"]
+        folders = {name: find_split(root, name) for name in wanted}
+        metadata = {name: load_metadata(folder) for name, folder in folders.items()}
+        report = _report(root / "build_report.json")
+        return cls(path, root, folders, metadata, Tokenizer.of(root), report)
+
+    @property
+    def any_metadata(self) -> DatasetMetadata:
+        return next(iter(self.metadata.values()))
+
+    @property
+    def overlap(self) -> int:
+        """Tokens that a window repeats of the one before it, as the report tells."""
+        stride, width = report_part(self.report, "options").get("stride"), self.any_metadata.seq_len
+        return width - stride if isinstance(stride, int) and 0 < stride < width else 0
+
+
+def _has_split(root: Path, name: str) -> bool:
+    try:
+        find_split(root, name)
+    except UserError:
+        return False
+    return True
+
+
+def _report(path: Path) -> dict[str, Any]:
+    """build_report.json, of whichever version: {} where there is none."""
+    try:
+        report = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}.") from error
+    return report if isinstance(report, dict) else {}
+
+
+def wrong_files(corpus: Corpus) -> list[str]:
+    """What is wrong with each file that differs from its checksum; reads every byte."""
+    checks = [
+        (folder, meta.model_copy(update={"checksums": {name: checksum}}))
+        for split, folder in corpus.folders.items()
+        for meta in [corpus.metadata[split]]
+        for name, checksum in meta.checksums.items()
+    ]
+    faults = []
+    for folder, metadata in tqdm(checks, desc="checksums", unit="file", disable=None, leave=False):
+        try:
+            verify_arrays(folder, metadata)
+        except UserError as error:
+            faults.append(str(error))
+    tokenizer, known = corpus.root / "tokenizer.json", corpus.report.get("tokenizer_sha256")
+    if known and tokenizer.is_file() and sha256_file(tokenizer) != known:
+        faults.append(f"{tokenizer} is not the one that the corpus was built with.")
+    return faults
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+def _field(name: str, text: str) -> str:
+    return textwrap.fill(
+        text, WIDTH, initial_indent=f"  {name:<14}", subsequent_indent=" " * 16,
+        break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Columns as wide as their longest cell: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "    " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in rows
+    ]
+
+
+def describe(corpus: Corpus, verified: bool) -> list[str]:
+    """What all splits share."""
+    meta, tokenizer = corpus.any_metadata, corpus.tokenizer
+    lines = [corpus.path]
+    if is_remote(corpus.path):
+        lines.append(_field("copy", str(corpus.root)))
+    lines += [_field("rows", f"{meta.seq_len:,} tokens, layout {meta.layout}")]
+    if tokenizer is None:
+        lines.append(_field("tokenizer", f"none; token ids below {meta.vocab_size:,}"))
+    else:
+        eos = "no eos" if meta.eos_id is None else f"eos {_token(tokenizer, meta.eos_id)}"
+        pad = f"pad {_token(tokenizer, meta.pad_id)}"
+        lines.append(_field("tokenizer", f"{tokenizer.description}; {eos}, {pad}"))
+        if len(tokenizer.byte_lengths) != meta.vocab_size:
+            lines.append(_field("", f"but the corpus was built for {meta.vocab_size:,} ids"))
+    if meta.relabel_ids:
+        lines.append(_field("relabelled", "ids {} to {}".format(*meta.relabel_ids)))
+    files = sum(len(each.checksums) for each in corpus.metadata.values())
+    found = f"{_count(files, 'file')} as written" if verified else "not compared"
+    lines.append(_field("checksums", found if files else "none recorded"))
+    return lines + describe_report(corpus.report)
+
+
+def _token(tokenizer: Tokenizer, index: int) -> str:
+    return f"{index} {tokenizer.name(index) or '(no such token)'}"
+
+
+def report_part(report: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The first part of a report that is there, its inner parts as `outer.inner`."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    found: Any = next((report[name] for name in names if name in report), {})
+    return dict(flat(found)) if isinstance(found, dict) else {}
+
+
+def describe_report(report: dict[str, Any]) -> list[str]:
+    """What the builder noted; every key may be missing, and others may be there."""
+
+    def numbers(*names: str) -> dict[str, float]:
+        part = report_part(report, *names)
+        return {name: value for name, value in part.items() if isinstance(value, int | float)}
+
+    lines = []
+    inputs = [entry for entry in report.get("inputs") or [] if isinstance(entry, dict)]
+    if inputs:
+        size = sum(entry.get("bytes") or 0 for entry in inputs)
+        lines.append(_field("built from", f"{_count(len(inputs), 'file')}, {size / 1e6:,.1f} MB"))
+    options = {
+        name: value
+        for name, value in report_part(report, "options").items()
+        if name not in DULL_OPTIONS and value not in (None, False, [])
+    }
+    if options:
+        lines.append(_field("options", " ".join(f"{name}={v}" for name, v in options.items())))
+    left_out = numbers("skipped", "left_out")
+    counted = [f"{count:,} {name.replace('_', ' ')}" for name, count in left_out.items() if count]
+    if left_out:
+        lines.append(_field("left out", ", ".join(counted) or "nothing"))
+    seconds = numbers("seconds", "timings")
+    if seconds:
+        lines.append(_field("seconds", ", ".join(f"{name} {v:.1f}" for name, v in seconds.items())))
+    return lines
+
+
+def describe_split(name: str, corpora: Corpora, statistics: SplitStatistics) -> list[str]:
+    """The figures of one split."""
+    total, meta = statistics.total, corpora.metadata
+    lines = ["", f"{name}: {total.rows:,} rows, {total.tokens:,} tokens"]
+    lines.append(_field("padding", f"{_share(total.padding)} of all positions"))
+    positions = max(1, total.positions)
+    lines.append(_field("scored", f"{_share(statistics.scored / positions)} of all positions"))
+    occurring = int((statistics.token_ids > 0).sum())
+    lines.append(_field("token ids", f"{occurring:,} of {meta.vocab_size:,} occur in the rows"))
+    names, counts = corpora.identifiers, statistics.identifiers
+    most = [f"{names[i]} ({counts[i]:,} rows)" for i in np.argsort(-counts, kind="stable")[:5]
+            if counts[i]]  # fmt: skip
+    dots = ", ..." if (counts > 0).sum() > len(most) else ""
+    lines.append(_field("identifiers", f"{len(names):,}: {', '.join(most)}{dots}"))
+    if list(corpora.set_rows()) != ["all"]:
+        sets = {key: sum(map(len, ranges)) for key, ranges in corpora.set_rows().items()}
+        lines.append(_field("sets", ", ".join(f"{key} {rows:,}" for key, rows in sets.items())))
+    lines += ["", *_domains(statistics), "", *_lengths(statistics, meta)]
+    if statistics.budgets:
+        lines += ["", "  iteration budgets (ACT steps: rows)", *bars(statistics.budgets)]
+    return lines
+
+
+def _domains(statistics: SplitStatistics) -> list[str]:
+    def cells(name: str, figures: Figures) -> list[str]:
+        return [
+            name if len(name) <= 24 else name[:23] + "…",
+            f"{figures.rows:,}",
+            _share(figures.rows / max(1, statistics.total.rows)),
+            f"{figures.tokens:,}",
+            f"{figures.documents:,}" if figures.documents else "-",
+            _ratio(figures.bytes_per_token),
+            _share(figures.padding),
+        ]
+
+    shown = list(statistics.domains.items())[:MOST_DOMAINS]
+    head = ["domain", "rows", "share", "tokens", "documents", "bytes/token", "padding"]
+    rows = [head, *(cells(name, figures) for name, figures in shown)]
+    if len(statistics.domains) != 1:
+        rows.append(cells("all", statistics.total))
+    if (more := len(statistics.domains) - len(shown)) > 0:
+        rows.insert(-1, [f"({more} more)", *[""] * 6])
+    return _table(rows)
+
+
+def _lengths(statistics: SplitStatistics, metadata: DatasetMetadata) -> list[str]:
+    if metadata.eos_id is None:
+        return ["  documents: this corpus has no eos, each row is an example of its own"]
+    lines = ["  documents (tokens, eos included)"]
+    if statistics.lengths:
+        mean = sum(n * count for n, count in statistics.lengths.items()) / (
+            statistics.lengths.total()
+        )
+        names = ["shortest", "5 %", "25 %", "median", "75 %", "95 %", "longest", "mean"]
+        values = [f"{value:,}" for value in [*quantiles(statistics.lengths), round(mean)]]
+        widths = [max(map(len, pair)) for pair in zip(names, values, strict=True)]
+        for cells in (names, values):
+            lines.append("    " + "  ".join(map(str.rjust, cells, widths)))
+    if statistics.unended:
+        lines.append(
+            f"    {statistics.unended:,} more runs are cut off where a row ends; "
+            "what goes on elsewhere counts as a run of its own"
+        )
+    return lines
+
+
+def describe_rows(
+    corpus: Corpus, corpora: Corpora, count: int, generator: np.random.Generator
+) -> list[str]:
+    """Some rows, drawn at random, in the order of the corpus."""
+    size = min(count, corpora.num_rows)
+    chosen = np.sort(generator.choice(corpora.num_rows, size, replace=False))
+    rows, meta = corpora.rows(chosen), corpora.metadata
+    decode = corpus.tokenizer.decode if corpus.tokenizer else None
+    lines = []
+    for place, number in enumerate(chosen.tolist()):
+        inputs, labels = rows["inputs"][place], rows["labels"][place]
+        facts = [f"row {number:,}"]
+        if corpora.domains:
+            facts.append(corpora.domains[rows["domain_ids"][place]])
+        if identifier := int(rows["puzzle_identifiers"][place]):
+            facts.append(f"identifier {corpora.identifiers[identifier]}")
+        if corpora.has_targets:
+            facts.append(f"budget {rows['iteration_targets'][place]}")
+        real = int(real_tokens(inputs[None], meta)[0])
+        facts.append(f"{real:,} tokens, {int((labels >= 0).sum()):,} scored")
+        lines += ["", textwrap.fill("; ".join(facts), WIDTH, initial_indent="  ")]
+        lines += [f"    | {line}" for line in row_lines(inputs, labels, meta, decode, WIDTH - 6)]
+    if lines and decode:
+        lines.insert(0, "\n  rows as text; no label scores what stands in ⟦ ⟧")
+    return lines
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Print everything; SystemExit(1) where a file differs from its checksum."""
+    if args.rows < 0:
+        raise UserError(f"--rows is {args.rows}; it must be at least 0.")
+    corpus = Corpus.of(args.path, args.split)
+    if not args.no_verify and (faults := wrong_files(corpus)):
+        for fault in faults:
+            print(f"error: {fault}", file=sys.stderr)
+        print("--no-verify shows what is in the corpus all the same.", file=sys.stderr)
+        raise SystemExit(1)
+    print("\n".join(describe(corpus, not args.no_verify)))
+    tokenizer = corpus.tokenizer
+    fits = tokenizer and len(tokenizer.byte_lengths) == corpus.any_metadata.vocab_size
+    byte_lengths = tokenizer.byte_lengths if tokenizer and fits else None
+    generator = np.random.default_rng(args.seed)
+    measured = {}
+    for name, meta in corpus.metadata.items():
+        if not meta.total_groups:
+            print(f"\n{name}: no rows")
+            continue
+        corpora = Corpora([str(corpus.root)], name, verify=False)
+        with tqdm(total=corpora.num_rows, desc=name, unit="row", disable=None, leave=False) as bar:
+            measured[name] = measure(corpora, byte_lengths, corpus.overlap, bar.update)
+        print("\n".join(describe_split(name, corpora, measured[name])))
+        print("\n".join(describe_rows(corpus, corpora, args.rows, generator)))
+    if args.png:
+        draw(measured, f"{corpus.root.name} ({', '.join(measured)})", args.png)
+        print(f"\nwrote {args.png}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the top of this file."""
+    parser = command_parser("python -m dataset.inspect_corpus", __doc__)
+    add = parser.add_argument
+    add("path", metavar="PATH", help="folder of a corpus, or its url")
+    add("--split", choices=(*SPLITS, "all"), default="all", help="(default: all)")
+    add("--rows", type=int, default=3, metavar="N", help="rows of a split to show (default: 3)")
+    add("--seed", type=int, default=0, help="decides which rows (default: 0)")
+    add("--png", type=Path, metavar="FILE", help="draw the figures there")
+    add("--no-verify", action="store_true", help="do not compare files with their checksums")
+    args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a corpus may hold what a terminal cannot show
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        run_cli(lambda: inspect(args))
+        sys.stdout.flush()
+    except BrokenPipeError:  # head or less has seen enough; Python would flush again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()
