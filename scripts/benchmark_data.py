@@ -34,7 +34,7 @@ from dataset.document_reader import DocumentReader, ReadOptions
 from dataset.documents import BATCH_BYTES
 from dataset.text_sources import find_sources
 from dataset.tokenization import TextTokenizer
-from scripts.benchmark_stream import stream_rows
+from scripts.benchmark_stream import stream_lines
 
 PROTOTYPE_RATE = 1.8
 """MB of text per CPU-second that the builder before this one reached."""
@@ -80,15 +80,16 @@ class Bench:
                     file.write(orjson.dumps({"text": f"{copy}. {text}"}) + b"\n")
         return path
 
-    def build(self, source: Path, out: str, *options: str) -> dict[str, float]:
+    def build(self, source: Path | list[Path], out: str, *options: str) -> dict[str, float]:
         """Seconds, CPU-seconds, and peak memory in MB of a build in a process of its own."""
         shutil.rmtree(self.folder / out, ignore_errors=True)
         return self.run("build", self.build_options(source, out, *options))
 
-    def build_options(self, source: Path, out: str, *options: str) -> list[str]:
+    def build_options(self, source: Path | list[Path], out: str, *options: str) -> list[str]:
+        sources = source if isinstance(source, list) else [source]
         return [
-            *("--tokenizer-json", str(self.tokenizer_json), "--input-files", str(source)),
-            *("--output-dir", str(self.folder / out), *options),
+            *("--tokenizer-json", str(self.tokenizer_json), "--output-dir", str(self.folder / out)),
+            *("--input-files", *map(str, sources), *options),
         ]
 
     def tokenize(self, source: Path, library: str, workers: int) -> dict[str, float]:
@@ -286,6 +287,22 @@ def layout_rows(bench: Bench) -> Iterable[Row]:
     yield Row("padding of best-fit rows", f"{padding:.3%}", "<= 0.1 %", padding <= 0.001)
 
 
+def streaming_rows(bench: Bench) -> Iterable[Row]:
+    """Reading what was built, in both layouts and with several domains."""
+    options = ("--tokenizer-library", "gigatoken")
+    for layout in ("npy", "stream"):
+        bench.build(bench.five, f"read_{layout}", "--layout", layout, *options)
+    lines = bench.once.read_bytes().splitlines(keepends=True)
+    parts = []
+    for number, share in enumerate((lines[::2], lines[1::4], lines[3::4])):
+        parts.append(bench.folder / f"part{number}.jsonl")
+        parts[-1].write_bytes(b"".join(share))
+    bench.build(parts, "read_domains", "--layout", "stream", *options)
+    npy, stream, domains = (bench.folder / f"read_{name}" for name in ("npy", "stream", "domains"))
+    for line in stream_lines(npy, stream, domains, bench.rounds):
+        yield Row(*line)
+
+
 def print_table(rows: list[Row]) -> None:
     heads = Row("what", "figure", "asked", True)
     widths = [max(len(getattr(r, n)) for r in [heads, *rows]) for n in ("what", "figure", "asked")]
@@ -310,7 +327,7 @@ def benchmark(args: argparse.Namespace) -> None:
         "long": long_document_rows,
         "identity": lambda bench: identity_rows(bench, args.kills),
         "layout": layout_rows,
-        "stream": lambda bench: (Row(*row) for row in stream_rows(bench.folder)),
+        "stream": streaming_rows,
     }
     rows = []
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
