@@ -107,7 +107,6 @@ class BandKeys:
         A sum of products with random factors: different 5-grams are equal about once in 2^60.
         """
         tokens = np.concatenate(pieces, dtype=np.int64, casting="same_kind").view(np.uint64)
-        tokens += np.uint64(1)  # so that 0 is what a short document is padded with
         count = len(tokens) - SHINGLE + 1
         states = tokens[:count] * self._token_factors[0]
         for place in range(1, SHINGLE):
@@ -131,7 +130,7 @@ def _blocks(documents: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, list[
     size = 0
     for row, document in enumerate(documents):
         if len(document) < SHINGLE:
-            absent = SHINGLE - len(document)
+            absent = SHINGLE - len(document)  # filled with -1, which no token has
             document = np.pad(document.astype(np.int64), (0, absent), constant_values=-1)
         for start in range(0, len(document) - SHINGLE + 1, BLOCK_TOKENS):
             piece = document[start : start + BLOCK_TOKENS + SHINGLE - 1]
@@ -244,12 +243,11 @@ def _scatter(blocks: Iterable[Entries], folder: Path, part_bits: int) -> list[Pa
 
 
 def _read_part(path: Path) -> Iterator[Entries]:
-    """Entries of a file that `_scatter` wrote; then the file is removed."""
+    """Entries of a file that `_scatter` wrote."""
     with open(path, "rb") as file:
         while len(flat := np.fromfile(file, KEY, 2 * SORT_KEYS)):
             entries = flat.reshape(-1, 2)
             yield entries[:, 0], entries[:, 1].astype(np.int64)
-    path.unlink()
 
 
 def _mark_later(blocks: Iterable[Entries], later: np.ndarray) -> None:

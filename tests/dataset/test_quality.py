@@ -45,11 +45,11 @@ BOUNDS = [
     ("symbol_ratio", "#a" + " a" * 9, "#a" + " a" * 8),
     ("symbol_ratio", "a..." + " a" * 9, "a..." + " a" * 8),
     ("symbol_ratio", "a… #" + " a" * 18 + "...", "a… #" + " a" * 17 + "..."),
-    ("bullet_lines", "\n".join(["  - a"] * 9 + ["a - b"]), "\n".join(["• a"] * 10 + ["a"])),
+    ("bullet_lines", "\n".join(["• a"] * 9 + ["a - b"]), "\n".join(["  - a"] * 10 + ["a"])),
     ("ellipsis_lines", "\n\n".join(["a... "] * 3 + ["a"] * 7), "\n".join(["a…"] * 4 + ["a"] * 9)),
     ("alphabetic_words", "42 -- " + "犬 4é x " * 2 + "a b", "42 -- " + "犬 4é x " * 2 + "a"),
     ("stop_words", "“The cat”,\nout (of)", "the cat the dog offers without andante"),
-    ("duplicate_lines", copies(7, 3, "\n"), copies(9, 4, "\n \n")),
+    ("duplicate_lines", copies(7, 3, "\n \n"), copies(9, 4, "\n\t")),
     ("duplicate_paragraphs", copies(7, 3, "\n\n"), copies(9, 4, "\n \n")),
     ("duplicate_line_characters", copied_characters(60, "\n"), copied_characters(59, "\n")),
     (
