@@ -103,6 +103,7 @@ def create_stream(
         micro_batches=micro_batches,
         explore_prob=getattr(arch, "halt_exploration_prob", 0.0),
         explore_max=steps or 1,
+        num_workers=config.num_workers,
     )
 
 
@@ -165,6 +166,7 @@ def train(backend: Backend, config: PretrainConfig) -> int:
             f"{micro_rows}), or global_batch_size, or set arch.use_gradient_checkpointing=true"
         ) from None
     finally:
+        stream.close()
         for logger in run.loggers:
             logger.close()
 

@@ -3,7 +3,6 @@
 Owns order, mixing, sharding and position, and nothing about models or devices: it yields numpy
 arrays. Train order is a pure function of (seed, epoch, position), so a run continues from a few
 numbers, at any world size and micro-batch count, and no shuffled index is ever held or stored.
-(The one exception: with `domain_weights`, the rows of each domain are listed, 8 bytes a group.)
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,13 +12,12 @@ import numpy as np
 
 from dataset.common import UserError
 from utils.corpora import Corpora, did_you_mean
-from utils.permutation import QuotaSchedule, hash64, permute
+from utils.example_order import EXPLORE, RELABEL, ExampleOrder, Examples, Position
+from utils.permutation import hash64
+from utils.read_ahead import InPlace, ReadAhead
 from utils.row_reader import Batch, RowReader, document_starts, relabel
 
 __all__ = ["Corpora", "EvalStream", "TrainStream", "document_starts", "exploration", "relabel"]
-
-# One number for each use of the seed, so that no two draws share their randomness.
-_ORDER, _PUZZLE, _RELABEL, _EXPLORE = 1, 2, 3, 4
 
 
 def exploration(seed: int, step: int, slots: int, probability: float, maximum: int) -> np.ndarray:
@@ -29,46 +27,10 @@ def exploration(seed: int, step: int, slots: int, probability: float, maximum: i
     """
     if maximum < 2:
         return np.zeros(slots, np.int32)
-    key = np.concatenate([hash64(seed, _EXPLORE), np.full(1, step, np.uint64)])
+    key = np.concatenate([hash64(seed, EXPLORE), np.full(1, step, np.uint64)])
     coin, steps = np.random.Philox(key=key).random_raw(2 * slots).reshape(slots, 2).T
     explores = (coin >> np.uint64(11)) * 2.0**-53 < probability
     return np.where(explores, 2 + steps % np.uint64(maximum - 1), 0).astype(np.int32)
-
-
-class _GroupOrder:
-    """Which group the stream visits at each place, and for the how many-th time."""
-
-    def __init__(self, corpora: Corpora, seed: int, weights: Mapping[str, float] | None):
-        self.num_groups = corpora.num_groups
-        self._seed = seed
-        self._members: list[np.ndarray] | None = None
-        if weights is None:
-            return
-        self._schedule = QuotaSchedule([weights[name] for name in corpora.domains])
-        domains = corpora.group_domains()
-        by_domain = np.argsort(domains, kind="stable")
-        sizes = np.bincount(domains, minlength=len(corpora.domains))
-        self._members = np.split(by_domain, np.cumsum(sizes)[:-1])
-        for name, size in zip(corpora.domains, sizes, strict=True):
-            if weights[name] > 0 and size == 0:
-                raise UserError(
-                    f"domain_weights gives {name!r} {weights[name]}, but no row of "
-                    f"{', '.join(corpora.data_paths)} is of that domain; set it to 0."
-                )
-
-    def visits(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Group and its cycle (both (n,) int64) at places of the whole run."""
-        if self._members is None:
-            cycle, index = np.divmod(places, self.num_groups)
-            return permute(index, self.num_groups, hash64(self._seed, _ORDER, cycle)), cycle
-        domain, count = self._schedule.draws(places)
-        group, cycle = np.empty_like(places), np.empty_like(places)
-        for number in np.unique(domain):
-            members, where = self._members[number], np.flatnonzero(domain == number)
-            cycle[where], index = np.divmod(count[where], members.size)
-            key = hash64(self._seed, _ORDER, cycle[where], int(number))
-            group[where] = members[permute(index, members.size, key)]
-        return group, cycle
 
 
 def _checked_weights(weights: Mapping[str, float], corpora: Corpora) -> dict[str, float]:
@@ -118,6 +80,8 @@ class TrainStream:
         explore_prob, explore_max: see `exploration`.
         document_starts: whether batches tell where documents begin (if the corpora have an eos).
         max_draws: end after this many groups, if that is earlier.
+        num_workers: threads that read the next examples ahead of `next`; 0 reads them in it.
+            What `next` returns, and where the stream stands, does not depend on it.
 
     A visit of a group yields one of its puzzles and all rows of that puzzle. Position is counted
     in groups entered; a puzzle entered in part is resumed at an offset.
@@ -141,23 +105,24 @@ class TrainStream:
         explore_max: int = 1,
         document_starts: bool = True,
         max_draws: int | None = None,
+        num_workers: int = 0,
     ):
         if feed not in ("consume", "present"):
             raise UserError(f"feed is {feed!r}; it must be 'consume' or 'present'.")
         self._slots = _slots_of_rank(global_batch_size, rank, world_size, micro_batches)
         self._weights = _checked_weights(domain_weights, corpora) if domain_weights else None
         self._reader = RowReader(corpora, min_iterations, max_iterations, document_starts)
-        self._order = _GroupOrder(corpora, seed, self._weights)
         self._corpora, self._seed, self._feed = corpora, seed, feed
         self._size, self._micro_batches = global_batch_size, micro_batches
         self._explore = (explore_prob, explore_max)
 
         self.total_groups, self.total_steps = self._totals(epochs, max_draws)
-        self.position = 0
-        """Groups entered so far."""
+        limit = self.total_groups if feed == "consume" else None
+        self._order = ExampleOrder(corpora, seed, self._weights, limit)
+        self._source = self._row_source(num_workers)
+        self._position = Position()
         self.examples_entered = 0
         """Examples that slots took so far."""
-        self._offset = 0  # rows taken of the puzzle entered last; 0 once it is used up
         self._steps = 0  # batches drawn so far
         # What each slot holds, as its place in the stream; -1 for nothing.
         self._held_place = np.full(global_batch_size, -1, np.int64)
@@ -182,6 +147,23 @@ class TrainStream:
                 "(feed=present); raise epochs or lower global_batch_size."
             )
         return total, steps
+
+    def _row_source(self, workers: int) -> InPlace | ReadAhead:
+        if workers == 0:
+            return InPlace(self._order, self._read)
+        size = self._size
+        if self._feed == "present":  # example i of a batch is slot i's: only this rank's are read
+            chunk, ahead, keep = size, size * workers, self._slots
+        else:  # any rank's slot may take an example
+            chunk, ahead, keep = -(-size // max(4, 2 * workers)), size, slice(None)
+        return ReadAhead(
+            self._order, self._read, workers=workers, chunk=chunk, ahead=ahead, keep=keep
+        )
+
+    @property
+    def position(self) -> int:
+        """Groups entered so far."""
+        return self._position.entered
 
     @property
     def epoch(self) -> float:
@@ -209,11 +191,10 @@ class TrainStream:
         """
         halted = np.asarray(halted, dtype=bool)
         assert halted.shape == (self._size,), f"halted is {halted.shape}, not ({self._size},)"
-        rows = self._feed_all(halted) if self._feed == "present" else self._feed_freed(halted)
-        if rows is None:
+        parts = self._feed_all(halted) if self._feed == "present" else self._feed_freed(halted)
+        if parts is None:
             return None
-        keys = hash64(self._seed, _RELABEL, self._held_place, self._held_offset)
-        batch = self._reader.read(rows[self._slots], keys[self._slots])
+        batch = self._reader.spread(parts, self._slots.stop - self._slots.start)
         if self._explore[0] > 0:
             batch["explore"] = exploration(self._seed, step, self._size, *self._explore)[
                 self._slots
@@ -224,67 +205,63 @@ class TrainStream:
             for start in range(0, size * self._micro_batches, size)
         ]
 
-    def _feed_all(self, halted: np.ndarray) -> np.ndarray | None:
-        """`present`: the row that each slot gets, (G,) int64; None at the end."""
+    def close(self) -> None:
+        """Drop what was read ahead and end the threads that did it."""
+        self._source.close()
+        self._source.restart(self._position)
+
+    def _feed_all(self, halted: np.ndarray) -> list[tuple[np.ndarray, Batch]] | None:
+        """`present`: rows for all slots of this rank, and where they go; None at the end."""
         if self.total_steps is None or self._steps >= self.total_steps:
             return None
         self._steps += 1
-        self._held_place, self._held_offset, rows = self._draw(self._size, limit=None)
+        taken = self._take(np.arange(self._size))
         self.examples_entered += int(halted.sum())
-        return rows
+        return [taken]
 
-    def _feed_freed(self, halted: np.ndarray) -> np.ndarray | None:
-        """`consume`: the row that each slot gets, (G,) int64, -1 for none; None at the end."""
-        rows = np.full(self._size, -1, np.int64)
+    def _feed_freed(self, halted: np.ndarray) -> list[tuple[np.ndarray, Batch]] | None:
+        """`consume`: rows for the slots of this rank that get any, and where they go; None at
+        the end."""
+        parts, held = [], np.zeros(self._size, bool)
         if self._restart_held:
             assert halted.all(), "held rows restart only in a carry that holds nothing yet"
             self._restart_held = False
-            again = np.flatnonzero(self.occupied)
-            first, _ = self._puzzles_at(self._held_place[again])
-            rows[again] = first + self._held_offset[again]
-        freed = np.flatnonzero(halted & (rows < 0))
+            held = self.occupied
+            again = np.flatnonzero(held & self._is_own(np.arange(self._size)))
+            examples = self._order.at(self._held_place[again], self._held_offset[again])
+            parts.append((again - self._slots.start, self._read(examples)))
+        freed = np.flatnonzero(halted & ~held)
         self._held_place[freed] = -1
-        place, offset, drawn = self._draw(freed.size, limit=self.total_groups)
-        taken = freed[: drawn.size]
-        self._held_place[taken], self._held_offset[taken], rows[taken] = place, offset, drawn
-        self.examples_entered += taken.size
+        parts.append(self._take(freed))
         self._steps += 1
-        return rows if self.occupied.any() else None
+        return parts if self.occupied.any() else None
 
-    def _draw(self, wanted: int, limit: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The next examples: place in the stream, offset in its puzzle, and row.
+    def _take(self, slots: np.ndarray) -> tuple[np.ndarray, Batch]:
+        """Give the next examples to `slots`, in order, as many as there are.
 
-        (n,) int64 each; n < wanted only when the stream ends, after `limit` groups.
+        Returns, for this rank's of them, numbers within the rank's share (n,) and rows (n, ..).
         """
-        drawn = [np.empty((3, 0), np.int64)]
-        while wanted > 0:
-            first = self.position - 1 if self._offset else self.position
-            last = first + wanted if limit is None else min(first + wanted, max(limit, first))
-            if first == last:
-                break
-            place = np.arange(first, last)
-            row, size = self._puzzles_at(place)
-            skipped = np.zeros_like(size)
-            skipped[0] = self._offset
-            ends = np.cumsum(size - skipped)
-            count = min(wanted, int(ends[-1]))
-            example = np.arange(count)
-            owner = np.searchsorted(ends, example, side="right")
-            offset = example - (ends - size)[owner]
-            drawn.append(np.stack([place[owner], offset, row[owner] + offset]))
-            wanted -= count
-            self.position, self._offset = last, 0
-            if count < ends[-1]:
-                self.position = int(place[owner[-1]]) + 1
-                taken = int(offset[-1]) + 1
-                self._offset = taken if taken < size[owner[-1]] else 0
-        places, offsets, rows = np.concatenate(drawn, axis=1)
-        return places, offsets, rows
+        examples = self._source.take(slots.size)
+        taken = slots[: len(examples)]
+        self._held_place[taken], self._held_offset[taken] = examples.place, examples.offset
+        if len(examples):
+            self._position = examples.end
+        if len(examples) < slots.size:  # what is left, if anything, are puzzles without rows
+            self._position = Position(max(self.position, self.total_groups))
+        if self._feed == "consume":
+            self.examples_entered += taken.size
+        mine = np.flatnonzero(self._is_own(taken))
+        return taken[mine] - self._slots.start, self._source.rows(mine)
 
-    def _puzzles_at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First row and number of rows of the puzzle that the stream visits at each place."""
-        group, cycle = self._order.visits(places)
-        return self._corpora.puzzles(group, hash64(self._seed, _PUZZLE, cycle, group))
+    def _is_own(self, slots: np.ndarray) -> np.ndarray:
+        return (slots >= self._slots.start) & (slots < self._slots.stop)
+
+    def _read(self, examples: Examples) -> Batch:
+        """Rows of examples; a pure function, called by several threads."""
+        keys = None
+        if self._corpora.relabels:
+            keys = hash64(self._seed, RELABEL, examples.place, examples.offset)
+        return self._reader.read(examples.row, keys)
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between saving and loading."""
@@ -300,7 +277,7 @@ class TrainStream:
         """Everything needed to continue, as JSON-able values; the same on all ranks."""
         return self._identity() | {
             "position": self.position,
-            "offset": self._offset,
+            "offset": self._position.offset,
             "steps": self._steps,
             "examples_entered": self.examples_entered,
             "held_places": self._held_place.tolist(),
@@ -322,7 +299,8 @@ class TrainStream:
                     f"{what} changed since the run was saved: {name} was {state[name]}, now it "
                     f"is {now}; resume with the old value, or start a new run from the weights."
                 )
-        self.position, self._offset = int(state["position"]), int(state["offset"])
+        self._position = Position(int(state["position"]), int(state["offset"]))
+        self._source.restart(self._position)
         self._steps = int(state["steps"])
         self.examples_entered = int(state["examples_entered"])
         self._held_place = np.array(state["held_places"], np.int64)
@@ -368,9 +346,11 @@ class EvalStream:
                     return
                 left -= 1
                 count = min(self._size, total - start)
-                rows = np.full(self._size, -1, np.int64)
-                rows[:count] = _nth_rows(ranges, np.arange(start, start + count))
-                yield name, self._reader.read(rows[self._slots]), count
+                first, last = (start + slot for slot in (self._slots.start, self._slots.stop))
+                index = np.arange(first, min(last, total))
+                data = self._reader.read(_nth_rows(ranges, index))
+                share = self._slots.stop - self._slots.start
+                yield name, self._reader.spread([(index - first, data)], share), count
 
 
 def _nth_rows(ranges: list[range], index: np.ndarray) -> np.ndarray:

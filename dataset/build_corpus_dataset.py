@@ -218,7 +218,7 @@ class Build:
         """Both splits, with the identifiers that their rows will carry."""
         identifiers = self.args.identifiers
         trained = {entry.domain for entry in self.inputs if not entry.held_out}
-        byte_lengths = self.tokenizer.byte_lengths()
+        byte_lengths = self.tokenizer.byte_lengths
 
         def identifier_of(domain: int) -> int:
             # One that no training row carries would be evaluated untrained: blank is better.

@@ -239,7 +239,7 @@ def open_splits(
     args: argparse.Namespace, folder: Path, tokenizer: TextTokenizer
 ) -> dict[str, CorpusSplit]:
     """Empty splits in the temporary folder."""
-    byte_lengths = tokenizer.byte_lengths()
+    byte_lengths = tokenizer.byte_lengths
     seq_len = args.max_context_tokens + args.max_response_tokens
     return {
         name: CorpusSplit(

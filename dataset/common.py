@@ -212,30 +212,26 @@ def token_byte_lengths(tokenizer_json_path: str | Path) -> np.ndarray:
     except Exception as error:  # tokenizers raises bare Exception for a malformed file
         raise UserError(f"{path} is not a tokenizer.json ({error}).") from error
 
-    return byte_lengths(tokenizer, description)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    return byte_lengths(tokenizer, vocabulary, description)
 
 
-def byte_lengths(tokenizer: Any, description: dict[str, Any]) -> np.ndarray:
-    """`token_byte_lengths` of a loaded tokenizer and the tokenizer.json that it was made from."""
-    vocab = tokenizer.get_vocab(with_added_tokens=True)
-    lengths = np.zeros(max(vocab.values()) + 1, dtype=np.int32)
-    added = tokenizer.get_added_tokens_decoder()
+def byte_lengths(
+    tokenizer: Any, vocabulary: dict[str, int], description: dict[str, Any]
+) -> np.ndarray:
+    """`token_byte_lengths` of a loaded tokenizer, with the tokenizer.json it was made from."""
+    ids = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
+    lengths = np.zeros(ids.max() + 1, dtype=np.int32)
     if not _is_byte_level(description):
-        length_of = _decoded_length(tokenizer)
-    elif _ALPHABET.keys() >= set().union(*vocab):  # a character a byte, in all tokens
-        length_of = _length
+        each = map(_decoded_length(tokenizer), vocabulary, vocabulary.values())
+    elif _ALPHABET.keys() >= set().union(*vocabulary):  # a character a byte, in all tokens
+        each = map(len, vocabulary)
     else:
-        length_of = _byte_level_length
-    for token, index in vocab.items():
-        if index in added:
-            lengths[index] = 0 if added[index].special else len(added[index].content.encode())
-        else:
-            lengths[index] = length_of(token, index)
+        each = map(_byte_level_length, vocabulary)
+    lengths[ids] = np.fromiter(each, np.int32, len(vocabulary))
+    for index, token in tokenizer.get_added_tokens_decoder().items():
+        lengths[index] = 0 if token.special else len(token.content.encode())
     return lengths
-
-
-def _length(token: str, index: int) -> int:
-    return len(token)
 
 
 def _is_byte_level(description: dict[str, Any]) -> bool:
@@ -255,7 +251,7 @@ def _is_byte_level(description: dict[str, Any]) -> bool:
 _ALPHABET = byte_alphabet()
 
 
-def _byte_level_length(token: str, index: int) -> int:
+def _byte_level_length(token: str) -> int:
     return sum(1 if char in _ALPHABET else len(char.encode()) for char in token)
 
 

@@ -5,13 +5,13 @@ characters, never the special token.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 from tokenizers import Tokenizer
 
 from dataset.common import UserError, byte_lengths, token_dtype
@@ -48,7 +48,8 @@ def add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
 
 
 class TextTokenizer:
-    """A tokenizer.json made ready for building; `eos_id`, `pad_id`, `vocab_size`, `dtype`.
+    """A tokenizer.json made ready for building; `eos_id`, `pad_id`, `vocab_size`, `dtype`, and
+    `byte_lengths` (V,) int32, the bytes of text that each token id stands for.
 
     `vocab_size` is the highest id + 1, `dtype` the smallest that also holds `ignore_label_id`, its
     maximum.
@@ -67,7 +68,7 @@ class TextTokenizer:
             raise UserError(f"--workers is {workers}; it must be at least 1.")
         use_threads(workers)
         self.path = path
-        self.tokenizer, self._description = _load(path)
+        self.tokenizer, description = _load(path)
         # A token that is named for the one is no candidate for the other.
         eos_usual = tuple(token for token in EOS_TOKENS if token != pad_token)
         pad_usual = tuple(token for token in PAD_TOKENS if token != eos_token)
@@ -81,22 +82,19 @@ class TextTokenizer:
         self.tokenizer.encode_special_tokens = True
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         self.eos_id, self.pad_id = vocabulary[self.eos_token], vocabulary[self.pad_token]
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.byte_lengths = byte_lengths(self.tokenizer, vocabulary, description)
+        self.vocab_size = len(self.byte_lengths)
         self.dtype = token_dtype(self.vocab_size)
         self.ignore_label_id = int(np.iinfo(self.dtype).max)
-        self.encoder: Encoder = HuggingFaceEncoder(self.tokenizer, self._description)
+        self.encoder: Encoder = HuggingFaceEncoder(self.tokenizer, description)
         if library == "gigatoken":
-            fast = GigatokenEncoder(self._description, workers)
+            fast = GigatokenEncoder(description, workers)
             self.encoder = CheckedEncoder(fast, self.encoder)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, without special tokens: arrays (n,) of `dtype`."""
         ids, counts = self.encoder.encode([text.encode() for text in texts])
         return np.split(ids.astype(self.dtype), np.cumsum(counts)[:-1])
-
-    def byte_lengths(self) -> np.ndarray:
-        """Bytes of text that each token id stands for: (V,) int32; see `token_byte_lengths`."""
-        return byte_lengths(self.tokenizer, self._description)
 
     def save(self, path: Path) -> None:
         """Write the tokenizer with its eos and pad."""
@@ -125,12 +123,12 @@ def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     """A tokenizer.json and what it says, without what would change or shorten a document's
     tokens."""
     try:
-        description = json.loads(path.read_bytes())
+        description = orjson.loads(path.read_bytes())
         description["truncation"] = None
         description["padding"] = None
         if description["model"].get("dropout") is not None:
             description["model"]["dropout"] = None  # training noise; a corpus is built once
-        return Tokenizer.from_str(json.dumps(description)), description
+        return Tokenizer.from_str(orjson.dumps(description).decode()), description
     except OSError as error:
         raise UserError(
             f"cannot read --tokenizer-json {path}: {error.strerror or error}; "

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,14 +45,15 @@ def write_corpus(
         "vocab_size": VOCAB,
         "seq_len": S,
         "num_puzzle_identifiers": len(names) + 1,
-        "total_groups": len(arrays["group_indices"]) - 1,
-        "total_puzzles": len(arrays["puzzle_indices"]) - 1,
-        "mean_puzzle_examples": rows / max(1, len(arrays["puzzle_indices"]) - 1),
+        "total_groups": len(arrays.get("group_indices", range(rows + 1))) - 1,
+        "total_puzzles": len(arrays.get("puzzle_indices", range(rows + 1))) - 1,
+        "mean_puzzle_examples": rows
+        / max(1, len(arrays.get("puzzle_indices", range(rows + 1))) - 1),
         "domains": list(domains),
     } | changes
     write_split(root / split / "all", arrays, **metadata)
     (root / "identifiers.json").write_text(json.dumps(["<blank>", *names]))
-    return arrays["inputs"]
+    return arrays.get("inputs", inputs)
 
 
 def write_trm(root: Path, group_sizes, split="train", sets=("all",), seed=0, **changes) -> dict:
@@ -84,6 +86,70 @@ def write_trm(root: Path, group_sizes, split="train", sets=("all",), seed=0, **c
     names = ["<blank>"] + [f"puzzle{i}" for i in range(num_puzzles)]
     (root / "identifiers.json").write_text(json.dumps(names))
     return arrays
+
+
+class Windows(NamedTuple):
+    """A token stream and rows as views of it: what both layouts of a corpus are written from."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    label_starts: np.ndarray
+
+
+def random_windows(rng: np.random.Generator, rows: int, *, eos: int = EOS) -> Windows:
+    """Rows that overlap or lie apart, of any length; some begin, end or consist of eos."""
+    lengths = rng.integers(2, S + 2, rows)
+    lengths[rng.random(rows) < 0.5] = S + 1
+    starts = np.cumsum(lengths - rng.integers(0, 3, rows)) - lengths + 2
+    tokens = rng.integers(2, VOCAB, int((starts + lengths).max(initial=2)) + 3)
+    tokens[rng.random(tokens.size) < 0.1] = eos
+    for row in np.flatnonzero(rng.random(rows) < 0.05):
+        tokens[starts[row] : starts[row] + lengths[row]] = eos
+    label_starts = np.where(rng.random(rows) < 0.3, rng.integers(0, S + 1, rows), 0)
+    order = rng.permutation(rows)
+    return Windows(
+        tokens.astype(np.uint8), starts[order], lengths[order].astype(np.uint16), label_starts
+    )
+
+
+def rows_of(windows: Windows, *, pad: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels of all rows by a plain loop, (N, S) int32 each."""
+    all_inputs = np.full((len(windows.starts), S), pad, np.int32)
+    all_labels = np.full_like(all_inputs, IGNORE_LABEL_ID)
+    for row, (start, length, first) in enumerate(zip(*windows[1:], strict=True)):
+        window = windows.tokens[start : start + length].tolist()
+        for i, token in enumerate(window[:S]):
+            all_inputs[row, i] = token
+            if i + 1 < length and i >= first and token != eos:
+                all_labels[row, i] = window[i + 1]
+    return all_inputs, all_labels
+
+
+def write_windows(
+    root: Path, windows: Windows, layout: str, *, pad: int = PAD, eos: int = EOS, seed=0, **changes
+) -> None:
+    """The same rows in either layout, with random targets and domains."""
+    inputs, labels = rows_of(windows, pad=pad, eos=eos)
+    stored = {
+        "inputs": inputs.astype(np.uint8),
+        "labels": np.where(labels == IGNORE_LABEL_ID, 255, labels).astype(np.uint8),
+    }
+    options = {"pad_id": pad, "eos_id": eos} | changes
+    if layout == "stream":
+        stored = {
+            "inputs": None,
+            "labels": None,
+            "puzzle_indices": None,
+            "group_indices": None,
+            "tokens": windows.tokens,
+            "row_starts": windows.starts,
+            "row_lengths": windows.lengths,
+            "label_starts": windows.label_starts.astype(np.uint8),
+        }
+        options |= {"layout": "stream", "ignore_label_id": IGNORE_LABEL_ID}
+    stored |= options.pop("arrays", {})
+    write_corpus(root, len(windows.starts), seed=seed, arrays=stored, **options)
 
 
 def stream_of(corpora, **options) -> TrainStream:

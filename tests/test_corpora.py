@@ -41,6 +41,12 @@ def test_trm_identifiers_are_by_puzzle_even_where_counts_agree(tmp_path):
     np.testing.assert_array_equal(rows["puzzle_identifiers"], [1, 1, 3])
 
 
+def test_as_many_groups_as_rows_are_not_yet_a_row_a_group(tmp_path):
+    write_trm(tmp_path / "t", [[2], [0], [1]])
+    first, size = Corpora([tmp_path / "t"]).puzzles(np.arange(3), np.zeros(3, np.uint64))
+    assert first.tolist() == [0, 2, 2] and size.tolist() == [2, 0, 1]
+
+
 def test_metadata_names_of_older_corpora(tmp_path):
     write_corpus(tmp_path / "c", 9, names=("x", "y"))
     path = tmp_path / "c/train/all/dataset.json"

@@ -120,7 +120,9 @@ def test_max_draws_ends_the_run_early(corpus):
 def test_only_own_rows_are_read(corpus, monkeypatch):
     read = []
     rows = corpus.rows
-    monkeypatch.setattr(corpus, "rows", lambda index: read.append(len(index)) or rows(index))
+    monkeypatch.setattr(
+        corpus, "rows", lambda index, *to: read.append(len(index)) or rows(index, *to)
+    )
     stream = stream_of(corpus, rank=1, world_size=4)
     stream.next(0, np.ones(8, bool))
     stream.next(1, np.array([1, 1, 0, 1, 1, 1, 1, 1], bool))
@@ -162,6 +164,13 @@ def test_each_visit_of_a_trm_group_gives_one_whole_puzzle(tmp_path):
         seen.add(puzzle)
     assert seen == {0, 1, 2, 3, 4, 6, 7, 8, 9}  # all but the empty one
     assert all(visits[group] == 40 for group in (0, 1, 3, 4)) and visits[2] < 40
+
+
+def test_a_run_that_ends_in_puzzles_without_rows_is_complete(tmp_path):
+    write_trm(tmp_path / "t", [[1], *[[0]] * 20])
+    stream = stream_of(Corpora([tmp_path / "t"]), epochs=3)
+    run([stream], lambda step: np.ones(8, bool))
+    assert stream.examples_entered == 3 and stream.position == 63 and stream.progress == 1.0
 
 
 @pytest.mark.parametrize("kind", ["corpus", "weighted", "present", "trm", "relabel"])

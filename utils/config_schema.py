@@ -100,7 +100,9 @@ class PretrainConfig(pydantic.BaseModel):
     feed: Literal["consume", "present"] = Field(
         "consume", description="consume: freed slots take the next example; present: as TRM"
     )
-    num_workers: CountInt = Field(1, description="threads that read ahead in evaluation; 0: none")
+    num_workers: CountInt = Field(
+        1, description="threads that read rows ahead, in training and evaluation; 0: none"
+    )
     vocab_size: PositiveInt | None = Field(
         None, description="token ids, for a dry_run without a corpus"
     )

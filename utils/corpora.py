@@ -8,6 +8,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,10 @@ from dataset.common import (
     load_metadata,
     verify_arrays,
 )
-from utils.corpus_part import (
-    LARGE_CORPUS,
-    REBUILD,
-    CorpusPart,
-    maximum,
-    open_arrays,
-    sample_rows,
-)
+from utils.corpus_part import LARGE_CORPUS, CorpusPart
+from utils.domain_index import DomainIndex
 from utils.functions import nearest
+from utils.row_file import REBUILD, ArrayFolder
 
 NO_DOMAIN = "<none>"
 """Domain of a corpus that names none, where it is joined with corpora that do."""
@@ -48,7 +44,7 @@ class Corpora:
     matched by name, numbered in the order in which they first appear, blank being 0.
 
     Args:
-        data_paths: corpus folders, in Athena's or in TRM's layout.
+        data_paths: corpus folders, in Athena's layouts (npy, stream) or in TRM's.
         split: "train" or "test". A train split without rows is an error.
         verify: compare checksums: True, False, or None for corpora of at most 2 GiB.
         like: corpora whose numbering of identifiers and domains is taken over. The test split
@@ -91,14 +87,18 @@ class Corpora:
                 "build it with more text or a higher train ratio."
             )
         self.metadata = _joined_metadata(metadata, self.identifiers, self.domains)
-        targets = self._arrays("iteration_targets")
-        self.has_targets = bool(targets)
-        self.max_target = max(map(maximum, targets), default=0)
-        widths = {array.shape[1] for array in self._arrays("reasoning_labels")}
+        self.has_targets = any(part.has_targets for part in self._parts)
+        self.max_target = max((part.max_target for part in self._parts), default=0)
+        self.one_row_a_group = all(part.one_row_a_group for part in self._parts)
+        """Whether every group is one row, of the same number."""
+        widths = {p.reasoning_width for p in self._parts if p.reasoning_width is not None}
         if len(widths) > 1:
             raise UserError(f"the widths of reasoning_labels.npy differ: {sorted(widths)}.")
         self.reasoning_width = max(widths, default=0)
-        self.fingerprint = self._fingerprint()
+        digest = hashlib.sha256(json.dumps([self.identifiers, self.domains]).encode())
+        for part in self._parts:
+            part.fingerprint(digest)
+        self.fingerprint = digest.hexdigest()
 
     def _add_corpus(
         self,
@@ -110,13 +110,13 @@ class Corpora:
     ) -> None:
         groups_before, size = self.num_groups, 0
         for name in metadata.sets:
-            arrays = open_arrays(folder, name, random_access=self.split == "train")
+            files = ArrayFolder(folder, name, random_access=self.split == "train")
             maps = (identifier_map, domain_map)
-            part = CorpusPart(folder, name, metadata, arrays, *maps, self.num_rows, self.num_groups)
+            part = CorpusPart(files, metadata, *maps, self.num_rows, self.num_groups)
             self._parts.append(part)
             self.num_rows += part.num_rows
             self.num_groups += part.num_groups
-            size += sum(array.nbytes for array in arrays.values())
+            size += part.nbytes
         found = self.num_groups - groups_before
         if found != metadata.total_groups:
             raise UserError(
@@ -125,20 +125,6 @@ class Corpora:
             )
         if verify or (verify is None and size <= LARGE_CORPUS):
             verify_arrays(folder, metadata)
-
-    def _arrays(self, name: str) -> list[np.ndarray]:
-        return [part.arrays[name] for part in self._parts if name in part.arrays]
-
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(json.dumps([self.identifiers, self.domains]).encode())
-        for part in self._parts:
-            meta = part.metadata
-            known = (part.set_name, meta.ignore_label_id, meta.relabel_ids, meta.checksums)
-            digest.update(repr(known).encode())
-            for name, array in sorted(part.arrays.items()):
-                digest.update(f"{name} {array.shape} {array.dtype}".encode())
-                digest.update(np.ascontiguousarray(sample_rows(array)).tobytes())
-        return digest.hexdigest()
 
     def _by_part(
         self, indices: np.ndarray, ends: np.ndarray
@@ -151,40 +137,51 @@ class Corpora:
         for number in np.unique(owner):
             yield self._parts[number], np.flatnonzero(owner == number)
 
-    def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def rows(self, indices: np.ndarray, tokens: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Rows by global number.
 
         Returns `inputs` and `labels` (n, S), `puzzle_identifiers`, `iteration_targets` (0: none)
         and `domain_ids` (n,), all int32; `reasoning_labels` (n, R) where a corpus has them.
         Ignored labels are IGNORE_LABEL_ID; identifiers and domains are the joined ones.
+        `tokens`: where inputs and labels are to lie, (2, n, S) int32.
         """
         indices = np.asarray(indices, dtype=np.int64)
-        count, width = indices.size, self.metadata.seq_len
-        out = {
-            "inputs": np.empty((count, width), np.int32),
-            "labels": np.empty((count, width), np.int32),
-            "puzzle_identifiers": np.empty(count, np.int32),
-            "iteration_targets": np.zeros(count, np.int32),
-            "domain_ids": np.zeros(count, np.int32),
-        }
-        if self.reasoning_width:
-            shape = (count, self.reasoning_width)
-            out["reasoning_labels"] = np.full(shape, IGNORE_LABEL_ID, np.int32)
+        if tokens is None:
+            tokens = np.empty((2, indices.size, self.metadata.seq_len), np.int32)
+        if len(self._parts) == 1:
+            return self._part_rows(self._parts[0], indices, tokens)
+        out = self._part_rows(self._parts[0], indices[:0], tokens[:, :0])
+        out = {name: np.empty((indices.size, *v.shape[1:]), np.int32) for name, v in out.items()}
+        out |= {"inputs": tokens[0], "labels": tokens[1]}
         for part, where in self._by_part(indices, self._row_ends):
             local = indices[where] - part.first_row
-            out["puzzle_identifiers"][where] = part.identifiers(local)
-            if self.domains:
-                out["domain_ids"][where] = part.domains(local)
-            if "iteration_targets" in part.arrays:
-                out["iteration_targets"][where] = part.arrays["iteration_targets"][local]
-            for name in ("inputs", "labels", "reasoning_labels"):
-                if name in part.arrays:
-                    out[name][where] = part.tokens(name, local)
+            own = np.empty((2, local.size, self.metadata.seq_len), np.int32)
+            for name, values in self._part_rows(part, local, own).items():
+                out[name][where] = values
+        return out
+
+    def _part_rows(
+        self, part: CorpusPart, rows: np.ndarray, tokens: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """What `rows` returns, for local row numbers of one part."""
+        part.tokens(rows, *tokens)
+        out = {
+            "inputs": tokens[0],
+            "labels": tokens[1],
+            "puzzle_identifiers": part.identifiers(rows),
+            "iteration_targets": part.targets(rows),
+            "domain_ids": part.domains(rows),
+        }
+        if self.reasoning_width:
+            reasoning = part.reasoning_labels(rows)
+            if reasoning is None:
+                reasoning = np.full((rows.size, self.reasoning_width), IGNORE_LABEL_ID, np.int32)
+            out["reasoning_labels"] = reasoning
         return out
 
     def highest_reasoning_label(self) -> int:
         """The largest id in reasoning_labels.npy, all of it read; -1 without any."""
-        return max((part.highest("reasoning_labels") for part in self._parts), default=-1)
+        return max((part.highest_reasoning_label() for part in self._parts), default=-1)
 
     def recorded_weights(self) -> dict[str, float] | None:
         """The domain_weights that a corpus was built with, 1 where none was given and 0 for
@@ -198,10 +195,10 @@ class Corpora:
                     stacklevel=2,
                 )
             return None
-        sizes = np.bincount(self.group_domains(), minlength=len(self.domains))
+        sizes = self.domain_index.sizes.tolist()
         return {
             name: recorded.get(name, 1.0) if size else 0.0
-            for name, size in zip(self.domains, sizes.tolist(), strict=True)
+            for name, size in zip(self.domains, sizes, strict=True)
         }
 
     def puzzles(self, groups: np.ndarray, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -216,19 +213,29 @@ class Corpora:
             start[where] = first + part.first_row
         return start, size
 
-    def relabel_ranges(self, indices: np.ndarray) -> np.ndarray | None:
-        """Per row the half-open range of ids that may be permuted, (n, 2); None if no row has."""
-        if not any(part.metadata.relabel_ids for part in self._parts):
-            return None
+    @property
+    def relabels(self) -> bool:
+        """Whether ids of any row may be permuted."""
+        return any(part.metadata.relabel_ids for part in self._parts)
+
+    def relabel_ranges(self, indices: np.ndarray) -> np.ndarray:
+        """Per row the half-open range of ids that may be permuted, (n, 2); (0, 0) for none."""
         ranges = np.zeros((indices.size, 2), np.int64)
         for part, where in self._by_part(indices, self._row_ends):
             ranges[where] = part.metadata.relabel_ids or (0, 0)
         return ranges
 
-    def group_domains(self) -> np.ndarray:
-        """Domain of the first row of every group, (num_groups,) int32: O(N) memory."""
-        domains = [part.domains(part.first_rows()).astype(np.int32) for part in self._parts]
-        return np.concatenate(domains)
+    def group_domains(self, groups: np.ndarray) -> np.ndarray:
+        """Domain of the first row of each group (n,) by global number, (n,) int32."""
+        domains = np.empty(groups.size, np.int32)
+        for part, where in self._by_part(groups, self._group_ends):
+            domains[where] = part.group_domains(groups[where] - part.first_group)
+        return domains
+
+    @cached_property
+    def domain_index(self) -> DomainIndex:
+        """Which groups are of which domain."""
+        return DomainIndex(self.group_domains, self.num_groups, max(1, len(self.domains)))
 
     def set_rows(self) -> dict[str, list[range]]:
         """For each set, its global rows: one range for each corpus that has the set."""

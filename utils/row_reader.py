@@ -5,6 +5,7 @@ evaluation; which rows, and in which order, is decided above.
 """
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,17 +29,22 @@ def document_starts(inputs: np.ndarray, labels: np.ndarray, eos_id: int, pad_id:
     Args: inputs, labels (n, S) integers, ignored labels as IGNORE_LABEL_ID.
     Returns: (n, S) int32 in 0..S.
     """
-    width = inputs.shape[1]
-    position = np.arange(width, dtype=np.int32)
-    starts = np.zeros(inputs.shape, np.int32)
-    np.multiply(inputs[:, :-1] == eos_id, position[1:], out=starts[:, 1:])
-    np.maximum.accumulate(starts, axis=1, out=starts)
+    rows, width = inputs.shape
+    # Documents end rarely: list where they begin in the rows laid end to end, and fill between.
+    ends = np.flatnonzero(np.ascontiguousarray(inputs).reshape(-1) == eos_id) + 1
+    begins = np.concatenate([ends, np.arange(0, rows * width, width)])
+    begins.sort()
+    lengths = np.diff(begins, append=rows * width)
+    starts = np.repeat((begins % width).astype(np.int32), lengths).reshape(rows, width)
 
-    real = (inputs != pad_id) | (labels != IGNORE_LABEL_ID)
-    tail = np.where(real.any(axis=1), width - np.argmax(real[:, ::-1], axis=1), 0)
-    if pad_id == eos_id:
-        tail += tail > 0
-    np.copyto(starts, width, where=position >= tail[:, None])
+    padded = np.flatnonzero((inputs[:, -1] == pad_id) & (labels[:, -1] == IGNORE_LABEL_ID))
+    if padded.size:
+        real = (inputs[padded] != pad_id) | (labels[padded] != IGNORE_LABEL_ID)
+        tail = np.where(real.any(axis=1), width - np.argmax(real[:, ::-1], axis=1), 0)
+        if pad_id == eos_id:
+            tail += tail > 0
+        for row, first in zip(padded.tolist(), tail.tolist(), strict=True):
+            starts[row, first:] = width
     return starts
 
 
@@ -55,7 +61,7 @@ def relabel(inputs: np.ndarray, labels: np.ndarray, low: int, high: int, keys: n
 
 
 class RowReader:
-    """Turns row numbers into batches: ignored rows, clipped budgets, document starts."""
+    """Turns row numbers into batches: clipped budgets, document starts, ignored rows."""
 
     def __init__(
         self,
@@ -82,37 +88,39 @@ class RowReader:
         self._eos_id = corpora.metadata.eos_id if with_starts else None
 
     def read(self, rows: np.ndarray, relabel_keys: np.ndarray | None = None) -> Batch:
-        """Batch for global row numbers (b,); -1 makes an ignored row."""
-        filled = np.flatnonzero(rows >= 0)
-        data = self._corpora.rows(rows[filled])
-        if relabel_keys is not None:
-            self._relabel(data, rows[filled], relabel_keys[filled])
-        targets = data["iteration_targets"]
-        targets = np.where(targets > 0, np.maximum(targets, self._low), NO_BUDGET)
-        data["iteration_targets"] = np.minimum(targets, self._high).astype(np.int32)
+        """Batch of global row numbers (n,) int64. relabel_keys: (n,) uint64, None for as stored."""
         meta = self._corpora.metadata
+        # One allocation: memory of this size is kept by the allocator and used again, while
+        # several smaller pieces would go back to the system, and fresh pages cost more than rows.
+        tokens = np.empty((3, rows.size, meta.seq_len), np.int32)
+        data = self._corpora.rows(rows, tokens[:2])
+        if relabel_keys is not None:
+            self._relabel(data, rows, relabel_keys)
         if self._eos_id is not None:
-            data["document_starts"] = document_starts(
-                data["inputs"], data["labels"], self._eos_id, meta.pad_id
-            )
-        if not self._corpora.has_targets:
+            tokens[2] = document_starts(tokens[0], tokens[1], self._eos_id, meta.pad_id)
+            data["document_starts"] = tokens[2]
+        if self._corpora.has_targets:
+            targets = data["iteration_targets"]
+            targets = np.where(targets > 0, np.maximum(targets, self._low), NO_BUDGET)
+            data["iteration_targets"] = np.minimum(targets, self._high).astype(np.int32)
+        else:
             del data["iteration_targets"]
         if not self._corpora.domains:
             del data["domain_ids"]
-        return data if filled.size == rows.size else self._spread(data, filled, rows.size)
+        return data
 
     def _relabel(self, data: Batch, rows: np.ndarray, keys: np.ndarray) -> None:
         ranges = self._corpora.relabel_ranges(rows)
-        if ranges is None:
-            return
         for low, high in np.unique(ranges, axis=0):
             where = np.flatnonzero((ranges == (low, high)).all(axis=1))
             inputs, labels = data["inputs"][where], data["labels"][where]
             relabel(inputs, labels, low, high, keys[where])
             data["inputs"][where], data["labels"][where] = inputs, labels
 
-    def _spread(self, data: Batch, filled: np.ndarray, size: int) -> Batch:
-        """Put rows (n, ..) at the places `filled` of `size` rows that are otherwise ignored."""
+    def spread(self, parts: Sequence[tuple[np.ndarray, Batch]], size: int) -> Batch:
+        """A batch of `size` rows: ascending places (n,) and rows (n, ..) for them, else ignored."""
+        if len(parts) == 1 and parts[0][0].size == size:
+            return parts[0][1]
         meta = self._corpora.metadata
         ignored = {
             "inputs": meta.pad_id,
@@ -124,7 +132,8 @@ class RowReader:
             "document_starts": meta.seq_len,
         }
         batch = {}
-        for name, values in data.items():
+        for name, values in parts[0][1].items():
             batch[name] = np.full((size, *values.shape[1:]), ignored[name], np.int32)
-            batch[name][filled] = values
+            for places, rows in parts:
+                batch[name][places] = rows[name]
         return batch
