@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.common import METADATA_NAME, DatasetMetadata, sha256_file
+from dataset.common import METADATA_NAME, DatasetMetadata, checksum_file
 
 HEADER_BYTES = 128
 
@@ -128,7 +128,7 @@ class SplitWriter:
         for writer in self._writers.values():
             writer.close()
         checksums = {
-            writer.path.name: sha256_file(writer.path) for writer in self._writers.values()
+            writer.path.name: checksum_file(writer.path) for writer in self._writers.values()
         }
         result = DatasetMetadata(
             total_groups=rows,

@@ -278,7 +278,8 @@ def _identifiers(kind: str, train: DatasetMetadata) -> list[str]:
         return [BLANK_IDENTIFIER]
     if kind == "domain":
         return [BLANK_IDENTIFIER, *train.domains]
-    corpus = train.checksums["inputs.npy" if train.layout == "npy" else "tokens.npy"][:12]
+    tokens = train.checksums["inputs.npy" if train.layout == "npy" else "tokens.npy"]
+    corpus = tokens.rpartition(":")[2][:12]
     return [BLANK_IDENTIFIER, *(f"{corpus}/{row}" for row in range(train.total_puzzles))]
 
 

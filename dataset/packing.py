@@ -186,6 +186,8 @@ def iteration_targets(
         padding = np.arange(inputs.shape[1]) >= lengths[:, None]
         tokens = np.where(padding, inputs[:, :1], inputs)
     ordered = np.sort(tokens, axis=1)
-    distinct = 1 + np.count_nonzero(ordered[:, 1:] != ordered[:, :-1], axis=1)
+    differ = ordered[:, 1:] != ordered[:, :-1]
+    # Row by row, which numpy counts several times faster than along an axis.
+    distinct = 1 + np.fromiter(map(np.count_nonzero, differ), np.int64, len(differ))
     ratio = distinct / lengths
     return np.floor(min_iterations + ratio * (max_iterations - min_iterations)).astype(np.int32)

@@ -1,7 +1,7 @@
 """From batches of documents to rows on disk: tokenized ahead, packed in order, saved at times.
 
-One thread reads and packs, another keeps the tokenizer's threads busy, so that neither waits for
-the other. Rows are made in reading order by one thread alone: they depend on no worker count.
+One thread reads, one keeps the tokenizer's own threads busy, one packs and writes, so that none
+waits for another. Each takes the batches in reading order, so rows depend on no worker count.
 """
 
 import time
@@ -24,7 +24,7 @@ PACKERS: dict[str, Callable[[PackOptions], Packer]] = {
     "concat": WindowPacker,
     "bestfit": BestFitPacker,
 }
-_AHEAD = 2  # batches that are being tokenized, or wait for it
+_AHEAD = 3  # batches on their way: one is tokenized, one packed, one waits for either
 
 
 class Sink(Protocol):
@@ -81,33 +81,31 @@ def tokenize_all(
         with watch("tokenizing"):
             return encoder.encode(batch.texts)
 
-    in_flight: deque[tuple[Batch, Future[Encoded]]] = deque()
-
-    def take_one() -> None:
-        batch, future = in_flight.popleft()
-        with watch("waiting for the tokenizer"):
-            ids, counts = future.result()
+    def packed(batch: Batch, future: Future[Encoded]) -> None:
+        ids, counts = future.result()
         with watch("packing and writing"):
             sink.add(batch, ids, counts)
         shown(batch, counts)
 
+    in_flight: deque[Future[None]] = deque()
     saved = time.monotonic()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as tokenizing, ThreadPoolExecutor(1) as packing:
         try:
             for batch in watch.timed("reading", batches):
-                in_flight.append((batch, pool.submit(encoded, batch)))
+                in_flight.append(packing.submit(packed, batch, tokenizing.submit(encoded, batch)))
                 if len(in_flight) >= _AHEAD:
-                    take_one()
+                    in_flight.popleft().result()
                 if time.monotonic() - saved >= every:
                     while in_flight:
-                        take_one()
+                        in_flight.popleft().result()
                     with watch("saving"):
                         save()
                     saved = time.monotonic()
             while in_flight:
-                take_one()
+                in_flight.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            tokenizing.shutdown(cancel_futures=True)
+            packing.shutdown(cancel_futures=True)
 
 
 class PackedCorpus:

@@ -1,10 +1,11 @@
 """What building and streaming corpora costs, as ratios to references measured in the same run.
 
-    python scripts/benchmark_data.py --input-file novels.jsonl.zst --tokenizer-json gpt2.json
+    python scripts/benchmark_data.py --input-files novels.jsonl.zst --tokenizer-json gpt2.json
 
 Real text is needed, some tens of MB of it in documents. Every build is a process of its own; builds
 and references take turns, and medians are compared, because machines are noisy. The table that is
-printed at the end says what is asked of each figure.
+printed at the end says what is asked of each figure. Seconds are those from the loading of the
+tokenizer to the end, for builds and for the reference.
 """
 
 import argparse
@@ -58,18 +59,15 @@ class Bench:
         self.folder = folder
         self.tokenizer_json: Path = args.tokenizer_json
         self.rounds: int = args.rounds
-        self.texts = self._texts(args.input_file, args.text_key)
+        self.texts = self._texts(args.input_files, args.text_key)
         self.bytes = sum(len(text.encode()) for text in self.texts)
         self.once = self._write("once", 1)
         self.five = self._write("five", 5)
 
-    def _texts(self, path: str, key: str) -> list[str]:
-        (sources,) = find_sources([path])
-        reader = DocumentReader(ReadOptions(text_key=key))
-        texts = [text for source in sources for text in reader.texts(source)]
-        if not texts:
-            raise UserError(f"--input-file {path} holds no document.")
-        return texts
+    def _texts(self, files: list[str], key: str) -> list[str]:
+        reader = DocumentReader(ReadOptions("file", key))
+        sources = [source for group in find_sources(files) for source in group]
+        return [text for source in sources for text in reader.texts(source)]
 
     def _write(self, name: str, times: int) -> Path:
         """The texts so many times over, told apart by a number, as plain JSON lines."""
@@ -118,60 +116,79 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
 
 
 def tokenize_task(tokenizer_json: str, source: str, library: str, workers: str) -> dict[str, float]:
-    tokenizer = TextTokenizer(Path(tokenizer_json), workers=int(workers), library=library)
-    # Neither self-tests nor samples are part of the reference.
-    encoder = getattr(tokenizer.encoder, "_fast", tokenizer.encoder)
+    """Nothing but loading the tokenizer and tokenizing; `prototype` does it as the prototype did."""
+    lines = Path(source).read_bytes().split(b"\n")[:-1]
+    texts = [orjson.loads(line)["text"].encode() for line in lines]
     batches: list[list[bytes]] = [[]]
     size = 0
-    for line in Path(source).read_bytes().splitlines():
-        text = orjson.loads(line)["text"].encode()
+    for text in texts:
         batches[-1].append(text)
         size += len(text)
         if size >= BATCH_BYTES:
             batches.append([])
             size = 0
-    if library == "huggingface":
-        texts = [[text.decode() for text in batch] for batch in batches]
-        encode = tokenizer.tokenizer.encode_batch_fast
-        return measured(
-            lambda: [encode(batch, add_special_tokens=False) and None for batch in texts]
-        )
-    return measured(lambda: [encoder.encode(batch) and None for batch in batches if batch])
+    decoded = [[text.decode() for text in batch] for batch in batches]
+
+    def work() -> None:
+        name = "huggingface" if library == "prototype" else library
+        tokenizer = TextTokenizer(Path(tokenizer_json), workers=int(workers), library=name)
+        if library == "gigatoken":
+            encoder = tokenizer.encoder._fast  # type: ignore[attr-defined]  # without its checks
+            for batch in filter(None, batches):
+                encoder.encode(batch)
+            return
+        hf = tokenizer.tokenizer
+        encode = hf.encode_batch if library == "prototype" else hf.encode_batch_fast
+        for texts in decoded:
+            encode(texts, add_special_tokens=False)
+
+    return measured(work)
 
 
 def speed_rows(bench: Bench) -> Iterable[Row]:
-    """Builds against pure tokenization and against the prototype's rate."""
-    for library, workers, source, copies, asked in (
-        ("huggingface", 2, bench.once, 1, 0.90),
-        ("gigatoken", 1, bench.five, 5, 0.65),
+    """Builds against pure tokenization and against the prototype."""
+    size = bench.bytes / 1e6
+    runs: dict[str, list[dict[str, float]]] = {}
+    for _ in range(bench.rounds):
+        prototype = bench.tokenize(bench.once, "prototype", 1)
+        runs.setdefault("prototype", []).append(prototype)
+        for library, workers in (("huggingface", 2), ("gigatoken", 1)):
+            pure = bench.tokenize(bench.once, library, workers)
+            options = ("--tokenizer-library", library, "--workers", str(workers))
+            runs.setdefault(f"pure {library}", []).append(pure)
+            built = bench.build(bench.once, f"speed_{library}", *options)
+            runs.setdefault(library, []).append(built)
+
+    def rate(name: str, unit: str) -> float:
+        return size / statistics.median(run[unit] for run in runs[name])
+
+    for library, threads, asked in (
+        ("huggingface", "2 threads", 0.90),
+        ("gigatoken", "1 thread", 0.65),
     ):
-        size = copies * bench.bytes / 1e6
-        options = ("--tokenizer-library", library, "--workers", str(workers))
-        builds, pure = [], []
-        for _ in range(bench.rounds):
-            pure.append(bench.tokenize(source, library, workers))
-            builds.append(bench.build(source, f"speed_{library}", *options))
-        seconds = statistics.median(build["seconds"] for build in builds)
-        cpu = statistics.median(build["cpu"] for build in builds)
-        reference = statistics.median(run["seconds"] for run in pure)
-        ratio = reference / seconds
-        threads = f"{workers} thread{'s' * (workers > 1)}"
+        wall, pure = rate(library, "seconds"), rate(f"pure {library}", "seconds")
         yield Row(
             f"whole build / pure tokenization, {library}, {threads}",
-            f"{ratio:.2f} ({size / seconds:.1f} / {size / reference:.1f} MB/s)",
+            f"{wall / pure:.2f} ({wall:.1f} / {pure:.1f} MB/s)",
             f">= {asked:.2f}",
-            ratio >= asked,
+            wall / pure >= asked,
         )
-        rate, wanted = size / cpu / PROTOTYPE_RATE, 1.4 if library == "huggingface" else 35
+    # On another machine, or at another hour, the prototype would not reach its rate either: its own
+    # call of the tokenizer, which took nearly all of its time, is measured beside.
+    today = rate("prototype", "cpu")
+    for library, unit, name, asked in (
+        ("huggingface", "cpu", "per CPU-second", 1.4),
+        ("huggingface", "seconds", "wall, 2 workers", 2.4),
+        ("gigatoken", "cpu", "per CPU-second", 35),
+    ):
+        found = rate(library, unit)
         yield Row(
-            f"build / prototype, per CPU-second, {library}",
-            f"{rate:.1f} x ({size / cpu:.1f} MB per CPU-second)",
-            f">= {wanted} x",
-            rate >= wanted,
+            f"build / prototype, {library}, {name}",
+            f"{found / PROTOTYPE_RATE:.1f} x {PROTOTYPE_RATE} MB/s, {found / today:.1f} x its "
+            f"tokenizer call in this run ({found:.1f} / {today:.1f} MB/s)",
+            f">= {asked} x",
+            found / PROTOTYPE_RATE >= asked,
         )
-        if library == "huggingface":
-            wall = size / seconds / PROTOTYPE_RATE
-            yield Row("… in wall time", f"{wall:.1f} x", ">= 2.4 x", wall >= 2.4)
 
 
 def memory_rows(bench: Bench) -> Iterable[Row]:
@@ -352,7 +369,7 @@ def main() -> None:
         return
     parser = command_parser("python scripts/benchmark_data.py", __doc__)
     add = parser.add_argument
-    add("--input-file", required=True, help="text, as the builder takes it")
+    add("--input-files", nargs="+", required=True, help="as the builder takes them")
     add("--text-key", default="text", help="(default: text)")
     add("--tokenizer-json", required=True, type=Path, help="of GPT-2's kind")
     add("--rounds", type=int, default=3, help="of timed runs that take turns (default: 3)")
