@@ -38,7 +38,9 @@ from dataset.tokenization import TextTokenizer
 from scripts.benchmark_stream import stream_lines
 
 PROTOTYPE_RATE = 1.8
-"""MB of text per CPU-second that the builder before this one reached."""
+"""MB of text per CPU-second that the builder before this one reached, on two cores like these."""
+PROTOTYPE_CALL = 1.85
+"""… and that its call of the tokenizer alone, `encode_batch`, reached on the same machine."""
 LIBRARIES = ("huggingface", "gigatoken")
 
 
@@ -116,7 +118,7 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
 
 
 def tokenize_task(tokenizer_json: str, source: str, library: str, workers: str) -> dict[str, float]:
-    """Nothing but loading the tokenizer and tokenizing; `prototype` does it as the prototype did."""
+    """Nothing but loading the tokenizer and tokenizing; `prototype`: as the prototype did it."""
     lines = Path(source).read_bytes().split(b"\n")[:-1]
     texts = [orjson.loads(line)["text"].encode() for line in lines]
     batches: list[list[bytes]] = [[]]
@@ -139,30 +141,35 @@ def tokenize_task(tokenizer_json: str, source: str, library: str, workers: str) 
             return
         hf = tokenizer.tokenizer
         encode = hf.encode_batch if library == "prototype" else hf.encode_batch_fast
-        for texts in decoded:
-            encode(texts, add_special_tokens=False)
+        for batch_texts in decoded:
+            encode(batch_texts, add_special_tokens=False)
 
     return measured(work)
 
 
 def speed_rows(bench: Bench) -> Iterable[Row]:
     """Builds against pure tokenization and against the prototype."""
-    size = bench.bytes / 1e6
     runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(bench.rounds):
-        prototype = bench.tokenize(bench.once, "prototype", 1)
-        runs.setdefault("prototype", []).append(prototype)
-        for library, workers in (("huggingface", 2), ("gigatoken", 1)):
-            pure = bench.tokenize(bench.once, library, workers)
-            options = ("--tokenizer-library", library, "--workers", str(workers))
-            runs.setdefault(f"pure {library}", []).append(pure)
-            built = bench.build(bench.once, f"speed_{library}", *options)
-            runs.setdefault(library, []).append(built)
+        taking_turns = {
+            "prototype": bench.tokenize(bench.once, "prototype", 1),
+            "pure huggingface": bench.tokenize(bench.once, "huggingface", 2),
+            "huggingface": bench.build(bench.once, "speed", "--workers", "2"),
+        }
+        fast = ("--tokenizer-library", "gigatoken", "--workers", "1")
+        taking_turns |= {
+            "pure gigatoken": bench.tokenize(bench.once, "gigatoken", 1),
+            "gigatoken": bench.build(bench.once, "speed", *fast),
+            "gigatoken, 5 times the input": bench.build(bench.five, "speed", *fast),
+        }
+        for name, run in taking_turns.items():
+            runs.setdefault(name, []).append(run)
 
     def rate(name: str, unit: str) -> float:
+        size = bench.bytes / 1e6 * (5 if name.endswith("5 times the input") else 1)
         return size / statistics.median(run[unit] for run in runs[name])
 
-    for library, threads, asked in (
+    for library, threads, least in (
         ("huggingface", "2 threads", 0.90),
         ("gigatoken", "1 thread", 0.65),
     ):
@@ -170,24 +177,25 @@ def speed_rows(bench: Bench) -> Iterable[Row]:
         yield Row(
             f"whole build / pure tokenization, {library}, {threads}",
             f"{wall / pure:.2f} ({wall:.1f} / {pure:.1f} MB/s)",
-            f">= {asked:.2f}",
-            wall / pure >= asked,
+            f">= {least:.2f}",
+            wall / pure >= least,
         )
-    # On another machine, or at another hour, the prototype would not reach its rate either: its own
-    # call of the tokenizer, which took nearly all of its time, is measured beside.
-    today = rate("prototype", "cpu")
-    for library, unit, name, asked in (
+    # The prototype's rate is of another hour. Nearly all of its time was its call of the tokenizer,
+    # which was measured then and is measured here: its rate today follows.
+    today = PROTOTYPE_RATE * rate("prototype", "cpu") / PROTOTYPE_CALL
+    for library, unit, name, times in (
         ("huggingface", "cpu", "per CPU-second", 1.4),
         ("huggingface", "seconds", "wall, 2 workers", 2.4),
-        ("gigatoken", "cpu", "per CPU-second", 35),
+        ("gigatoken", "cpu", "per CPU-second", 35.0),
+        ("gigatoken, 5 times the input", "cpu", "per CPU-second", 35.0),
     ):
         found = rate(library, unit)
         yield Row(
             f"build / prototype, {library}, {name}",
-            f"{found / PROTOTYPE_RATE:.1f} x {PROTOTYPE_RATE} MB/s, {found / today:.1f} x its "
-            f"tokenizer call in this run ({found:.1f} / {today:.1f} MB/s)",
-            f">= {asked} x",
-            found / PROTOTYPE_RATE >= asked,
+            f"{found / today:.1f} x ({found:.1f} / {today:.2f} MB/s; its {PROTOTYPE_RATE} of then: "
+            f"{found / PROTOTYPE_RATE:.1f} x)",
+            f">= {times} x",
+            found / today >= times,
         )
 
 
