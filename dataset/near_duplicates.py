@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.common import UserError
+from utils.permutation import scramble
 
 SHINGLE = 5
 """Tokens of an n-gram; a document of fewer is one n-gram as a whole."""
@@ -43,16 +44,6 @@ KEY_BYTES = 8
 KEY = np.dtype("<u8")
 Entries = tuple[np.ndarray, np.ndarray]
 """Keys (n,) `KEY` and the documents (n,) int64 that they belong to."""
-
-
-def _mix(state: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele, Lea & Flood 2014), uint64 -> uint64, in place."""
-    state ^= state >> np.uint64(30)
-    state *= np.uint64(0xBF58476D1CE4E5B9)
-    state ^= state >> np.uint64(27)
-    state *= np.uint64(0x94D049BB133111EB)
-    state ^= state >> np.uint64(31)
-    return state
 
 
 class BandKeys:
@@ -77,14 +68,14 @@ class BandKeys:
         for start in range(0, len(documents), BLOCK_DOCUMENTS):
             part = documents[start : start + BLOCK_DOCUMENTS]
             bands = self._signatures(part).reshape(len(part), BANDS, ROWS)
-            keys[start : start + len(part)] = _mix((bands * self._row_factors).sum(axis=2))
+            keys[start : start + len(part)] = scramble((bands * self._row_factors).sum(axis=2))
         return keys
 
     def _signatures(self, documents: Sequence[np.ndarray]) -> np.ndarray:
         """Minima (documents, BINS) uint64."""
         minima = np.full((len(documents), BINS), EMPTY)
         for rows, pieces in _blocks(documents):
-            hashes = _mix(self._shingles(pieces))
+            hashes = scramble(self._shingles(pieces))
             bins = (hashes >> np.uint64(32)) * np.uint64(BINS) >> np.uint64(32)
             places = np.repeat(rows * BINS, [len(piece) - SHINGLE + 1 for piece in pieces])
             np.minimum.at(minima.reshape(-1), places + bins.view(np.int64), hashes)

@@ -14,7 +14,7 @@ _ROUNDS = 4  # pairs of half rounds; three already pass the tests, one more is t
 _SCHEDULE_LENGTH = 10_000
 
 
-def _scramble(x: np.ndarray) -> np.ndarray:
+def scramble(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele et al. 2014), in place on a fresh uint64 array."""
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
@@ -32,7 +32,7 @@ def hash64(*words: int | np.ndarray) -> np.ndarray:
             value = word.astype(np.uint64)
         else:  # a Python integer of any size or sign
             value = np.full(1, int(word) & _MASK, dtype=np.uint64)
-        state = _scramble((state ^ value) + _GOLDEN)
+        state = scramble((state ^ value) + _GOLDEN)
     return state
 
 
@@ -71,9 +71,9 @@ def _feistel(x: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:
     high, low = x >> low_bits, x & low_mask
     for _ in range(_ROUNDS):
         key = key + _GOLDEN  # another round function each time
-        high ^= _scramble(key ^ low) & high_mask
+        high ^= scramble(key ^ low) & high_mask
         key = key + _GOLDEN
-        low ^= _scramble(key ^ high) & low_mask
+        low ^= scramble(key ^ high) & low_mask
     return (high << low_bits) | low
 
 
