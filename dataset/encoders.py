@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from dataset.common import UserError
 
 PIECE_CHARS = 1 << 12
-"""Long texts are cut into pieces of about this size: the library works through them a quarter faster
-than through whole chapters, and its threads share them evenly."""
+"""Long texts are cut into pieces of about this size: the library works through them a quarter
+faster than through whole chapters, and its threads share them evenly."""
 # One space or line feed between two words: GPT-2's pre-tokenizer always starts a token there.
 _SAFE_CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
 
