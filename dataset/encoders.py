@@ -164,7 +164,7 @@ class CheckedEncoder:
         )
 
 
-FIRST_SAMPLE_BYTES = 1 << 16
+FIRST_SAMPLE_BYTES = 1 << 14
 SAMPLE_BYTES = 1 << 10
 
 # fmt: off

@@ -21,7 +21,9 @@ from utils.row_reader import Batch, RowReader
 Line = tuple[str, str, str, bool]
 
 BATCH_ROWS = 64
-COLD_BATCHES = 20
+COLD_BATCHES = (
+    4  # before the cache is emptied again, or what a map dragged in would serve later ones
+)
 DRAWS = 10_000
 
 
@@ -99,7 +101,7 @@ def _bytes_read() -> int:
 def warm_lines(layout: str, folder: Path, rounds: int) -> Iterator[Line]:
     """Whole batches of one process, the files in memory."""
     corpora = Corpora([str(folder)], verify=False)
-    size = 256
+    size = BATCH_ROWS
     speeds = []
     for _ in range(rounds + 1):  # the first one warms up
         seed = random.randrange(1 << 30)
