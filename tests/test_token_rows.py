@@ -1,5 +1,6 @@
 """Both layouts of a corpus: the same rows and batches, damage named, and no more read than rows."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -190,6 +191,37 @@ def test_other_byte_and_memory_orders_are_read_alike(tmp_path, change):
         rows = Corpora([tmp_path / layout]).rows(np.arange(30)[::-1])
         np.testing.assert_array_equal(rows["inputs"], expected[0][::-1])
         np.testing.assert_array_equal(rows["labels"], expected[1][::-1])
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="a system without such reads")
+@pytest.mark.parametrize("supported", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_that_are_in_memory_wholly_partly_or_not_are_read_alike(
+    tmp_path, monkeypatch, layout, supported
+):
+    windows = random_windows(np.random.default_rng(), 40)
+    expected = rows_of(windows, pad=PAD, eos=EOS)
+    write_windows(tmp_path / "c", windows, layout)
+    corpora, rng, preadv = Corpora([tmp_path / "c"]), np.random.default_rng(), os.preadv
+    waited = 0
+
+    def partly(file, buffers, offset, flags=0):
+        nonlocal waited
+        if not flags:
+            waited += 1
+            return preadv(file, buffers, offset)
+        if not supported:
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+        if (count := int(rng.integers(0, len(buffers[0]) + 1))) == 0:
+            raise BlockingIOError(errno.EAGAIN, "not in memory")
+        return preadv(file, [buffers[0][:count]], offset)
+
+    monkeypatch.setattr(os, "preadv", partly)
+    order = rng.permutation(40)
+    rows = corpora.rows(order)
+    np.testing.assert_array_equal(rows["inputs"], expected[0][order])
+    np.testing.assert_array_equal(rows["labels"], expected[1][order])
+    assert waited
 
 
 def _cold(path: Path) -> None:

@@ -76,25 +76,41 @@ class RowFile:
         self, out: np.ndarray, into: np.ndarray, offsets: np.ndarray, sizes: np.ndarray
     ) -> None:
         """Bytes at `offsets` of the array to the bytes `into` of `out`; (n,) int64 each."""
-        file, view = self._descriptor, out.reshape(-1).view(np.uint8).data
-        ends = (into + sizes).tolist()
-        spans = list(zip(into.tolist(), ends, (offsets + self._first_byte).tolist(), strict=True))
+        view = out.reshape(-1).view(np.uint8).data
+        lists = [array.tolist() for array in (into, into + sizes, offsets + self._first_byte)]
+        spans = [(view[begin:end], start) for begin, end, start in zip(*lists, strict=True)]
         try:
-            if self._random_access and len(spans) > 1:  # so that the disk works on all at once
-                for begin, end, offset in spans:
-                    os.posix_fadvise(file, offset, end - begin, os.POSIX_FADV_WILLNEED)
-            for begin, end, offset in spans:
-                count = os.preadv(file, [view[begin:end]], offset)
-                while count < end - begin:  # rare: interrupted, or at the file's end
-                    more = os.preadv(file, [view[begin + count : end]], offset + count)
-                    if more == 0:
+            if self._random_access and len(spans) > 1:
+                spans = self._not_in_memory(spans)
+                for rest, start in spans:  # so that the disk works on all at once
+                    os.posix_fadvise(self._descriptor, start, len(rest), os.POSIX_FADV_WILLNEED)
+            for rest, start in spans:
+                while rest:
+                    count = os.preadv(self._descriptor, [rest], start)
+                    if count == 0:
                         raise UserError(
-                            f"{self.path} ends at byte {offset + count}: it was cut off after it "
-                            f"was opened; {REBUILD}."
+                            f"{self.path} ends at byte {start}: it was cut off after it was "
+                            f"opened; {REBUILD}."
                         )
-                    count += more
+                    rest, start = rest[count:], start + count
         except OSError as error:
             raise UserError(f"{self.path} cannot be read ({error}); {REBUILD}.") from error
+
+    def _not_in_memory(self, spans: list[tuple[memoryview, int]]) -> list[tuple[memoryview, int]]:
+        """Read what the system has in memory; gives back what is left for the disk."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return spans
+        left = []
+        for place, (rest, start) in enumerate(spans):
+            try:
+                count = os.preadv(self._descriptor, [rest], start, os.RWF_NOWAIT)
+            except BlockingIOError:
+                count = 0
+            except OSError:  # a file system without such reads
+                return left + spans[place:]
+            if count < len(rest):
+                left.append((rest[count:], start + count))
+        return left
 
 
 class ArrayFolder(NamedTuple):
