@@ -24,9 +24,10 @@ faster than through whole chapters, and its threads share them evenly."""
 # One space or line feed between two words: GPT-2's pre-tokenizer always starts a token there.
 _SAFE_CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
 
-# Few texts are encoded one by one, without the library of ragged arrays that batches come in, whose
-# import takes half a second.
+# Few or long texts are encoded one by one, without the library of ragged arrays that batches come
+# in: its import takes half a second, a call some microseconds.
 _FEW_TEXTS = 16
+_LONG_TEXT = 1 << 12  # bytes, on average
 
 Encoded = tuple[np.ndarray, np.ndarray]
 """Token ids of all texts, one after the other (n,), and how many each text has (texts,)."""
@@ -114,7 +115,8 @@ class GigatokenEncoder:
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
         """See `Encoder`."""
-        if len(texts) < _FEW_TEXTS:
+        long = not self._parallel and sum(map(len, texts)) >= _LONG_TEXT * len(texts)
+        if long or len(texts) < _FEW_TEXTS:
             arrays = [self._tokenizer.encode(text) for text in texts]
             return np.concatenate(arrays), np.array([len(array) for array in arrays])
         rows = self._tokenizer.encode_batch(list(texts), parallel=self._parallel).layout

@@ -135,9 +135,9 @@ def tokenize_task(tokenizer_json: str, source: str, library: str, workers: str) 
         name = "huggingface" if library == "prototype" else library
         tokenizer = TextTokenizer(Path(tokenizer_json), workers=int(workers), library=name)
         if library == "gigatoken":
-            encoder = tokenizer.encoder._fast  # type: ignore[attr-defined]  # without its checks
+            encoder = tokenizer.encoder._fast._tokenizer  # type: ignore[attr-defined]
             for batch in filter(None, batches):
-                encoder.encode(batch)
+                encoder.encode_batch(batch, parallel=int(workers) > 1)
             return
         hf = tokenizer.tokenizer
         encode = hf.encode_batch if library == "prototype" else hf.encode_batch_fast

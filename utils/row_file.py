@@ -100,7 +100,7 @@ class RowFile:
         """Read what the system has in memory; gives back what is left for the disk."""
         if not hasattr(os, "RWF_NOWAIT"):
             return spans
-        left = []
+        left: list[tuple[memoryview, int]] = []
         for place, (rest, start) in enumerate(spans):
             try:
                 count = os.preadv(self._descriptor, [rest], start, os.RWF_NOWAIT)
