@@ -8,12 +8,14 @@ earlier number of rows and go on from there.
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dataset.common import METADATA_NAME, DatasetMetadata, checksum_file
+from dataset.journal import DamagedBuildError
 
 HEADER_BYTES = 128
 
@@ -39,13 +41,17 @@ class ArrayWriter:
         self.dtype = np.dtype(dtype)
         self.row_shape = row_shape
         self.rows = rows or 0
+        size = HEADER_BYTES + self.rows * self.dtype.itemsize * int(np.prod(row_shape))
+        if rows is not None and (not path.is_file() or path.stat().st_size < size):
+            raise DamagedBuildError(
+                f"{path} of the unfinished build is missing or shorter than when it was saved; "
+                "begin anew with --overwrite."
+            )
         mode = "wb" if rows is None else "r+b"
         self._file = open(path, mode, buffering=1 << 20)  # noqa: SIM115  closed by close()
         if rows is None:
             self._file.write(_npy_header(self.dtype, (0, *row_shape)))
         else:
-            size = HEADER_BYTES + rows * self.dtype.itemsize * int(np.prod(row_shape))
-            assert os.path.getsize(path) >= size, f"{path} is shorter than when it was saved"
             self._file.truncate(size)
             self._file.seek(size)
 
@@ -127,9 +133,11 @@ class SplitWriter:
                 writer.append(np.arange(start, min(start + (1 << 20), rows + 1)))
         for writer in self._writers.values():
             writer.close()
-        checksums = {
-            writer.path.name: checksum_file(writer.path) for writer in self._writers.values()
-        }
+        paths = [writer.path for writer in self._writers.values()]
+        with ThreadPoolExecutor() as pool:
+            checksums = dict(
+                zip((path.name for path in paths), pool.map(checksum_file, paths), strict=True)
+            )
         result = DatasetMetadata(
             total_groups=rows,
             total_puzzles=rows,

@@ -41,6 +41,7 @@ from dataset.corpus_folder import (
     Workplace,
     add_output_options,
     check_output_dir,
+    clear_leftovers,
     is_corpus,
     resumable_folder,
 )
@@ -88,14 +89,14 @@ class Build:
             )
         options = {n: str(v) for n, v in vars(self.args).items() if n not in FREE_OPTIONS}
         files = [
-            (str(entry.source), entry.source.size, entry.source.modified) for entry in self.inputs
+            (str(entry.source), entry.source.size, entry.source.version) for entry in self.inputs
         ]
         return {
             **options,
             "tokenizer": sha256_file(self.args.tokenizer_json),
             "tokenizers version": tokenizers.__version__,
             "format version": FORMAT_VERSION,
-            "input files (name, bytes, time of change)": str(files),
+            "input files (name, bytes, version)": str(files),
         }
 
     def run(self, place: Workplace) -> tuple[dict[str, CorpusSplit], dict[str, int]]:
@@ -308,6 +309,7 @@ def build(args: argparse.Namespace) -> None:
     check_options(args)
     target = args.output_dir.expanduser().resolve()
     if args.resume and not args.overwrite and target.is_dir() and is_corpus(target):
+        clear_leftovers(target)
         print(f"{args.output_dir} is finished; there is nothing to resume")
         return
     check_output_dir(target, args.overwrite)
@@ -319,7 +321,7 @@ def build(args: argparse.Namespace) -> None:
         args.output_dir, overwrite=args.overwrite, resume=args.resume, identity=job.identity()
     ) as place:
         if place.finished:
-            print(f"{args.output_dir} was built already and is now put in place")
+            print(f"{args.output_dir} was built already; it is in its place now")
             return
         splits, left_out = job.run(place)
         job.finish(place, splits, left_out)

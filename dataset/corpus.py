@@ -147,7 +147,7 @@ class CorpusSplit:
             arrays |= {"row_lengths": length, "label_starts": length}
         arrays |= dict.fromkeys(("puzzle_identifiers", "iteration_targets", "domain_ids"), per_row)
         if layout == "stream":
-            arrays |= {"iteration_targets": (np.uint16, ()), "domain_ids": (np.uint16, ())}
+            arrays["iteration_targets"] = (np.uint16, ())  # `check_iterations` sees that it fits
         rows = None
         if state is not None:
             rows, self._last = state["rows"], tuple(state["last"])

@@ -5,8 +5,10 @@ target stays until then.
 """
 
 import argparse
+import glob
 import os
 import shutil
+import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.common import METADATA_NAME, UserError
-from dataset.journal import Journal
+from dataset.journal import DamagedBuildError, Journal
 
 CORPUS_ENTRIES = {"train", "test", "identifiers.json", "tokenizer.json", "build_report.json"}
 
@@ -70,12 +72,15 @@ def corpus_folder(output_dir: str | Path, overwrite: bool) -> Iterator[Path]:
     target = Path(output_dir).expanduser().resolve()
     check_output_dir(target, overwrite)
     building = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    _make_folder(building)
+    with _disk_faults(building):
+        shutil.rmtree(building, ignore_errors=True)  # of an earlier process of the same number
+        building.mkdir(parents=True)
     try:
-        yield building
-        _sync_folders(building)
-        check_output_dir(target, overwrite)  # someone else may have finished meanwhile
-        _replace(building, target)
+        with _disk_faults(building):
+            yield building
+            _sync_folders(building)
+            check_output_dir(target, overwrite)  # someone else may have finished meanwhile
+            _replace(building, target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -94,8 +99,13 @@ class Workplace:
 
     @property
     def finished(self) -> bool:
-        """Whether all files are written, and only the last rename is missing."""
+        """Whether all files are written, and at most the last rename is missing."""
         return bool(self.journal["finished"])
+
+    @property
+    def renamed(self) -> bool:
+        """Whether the build was killed right after its last rename: all but the journal is gone."""
+        return self.finished and not self.folder.exists()
 
 
 @contextmanager
@@ -112,7 +122,8 @@ def resumable_folder(
     target = Path(output_dir).expanduser().resolve()
     check_output_dir(target, overwrite)
     building = target.with_name(f".{target.name}.building")
-    journal = _open_journal(building, target, overwrite, resume)
+    with _disk_faults(building):
+        journal = _open_journal(building, target, overwrite, resume)
     known = journal["identity"]
     if known is None:
         journal.commit(identity=identity)
@@ -127,11 +138,17 @@ def resumable_folder(
         )
     place = Workplace(building / "corpus", journal)
     try:
-        yield place
-        _sync_folders(place.folder)
-        journal.commit(finished=True)
-        check_output_dir(target, overwrite)  # someone else may have finished meanwhile
-        _replace(place.folder, target)
+        with _disk_faults(building):
+            yield place
+            if place.renamed:
+                _remove_former(target)
+                return
+            _sync_folders(place.folder)
+            journal.commit(finished=True)
+            check_output_dir(target, overwrite)  # someone else may have finished meanwhile
+            _replace(place.folder, target)
+    except DamagedBuildError:
+        raise
     except UserError as error:
         if place.state is None:
             raise
@@ -142,39 +159,67 @@ def resumable_folder(
         raise
     finally:
         keep = place.state is not None and place.folder.exists()
-        journal.close()
-        if not keep:
+        if not keep:  # under the journal's lock: another build may be waiting to begin
             shutil.rmtree(building, ignore_errors=True)
+        journal.close()
 
 
 def _open_journal(building: Path, target: Path, overwrite: bool, resume: bool) -> Journal:
-    """The journal of an unfinished build to go on with, or of a new one in an empty folder."""
+    """The journal of an unfinished build to go on with, or of a new one in an empty folder.
+
+    Nothing is touched before the journal's lock is held: two builds may begin at the same moment.
+    """
+    building.mkdir(parents=True, exist_ok=True)
     path = building / "journal.sqlite"
-    if path.is_file():
-        journal = Journal(path)
-        if journal["state"] is not None:
-            if resume:
-                return journal
-            if not overwrite:
-                journal.close()
-                raise UserError(
-                    f"an unfinished build of {target} is there; go on with --resume, or begin anew "
-                    "with --overwrite."
-                )
-        journal.close()
-    shutil.rmtree(building, ignore_errors=True)
-    _make_folder(building)
-    (building / "corpus").mkdir()
-    return Journal(path)
-
-
-def _make_folder(building: Path) -> None:
     try:
-        building.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(building, ignore_errors=True)  # of an earlier process of the same number
-        building.mkdir()
-    except OSError as error:
-        raise UserError(f"cannot write to {building.parent}: {error.strerror or error}.") from error
+        journal = Journal(path)
+    except DamagedBuildError:
+        if not overwrite or resume:
+            raise
+        path.unlink()
+        journal = Journal(path)
+    place = Workplace(building / "corpus", journal)
+    unfinished = place.state is not None and not place.renamed
+    if resume and (unfinished or (place.renamed and is_corpus(target))):
+        return journal
+    if unfinished and not overwrite:
+        journal.close()
+        raise UserError(
+            f"an unfinished build of {target} is there; go on with --resume, or begin anew with "
+            "--overwrite."
+        )
+    journal.clear()
+    for left in building.iterdir():
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+    place.folder.mkdir()
+    return journal
+
+
+def clear_leftovers(output_dir: Path) -> None:
+    """Remove what a build that was killed right after its last rename has left."""
+    target = output_dir.expanduser().resolve()
+    building = target.with_name(f".{target.name}.building")
+    if not (building / "journal.sqlite").is_file():
+        return
+    try:
+        journal = Journal(building / "journal.sqlite")
+    except UserError:  # damaged, or at work: not ours to remove
+        return
+    if Workplace(building / "corpus", journal).renamed:
+        shutil.rmtree(building, ignore_errors=True)
+        _remove_former(target)
+    journal.close()
+
+
+@contextmanager
+def _disk_faults(folder: Path) -> Iterator[None]:
+    """A disk that is full or cannot be written to ends in one sentence."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write to {folder.parent}: {what}.") from error
 
 
 def _sync_folders(root: Path) -> None:
@@ -207,4 +252,10 @@ def _replace(building: Path, target: Path) -> None:
             os.rename(former, target)
         raise
     _sync_folder(target.parent)
-    shutil.rmtree(former, ignore_errors=True)
+    _remove_former(target)
+
+
+def _remove_former(target: Path) -> None:
+    """Delete what stood at `target` before, crashes included."""
+    for former in target.parent.glob(f".{glob.escape(target.name)}.old-*"):
+        shutil.rmtree(former, ignore_errors=True)

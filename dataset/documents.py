@@ -15,6 +15,8 @@ from dataset.quality import QualityFilter
 
 BATCH_BYTES = 2_000_000
 """Text tokenized at once: enough to keep all threads busy, little enough to keep memory flat."""
+BATCH_DOCUMENTS = 1 << 14
+"""And documents: of a few bytes each, they would take hundreds of times their size."""
 
 
 @dataclass
@@ -90,7 +92,7 @@ class DocumentFeed:
                 if split is None:
                     continue
                 batch.add(split, entry.domain, data)
-                if batch.size >= BATCH_BYTES:
+                if batch.size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
                     yield batch
                     batch = Batch()
             self._input, self._records = self._input + 1, 0

@@ -41,8 +41,11 @@ def _held_out(
         matches = [
             source
             for source in sources
-            if fnmatch.fnmatchcase(source.path.name, pattern)
-            or fnmatch.fnmatchcase(str(source.path), pattern)
+            if not Path(pattern).is_file()  # else that very file, and none of its name elsewhere
+            and (
+                fnmatch.fnmatchcase(source.path.name, pattern)
+                or fnmatch.fnmatchcase(str(source.path), pattern)
+            )
         ]
         extra = []
         if not matches or Path(pattern).exists():

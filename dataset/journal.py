@@ -23,6 +23,10 @@ CREATE TABLE IF NOT EXISTS progress (name TEXT PRIMARY KEY, value TEXT);
 """
 
 
+class DamagedBuildError(UserError):
+    """An unfinished build that cannot be gone on with."""
+
+
 class Journal:
     """A build's memory in one file; "" keeps it in a temporary file that vanishes with the process.
 
@@ -30,20 +34,24 @@ class Journal:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self._db = sqlite3.connect(path, isolation_level=None, timeout=0)
         try:
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=0)
             # An exclusive lock from the first write to the end: one build a folder.
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
             self._db.executescript(_SCHEMA)
             self._db.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
-            self._db.close()
             if "locked" not in str(error):
                 raise UserError(f"cannot write {path}: {error}.") from error
             raise UserError(
                 f"another build is at work in {Path(path).parent}; wait for it, or end it."
             ) from None
+        except sqlite3.DatabaseError as error:
+            raise DamagedBuildError(
+                f"{path}, the memory of an unfinished build, is damaged ({error}); begin anew with "
+                "--overwrite."
+            ) from error
         self._insert = self._db.cursor().execute
 
     def is_new(self, digest: bytes, kind: int = 0) -> bool:
@@ -67,6 +75,12 @@ class Journal:
         """A committed value; None if there is none."""
         row = self._db.execute("SELECT value FROM progress WHERE name = ?", (name,)).fetchone()
         return None if row is None else json.loads(row[0], object_hook=_decoded)
+
+    def clear(self) -> None:
+        """Forget everything, for good."""
+        self._db.execute("DELETE FROM seen")
+        self._db.execute("DELETE FROM progress")
+        self.commit()
 
     def close(self) -> None:
         self._db.close()

@@ -46,10 +46,12 @@ class Source:
         return 0 if self.is_stdin else self.path.stat().st_size
 
     @property
-    def modified(self) -> int:
-        """Time of the last change in nanoseconds; 0 for standard input and remote files, whose
-        copies here are made anew when they change."""
-        return 0 if self.is_stdin or self.url else self.path.stat().st_mtime_ns
+    def version(self) -> str:
+        """What changes when the file does: its time of change in nanoseconds, or the name of the
+        copy of a remote file; empty for standard input."""
+        if self.is_stdin:
+            return ""
+        return self.path.parent.name if self.url else str(self.path.stat().st_mtime_ns)
 
     def __str__(self) -> str:
         return "standard input" if self.is_stdin else self.url or str(self.path)

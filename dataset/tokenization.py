@@ -98,7 +98,10 @@ class TextTokenizer:
 
     def save(self, path: Path) -> None:
         """Write the tokenizer with its eos and pad."""
-        self.tokenizer.save(str(path))
+        try:
+            self.tokenizer.save(str(path))
+        except Exception as error:  # tokenizers raises bare Exception, for a full disk too
+            raise OSError(f"cannot write {path}: {error}") from error
 
     def _special_token(self, named: str | None, usual: tuple[str, ...], option: str) -> str:
         token = named or next((t for t in usual if self.tokenizer.token_to_id(t) is not None), None)

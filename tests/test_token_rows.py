@@ -168,6 +168,9 @@ def test_another_row_or_token_is_another_fingerprint(tmp_path):
     for changed in (windows._replace(tokens=tokens), windows._replace(lengths=lengths)):
         write_windows(tmp_path / "c", changed, "stream")
         assert Corpora([tmp_path / "c"]).fingerprint != before
+    for other in ({"pad": PAD + 1}, {"eos": EOS + 1}):  # they decide what a row holds
+        write_windows(tmp_path / "c", windows, "stream", **other)
+        assert Corpora([tmp_path / "c"]).fingerprint != before
 
 
 @pytest.mark.parametrize("layout, name", [("npy", "labels"), ("stream", "tokens")])

@@ -119,6 +119,8 @@ class CorpusPart:
         meta = self.metadata
         known = (self.set_name, meta.ignore_label_id, meta.relabel_ids, meta.checksums)
         digest.update(repr(known).encode())
+        if meta.layout == "stream":  # padding and ignored labels are not in the arrays
+            digest.update(repr((meta.pad_id, meta.eos_id)).encode())
         for name, sample in sorted(self._samples.items()):
             digest.update(f"{name} {sample.shape} {sample.dtype}".encode())
             digest.update(np.ascontiguousarray(sample.rows).tobytes())

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +129,7 @@ def test_batch_size_changes_nothing(build, tmp_path, rng, monkeypatch):
     whole = file_bytes(build(a, b, c, options=options, out="whole"))
     for size in (1, 700):
         monkeypatch.setattr("dataset.documents.BATCH_BYTES", size)
+        monkeypatch.setattr("dataset.documents.BATCH_DOCUMENTS", 3)
         monkeypatch.setattr("dataset.packing.BLOCK_TOKENS", size)
         monkeypatch.setattr("dataset.encoders.PIECE_CHARS", size)
         assert file_bytes(build(a, b, c, options=options, out=f"parts{size}")) == whole
@@ -229,6 +231,19 @@ def test_test_files_are_wholly_test(build, tmp_path, dedup):
     # No training row carries b's or extra's identifier, so their rows carry none.
     assert set(read_split(corpus, "test").puzzle_identifiers) == {0}
     assert set(read_split(corpus, "train").puzzle_identifiers) == {1}
+
+
+def test_a_path_holds_out_that_file_and_a_pattern_all_of_its_name(build, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x").mkdir()
+    for name in ("x/data.jsonl", "data.jsonl", "c.jsonl"):
+        write_jsonl(Path(name), [f"in {name}"])
+    files = ("x/data.jsonl", "data.jsonl", "c.jsonl")
+    labels = "--seq-len 8 --domain-labels one two three"
+    corpus = build(*files, options=f"{labels} --test-files data.jsonl", out="path")
+    assert documents_of(corpus, "test") == {"two": ["in data.jsonl"]}
+    corpus = build(*files, options=f"{labels} --test-files dat?.jsonl", out="pattern")
+    assert documents_of(corpus, "test").keys() == {"one", "two"}
 
 
 def test_domain_labels(build, tmp_path, rng, fails):

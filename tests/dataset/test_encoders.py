@@ -9,7 +9,13 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from dataset import encoders
 from dataset.common import UserError
-from dataset.encoders import SELF_TEST, CheckedEncoder, GigatokenEncoder, HuggingFaceEncoder
+from dataset.encoders import (
+    SELF_TEST,
+    CheckedEncoder,
+    GigatokenEncoder,
+    HuggingFaceEncoder,
+    has_new_letters,
+)
 from dataset.tokenization import TextTokenizer
 from dataset.train_tokenizer import train_tokenizer
 from tests.dataset.conftest import file_bytes, random_text, write_jsonl
@@ -77,6 +83,33 @@ def test_corpora_of_both_libraries_are_the_same_files(tokenizer, tmp_path, rng):
             ]
         )
     assert file_bytes(tmp_path / "huggingface") == file_bytes(tmp_path / "gigatoken")
+
+
+def test_letters_that_are_new_to_one_library(tokenizer, rng):
+    """A library knows them as letters or not, depending on its age; the reference decides."""
+    description = json.loads(tokenizer.tokenizer.to_str())
+    fast = GigatokenEncoder(description, 1)
+    reference = HuggingFaceEncoder(tokenizer.tokenizer, description)
+    places = [*range(0xD800), *range(0xE000, 0x34000), *range(0xE0000, 0xE0200)]
+    new = [p for p in places if has_new_letters(chr(p).encode())]
+    texts = [f"a {c}'ll {c}a1 {c} {c}".encode() for c in map(chr, new)]
+    texts += [f"a {c}'ll {c}a1 {c} {c}".encode() for c in map(chr, rng.sample(places, 20_000))]
+    wanted = reference.encode(texts)
+    found = CheckedEncoder(fast, reference).encode(texts)
+    assert all(map(np.array_equal, found, wanted))
+    assert not np.array_equal(fast.encode(texts)[0], wanted[0]), "no longer needed"
+
+
+def test_long_texts_one_by_one_or_together(tokenizer, rng, monkeypatch):
+    description = json.loads(tokenizer.tokenizer.to_str())
+    texts = [odd_text(rng, rng.randrange(1, 9000)).encode() for _ in range(40)]
+    wanted = HuggingFaceEncoder(tokenizer.tokenizer, description).encode(texts)
+    for much in (0, 100_000, 1 << 30):
+        monkeypatch.setattr(encoders, "_MUCH_TEXT", much)
+        monkeypatch.setattr(encoders, "_LONG_TEXT", 100)
+        fast = GigatokenEncoder(description, 1)
+        for _ in range(3):
+            assert all(map(np.array_equal, fast.encode(texts), wanted))
 
 
 class _Wrong(GigatokenEncoder):

@@ -1,11 +1,12 @@
 """Both layouts hold the same rows, and every reader sees them alike."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from dataset import build_text_dataset
+from dataset import build_corpus_dataset, build_text_dataset
 from dataset.common import find_split, load_metadata, verify_arrays
 from tests.dataset.conftest import random_text, write_jsonl
 from utils.corpora import Corpora
@@ -74,3 +75,18 @@ def test_a_token_is_stored_once(build, tmp_path, rng):
     tokens = np.load(corpus / "train/all/tokens.npy", mmap_mode="r")
     assert tokens.dtype == np.uint16
     assert len(tokens) == report["splits"]["train"]["total"]["tokens"]
+
+
+def test_more_domains_than_16_bits_tell_apart(build, tmp_path, monkeypatch):
+    """A folder of files makes a domain of each."""
+    path = write_jsonl(tmp_path / "a.jsonl", ["some text"])
+    plan = build_corpus_dataset.plan_inputs
+
+    def numbered(args):
+        inputs, _ = plan(args)
+        return [replace(i, domain=70_000) for i in inputs], [str(n) for n in range(70_001)]
+
+    monkeypatch.setattr(build_corpus_dataset, "plan_inputs", numbered)
+    corpus = build(path, options="--seq-len 8 --layout stream --train-ratio 1")
+    assert set(np.load(corpus / "train/all/domain_ids.npy")) == {70_000}
+    assert Corpora([corpus]).domains[70_000] == "70000"
