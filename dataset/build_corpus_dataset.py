@@ -164,6 +164,20 @@ class Build:
         report["seconds"] = {n: round(s, 3) for n, s in self.watch.seconds.items()}
         write_json(place.folder / "build_report.json", report)
 
+    def print_notes(self, train: CorpusSplit) -> None:
+        """Say what may not be what was meant."""
+        args, places = self.args, train.total.rows * self.args.seq_len
+        trained = {entry.domain for entry in self.inputs if not entry.held_out}
+        if missing := [self.domains[d] for d in sorted(trained) if not train.count(d).rows]:
+            print(f"note: no training row is of domain {', '.join(missing[:9])}: all its documents "
+                  "were left out, or are test")  # fmt: skip
+        if train.total.stored_tokens < places / 2:
+            print(f"note: {1 - train.total.stored_tokens / places:.0%} of the training rows is "
+                  f"padding; lower --seq-len (now {args.seq_len})")  # fmt: skip
+        if args.documents == "line" and any(e.source.format == "text" for e in self.inputs):
+            print("note: each line of the text files was a document of its own, a repeated one a "
+                  "duplicate; --documents file keeps files whole")  # fmt: skip
+
     def _feed(self, place: Workplace, progress: Callable[[int], Any]) -> DocumentFeed:
         args = self.args
         options = ReadOptions(args.documents, args.text_key, args.max_bad_lines)
@@ -243,9 +257,11 @@ class CorpusBar:
     """A progress bar over the bytes of the inputs that also tells documents, tokens and speed."""
 
     def __init__(self, total: int, documents: int = 0, tokens: int = 0) -> None:
+        # Its own rate would be one of bytes on disk, compressed ones maybe.
+        layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self._bar = tqdm(
             total=total or None, unit="B", unit_scale=True, disable=None, desc="building",
-            dynamic_ncols=True,
+            dynamic_ncols=True, bar_format=layout if total else None,
         )  # fmt: skip
         self._documents, self._tokens = documents, tokens
         self._started, self._text_bytes = time.monotonic(), 0
@@ -267,7 +283,7 @@ class CorpusBar:
         self._text_bytes += batch.size
         rate = self._text_bytes / 1e6 / max(time.monotonic() - self._started, 1e-9)
         self._bar.set_postfix_str(
-            f"{self._documents:,} documents, {self._tokens:,} tokens, {rate:.1f} MB/s of text",
+            f"{self._documents:,} documents, {self._tokens / 1e6:,.1f}M tokens, {rate:.1f} MB/s",
             refresh=False,
         )
 
@@ -293,13 +309,14 @@ def check_options(args: argparse.Namespace) -> None:
     if args.train_ratio is not None and not 0 <= args.train_ratio <= 1:
         raise UserError(f"--train-ratio is {args.train_ratio}; it must lie in 0..1.")
     check_iterations(args)
+    for name in ("min_chars", "save_every", "max_bad_lines"):
+        if (value := getattr(args, name)) < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 0 or more.")
     if args.max_chars is not None and args.max_chars < max(1, args.min_chars):
         raise UserError(
             f"--min-chars {args.min_chars} and --max-chars {args.max_chars} leave no document; "
             "raise --max-chars."
         )
-    if args.max_bad_lines < 0:
-        raise UserError(f"--max-bad-lines is {args.max_bad_lines}; it must be 0 or more.")
     QualityFilter(args.quality)
 
 
@@ -326,9 +343,7 @@ def build(args: argparse.Namespace) -> None:
         splits, left_out = job.run(place)
         job.finish(place, splits, left_out)
     print_summary(args.output_dir, splits, left_out, time.perf_counter() - started)
-    if args.documents == "line" and any(entry.source.format == "text" for entry in job.inputs):
-        print("note: each line of the text files was a document of its own, a repeated one a "
-              "duplicate; --documents file keeps files whole")  # fmt: skip
+    job.print_notes(splits["train"])
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import xxhash
@@ -44,9 +44,15 @@ class UserError(ValueError):
     """A mistake that a user can make and mend; the message names the value and the way out."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other mistake, instead of all options before it."""
+        self.exit(2, f"error: {message}; --help lists the options\n")
+
+
 def command_parser(program: str, description: str | None) -> argparse.ArgumentParser:
     """A parser whose --help begins with the module's own description, as it was written."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=program,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

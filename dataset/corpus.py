@@ -320,6 +320,8 @@ def print_summary(
         f"{count:,} {name.replace('_', ' ')}" for name, count in skipped.items() if count
     ]:
         print(f"left out: {', '.join(counted)}")
+    if not splits["train"].writer.rows:
+        print("note: the training split is empty; this corpus can be evaluated on only")
     if not splits["test"].writer.rows:
-        print("The test split is empty, so training on this corpus will skip evaluation.")
+        print("note: the test split is empty; training on this corpus will skip evaluation")
     print(f"built {output_dir} in {seconds:.1f} s")

@@ -159,7 +159,7 @@ def draw(splits: dict[str, SplitStatistics], title: str, output: Path) -> None:
 
 
 def _draw_lengths(panel: Any, splits: dict[str, SplitStatistics]) -> bool:
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     counted = {name: split.lengths for name, split in splits.items() if split.lengths}
     if not counted:
@@ -173,7 +173,9 @@ def _draw_lengths(panel: Any, splits: dict[str, SplitStatistics]) -> bool:
         _draw_shares(panel, lengths, edges, name)
     if decades:
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 1000 * low else (1,)))
         panel.xaxis.set_major_formatter(EngFormatter())
+        panel.xaxis.set_minor_formatter(NullFormatter())
     return True
 
 

@@ -174,11 +174,11 @@ def _without_end(line: str) -> str:
 
 def _encoding_fault(line: bytes, number: int, error: UnicodeDecodeError) -> str:
     actual = next((kind for magic, kind in MAGIC.items() if line.startswith(magic)), "")
-    hint = (
-        f"it looks like {actual} data, so give the file that ending"
-        if number == 1 and actual
-        else "convert the file to UTF-8"
-    )
+    hint = "convert the file to UTF-8"
+    if number == 1 and actual:
+        hint = f"it looks like {actual} data, so give the file that ending"
+    elif number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        hint = "it looks like UTF-16; convert the file to UTF-8"
     return (
         f"byte 0x{line[error.start]:02x} at place {error.start + 1:,} of the line is not valid "
         f"UTF-8; {hint}"

@@ -68,6 +68,8 @@ def _labels(
     labels = {source: source.label for source in sources + extras}
     if not given:
         return labels
+    if "" in given:
+        raise UserError("--domain-labels names a domain ''; a name is needed.")
     if len(given) == len(groups) + len(extra_groups) and extras:
         groups = groups + extra_groups
     if len(given) == len(groups):

@@ -66,6 +66,7 @@ class TextTokenizer:
         workers = _usable_cores() if workers is None else workers
         if workers < 1:
             raise UserError(f"--workers is {workers}; it must be at least 1.")
+        workers = min(workers, _usable_cores())  # more would only wait for each other
         use_threads(workers)
         self.path = path
         self.tokenizer, description = _load(path)

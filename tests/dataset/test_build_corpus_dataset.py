@@ -266,11 +266,20 @@ def test_an_empty_test_split_says_so(build, tmp_path, capsys):
     corpus = build(
         write_jsonl(tmp_path / "a.jsonl", ["one two"]), options="--seq-len 8 --train-ratio 1"
     )
-    assert "The test split is empty" in capsys.readouterr().out
+    assert "the test split is empty" in capsys.readouterr().out
     data = read_split(corpus, "test")
     assert data.inputs.shape == (0, 8)
     assert data.puzzle_indices.tolist() == data.group_indices.tolist() == [0]
     assert (data.metadata.total_groups, data.metadata.documents) == (0, 0)
+
+
+def test_what_may_not_be_meant_is_said(build, tmp_path, capsys):
+    a, b = (write_jsonl(tmp_path / f"{name}.jsonl", ["one two"]) for name in "ab")
+    build(a, b, options="--seq-len 1000 --train-ratio 1")
+    said = capsys.readouterr().out
+    assert "no training row is of domain b" in said and "99% of the training rows is" in said
+    build(a, options="--seq-len 4 --train-ratio 0", out="none")
+    assert "the training split is empty" in capsys.readouterr().out
 
 
 def test_a_last_window_is_padded_not_dropped(build, tmp_path):
@@ -334,6 +343,10 @@ def test_other_tokenizers_get_eos_and_pad(tmp_path, build, fails):
         ("--text-key body", "a.jsonl, line 1: no key 'body'"),
         ("--tokenizer-json absent.json", "cannot read --tokenizer-json absent.json"),
         ("--workers 0", "--workers is 0"),
+        ("--min-chars -1", "--min-chars is -1"),
+        ("--save-every -1", "--save-every is -1"),
+        ("--seq-len 1e3", "argument --seq-len: invalid int value: '1e3'"),
+        ("--format csv", "--format: invalid choice: 'csv'"),
     ],
 )
 def test_mistakes_end_in_one_sentence(build, tmp_path, fails, options, message):
