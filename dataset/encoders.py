@@ -10,6 +10,7 @@ import os
 import random
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +30,8 @@ _SAFE_CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
 _FEW_TEXTS = 16
 _LONG_TEXT = 1 << 12  # bytes, on average
 _MUCH_TEXT = 1 << 27  # bytes
+_WORDS_MEMORY = 64 << 20
+"""Bytes by which the process may grow, words that gigatoken remembers and all else together."""
 
 Encoded = tuple[np.ndarray, np.ndarray]
 """Token ids of all texts, one after the other (n,), and how many each text has (texts,)."""
@@ -110,13 +113,22 @@ class GigatokenEncoder:
                 "this tokenizer is of another kind; use --tokenizer-library huggingface."
             )
         # Without its special tokens it cannot find them in a text that spells them.
-        plain = {**description, "added_tokens": []}
-        self._tokenizer = gigatoken.Tokenizer.from_json(orjson.dumps(plain))
+        plain = orjson.dumps({**description, "added_tokens": []})
+        self._load = lambda: gigatoken.Tokenizer.from_json(plain)
         self._parallel = workers > 1
         self._bytes_one_by_one = 0
+        self._renew()
+
+    def _renew(self) -> None:
+        """It remembers all words that it has seen: begin anew before they fill memory."""
+        self._tokenizer: Any = None  # frees what it has remembered
+        self._tokenizer = self._load()
+        self._memory = resident_memory()
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
         """See `Encoder`."""
+        if resident_memory() > self._memory + _WORDS_MEMORY:
+            self._renew()
         size = sum(map(len, texts))
         long = not self._parallel and size >= _LONG_TEXT * len(texts)
         if len(texts) < _FEW_TEXTS or (long and self._bytes_one_by_one < _MUCH_TEXT):
@@ -203,6 +215,15 @@ SELF_TEST = (
     "https://example.org/?q=a%20b&c=d;e http://x.y e.g. i.e. U.S.A. O'Neil–Smith—“quoted” ‘x’ …",
 )
 # fmt: on
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process has now; 0 where the system does not tell."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _slice(text: bytes, size: int, chooser: random.Random) -> bytes:

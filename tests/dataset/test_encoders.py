@@ -112,6 +112,19 @@ def test_long_texts_one_by_one_or_together(tokenizer, rng, monkeypatch):
             assert all(map(np.array_equal, fast.encode(texts), wanted))
 
 
+def test_words_that_were_seen_do_not_fill_memory(tokenizer, monkeypatch):
+    monkeypatch.setattr(encoders, "_WORDS_MEMORY", 16 << 20)
+    description = json.loads(tokenizer.tokenizer.to_str())
+    fast, before = GigatokenEncoder(description, 1), encoders.resident_memory()
+    if not before:
+        pytest.skip("the system does not tell how much memory a process has")
+    for start in range(0, 1_000_000, 10_000):
+        fast.encode([f"{n} x{n}y".encode() for n in range(start, start + 10_000)])
+    assert encoders.resident_memory() - before < 64 << 20  # 150 MB without
+    reference = HuggingFaceEncoder(tokenizer.tokenizer, description)
+    assert all(map(np.array_equal, fast.encode([b"a word"]), reference.encode([b"a word"])))
+
+
 class _Wrong(GigatokenEncoder):
     """Another library's mistake: two tokens change places in texts that hold a word."""
 
