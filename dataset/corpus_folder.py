@@ -124,12 +124,9 @@ def resumable_folder(
     building = target.with_name(f".{target.name}.building")
     with _disk_faults(building):
         journal = _open_journal(building, target, overwrite, resume)
-    known = journal["identity"]
-    if known is None:
-        journal.commit(identity=identity)
-    elif changed := [
-        name for name in {**known, **identity} if known.get(name) != identity.get(name)
-    ]:
+        if (known := journal["identity"]) is None:
+            journal.commit(identity=(known := identity))
+    if changed := [n for n in {**known, **identity} if known.get(n) != identity.get(n)]:
         journal.close()
         what = "; ".join(f"{n} was {known.get(n)}, now {identity.get(n)}" for n in changed)
         raise UserError(
