@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.common import UserError
+from dataset.common import UserError, warnings_as_notes
 from evaluators.loop import create_evaluators, evaluate
 from models import cost, persistence
 from models.dry_run import dry_run
@@ -43,7 +43,6 @@ from utils.reporting import (
     progress_bar,
     signals,
     ticking,
-    warnings_as_notes,
 )
 from utils.schedule import trm_warmup_cosine, warmup_cosine
 
@@ -114,6 +113,13 @@ def open_run_folder(config: PretrainConfig, backend: Backend) -> Path:
     path = config.checkpoint_path or Path("checkpoints") / config.project_name / name
     if backend.is_main:
         print(f"run: {name}, folder {path}")
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run's folder {path} ({error.strerror or error}); name "
+                "another with checkpoint_path"
+            ) from None
     return Path(path)
 
 
@@ -196,7 +202,7 @@ def train_loop(run: Run, state: TrainState) -> int:
                 saved_at = state.step
             if stop:
                 say(run, f"stopped by {signal.Signals(stop).name} after saving step {state.step}; "
-                         f"go on with run_name={config.run_name}")  # fmt: skip
+                         f"go on with the same command and run_name={config.run_name}")  # fmt: skip
                 return 128 + stop
             if due:
                 with clock.paused():

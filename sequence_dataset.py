@@ -294,10 +294,16 @@ class TrainStream:
             if name not in state:
                 raise UserError(f"the saved stream has no {name!r}; it is not of this program.")
             if state[name] != now:
-                what = "the corpora have" if name == "fingerprint" else f"{name} has"
+                if name == "fingerprint":
+                    raise UserError(
+                        f"{', '.join(self._corpora.data_paths)}: not the corpora, or not as they "
+                        "were, that the run was saved with; bring those back, or start a new run "
+                        "from its weights with load_checkpoint=<run folder>."
+                    )
                 raise UserError(
-                    f"{what} changed since the run was saved: {name} was {state[name]}, now it "
-                    f"is {now}; resume with the old value, or start a new run from the weights."
+                    f"{name} has changed since the run was saved: it was {state[name]}, now it is "
+                    f"{now}; take that back, or start a new run from the weights with "
+                    "load_checkpoint=<run folder>."
                 )
         self._position = Position(int(state["position"]), int(state["offset"]))
         self._source.restart(self._position)

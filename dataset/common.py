@@ -9,13 +9,16 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import xxhash
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from tqdm import tqdm
 
 IGNORE_LABEL_ID = -100
 """What the loss ignores; the reader turns a corpus' own `ignore_label_id` into this."""
@@ -38,6 +41,7 @@ _FAST = "xxh3_128:"
 BLANK_IDENTIFIER = "<blank>"
 
 T = TypeVar("T")
+_PROJECT = Path(__file__).resolve().parents[1]
 
 
 class UserError(ValueError):
@@ -59,10 +63,29 @@ def command_parser(program: str, description: str | None) -> argparse.ArgumentPa
     )
 
 
+@contextmanager
+def warnings_as_notes(shown: bool = True) -> Iterator[None]:
+    """The project's own warnings are sentences for its user: once each, without a source line."""
+    with warnings.catch_warnings():
+        usual, said = warnings.showwarning, set()
+
+        def show(message, category, filename, lineno, file=None, line=None) -> None:
+            ours = filename.startswith(str(_PROJECT)) and "site-packages" not in filename
+            if not ours or category is not UserWarning:
+                usual(message, category, filename, lineno, file, line)
+            elif shown and str(message) not in said:
+                said.add(str(message))
+                tqdm.write(f"note: {message}")
+
+        warnings.showwarning = show
+        yield
+
+
 def run_cli(fn: Callable[[], T]) -> T:
     """Call a command's body; a `UserError` ends in one line on stderr and exit code 2."""
     try:
-        return fn()
+        with warnings_as_notes():
+            return fn()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -137,6 +160,8 @@ def find_split(path: str | Path, split: str) -> Path:
     for folder in (root / split / "all", root / split):
         if (folder / METADATA_NAME).is_file():
             return folder
+    if root.name in ("train", "test", "all"):
+        raise UserError(f"{root} is a part of a corpus; name the folder that holds train/.")
     raise UserError(
         f"{root} has no split {split!r}: neither {split}/all/{METADATA_NAME} nor "
         f"{split}/{METADATA_NAME} is there; build the corpus again or name another folder."

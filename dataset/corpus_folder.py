@@ -216,7 +216,10 @@ def _disk_faults(folder: Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.OperationalError) as error:
         what = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write to {folder.parent}: {what}.") from error
+        raise UserError(
+            f"cannot write to {folder.parent}: {what}; make room there, or name another "
+            "--output-dir."
+        ) from error
 
 
 def _sync_folders(root: Path) -> None:

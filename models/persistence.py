@@ -165,13 +165,14 @@ def restore(
     micro_batches: int,
 ) -> None:
     """Continues where `opened` was taken: weights, optimizers, averages, stream, held rows."""
-    state.load_tensors(opened.tensors)
     saved = opened.json("state.json")
-    state.load_counters(saved["counters"])
     share = len(state.halted) // backend.world_size
     slots = range(backend.rank * share, (backend.rank + 1) * share)
     rows = opened.carry(slots) if config.checkpoint_carry else None
+    # First, because other corpora are the likeliest reason for weights of other shapes.
     stream.load_state_dict(saved["stream"], restart_held=rows is None)
+    state.load_tensors(opened.tensors)
+    state.load_counters(saved["counters"])
     if rows is None:
         if backend.is_main:
             print("note: held rows were not saved, they start again; the run is not exact")

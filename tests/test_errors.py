@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from training_tools import ROOT, TINY, make_config
 
-from dataset.common import UserError
+from dataset import build_corpus_dataset
+from dataset.common import UserError, load_metadata
 from pretrain import launch, main, open_data
 from utils.config import compose_config
 
@@ -70,6 +71,20 @@ def copied(text_corpus, tmp_path) -> Path:
     return Path(shutil.copytree(text_corpus, tmp_path / "copy"))
 
 
+@pytest.fixture
+def build_other(text_corpus, tmp_path) -> Path:
+    """A corpus of the same tokenizer with a domain, and so an identifier, more."""
+    (tmp_path / "other.txt").write_text("some other lines\nand more of them\n" * 40)
+    options = [
+        *("--tokenizer-json", str(text_corpus / "tokenizer.json")),
+        *("--input-files", str(tmp_path / "other.txt"), "--dedup", "none"),
+        *("--output-dir", str(tmp_path / "other"), "--train-ratio", "1"),
+        *("--seq-len", str(load_metadata(text_corpus / "train" / "all").seq_len)),
+    ]
+    build_corpus_dataset.main(options)
+    return tmp_path / "other"
+
+
 def opening(corpus: Path) -> str:
     with pytest.raises(UserError) as error:
         open_data(make_config(corpus))
@@ -108,6 +123,32 @@ def test_two_corpora_with_different_tokenizers(text_corpus, copied):
     path.write_text(path.read_text() + "\n")
     with pytest.raises(UserError, match="differ"):
         open_data(make_config(text_corpus, f"data_paths_test=[{copied}]"))
+
+
+def test_a_tokenizer_that_is_missing_from_one_of_two(text_corpus, copied):
+    (copied / "tokenizer.json").unlink()
+    open_data(make_config(copied))
+    with pytest.raises(UserError, match=f"{copied} has no tokenizer.json"):
+        open_data(make_config(text_corpus, f"data_paths_test=[{copied}]"))
+
+
+def test_test_corpora_that_are_not_there(text_corpus, tmp_path):
+    for wrong in (tmp_path / "nowhere", text_corpus / "tokenizer.json", text_corpus / "train"):
+        with pytest.raises(UserError, match=str(wrong)) as error:
+            open_data(make_config(text_corpus, f"data_paths_test=[{wrong}]"))
+        assert len(str(error.value)) < 300
+
+
+def test_a_run_folder_that_cannot_be_written_to(text_corpus):
+    with pytest.raises(UserError, match=r"cannot write to the run's folder /proc/x .*checkpoint_"):
+        launch(compose_config([*TINY, f"data_paths=[{text_corpus}]", "checkpoint_path=/proc/x"]))
+
+
+def test_going_on_with_another_corpus_names_the_corpus(text_corpus, build_other, run_training):
+    run_training(text_corpus, "run", "max_steps=1", "evaluators=[]")
+    with pytest.raises(UserError, match=f"{build_other}: not the corpora"):
+        run_training(text_corpus, "run", "max_steps=1", "evaluators=[]",
+                     f"data_paths=[{text_corpus},{build_other}]")  # fmt: skip
 
 
 def test_an_empty_test_split_skips_evaluation_with_one_sentence(copied, tmp_path, capsys):

@@ -245,7 +245,7 @@ def test_resuming_on_changed_arrays_is_refused(corpus, tmp_path):
     inputs = np.load(tmp_path / "c/train/all/inputs.npy")
     inputs[50, 3] ^= 1
     np.save(tmp_path / "c/train/all/inputs.npy", inputs)
-    with pytest.raises(UserError, match="fingerprint"):
+    with pytest.raises(UserError, match="not the corpora"):
         stream_of(Corpora([tmp_path / "c"])).load_state_dict(state)
 
 

@@ -30,11 +30,16 @@ from utils.row_file import REBUILD, ArrayFolder
 NO_DOMAIN = "<none>"
 """Domain of a corpus that names none, where it is joined with corpora that do."""
 
+_SHOWN = 12  # names of what there is
+
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """End of an error message: the nearest known name, if one is near, else all of them."""
-    near = nearest(name, list(known), cutoff=0.5)
-    return f"did you mean {near!r}?" if near else f"there is {', '.join(sorted(known)) or 'none'}."
+    if near := nearest(name, list(known), cutoff=0.5):
+        return f"did you mean {near!r}?"
+    shown = sorted(known)[:_SHOWN]
+    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+    return f"there is {', '.join(shown) or 'none'}{more}."
 
 
 class Corpora:
@@ -250,11 +255,14 @@ def _existing_folder(path: str | Path) -> Path:
     root = Path(path)
     if root.is_dir():
         return root
+    if root.exists():
+        raise UserError(f"data path {root} is no folder; name a corpus that a builder wrote.")
     parent = root.parent
     if not parent.is_dir():
         raise UserError(f"data path {root} does not exist, nor does the folder {parent}.")
-    siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    raise UserError(f"data path {root} does not exist; {did_you_mean(root.name, siblings)}")
+    corpora = [entry.name for entry in parent.iterdir() if (entry / "train").is_dir()]
+    advice = did_you_mean(root.name, corpora) if corpora else f"{parent} holds no corpus."
+    raise UserError(f"data path {root} does not exist; {advice}")
 
 
 def _check_agreement(folders: Sequence[Path], metadata: Sequence[DatasetMetadata]) -> None:

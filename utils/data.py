@@ -45,7 +45,7 @@ def open_data(config: PretrainConfig) -> Data:
     test_paths = own_test_paths or train_paths
     paths = [*train_paths, *own_test_paths]
     tokenizer = check_tokenizers(paths, train.metadata.vocab_size)
-    has_test = any((Path(path) / "test").is_dir() for path in test_paths)
+    has_test = own_test_paths or any((Path(path) / "test").is_dir() for path in test_paths)
     test = Corpora(test_paths, "test", like=train) if has_test else None
     if test is not None and test.num_rows == 0:
         test = None

@@ -104,5 +104,4 @@ LOGGERS: dict[str, Callable[[Path, dict[str, Any]], Logger]] = {
 
 
 def create_loggers(names: Sequence[str], run: Path, config: dict[str, Any]) -> list[Logger]:
-    run.mkdir(parents=True, exist_ok=True)
     return [LOGGERS[name](run, config) for name in names]

@@ -3,15 +3,12 @@
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tqdm import tqdm
-
-from utils.functions import PROJECT_ROOT
 
 T = TypeVar("T")
 
@@ -64,24 +61,6 @@ def signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def warnings_as_notes(shown: bool) -> Iterator[None]:
-    """The project's own warnings are sentences for its user: once each, without a source line."""
-    with warnings.catch_warnings():
-        usual, said = warnings.showwarning, set()
-
-        def show(message, category, filename, lineno, file=None, line=None) -> None:
-            ours = filename.startswith(str(PROJECT_ROOT)) and "site-packages" not in filename
-            if not ours or category is not UserWarning:
-                usual(message, category, filename, lineno, file, line)
-            elif shown and str(message) not in said:
-                said.add(str(message))
-                tqdm.write(f"note: {message}")
-
-        warnings.showwarning = show
-        yield
 
 
 def progress_bar(shown: bool, begun: float) -> tqdm:

@@ -161,8 +161,10 @@ def map_array(path: Path) -> np.memmap:
     try:
         mapped = np.load(path, mmap_mode="r")
     except (ValueError, OSError, EOFError) as error:
+        # numpy takes what is no array for pickled data, and advises to load that.
+        why = "" if "pickle" in str(error) else f" ({error})"
         raise UserError(
-            f"{path} is truncated or not an array of numbers ({error}); {REBUILD}."
+            f"{path} is truncated, damaged or not an array of numbers{why}; {REBUILD}."
         ) from error
     if mapped.dtype.kind not in "iu":
         raise UserError(f"{path} holds {mapped.dtype}, not integers; {REBUILD}.")

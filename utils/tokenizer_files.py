@@ -16,6 +16,12 @@ def check_tokenizers(data_paths: Sequence[str], vocab_size: int) -> Path | None:
     files = [file for path in data_paths if (file := Path(path) / NAME).is_file()]
     if not files:
         return None
+    without = [str(path) for path in data_paths if not (Path(path) / NAME).is_file()]
+    if without:
+        raise UserError(
+            f"{without[0]} has no {NAME}, so that nothing tells whether its tokens mean what those "
+            f"of {files[0].parent} do; copy the {NAME} into it that it was built with"
+        )
     from tokenizers import Tokenizer
 
     content = files[0].read_bytes()
