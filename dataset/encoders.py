@@ -30,7 +30,7 @@ _SAFE_CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
 _FEW_TEXTS = 16
 _LONG_TEXT = 1 << 12  # bytes, on average
 _MUCH_TEXT = 1 << 27  # bytes
-_WORDS_MEMORY = 80 << 20
+_WORDS_MEMORY = 72 << 20
 """Bytes by which the process may grow, words that gigatoken remembers and all else together."""
 
 Encoded = tuple[np.ndarray, np.ndarray]

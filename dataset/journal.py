@@ -34,20 +34,22 @@ class Journal:
     """
 
     def __init__(self, path: Path | str) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None, timeout=0)
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=0)
             # An exclusive lock from the first write to the end: one build a folder.
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
             self._db.executescript(_SCHEMA)
             self._db.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
+            self._db.close()
             if "locked" not in str(error):
                 raise UserError(f"cannot write {path}: {error}.") from error
             raise UserError(
                 f"another build is at work in {Path(path).parent}; wait for it, or end it."
             ) from None
         except sqlite3.DatabaseError as error:
+            self._db.close()
             raise DamagedBuildError(
                 f"{path}, the memory of an unfinished build, is damaged ({error}); begin anew with "
                 "--overwrite."
