@@ -133,8 +133,12 @@ def test_a_tokenizer_that_is_missing_from_one_of_two(text_corpus, copied):
 
 
 def test_test_corpora_that_are_not_there(text_corpus, tmp_path):
-    for wrong in (tmp_path / "nowhere", text_corpus / "tokenizer.json", text_corpus / "train"):
-        with pytest.raises(UserError, match=str(wrong)) as error:
+    for wrong, why in (
+        (tmp_path / "nowhere", "does not exist"),
+        (text_corpus / "tokenizer.json", "is no folder"),
+        (text_corpus / "train", "is a part of a corpus"),
+    ):
+        with pytest.raises(UserError, match=f"{wrong} {why}") as error:
             open_data(make_config(text_corpus, f"data_paths_test=[{wrong}]"))
         assert len(str(error.value)) < 300
 

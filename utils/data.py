@@ -44,9 +44,9 @@ def open_data(config: PretrainConfig) -> Data:
             raise UserError(f"{key}={value}, but the corpus has {key} {found}; leave the key out")
     test_paths = own_test_paths or train_paths
     paths = [*train_paths, *own_test_paths]
-    tokenizer = check_tokenizers(paths, train.metadata.vocab_size)
     has_test = own_test_paths or any((Path(path) / "test").is_dir() for path in test_paths)
     test = Corpora(test_paths, "test", like=train) if has_test else None
+    tokenizer = check_tokenizers(paths, train.metadata.vocab_size)
     if test is not None and test.num_rows == 0:
         test = None
     return Data(train, test, test_paths, tokenizer)
