@@ -5,7 +5,6 @@ torchrun --nproc-per-node 4 pretrain.py data_paths="[data/athena_base]" +run_nam
 python pretrain.py --help
 """
 
-import math
 import os
 import signal
 import sys
@@ -25,7 +24,6 @@ from evaluators.loop import create_evaluators, evaluate
 from models import cost, persistence
 from models.dry_run import dry_run
 from models.persistence import resolved
-from models.sparse_embedding import SparseEmbeddingSignSGD
 from models.train_state import TrainState, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint
@@ -34,17 +32,10 @@ from utils.config import PretrainConfig, config_warnings, hydra_entry, load_conf
 from utils.data import Data, open_data
 from utils.functions import random_run_name
 from utils.logging import Logger, create_loggers
-from utils.metrics import MetricSums, means
-from utils.reporting import (
-    Clock,
-    Mark,
-    evaluation_table,
-    prefetched,
-    progress_bar,
-    signals,
-    ticking,
-)
-from utils.schedule import trm_warmup_cosine, warmup_cosine
+from utils.metrics import MetricSums
+from utils.reporting import Clock, evaluation_table, prefetched, signals, ticking
+from utils.schedule import Schedule
+from utils.training_log import TrainingLog
 
 
 class Run(NamedTuple):
@@ -56,8 +47,9 @@ class Run(NamedTuple):
     stream: TrainStream
     folder: Path
     micro_batches: int
-    cost: cost.Cost
+    schedule: Schedule
     loggers: list[Logger]
+    log: TrainingLog
 
 
 def launch(cfg: DictConfig) -> None:
@@ -152,13 +144,23 @@ def train(backend: Backend, config: PretrainConfig) -> int:
         device_type=backend.device.type,
     )
     stream = create_stream(config, model.model.config, data, backend, rows // micro_rows)
-    run = Run(
-        config, backend, data, stream, folder, rows // micro_rows, cost.measure(model.model), []
-    )
     if resumed is not None:
-        persistence.restore(config, state, stream, backend, resumed, run.micro_batches)
+        persistence.restore(config, state, stream, backend, resumed, rows // micro_rows)
+    schedule = Schedule(config, stream)
+    loggers: list[Logger] = []
     if backend.is_main:
-        run.loggers.extend(create_loggers(config.logger, folder, resolved(config)))
+        loggers = create_loggers(config.logger, folder, resolved(config))
+    peak = backend.peak_flops(model.model.config.dtype)
+    log = TrainingLog(
+        loggers,
+        backend,
+        schedule,
+        row_tokens=data.train.metadata.seq_len,
+        rows=config.global_batch_size,
+        flops_per_token=cost.measure(model.model).train_flops,
+        peak_flops=None if peak is None else peak * backend.world_size,
+    )
+    run = Run(config, backend, data, stream, folder, rows // micro_rows, schedule, loggers, log)
     if backend.is_main and not config.eval_only:
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
     try:
@@ -179,20 +181,17 @@ def train(backend: Backend, config: PretrainConfig) -> int:
 
 def train_loop(run: Run, state: TrainState) -> int:
     """Steps until the stream, a limit, or a signal ends the run; returns the exit status."""
-    config, sums, clock = run.config, MetricSums(), Clock(state.seconds)
+    config, clock = run.config, Clock(state.seconds)
     saved_at, evaluated_at = state.step or -1, -1  # what was resumed is saved already
-    mark = Mark(state.seconds, state.step, run.stream.examples_entered)
-    shown = run.backend.is_main
-    with signals() as received, progress_bar(shown, run_progress(run, state)) as bar:
-        while not (state.stopped or limit_reached(config, state)):
+    with signals() as received, run.log.progress(state):
+        while not run.schedule.over(state):
             batches = run.stream.next(state.step + 1, state.halted)
             if batches is None:
                 break
             metrics, stop = train_batch(run, state, batches, clock, received)
-            sums.add(metrics)
-            bar.update(run_progress(run, state) - bar.n)
+            run.log.add(state, metrics)
             if state.step % config.log_interval == 0:
-                log_training(run, state, sums, bar, mark)
+                run.log.write(state)
             due = run.stream.epoch >= state.next_eval(config)
             every = config.checkpoint_interval
             asked = (every and state.step % every == 0) or (due and config.checkpoint_every_eval)
@@ -211,7 +210,7 @@ def train_loop(run: Run, state: TrainState) -> int:
                 if state.stops_early(config.early_stopping, results):
                     say(run, "stopped early: the evaluations no longer improve")
                     saved_at = -1  # the next start must know
-        log_training(run, state, sums, bar, mark)
+        run.log.write(state)
     if state.step < config.lr_warmup_steps:
         say(run, f"note: the run ended at step {state.step} of {config.lr_warmup_steps} in its "
                  "warm-up, below lr; lower lr_warmup_steps or train for longer")  # fmt: skip
@@ -278,31 +277,8 @@ def share_flags(
     return bool(table[:, -3].all()), int(table[:, -1].max())
 
 
-def learning_rate_factor(run: Run, state: TrainState) -> float:
-    config, stream = run.config, run.stream
-    if config.feed == "present":
-        in_time = config.max_seconds and state.step * config.max_seconds / (state.seconds or 1)
-        limits = (stream.total_steps, config.max_steps, in_time)
-        total = min((limit for limit in limits if limit), default=math.inf)
-        return trm_warmup_cosine(state.step, config.lr_warmup_steps, total, config.lr_min_ratio)
-    return warmup_cosine(
-        state.step, config.lr_warmup_steps, run_progress(run, state), config.lr_min_ratio
-    )
-
-
-def run_progress(run: Run, state: TrainState) -> float:
-    """Share of the run that is done, by whichever limit is nearest, 0..1."""
-    config = run.config
-    shares = [
-        run.stream.progress,
-        state.step / config.max_steps if config.max_steps else 0.0,
-        state.seconds / config.max_seconds if config.max_seconds else 0.0,
-    ]
-    return min(1.0, max(shares))
-
-
 def apply_update(run: Run, state: TrainState) -> None:
-    factor = learning_rate_factor(run, state)
+    factor = run.schedule.learning_rate_factor(state)
     for optimizer, base in zip(state.optimizers, state.base_lrs, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = base * factor
@@ -373,52 +349,6 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
         logger.log(results, state.step)
     say(run, evaluation_table(results, state.step))
     return results
-
-
-def limit_reached(config: PretrainConfig, state: TrainState) -> bool:
-    return (config.max_steps is not None and state.step >= config.max_steps) or (
-        config.max_seconds is not None and state.seconds >= config.max_seconds
-    )
-
-
-def log_training(run: Run, state: TrainState, sums: MetricSums, bar: tqdm, mark: Mark) -> None:
-    """Means since the last call, to the loggers and the bar. A collective."""
-    config, backend, stream = run.config, run.backend, run.stream
-    values = sums.read(backend.sum)
-    if not backend.is_main or not values:
-        return
-    seconds, steps, entered = mark.since(state.seconds, state.step, stream.examples_entered)
-    length = run.data.train.metadata.seq_len
-    flops = run.cost.train_flops * config.global_batch_size * length * steps / seconds
-    done = run_progress(run, state)
-    metrics: dict[str, Any] = {f"train/{k}": v for k, v in means(values).items()} | {
-        "train/epoch": stream.epoch,
-        "train/progress": done,
-        "train/examples": stream.examples_entered,
-        "train/tokens": stream.examples_entered * length,
-        "train/tokens_per_s": entered * length / seconds,
-        "train/token_steps_per_s": config.global_batch_size * length * steps / seconds,
-        "train/flops_per_s": flops,
-        "train/nonfinite": state.nonfinite,
-        "train/seconds": state.seconds,
-    }
-    for optimizer in state.optimizers:
-        sparse = isinstance(optimizer, SparseEmbeddingSignSGD)
-        name = "train/puzzle_emb_lr" if sparse else "train/lr"
-        metrics[name] = optimizer.param_groups[0]["lr"]
-    if done > 0:
-        metrics["train/eta_seconds"] = state.seconds * (1 - done) / done
-    if (memory := backend.memory_bytes()) is not None:
-        metrics["train/memory_bytes"] = memory
-    if (peak := backend.peak_flops(state.model.model.config.dtype)) is not None:
-        metrics["train/mfu"] = flops / (peak * backend.world_size)
-    for logger in run.loggers:
-        logger.log(metrics, state.step)
-    bar.update(done - bar.n)
-    # of the whole run: rows that halt together would make the bar jump, down to 0
-    rate = stream.examples_entered * length / max(state.seconds, 1e-9)
-    loss = metrics.get("train/lm_loss", math.nan)
-    bar.set_postfix_str(f"step {state.step:,} loss {loss:.3f} {rate:,.0f} tokens/s")
 
 
 def save(run: Run, state: TrainState) -> None:

@@ -113,6 +113,15 @@ class TrainState:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def learning_rates(self) -> dict[str, float]:
+        """Of the last step: lr, and puzzle_emb_lr where identifiers train."""
+        return {
+            "puzzle_emb_lr" if isinstance(o, SparseEmbeddingSignSGD) else "lr": o.param_groups[0][
+                "lr"
+            ]
+            for o in self.optimizers
+        }
+
     def clip_gradients(self, max_norm: float | None) -> Tensor | None:
         """Norm of the gradients, which are clipped to `max_norm` if there is one."""
         if not self.parameters:

@@ -13,10 +13,11 @@ import torch
 from training_tools import finish, make_config, metrics_of, start
 
 from dataset.common import UserError
-from pretrain import learning_rate_factor, train
+from pretrain import train
 from sequence_dataset import EvalStream
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint import Checkpoint, checkpoints_of
+from utils.schedule import Schedule
 
 
 def leaves(value, name: str = "") -> dict[str, torch.Tensor]:
@@ -421,14 +422,13 @@ def test_the_weights_that_a_corpus_was_built_with_are_the_default(
 
 
 def test_the_cosine_of_trm_ends_when_the_time_does():
-    run = SimpleNamespace(
-        config=make_config("unused", "feed=present", "max_seconds=100", "lr_warmup_steps=0",
-                           "lr_min_ratio=0.1"),
-        stream=SimpleNamespace(total_steps=10**9),
-    )  # fmt: skip
+    config = make_config(
+        "unused", "feed=present", "max_seconds=100", "lr_warmup_steps=0", "lr_min_ratio=0.1"
+    )
+    schedule = Schedule(config, SimpleNamespace(total_steps=10**9))
     for seconds, factor in ((0.0, 1.0), (50.0, 0.55), (100.0, 0.1)):
         state = SimpleNamespace(step=7 if seconds else 0, seconds=seconds)
-        assert learning_rate_factor(run, state) == pytest.approx(factor)
+        assert schedule.learning_rate_factor(state) == pytest.approx(factor)
 
 
 def test_a_small_test_split_is_not_padded_to_the_training_batch(text_corpus, run_training, capsys):

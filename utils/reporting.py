@@ -1,7 +1,6 @@
 """What a user watches: time, progress, tables."""
 
 import signal
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,19 +31,6 @@ class Clock:
             self._start += time.monotonic() - begun
 
 
-class Mark:
-    """Remembers counters to tell how far each went since the last look."""
-
-    def __init__(self, *values: float):
-        self._values = values
-
-    def since(self, *values: float) -> list[float]:
-        """Differences; the first counter's (the seconds) is kept above 0 to divide by."""
-        gone = [now - before for now, before in zip(values, self._values, strict=True)]
-        self._values = values
-        return [max(gone[0], 1e-9), *gone[1:]]
-
-
 @contextmanager
 def signals() -> Iterator[list[int]]:
     """A list that SIGTERM and SIGINT append themselves to; a second SIGINT interrupts at once."""
@@ -61,18 +47,6 @@ def signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def progress_bar(shown: bool, begun: float) -> tqdm:
-    """A bar over the share of the run that is done, 0..1."""
-    return tqdm(
-        total=1.0,
-        initial=begun,
-        disable=not shown,
-        desc="train",
-        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}",
-        mininterval=0.5 if sys.stderr.isatty() else 20,
-    )
 
 
 def prefetched(items: Iterable[T], workers: int) -> Iterator[T]:
