@@ -33,7 +33,7 @@ from utils.data import Data, open_data
 from utils.functions import random_run_name
 from utils.logging import Logger, create_loggers
 from utils.metrics import MetricSums
-from utils.reporting import Clock, evaluation_table, prefetched, signals, ticking
+from utils.reporting import Clock, evaluation_table, prefetched, ticking
 from utils.schedule import Schedule
 from utils.training_log import TrainingLog
 
@@ -62,13 +62,8 @@ def launch(cfg: DictConfig) -> None:
         config.compile = False
         if backend.is_main:
             print(f"note: compile=true has no effect: {reason_not}")
-    if backend.is_main:
-        ranks = f", {backend.world_size} ranks" if backend.world_size > 1 else ""
-        print(f"device: {backend.device} ({reason}){ranks}")
-        for line in config_warnings(config):
-            print(f"note: {line}")
     with warnings_as_notes(shown=backend.is_main):
-        status = backend.launch(train, config)
+        status = backend.launch(train, config, reason)
     if status:  # a clean exit would end a multirun sweep after its first job
         sys.exit(status)
 
@@ -115,8 +110,18 @@ def open_run_folder(config: PretrainConfig, backend: Backend) -> Path:
     return Path(path)
 
 
-def train(backend: Backend, config: PretrainConfig) -> int:
+def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
+    """Says which device was taken and why, and what of the config is rarely meant."""
+    if backend.is_main:
+        ranks = f", {backend.world_size} ranks" if backend.world_size > 1 else ""
+        print(f"device: {backend.device} ({reason}){ranks}")
+        for line in config_warnings(config):
+            print(f"note: {line}")
+
+
+def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller asks") -> int:
     """One replica of a run; returns the exit status."""
+    announce(backend, config, reason)
     data = open_data(config)
     rows = config.rows_per_rank(backend.world_size)
     folder = open_run_folder(config, backend)
@@ -183,7 +188,7 @@ def train_loop(run: Run, state: TrainState) -> int:
     """Steps until the stream, a limit, or a signal ends the run; returns the exit status."""
     config, clock = run.config, Clock(state.seconds)
     saved_at, evaluated_at = state.step or -1, -1  # what was resumed is saved already
-    with signals() as received, run.log.progress(state):
+    with run.backend.signals() as received, run.log.progress(state):
         while not run.schedule.over(state):
             batches = run.stream.next(state.step + 1, state.halted)
             if batches is None:
@@ -246,6 +251,7 @@ def train_batch(
             backend.backward(loss / config.global_batch_size)
         finite &= torch.isfinite(loss.detach())
         totals.add(metrics)
+    backend.reduce_gradients(state.optimizers)
     norm = state.clip_gradients(config.grad_clip_norm)
     if norm is not None:
         finite &= torch.isfinite(norm)
@@ -257,6 +263,7 @@ def train_batch(
         skip_update(run, state)
     for optimizer in state.optimizers:
         optimizer.zero_grad()
+    backend.end_step()
     if norm is not None:
         totals.add({"grad_norm": norm})
     totals.add({"updates": torch.ones((), device=backend.device)})

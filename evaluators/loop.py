@@ -152,8 +152,7 @@ def evaluate(
         keys.update(evaluator.required_outputs)
     sets: dict[str, SetFigures] = {}
     saved: dict[str, list[Tensor]] = {}
-    for set_name, arrays, _ in stream:
-        batch = backend.to_device(arrays)
+    for set_name, batch, _ in backend.batches(stream):
         figures = sets.setdefault(set_name, SetFigures(max_steps, backend.device))
         preds = run_batch(model, batch, keys, max_steps, figures)
         for evaluator in evaluators:

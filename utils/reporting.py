@@ -1,6 +1,5 @@
 """What a user watches: time, progress, tables."""
 
-import signal
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,24 +28,6 @@ class Clock:
             yield
         finally:
             self._start += time.monotonic() - begun
-
-
-@contextmanager
-def signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT append themselves to; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def prefetched(items: Iterable[T], workers: int) -> Iterator[T]:

@@ -5,11 +5,13 @@ group; its subclasses say which device, which collective library, and what to do
 something that is not there.
 """
 
+import inspect
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from dataset.common import UserError
 
 T = TypeVar("T")
+Received = list[int]  # numbers of the signals that came
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Save and leave: a scheduler's or Ctrl-C's way to end a run."""
 
 
 class Backend:
@@ -59,15 +66,22 @@ class Backend:
         """The module to call in training; its backward pass sums gradients over ranks."""
         if self.world_size == 1:
             return model
-        return DistributedDataParallel(
-            model,
-            forward_sync_buffers=False,  # only the identifier embedding changes, alike on all ranks
-            gradient_as_bucket_view=True,
-        )
+        # Only the identifier embedding changes among the buffers, alike on all ranks. The option
+        # got another name after torch 2.9.
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(model, **options)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients are summed over ranks; DistributedDataParallel takes means, so scale first."""
         (loss * self.world_size).backward()
+
+    def reduce_gradients(self, optimizers: Sequence[Optimizer]) -> None:
+        """Sums gradients over ranks where `backward` has not done so already."""
+
+    def end_step(self) -> None:
+        """Called when a step's update is done; where operations are only noted, runs them."""
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
         """No reduction of gradients inside, unless this is the last micro-batch."""
@@ -77,6 +91,29 @@ class Backend:
 
     def to_device(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         return {k: torch.from_numpy(v).to(self.device) for k, v in batch.items()}
+
+    def batches(
+        self, stream: Iterable[tuple[str, dict[str, Any], int]]
+    ) -> Iterator[tuple[str, dict[str, Tensor], int]]:
+        """An evaluation's batches on the device."""
+        return ((name, self.to_device(batch), count) for name, batch, count in stream)
+
+    @contextmanager
+    def signals(self) -> Iterator[Received]:
+        """Notes signals that ask the run to stop; a second SIGINT interrupts at once."""
+        received: Received = []
+
+        def note(number: int, frame: Any) -> None:
+            if received and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            received.append(number)
+
+        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        try:
+            yield received
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenates over ranks along the first axis; shapes must agree."""
