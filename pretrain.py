@@ -8,7 +8,6 @@ python pretrain.py --help
 import os
 import signal
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,20 +19,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.common import UserError, warnings_as_notes
-from evaluators.loop import create_evaluators, evaluate
+from evaluators.loop import FAILURES, Evaluator, Interrupted, create_evaluators, evaluate
 from models import cost, persistence
 from models.dry_run import dry_run
-from models.persistence import resolved
+from models.persistence import Saver, resolved
 from models.train_state import TrainState, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint
 from utils.backend import Backend, select_backend
 from utils.config import PretrainConfig, config_warnings, hydra_entry, load_config
 from utils.data import Data, open_data
-from utils.functions import random_run_name
-from utils.logging import Logger, create_loggers
+from utils.logging import Loggers
 from utils.metrics import MetricSums
-from utils.reporting import Clock, evaluation_table, prefetched, ticking
+from utils.reporting import Clock, evaluation_table, prefetched, tell, ticking
+from utils.run_folder import RunFolder
 from utils.schedule import Schedule
 from utils.training_log import TrainingLog
 
@@ -48,8 +47,25 @@ class Run(NamedTuple):
     folder: Path
     micro_batches: int
     schedule: Schedule
-    loggers: list[Logger]
+    loggers: Loggers
     log: TrainingLog
+    saver: Saver
+    evaluators: list[Evaluator]
+
+
+class Flags(NamedTuple):
+    """What the ranks told each other in a step.
+
+    finite: of all ranks. stop: the number of a signal that a rank received, or 0. save_failed:
+    a rank could not write its part of a checkpoint.
+    """
+
+    finite: bool
+    stop: int
+    save_failed: bool
+
+
+FAILED_IN_PART = 3  # exit status: the run is over, but a warning tells of something that failed
 
 
 def launch(cfg: DictConfig) -> None:
@@ -93,23 +109,6 @@ def create_stream(
     )
 
 
-def open_run_folder(config: PretrainConfig, backend: Backend) -> Path:
-    """Names the run alike on all ranks and gives its folder."""
-    name = backend.broadcast_object(config.run_name or random_run_name())
-    config.run_name = name
-    path = config.checkpoint_path or Path("checkpoints") / config.project_name / name
-    if backend.is_main:
-        print(f"run: {name}, folder {path}")
-        try:
-            Path(path).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to the run's folder {path} ({error.strerror or error}); name "
-                "another with checkpoint_path"
-            ) from None
-    return Path(path)
-
-
 def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
     """Says which device was taken and why, and what of the config is rarely meant."""
     if backend.is_main:
@@ -123,8 +122,15 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
     """One replica of a run; returns the exit status."""
     announce(backend, config, reason)
     data = open_data(config)
+    folder = RunFolder(config, backend)
+    try:
+        return train_in(folder.path, data, backend, config)
+    finally:
+        folder.close()
+
+
+def train_in(folder: Path, data: Data, backend: Backend, config: PretrainConfig) -> int:
     rows = config.rows_per_rank(backend.world_size)
-    folder = open_run_folder(config, backend)
     resumed = persistence.find_resume(config, folder, backend)
     labels = data.reasoning_ids() if config.arch.loss.options.get("reasoning_loss_weight") else 0
     model = create_model(config, data.train.metadata, batch_size=rows, reasoning_ids=labels)
@@ -141,20 +147,13 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
     if config.load_checkpoint and resumed is None:
         persistence.load_pretrained(config, model, data.train.identifiers, data.tokenizer)
     model.to(backend.device)
-    state = create_train_state(
-        config,
-        model,
-        wrap=backend.wrap,
-        all_gather=backend.all_gather,
-        device_type=backend.device.type,
-    )
+    state = create_train_state(config, model, backend=backend)
     stream = create_stream(config, model.model.config, data, backend, rows // micro_rows)
     if resumed is not None:
         persistence.restore(config, state, stream, backend, resumed, rows // micro_rows)
     schedule = Schedule(config, stream)
-    loggers: list[Logger] = []
-    if backend.is_main:
-        loggers = create_loggers(config.logger, folder, resolved(config))
+    names = config.logger if backend.is_main else []
+    loggers = Loggers(names, folder, resolved(config), state.step)
     peak = backend.peak_flops(model.model.config.dtype)
     log = TrainingLog(
         loggers,
@@ -165,13 +164,26 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
         flops_per_token=cost.measure(model.model).train_flops,
         peak_flops=None if peak is None else peak * backend.world_size,
     )
-    run = Run(config, backend, data, stream, folder, rows // micro_rows, schedule, loggers, log)
+    saver = Saver(
+        config,
+        state,
+        stream,
+        backend,
+        folder,
+        metadata=data.train.metadata,
+        identifiers=data.train.identifiers,
+        tokenizer=data.tokenizer,
+    )
+    run = Run(
+        config, backend, data, stream, folder, rows // micro_rows, schedule, loggers, log, saver,
+        evaluators_of(config, data),
+    )  # fmt: skip
     if backend.is_main and not config.eval_only:
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
     try:
         if config.eval_only:
-            run_evaluation(run, state)
-            return 0
+            run_evaluation(run, state, [])
+            return FAILED_IN_PART if state.failed_evaluations else 0
         return train_loop(run, state)
     except torch.OutOfMemoryError:
         raise UserError(
@@ -179,51 +191,69 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
             f"{micro_rows}), or global_batch_size, or set arch.use_gradient_checkpointing=true"
         ) from None
     finally:
+        saver.close()
         stream.close()
-        for logger in run.loggers:
-            logger.close()
+        loggers.close()
 
 
 def train_loop(run: Run, state: TrainState) -> int:
-    """Steps until the stream, a limit, or a signal ends the run; returns the exit status."""
-    config, clock = run.config, Clock(state.seconds)
-    saved_at, evaluated_at = state.step or -1, -1  # what was resumed is saved already
+    """Trains, saves and evaluates until the run is over or a signal ends it; the exit status."""
     with run.backend.signals() as received, run.log.progress(state):
-        while not run.schedule.over(state):
-            batches = run.stream.next(state.step + 1, state.halted)
-            if batches is None:
-                break
-            metrics, stop = train_batch(run, state, batches, clock, received)
-            run.log.add(state, metrics)
-            if state.step % config.log_interval == 0:
-                run.log.write(state)
-            due = run.stream.epoch >= state.next_eval(config)
-            every = config.checkpoint_interval
-            asked = (every and state.step % every == 0) or (due and config.checkpoint_every_eval)
-            if stop or asked:
-                with clock.paused():
-                    save(run, state)
-                saved_at = state.step
-            if stop:
-                say(run, f"stopped by {signal.Signals(stop).name} after saving step {state.step}; "
-                         f"go on with the same command and run_name={config.run_name}")  # fmt: skip
-                return 128 + stop
-            if due:
-                with clock.paused():
-                    results = run_evaluation(run, state)
-                evaluated_at, state.evaluated_epoch = state.step, run.stream.epoch
-                if state.stops_early(config.early_stopping, results):
-                    say(run, "stopped early: the evaluations no longer improve")
-                    saved_at = -1  # the next start must know
-        run.log.write(state)
+        try:
+            evaluated_at = take_steps(run, state, received)
+            if not run.saver.finish(patience=600):
+                say(run, f"error: step {state.step}, the last, could not be saved")
+                return FAILED_IN_PART
+            if evaluated_at != state.step:
+                evaluate_and_save(run, state, received)
+        except Interrupted as interrupted:
+            return leave(run, state, interrupted.signal)
+    return FAILED_IN_PART if state.failed_evaluations else 0
+
+
+def take_steps(run: Run, state: TrainState, received: list[int]) -> int:
+    """Steps until the stream or a limit ends the run; the step of the last evaluation, or -1.
+
+    Raises Interrupted where a rank received a signal. What is due at a step comes before the next
+    one begins, so that a run which is resumed there does the same.
+    """
+    config, clock, evaluated_at = run.config, Clock(state.seconds), -1
+    while True:
+        if run.stream.epoch >= state.next_eval(config):
+            with clock.paused():
+                evaluate_and_save(run, state, received)
+            evaluated_at = state.step
+        if run.schedule.over(state):
+            break
+        batches = run.stream.next(state.step + 1, state.halted)
+        if batches is None:
+            break
+        metrics, flags = train_batch(run, state, batches, clock, received)
+        run.log.add(state, metrics)
+        if state.step % config.log_interval == 0:
+            run.log.write(state)
+        run.saver.check(flags.save_failed)
+        if flags.stop:
+            raise Interrupted(flags.stop)
+        if run.saver.due():
+            with clock.paused():
+                run.saver.save()
+    run.log.write(state)
     if state.step < config.lr_warmup_steps:
         say(run, f"note: the run ended at step {state.step} of {config.lr_warmup_steps} in its "
                  "warm-up, below lr; lower lr_warmup_steps or train for longer")  # fmt: skip
-    if saved_at != state.step:
-        save(run, state)
-    if evaluated_at != state.step:
-        run_evaluation(run, state)
-    return 0
+    return evaluated_at
+
+
+def leave(run: Run, state: TrainState, stop: int) -> int:
+    """Saves on a signal; the exit status."""
+    name = signal.Signals(stop).name
+    again = f"go on with the same command and run_name={run.config.run_name}"
+    if not run.saver.finish(patience=5):
+        say(run, f"stopped by {name}, but step {state.step} could not be saved; {again}")
+        return FAILED_IN_PART
+    say(run, f"stopped by {name} after saving step {state.step}; {again}")
+    return 128 + stop
 
 
 def train_batch(
@@ -232,11 +262,11 @@ def train_batch(
     batches: list[dict[str, np.ndarray]],
     clock: Clock,
     received: list[int],
-) -> tuple[dict[str, Tensor], int]:
+) -> tuple[dict[str, Tensor], Flags]:
     """One optimizer step over this replica's micro-batches.
 
-    Returns the step's metrics (sums, on the device) and the number of a signal that any rank
-    received, or 0. The host waits once, for the halted flags and whether all is finite.
+    Returns the step's metrics (sums, on the device) and what the ranks told each other. The host
+    waits once, for the halted flags and whether all is finite.
     """
     config, backend, totals = run.config, run.backend, MetricSums()
     moved = [backend.to_device(batch) for batch in batches]
@@ -256,8 +286,8 @@ def train_batch(
     if norm is not None:
         finite &= torch.isfinite(norm)
     state.step += 1
-    all_finite, stop = share_flags(backend, state, finite, clock, received)
-    if all_finite:
+    flags = share_flags(run, state, finite, clock, received)
+    if flags.finite:
         apply_update(run, state)
     else:
         skip_update(run, state)
@@ -267,21 +297,21 @@ def train_batch(
     if norm is not None:
         totals.add({"grad_norm": norm})
     totals.add({"updates": torch.ones((), device=backend.device)})
-    return totals.sums, stop
+    return totals.sums, flags
 
 
 def share_flags(
-    backend: Backend, state: TrainState, finite: Tensor, clock: Clock, received: list[int]
-) -> tuple[bool, int]:
-    """What all ranks must agree on: which slots have halted (in slot order) and rank 0's clock,
-    both noted in `state`; whether all ranks are finite, and the largest signal number."""
+    run: Run, state: TrainState, finite: Tensor, clock: Clock, received: list[int]
+) -> Flags:
+    """What all ranks must agree on. Which slots have halted (in slot order) and rank 0's clock are
+    noted in `state`."""
     own = torch.cat([carry.halted for carry in state.carries]).long()
-    host = [round(clock.seconds * 1000), received[0] if received else 0]
+    host = [round(clock.seconds * 1000), received[0] if received else 0, int(run.saver.failed)]
     flags = torch.cat((own, finite.long().view(1), torch.tensor(host, device=own.device)))
-    table = backend.all_gather(flags.unsqueeze(0)).cpu().numpy()
-    state.halted = table[:, :-3].astype(bool).ravel()
-    state.seconds = table[0, -2] / 1000
-    return bool(table[:, -3].all()), int(table[:, -1].max())
+    table = run.backend.all_gather(flags.unsqueeze(0)).cpu().numpy()
+    state.halted = table[:, :-4].astype(bool).ravel()
+    state.seconds = table[0, -3] / 1000
+    return Flags(bool(table[:, -4].all()), int(table[:, -2].max()), bool(table[:, -1].any()))
 
 
 def apply_update(run: Run, state: TrainState) -> None:
@@ -315,20 +345,37 @@ def skip_update(run: Run, state: TrainState) -> None:
         )
 
 
-def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
-    """Evaluates the averaged weights on the test split, logs and prints what was found."""
+def evaluate_and_save(run: Run, state: TrainState, received: list[int]) -> None:
+    """A checkpoint first: the evaluation may fail, and its figures belong to one."""
+    if run.config.checkpoint_every_eval:
+        run.saver.save()
+    results = run_evaluation(run, state, received)
+    state.evaluated_epoch = run.stream.epoch
+    run.saver.keep_best(results)
+    if state.stops_early(run.config.early_stopping, results):
+        say(run, "stopped early: the evaluations no longer improve")
+        run.saver.saved_at = -1  # the next start must know
+
+
+def evaluators_of(config: PretrainConfig, data: Data) -> list[Evaluator]:
+    """Made before training, so that one that cannot be made is known before hours are spent."""
+    if data.test is None:
+        return []
+    return create_evaluators(config.evaluators, data.test_paths, data.test.metadata)
+
+
+def run_evaluation(run: Run, state: TrainState, received: list[int]) -> dict[str, Any]:
+    """Evaluates the averaged weights on the test split, logs and prints what was found.
+
+    Raises Interrupted where a rank received a signal.
+    """
     config, backend, arch = run.config, run.backend, state.model.model.config
     if run.data.test is None:
         say(run, "the corpora have no test split, or an empty one: evaluation is skipped")
         return {}
-    whole, test_rows = backend.world_size, run.data.test.num_rows
-    at_once = config.rows_per_rank(whole) // run.micro_batches
-    if not config.compile:  # another shape would be compiled anew
-        at_once = min(at_once, -(-test_rows // whole))
-    rows = config.eval_batch_size or whole * at_once
     stream = EvalStream(
         run.data.test,
-        global_batch_size=rows,
+        global_batch_size=evaluation_rows(run, run.data.test.num_rows),
         rank=backend.rank,
         world_size=backend.world_size,
         max_batches=config.eval_max_batches,
@@ -338,42 +385,37 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
     if getattr(arch, "post_refinement_steps", 0) and not arch.post_refinement_train:
         say(run, "note: the refinement passes were never trained (post_refinement_train=false); "
                  "figures without them are under unrefined/")  # fmt: skip
-    evaluators = create_evaluators(config.evaluators, run.data.test_paths, run.data.test.metadata)
     bar = tqdm(total=len(stream), desc="evaluate", unit="batch", leave=False,
                disable=not backend.is_main or not sys.stderr.isatty())  # fmt: skip
-    with state.ema.swapped() if state.ema is not None else nullcontext():
+    with bar, state.averaged():
         results = evaluate(
             state.model,
             ticking(prefetched(stream, config.num_workers), bar),
-            evaluators,
+            run.evaluators,
             backend,
+            received=received,
             save_outputs=config.eval_save_outputs,
             save_path=run.folder / f"evaluation_step_{state.step}",
         )
-    bar.close()
+    state.failed_evaluations += FAILURES in results
     results = {f"eval/{name}": value for name, value in results.items()}
-    for logger in run.loggers:
-        logger.log(results, state.step)
+    run.loggers.log(results, state.step)
     say(run, evaluation_table(results, state.step))
     return results
 
 
-def save(run: Run, state: TrainState) -> None:
-    persistence.save(
-        run.config,
-        state,
-        run.stream,
-        run.backend,
-        run.folder,
-        metadata=run.data.train.metadata,
-        identifiers=run.data.train.identifiers,
-        tokenizer=run.data.tokenizer,
-    )
+def evaluation_rows(run: Run, test_rows: int) -> int:
+    """Rows of an evaluation batch, over all ranks."""
+    whole = run.backend.world_size
+    at_once = run.config.rows_per_rank(whole) // run.micro_batches
+    if not run.config.compile:  # another shape would be compiled anew
+        at_once = min(at_once, -(-test_rows // whole))
+    return run.config.eval_batch_size or whole * at_once
 
 
 def say(run: Run, sentence: str) -> None:
     if run.backend.is_main:
-        tqdm.write(sentence)
+        tell(sentence)
 
 
 main = hydra_entry(launch)

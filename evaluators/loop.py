@@ -1,17 +1,20 @@
 """One evaluation: every row of a split, a fixed number of ACT steps, metrics over all ranks."""
 
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from utils.backend import Backend
 from utils.functions import load_class
+from utils.reporting import tell
 
 Batch = dict[str, Tensor]
+T = TypeVar("T")
 
 
 class Evaluator(Protocol):
@@ -126,59 +129,155 @@ def run_batch(model, batch: Batch, keys: set[str], max_steps: int, figures: SetF
     return preds
 
 
+class Interrupted(Exception):
+    """A rank received a signal that asks the run to stop; all ranks raise it together."""
+
+    def __init__(self, signal: int):
+        super().__init__(signal)
+        self.signal = signal
+
+
+FAILURES = "evaluators_failed"
+
+
+class Guarded:
+    """Evaluators, of which one may fail without ending the run or leaving other ranks waiting."""
+
+    def __init__(self, evaluators: Sequence[Evaluator], backend: Backend):
+        self.evaluators, self.backend = evaluators, backend
+        self.faults: dict[int, str] = {}  # on this rank, by place
+
+    def _try(self, place: int, act: Callable[..., T], *args: Any) -> T | None:
+        if place in self.faults:
+            return None
+        try:
+            return act(*args)
+        except Exception as error:  # a plug-in may raise anything
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self.faults[place] = (
+                f"{type(error).__name__}: {error} ({where.filename}:{where.lineno}, rank "
+                f"{self.backend.rank})"
+            )
+            return None
+
+    def begin(self) -> set[str]:
+        """The outputs that they need."""
+        keys: set[str] = set()
+        for place, evaluator in enumerate(self.evaluators):
+            self._try(place, evaluator.begin_eval)
+            keys.update(evaluator.required_outputs)
+        return keys
+
+    def update(self, batch: Batch, preds: Batch) -> None:
+        for place, evaluator in enumerate(self.evaluators):
+            self._try(place, evaluator.update_batch, batch, preds)
+
+    def results(self, save_path: str | None) -> dict[str, Any]:
+        """Their figures; of those that failed on any rank a warning, and how many they are."""
+        backend, found = self.backend, dict[str, Any]()
+        self._share_faults()
+        for place, evaluator in enumerate(self.evaluators):
+            own = self._try(
+                place, evaluator.result, save_path, backend.rank, backend.world_size, backend
+            )
+            found |= backend.broadcast_object(own or {})
+        self._share_faults()
+        for place, fault in sorted(self.faults.items()):
+            if backend.is_main:
+                name = type(self.evaluators[place]).__name__
+                tell(f"warning: evaluator {name} failed, its figures are missing: {fault}")
+        if self.faults:
+            found[FAILURES] = len(self.faults)
+        return found
+
+    def _share_faults(self) -> None:
+        for faults in self.backend.gather_objects(self.faults):
+            self.faults = faults | self.faults
+
+
+def interrupt_if_asked(received: Sequence[int], backend: Backend) -> None:
+    """Raises Interrupted on all ranks if one of them received a signal. A collective."""
+    number = torch.tensor([received[0] if received else 0], device=backend.device)
+    if stop := int(backend.all_gather(number).max()):
+        raise Interrupted(stop)
+
+
 def evaluate(
     model,
     stream: Iterable,
     evaluators: Sequence[Evaluator],
     backend: Backend,
     *,
+    received: Sequence[int] = (),
     save_outputs: Sequence[str] = (),
     save_path: Path | None = None,
 ) -> dict[str, Any]:
     """<set>/<metric>, <set>/step_<k>/<metric>, <set>/hist/<metric> (row counts) and each
     evaluator's figures; the same on all ranks.
 
-    Under `eval_halting` budget or act the depth at which a token is scored depends on the whole
-    row, later tokens included: the names of those figures carry the rule.
+    received: numbers of signals that ask to stop, which raise Interrupted. Under `eval_halting`
+    budget or act the depth at which a token is scored depends on the whole row, later tokens
+    included: the names of those figures carry the rule.
     """
     was_training = model.training
     model.eval()
-    config = model.model.config
-    max_steps = getattr(config, "max_eval_steps", 1)
-    halting = getattr(config, "eval_halting", "max")
-    keys = set(save_outputs)
-    for evaluator in evaluators:
-        evaluator.begin_eval()
-        keys.update(evaluator.required_outputs)
+    try:
+        guarded = Guarded(evaluators, backend)
+        figures = run_all(model, stream, guarded, backend, received, save_outputs, save_path)
+        results = {
+            f"{set_name}/{name}": value
+            for set_name, of_set in figures.items()
+            for name, value in of_set.read(backend.sum).items()
+        }
+        results |= guarded.results(None if save_path is None else str(save_path))
+    finally:
+        model.train(was_training)
+    halting = getattr(model.model.config, "eval_halting", "max")
+    if halting in ("budget", "act"):
+        results = {
+            name if name == FAILURES else f"{halting}/{name}": value
+            for name, value in results.items()
+        }
+    return results
+
+
+def run_all(
+    model,
+    stream: Iterable,
+    guarded: Guarded,
+    backend: Backend,
+    received: Sequence[int],
+    save_outputs: Sequence[str],
+    save_path: Path | None,
+) -> dict[str, SetFigures]:
+    """Every batch through the model, to the evaluators, and to the disk what is to be saved."""
+    max_steps = getattr(model.model.config, "max_eval_steps", 1)
+    keys = guarded.begin() | set(save_outputs)
     sets: dict[str, SetFigures] = {}
     saved: dict[str, list[Tensor]] = {}
     for set_name, batch, _ in backend.batches(stream):
+        interrupt_if_asked(received, backend)
         figures = sets.setdefault(set_name, SetFigures(max_steps, backend.device))
         preds = run_batch(model, batch, keys, max_steps, figures)
-        for evaluator in evaluators:
-            evaluator.update_batch(batch, preds)
+        guarded.update(batch, preds)
         for name in save_outputs:
             if (value := preds.get(name, batch.get(name))) is not None:
                 saved.setdefault(name, []).append(value.cpu())
     if missing := sorted(set(save_outputs) - set(saved)):
         warnings.warn(f"eval_save_outputs: there is no {', '.join(missing)}", stacklevel=2)
     if saved and save_path is not None:
-        save_path.mkdir(parents=True, exist_ok=True)
-        joined = {name: torch.cat(parts) for name, parts in saved.items()}
-        torch.save(joined, save_path / f"predictions_rank{backend.rank}.pt")
-    results = {
-        f"{set_name}/{name}": value
-        for set_name, figures in sets.items()
-        for name, value in figures.read(backend.sum).items()
-    }
-    path = None if save_path is None else str(save_path)
-    for evaluator in evaluators:
-        own = evaluator.result(path, backend.rank, backend.world_size, backend)
-        results |= backend.broadcast_object(own or {})
-    model.train(was_training)
-    if halting in ("budget", "act"):
-        results = {f"{halting}/{name}": value for name, value in results.items()}
-    return results
+        save_predictions(saved, save_path, backend.rank)
+    return sets
+
+
+def save_predictions(saved: dict[str, list[Tensor]], folder: Path, rank: int) -> None:
+    path = folder / f"predictions_rank{rank}.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save({name: torch.cat(parts) for name, parts in saved.items()}, path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        path.unlink(missing_ok=True)
+        tell(f"warning: {path} could not be written ({error}); the run goes on without it")
 
 
 def create_evaluators(

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from utils.backend.state import part_like
+
 
 class EMA:
     """Averages parameters in at least float32: shadow ← rate · shadow + (1 − rate) · weight.
@@ -54,4 +56,4 @@ class EMA:
     def load_state_dict(self, state: dict) -> None:
         self.updates = state["updates"]
         for name, shadow in self.shadow.items():
-            shadow.copy_(state["shadow"][name])
+            shadow.copy_(part_like(state["shadow"][name], shadow))

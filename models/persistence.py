@@ -1,6 +1,8 @@
 """Saving and restoring a run: what goes into a checkpoint, and what may change on the way back."""
 
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,16 +21,20 @@ from models.train_state import (
 from utils import checkpoint
 from utils.backend import Backend
 from utils.checkpoint import Checkpoint
+from utils.checkpoint_writer import CheckpointWriter, Contents
 from utils.config_schema import PretrainConfig
+from utils.reporting import tell
 
 # Keys that leave the training curve as it is, up to rounding; all others must agree on resume.
 HARMLESS = frozenset(
     "data_paths data_paths_test vocab_size seq_len micro_batch_size grad_accum_steps num_workers "
     "evaluators eval_interval min_eval_interval eval_batch_size eval_max_batches eval_only "
-    "eval_save_outputs early_stopping project_name run_name checkpoint_path checkpoint_every_eval "
-    "checkpoint_interval keep_checkpoints checkpoint_carry resume resume_allow load_checkpoint "
-    "load_weights device_type parallel compile dry_run logger log_interval max_nonfinite".split()
+    "eval_save_outputs early_stopping best_metric best_mode project_name run_name checkpoint_path "
+    "checkpoint_every_eval checkpoint_interval keep_checkpoints checkpoint_carry resume "
+    "resume_allow load_checkpoint load_weights device_type parallel compile dry_run logger "
+    "log_interval max_nonfinite".split()
 )
+FORMAT = 2  # of a checkpoint's files; 2: optimizers know parameters by name
 
 
 class Resumable(Protocol):
@@ -42,48 +48,138 @@ def resolved(config: PretrainConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def save(
-    config: PretrainConfig,
-    state: TrainState,
-    stream: Resumable,
-    backend: Backend,
-    run: Path,
-    *,
-    metadata: DatasetMetadata,
-    identifiers: list[str],
-    tokenizer: Path | None,
-) -> Path:
-    """Writes `run`/step_<n> and prunes older ones; every rank calls it."""
-    folder = checkpoint.step_folder(run, state.step)
-    shard = None
-    if config.checkpoint_carry and state.carries:
-        share = len(state.halted) // backend.world_size
-        slots = [backend.rank * share, (backend.rank + 1) * share]
-        shard = {"slots": slots, "carry": carry_rows(state.carries)}
-    position = stream.state_dict()
-    if shard is None and config.feed == "consume":
-        # held rows start again, but those that have halted are done
-        places = zip(position["held_places"], state.halted.tolist(), strict=True)
-        position["held_places"] = [-1 if halted else place for place, halted in places]
-    micro_rows = len(state.carries[0].halted) if state.carries else None
-    counters = {"counters": state.counters(), "stream": position, "micro_rows": micro_rows}
-    checkpoint.save(
-        folder,
-        tensors=state.tensors() if backend.is_main else {},
-        texts={
-            "state.json": json.dumps(counters),
+class Saver:
+    """Saves one run: in the background, and again where the disk refuses. Methods are collectives.
+
+    saved_at: the last step whose checkpoint is whole or in work.
+    """
+
+    RETRY_SECONDS = 60  # of training, until a checkpoint that failed is tried again
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        state: TrainState,
+        stream: Resumable,
+        backend: Backend,
+        run: Path,
+        *,
+        metadata: DatasetMetadata,
+        identifiers: list[str],
+        tokenizer: Path | None,
+    ):
+        self.config, self.state, self.stream, self.backend = config, state, stream, backend
+        self.run = run
+        self.writer = CheckpointWriter(run, backend, config.keep_checkpoints)
+        self.texts = {
             "config.yaml": yaml.safe_dump(resolved(config), sort_keys=False),
             "dataset.json": metadata.model_dump_json(),
             "identifiers.json": json.dumps(identifiers),
-        },
-        shard=shard,
-        copies=[*source_files(state.model), *([(tokenizer, tokenizer.name)] if tokenizer else [])],
-        rank=backend.rank,
-        barrier=backend.barrier,
-    )
-    if backend.is_main:
-        checkpoint.prune(run, config.keep_checkpoints)
-    return folder
+        }
+        self.copies = source_files(state.model)
+        if tokenizer is not None:
+            self.copies.append((tokenizer, tokenizer.name))
+        self.saved_at = state.step or -1  # what was resumed is saved already
+        self.retry_at: float | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write; `check` wants to know it of any rank."""
+        return self.writer.failed
+
+    def check(self, failed: bool) -> None:
+        """Gives up a checkpoint that some rank failed to write, and plans the next attempt."""
+        if failed and not self.writer.settle():
+            self._plan_retry()
+
+    def due(self) -> bool:
+        every = self.config.checkpoint_interval
+        again = self.retry_at is not None and self.state.seconds >= self.retry_at
+        return again or bool(every and self.state.step % every == 0)
+
+    def save(self) -> None:
+        """Starts a checkpoint of the present state, unless there is one."""
+        if self.saved_at == self.state.step:
+            return
+        spare = () if self.state.best_step is None else (self.state.best_step,)
+        if not self.writer.begin(self.state.step, self._contents(), spare):
+            return self._plan_retry()
+        self.saved_at, self.retry_at = self.state.step, None
+
+    def finish(self, patience: float) -> bool:
+        """Returns when the present state is saved; False if that failed for `patience` seconds."""
+        begun, pause = time.monotonic(), min(10.0, patience)
+        while True:
+            self.save()
+            if self.writer.settle() and self.saved_at == self.state.step:
+                return True
+            self._plan_retry()
+            waited = time.monotonic() - begun
+            if self.backend.broadcast_object(waited >= patience):
+                return False
+            if self.backend.is_main:
+                left = patience - waited
+                tell(f"trying again every {pause:.0f} s for {left:.0f} s: make room")
+            time.sleep(pause)
+
+    def keep_best(self, results: dict[str, Any]) -> None:
+        """Keeps the checkpoint of this step besides the newest, if its evaluation is the best."""
+        figure = self._figure(results)
+        state, best = self.state, self.state.best_figure
+        if figure is None or math.isnan(figure) or (best is not None and figure <= best):
+            return
+        state.best_step, state.best_figure = state.step, figure
+        self.save()
+        if not self.writer.settle():
+            return self._plan_retry()
+        if self.backend.is_main:
+            checkpoint.link_best(self.run, state.best_step)
+
+    def _figure(self, results: dict[str, Any]) -> float | None:
+        """The figure that decides which checkpoint is best, larger is better."""
+        config, rule = self.config, self.config.early_stopping
+        name, mode = config.best_metric, config.best_mode
+        if name is None and rule is not None:
+            name, mode = rule.metric, rule.mode
+        if name is None:
+            losses = [key for key in results if key.endswith("/lm_loss") and "/step_" not in key]
+            name, mode = (losses[0] if losses else "eval/lm_loss").removeprefix("eval/"), "min"
+        value = results.get(f"eval/{name}")
+        if value is None:
+            if results and self.backend.is_main:
+                tell(f"warning: best_metric={name} was not evaluated; no checkpoint counts as best")
+            return None
+        return value if mode == "max" else -value
+
+    def close(self) -> None:
+        self.writer.close()
+
+    def _plan_retry(self) -> None:
+        self.saved_at, self.retry_at = -1, self.state.seconds + self.RETRY_SECONDS
+
+    def _contents(self) -> Contents:
+        """All that the checkpoint needs, copied to the host: the loop may go on."""
+        config, state = self.config, self.state
+        shard = None
+        if config.checkpoint_carry and state.carries:
+            share = len(state.halted) // self.backend.world_size
+            slots = [self.backend.rank * share, (self.backend.rank + 1) * share]
+            shard = {"slots": slots, "carry": carry_rows(state.carries)}
+        position = self.stream.state_dict()
+        if shard is None and config.feed == "consume":
+            # held rows start again, but those that have halted are done
+            places = zip(position["held_places"], state.halted.tolist(), strict=True)
+            position["held_places"] = [-1 if halted else place for place, halted in places]
+        tensors = state.tensors()
+        if not self.backend.is_main:
+            return Contents({}, {}, [], shard)
+        saved = {
+            "format": FORMAT,
+            "counters": state.counters(),
+            "stream": position,
+            "micro_rows": len(state.carries[0].halted) if state.carries else None,
+        }
+        return Contents(tensors, self.texts | {"state.json": json.dumps(saved)}, self.copies, shard)
 
 
 def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoint | None:
@@ -95,27 +191,41 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
                 "choose another run_name, or move the folder away"
             )
         return None
-    folder: Path | None = None
-    if config.resume != "auto" and (Path(config.resume) / checkpoint.MANIFEST).is_file():
-        folder = Path(config.resume)
-    elif found := checkpoint.checkpoints_of(
-        run if config.resume == "auto" else Path(config.resume)
-    ):
-        folder = found[-1]
-    elif config.resume != "auto":
-        raise UserError(f"resume={config.resume} is neither a checkpoint nor a run that has one")
-    folder = backend.broadcast_object(folder)
+    opened: Checkpoint | None = None
+    if backend.is_main:
+        if not config.eval_only:
+            checkpoint.recover(run)
+        opened = opened_to_resume(config, run)
+    folder = backend.broadcast_object(None if opened is None else opened.folder)
     if folder is None:
         return None
-    opened = Checkpoint(folder)
     if backend.is_main:
-        opened.verify()
-        print(f"resuming from {folder}")
+        print(f"resuming from {folder}", flush=True)
         if folder.parent.resolve() == run.resolve() and not config.eval_only:
             checkpoint.set_aside(run, after=folder)
     backend.barrier()
+    opened = Checkpoint(folder)
+    if opened.json("state.json").get("format") != FORMAT:
+        raise UserError(
+            f"{folder} was written by another version of Athena and cannot be gone on with; start "
+            f"a new run from its weights with load_checkpoint={folder}"
+        )
     check_unchanged(config, yaml.safe_load(opened.text("config.yaml")))
     return opened
+
+
+def opened_to_resume(config: PretrainConfig, run: Path) -> Checkpoint | None:
+    """The checkpoint that `resume` names or finds, compared with its manifest."""
+    if config.resume == "auto":
+        return checkpoint.newest_whole(run)
+    named = Path(config.resume)
+    if (named / checkpoint.MANIFEST).is_file():
+        opened = Checkpoint(named)
+        opened.verify()
+        return opened
+    if (found := checkpoint.newest_whole(named)) is None:
+        raise UserError(f"resume={config.resume} is neither a checkpoint nor a run that has one")
+    return found
 
 
 def check_unchanged(config: PretrainConfig, saved: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@ Model, optimizers, averages, held rows and counters; the stream keeps its own po
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,16 @@ from models.ema import EMA
 from models.losses import ACTLossHead
 from models.recursive_reasoning.athena_trm import Carry, InnerCarry
 from models.sparse_embedding import SparseEmbeddingSignSGD, sparse_embeddings
+from utils.backend import Backend
+from utils.backend.state import (
+    host_copy,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+    release,
+    scalar,
+)
 from utils.config_schema import EarlyStoppingConfig, PretrainConfig
 from utils.functions import load_class
 from utils.optim import AdamATan2, create_optimizers
@@ -94,8 +105,14 @@ class TrainState:
     """Epoch of the last evaluation."""
     stopped: bool = False
     """Early stopping has ended the run."""
+    failed_evaluations: int = 0
+    """Evaluations of this process in which an evaluator failed."""
     best: float | None = None
+    """Best figure by early stopping's rule, larger is better."""
     bad_evaluations: int = 0
+    best_step: int | None = None
+    """The step whose evaluation was best, and its figure, larger is better."""
+    best_figure: float | None = None
     parameters: list[nn.Parameter] = field(default_factory=list)
 
     COUNTERS = (
@@ -107,6 +124,8 @@ class TrainState:
         "stopped",
         "best",
         "bad_evaluations",
+        "best_step",
+        "best_figure",
     )
 
     @property
@@ -127,18 +146,18 @@ class TrainState:
         if not self.parameters:
             return None
         limit = math.inf if max_norm is None else max_norm
-        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        return scalar(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
 
     def stops_early(self, rule: EarlyStoppingConfig | None, results: dict[str, Any]) -> bool:
         """Whether early stopping ends the run after this evaluation."""
         if rule is None:
             return False
-        if f"eval/{rule.metric}" not in results:
+        if f"eval/{rule.metric}" not in results and not results.get("eval/evaluators_failed"):
             raise UserError(
                 f"early_stopping.metric={rule.metric} was not evaluated; there are "
                 + ", ".join(sorted(name.removeprefix("eval/") for name in results))
             )
-        value = results[f"eval/{rule.metric}"] * (1 if rule.mode == "max" else -1)
+        value = results.get(f"eval/{rule.metric}", math.nan) * (1 if rule.mode == "max" else -1)
         if not math.isnan(value) and (self.best is None or value > self.best + rule.min_delta):
             self.best, self.bad_evaluations = value, 0
         else:
@@ -160,23 +179,42 @@ class TrainState:
 
     def load_counters(self, counters: dict[str, Any]) -> None:
         for name in self.COUNTERS:
-            setattr(self, name, counters[name])
+            setattr(self, name, counters.get(name, getattr(self, name)))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model holds the averaged weights inside the block, if there are any."""
+        if self.ema is None:
+            yield
+            return
+        release(self.model)
+        with self.ema.swapped():
+            yield
+            release(self.model)
 
     def tensors(self) -> dict[str, Any]:
-        """What a checkpoint stores once, whatever the number of ranks."""
+        """What a checkpoint stores once, whole and copied to the host.
+
+        A collective of all ranks where weights are sharded.
+        """
         found: dict[str, Any] = {
-            "model": self.model.state_dict(),
-            "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
+            "model": model_state(self.model),
+            "optimizer": [optimizer_state(self.model, o) for o in self.main_optimizers],
             "rng": torch.get_rng_state(),
         }
         if self.ema is not None:
-            found["ema"] = self.ema.state_dict()
+            found["ema"] = host_copy(self.ema.state_dict())
         return found
+
+    @property
+    def main_optimizers(self) -> list[Optimizer]:
+        """All but the identifier embedding's, which has no state."""
+        return [o for o in self.optimizers if not isinstance(o, SparseEmbeddingSignSGD)]
 
     def load_tensors(self, read: Callable[[str], Any]) -> None:
         load_into(self.model, read("model"))
-        for optimizer, state in zip(self.optimizers, read("optimizer"), strict=True):
-            load_optimizer(optimizer, state)
+        for optimizer, state in zip(self.main_optimizers, read("optimizer"), strict=True):
+            load_optimizer(self.model, optimizer, state)
         if self.ema is not None:
             self.ema.load_state_dict(read("ema"))
         torch.set_rng_state(read("rng"))
@@ -195,14 +233,18 @@ def create_train_state(
     config: PretrainConfig,
     model: ACTLossHead,
     *,
-    wrap: Callable[[nn.Module], nn.Module],
-    all_gather: Callable[[Tensor], Tensor],
-    device_type: str,
+    backend: Backend,
 ) -> TrainState:
     """Optimizers and averages around a model that is already on its device."""
     if config.freeze_weights:
         model.requires_grad_(False)
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    if config.compile:
+        for module in model.modules():
+            if type(module).__name__ == "Block":
+                module.compile(dynamic=False)
+    trains = any(p.requires_grad for p in model.parameters())
+    step_model = backend.wrap(model, config.parallel) if trains else model
+    trainable = [p for p in model.parameters() if p.requires_grad]  # sharded by now, if at all
     optimizers: list[Optimizer] = []
     if trainable:
         optimizers += create_optimizers(
@@ -212,23 +254,19 @@ def create_train_state(
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
             decay_all=config.weight_decay_all,
-            device_type=device_type,
+            device_type=backend.device.type,
         )
     base_lrs = [config.lr] * len(optimizers)
     for embedding in sparse_embeddings(model):
         decay = config.puzzle_emb_weight_decay
         optimizers.append(
-            SparseEmbeddingSignSGD(embedding, config.puzzle_emb_lr, decay, all_gather)
+            SparseEmbeddingSignSGD(embedding, config.puzzle_emb_lr, decay, backend.all_gather)
         )
         base_lrs.append(config.puzzle_emb_lr)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if config.compile:
-        for module in model.modules():
-            if type(module).__name__ == "Block":
-                module.compile(dynamic=False)
     return TrainState(
         model=model,
-        step_model=wrap(model) if trainable else model,
+        step_model=step_model,
         optimizers=optimizers,
         base_lrs=base_lrs,
         ema=EMA(named, config.ema_rate, config.ema_warmup) if config.ema and named else None,
@@ -237,10 +275,10 @@ def create_train_state(
     )
 
 
-def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Loads moments and step counts; rates and decays stay those of today's config."""
     today = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    load_optimizer_state(model, optimizer, state)
     for group, values in zip(optimizer.param_groups, today, strict=True):
         group.update(values)
     if "atan2" in type(optimizer).__name__.lower():
@@ -267,7 +305,7 @@ def load_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
             f"the checkpoint is of another architecture: {shown}. Give the arch options that it "
             "was trained with (its config.yaml has them)"
         )
-    model.load_state_dict(weights)
+    load_model_state(model, weights)
 
 
 def match_identifiers(
@@ -307,7 +345,7 @@ def carry_rows(carries: Sequence[Carry]) -> dict[str, Tensor]:
         }
 
     parts = [flat(carry) for carry in carries]
-    return {k: torch.cat([part[k] for part in parts]).cpu() for k in parts[0]}
+    return {k: torch.cat([part[k] for part in parts]).to("cpu", copy=True) for k in parts[0]}
 
 
 def carry_from_rows(rows: dict[str, Tensor]) -> Carry:

@@ -39,10 +39,7 @@ def make_step(config: PretrainConfig, backend: Backend) -> Callable[[], None]:
         num_puzzle_identifiers=1, mean_puzzle_examples=1, total_puzzles=1,
     )  # fmt: skip
     model = create_model(config, metadata, batch_size=rows).to(backend.device).train()
-    state = create_train_state(
-        config, model, wrap=backend.wrap, all_gather=backend.all_gather,
-        device_type=backend.device.type,
-    )  # fmt: skip
+    state = create_train_state(config, model, backend=backend)
     tokens = torch.randint(vocab, (rows, length), dtype=torch.int32, device=backend.device)
     batch = dict(
         inputs=tokens,

@@ -74,14 +74,43 @@ def test_resuming_with_changed_keys_lists_them(text_corpus, run_training):
     run_training(text_corpus, "run", "max_steps=2", "evaluators=[]", "lr=2e-3", "resume_allow=[lr]")
 
 
-def test_a_damaged_checkpoint_is_refused(text_corpus, run_training):
-    run = run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
-    weights = run / "step_2" / "model.pt"
-    damaged = bytearray(weights.read_bytes())
+def damage(path: Path) -> None:
+    """One flipped bit."""
+    damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
-    weights.write_bytes(damaged)
-    with pytest.raises(UserError, match=r"model\.pt"):
+    path.write_bytes(damaged)
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(
+    text_corpus, run_training, capsys
+):
+    options = ["evaluators=[]", "epochs=20", "keep_checkpoints=null", "checkpoint_interval=2"]
+    whole = run_training(text_corpus, "whole", *options, "max_steps=6")
+    run = run_training(text_corpus, "run", *options, "max_steps=6")
+    damage(run / "step_6" / "model.pt")
+    (run / "step_4" / "manifest.json").write_text("{")
+    capsys.readouterr()
+    run_training(text_corpus, "run", *options, "max_steps=6")
+    out = capsys.readouterr().out
+    assert "step_6 is damaged: model.pt" in out and "step_4 is damaged: manifest.json" in out
+    assert "resuming from" in out and "step_2" in out
+    one, other = contents(whole / "step_6"), contents(run / "step_6")
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert len(list(run.glob("damaged_step_*"))) == 2
+
+
+def test_damage_everywhere_never_starts_a_run_from_scratch(text_corpus, run_training):
+    run = run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
+    damage(run / "step_2" / "optimizer.pt")
+    with pytest.raises(UserError, match="all 1 checkpoints"):
         run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused(text_corpus, run_training):
+    run = run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
+    damage(run / "step_2" / "model.pt")
+    with pytest.raises(UserError, match=r"model\.pt"):
+        run_training(text_corpus, "other", "max_steps=2", f"resume={run / 'step_2'}")
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(text_corpus, run_training):

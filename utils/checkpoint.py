@@ -3,16 +3,17 @@
 `step_<n>/` holds model.pt and, where it applies, ema.pt; optimizer.pt; one carry_<rank>.pt a
 rank (held rows by slot); state.json (step, stream position, counters); config.yaml; the corpus'
 dataset.json and tokenizer.json; source/ (architecture and loss); manifest.json (SHA-256 of every
-other file). It is written beside its place under another name and renamed at the end.
+other file). It is written beside its place under another name and renamed at the end
+(`utils/checkpoint_writer.py`). In a run's folder `best` is a link to the checkpoint with the best
+evaluation.
 """
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dataset.common import UserError
+from utils.reporting import tell
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d+)")
@@ -29,72 +31,19 @@ def step_folder(run: Path, step: int) -> Path:
     return run / f"step_{step}"
 
 
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 def checkpoints_of(run: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     if not run.is_dir():
         return []
     found = [p for p in run.iterdir() if _STEP.fullmatch(p.name) and (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
 
 
-def save(
-    folder: Path,
-    *,
-    tensors: Mapping[str, Any],
-    texts: Mapping[str, str],
-    shard: Mapping[str, Any] | None,
-    copies: Iterable[tuple[Path, str]],
-    rank: int,
-    barrier: Callable[[], None],
-) -> None:
-    """Writes a checkpoint; every rank calls it, rank 0 writes all but the other ranks' shards.
-
-    tensors: file stem -> what torch.save takes. texts: file name -> content. shard: this rank's
-    carry. copies: files to copy and their names inside. Raises OSError where the disk does.
-    """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    if rank == 0:
-        for left in folder.parent.glob(".step_*.*"):  # by a crash
-            shutil.rmtree(left, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
-    if shard is not None:
-        torch.save(shard, temporary / f"carry_{rank}.pt")
-    if rank == 0:
-        for stem, value in tensors.items():
-            torch.save(value, temporary / f"{stem}.pt")
-        for name, text in texts.items():
-            (temporary / name).write_text(text)
-        for source, name in copies:
-            (temporary / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, temporary / name)
-    barrier()
-    if rank == 0:
-        _seal(temporary)
-        if folder.exists():
-            _remove(folder)
-        temporary.rename(folder)
-        _fsync(folder.parent)
-    barrier()
-
-
-def _seal(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(folder)): _sha256(path) for path in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*files, folder / MANIFEST, folder]:
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -108,22 +57,47 @@ def set_aside(run: Path, after: Path) -> None:
     for folder in found[found.index(run / after.name) + 1 :]:
         aside = folder.with_name(f"abandoned_{folder.name}_{int(time.time())}")
         folder.rename(aside)
-        print(f"note: {folder.name} is later than {after.name}, it is now {aside.name}")
+        tell(f"note: {folder.name} is later than {after.name}, it is now {aside.name}")
+    if not (run / "best").exists():
+        link_best(run, None)
 
 
-def prune(run: Path, keep: int | None) -> None:
-    """Removes all but the newest `keep` checkpoints."""
-    if keep is not None:
-        for folder in checkpoints_of(run)[:-keep]:
-            _remove(folder)
+def prune(run: Path, keep: int | None, spare: Container[int] = ()) -> None:
+    """Removes all but the newest `keep` checkpoints and the steps in `spare`.
+
+    Each is renamed first, so that a crash leaves no half-removed checkpoint.
+    """
+    if keep is None:
+        return
+    for folder in checkpoints_of(run)[:-keep]:
+        if step_of(folder) not in spare:
+            doomed = folder.with_name(f".{folder.name}.pruned")
+            folder.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _remove(folder: Path) -> None:
-    """Renames first, so that a crash leaves no half-removed checkpoint."""
-    doomed = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def link_best(run: Path, step: int | None) -> None:
+    """Points `best` in the run's folder to the checkpoint of `step`, or removes it for None."""
+    link, part = run / "best", run / ".best.part"
+    try:
+        if step is not None and step_folder(run, step).is_dir():
+            part.unlink(missing_ok=True)
+            part.symlink_to(step_folder(run, step).name)
+            part.replace(link)
+        elif link.is_symlink():
+            link.unlink()
+    except OSError as error:  # not every storage knows links; the run itself needs none
+        tell(f"note: {link} could not be made ({error.strerror or error})")
+
+
+def recover(run: Path) -> None:
+    """Clears what a crash left: half-written folders go, one that was being replaced comes back."""
+    for left in sorted(run.glob(".step_*.*")):
+        place = run / left.stem.removeprefix(".")
+        if left.suffix == ".old" and not place.exists():
+            left.rename(place)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 class Checkpoint:
@@ -139,13 +113,19 @@ class Checkpoint:
                 f"{self.folder} is not a checkpoint: it has no {MANIFEST}; "
                 + (f"runs below it: {advice}" if below else advice)
             )
-        self.files: dict[str, str] = json.loads(manifest.read_text())
+        try:
+            self.files: dict[str, str] = json.loads(manifest.read_text())
+        except ValueError:
+            raise UserError(
+                f"checkpoint {self.folder} is damaged: {MANIFEST} cannot be read; go on from an "
+                "older step_<n> with resume=<folder>"
+            ) from None
 
     def verify(self) -> None:
         """Compares every file with the manifest."""
         for name, digest in self.files.items():
             path = self.folder / name
-            if not path.is_file() or _sha256(path) != digest:
+            if not path.is_file() or sha256(path) != digest:
                 raise UserError(
                     f"checkpoint {self.folder} is damaged: {name} is not what was saved; go on "
                     "from an older step_<n> with resume=<folder>"
@@ -177,6 +157,29 @@ class Checkpoint:
             return None
         parts.sort(key=lambda part: part[0])
         return {k: torch.cat([rows[k] for _, rows in parts]) for k in parts[0][1]}
+
+
+def newest_whole(run: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run that is what was saved; None if there never was one.
+
+    A damaged one is reported and renamed, and the one before it taken. UserError if all are.
+    """
+    found = checkpoints_of(run)
+    for folder in reversed(found):
+        try:
+            opened = Checkpoint(folder)
+            opened.verify()
+            return opened
+        except UserError as error:
+            aside = folder.with_name(f"damaged_{folder.name}_{int(time.time())}")
+            folder.rename(aside)
+            tell(f"note: {error.args[0].partition(';')[0]}; it is now {aside.name}")
+    if found:
+        raise UserError(
+            f"all {len(found)} checkpoints in {run} are damaged; look at damaged_step_<n>_<time> "
+            "there, or start anew with another run_name"
+        )
+    return None
 
 
 def load_weights(path: str | Path, which: str) -> tuple[dict[str, Tensor], Checkpoint | None]:

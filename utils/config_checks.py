@@ -92,10 +92,13 @@ def _eval_batch(c: Context) -> Iterator[str]:
         )
 
 
-@_reads("parallel")
+@_reads("parallel", "device_type")
 def _parallel(c: Context) -> Iterator[str]:
-    if c.config.parallel == "fsdp":
-        yield "parallel=fsdp is not yet available: use parallel=ddp"
+    if c.config.parallel == "fsdp" and c.config.device_type in ("xla", "tpu", "mps"):
+        yield (
+            f"parallel=fsdp does not run on device_type={c.config.device_type}: use parallel=ddp, "
+            "or cuda or cpu"
+        )
 
 
 # --- data -------------------------------------------------------------------------------

@@ -191,8 +191,12 @@ class PretrainConfig(pydantic.BaseModel):
         1000, description="optimizer steps between checkpoints; null: none between"
     )
     keep_checkpoints: PositiveInt | None = Field(
-        3, description="checkpoints kept, the newest; null: all"
+        3, description="checkpoints kept, the newest and besides them the best; null: all"
     )
+    best_metric: Text | None = Field(
+        None, description="evaluation metric of the best checkpoint; null: early_stopping's or loss"
+    )
+    best_mode: Literal["min", "max"] = Field("min", description="whether less or more is better")
     checkpoint_carry: bool = Field(True, description="save held rows, for an exact resume")
     resume: Annotated[str, BeforeValidator(_null_is_none_word)] = Field(
         "auto", description="auto: go on where the run's folder ends; none; or a checkpoint"

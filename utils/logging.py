@@ -1,8 +1,12 @@
-"""Where metrics go: JSONL, TensorBoard, Weights & Biases. Only rank 0 has loggers."""
+"""Where metrics go: JSONL, TensorBoard, Weights & Biases. Only rank 0 has loggers.
+
+Warnings are printed, not raised: a run outlives its loggers.
+"""
 
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dataset.common import UserError
+from utils.reporting import tell
 
 
 class Logger(Protocol):
@@ -22,12 +27,22 @@ class Logger(Protocol):
 
 
 class JSONLLogger:
-    """One object a line in <run>/metrics.jsonl: step, time (seconds since 1970), metrics."""
+    """One object a line in <run>/metrics.jsonl: step, time (seconds since 1970), metrics.
 
-    def __init__(self, run: Path, config: dict[str, Any]):
-        self.file = (run / "metrics.jsonl").open("a", buffering=1)
+    A run that goes on from `step` writes what came after it anew; those lines move to
+    metrics_abandoned.jsonl.
+    """
+
+    def __init__(self, run: Path, config: dict[str, Any], step: int):
+        self.path = run / "metrics.jsonl"
+        _cut_back(self.path, run / "metrics_abandoned.jsonl", step)
+        self.file = self.path.open("a", buffering=1)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
+        if not self.path.exists():  # the folder vanished: lines would go nowhere
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("a", buffering=1)
+            tell(f"warning: {self.path} had vanished; it begins again")
         # JSON has no NaN: a reader would choke on the very line that tells of trouble
         finite = {
             k: v if not isinstance(v, float) or math.isfinite(v) else None
@@ -39,15 +54,37 @@ class JSONLLogger:
         self.file.close()
 
 
+def _cut_back(path: Path, aside: Path, step: int) -> None:
+    """Moves lines later than `step`, and one that a crash cut short, from `path` to `aside`."""
+    if not path.is_file():
+        return
+    kept: list[str] = []
+    moved: list[str] = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            (kept if json.loads(line)["step"] <= step and line.endswith("\n") else moved).append(
+                line
+            )
+        except (ValueError, KeyError, TypeError):
+            moved.append(line)
+    if not moved:
+        return
+    with aside.open("a") as file:
+        file.writelines(moved)
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept))
+    part.replace(path)
+
+
 class TensorBoardLogger:
-    def __init__(self, run: Path, config: dict[str, Any]):
+    def __init__(self, run: Path, config: dict[str, Any], step: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
                 "logger=[tensorboard] needs the package tensorboard: pip install tensorboard"
             ) from None
-        self.writer = SummaryWriter(str(run / "tensorboard"))
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         for name, value in metrics.items():
@@ -61,9 +98,12 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Offline unless the user is logged in; `wandb sync` uploads an offline run later."""
+    """Offline unless the user is logged in; `wandb sync` uploads an offline run later.
 
-    def __init__(self, run: Path, config: dict[str, Any]):
+    A run that goes on is the same run there: its id is kept in <run>/wandb_id.
+    """
+
+    def __init__(self, run: Path, config: dict[str, Any], step: int):
         try:
             import wandb
         except ImportError:
@@ -74,14 +114,26 @@ class WandbLogger:
         if mode is None:
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         self.histogram = wandb.Histogram
-        self.run = wandb.init(
+        known = run / "wandb_id"
+        if not known.is_file():
+            known.write_text(secrets.token_hex(4))
+        options: dict[str, Any] = dict(
             project=config["project_name"],
             name=config["run_name"],
             dir=str(run),
             config=config,
-            mode=mode,
-            settings=wandb.Settings(silent=True),
+            id=known.read_text().strip(),
+            resume="allow",
+            settings=wandb.Settings(silent=True, init_timeout=60),
         )
+        try:
+            self.run = wandb.init(mode=mode, **options)
+        except Exception as error:  # whatever an unreachable server makes of it
+            tell(
+                f"warning: wandb cannot be reached ({_first_line(error)}); the run is logged "
+                f"offline, upload it later with: wandb sync {run / 'wandb'}/offline-run-*",
+            )
+            self.run = wandb.init(mode="offline", **options)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         shown = {
@@ -96,12 +148,40 @@ class WandbLogger:
         self.run.finish()
 
 
-LOGGERS: dict[str, Callable[[Path, dict[str, Any]], Logger]] = {
+LOGGERS: dict[str, Callable[[Path, dict[str, Any], int], Logger]] = {
     "jsonl": JSONLLogger,
     "tensorboard": TensorBoardLogger,
     "wandb": WandbLogger,
 }
 
 
-def create_loggers(names: Sequence[str], run: Path, config: dict[str, Any]) -> list[Logger]:
-    return [LOGGERS[name](run, config) for name in names]
+class Loggers:
+    """All loggers of a run. One that fails is reported and does not end the run.
+
+    step: where the run goes on. A logger that cannot even start raises, before anything is lost.
+    """
+
+    def __init__(self, names: Sequence[str], run: Path, config: dict[str, Any], step: int):
+        self.loggers = {name: LOGGERS[name](run, config, step) for name in names}
+        self.failures: dict[str, int] = {}
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        for name, logger in self.loggers.items():
+            self._try(name, f"step {step} is missing there", logger.log, metrics, step)
+
+    def close(self) -> None:
+        for name, logger in self.loggers.items():
+            self._try(name, "its last lines may be missing", logger.close)
+
+    def _try(self, name: str, loss: str, act: Callable[..., None], *args: Any) -> None:
+        try:
+            act(*args)
+        except Exception as error:  # a logger is not worth a run, whatever it raises
+            self.failures[name] = self.failures.get(name, 0) + 1
+            if self.failures[name] in (1, 10, 100, 1000):
+                count = f", failure {self.failures[name]}" if self.failures[name] > 1 else ""
+                tell(f"warning: logger {name}{count}: {_first_line(error)}; {loss}")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

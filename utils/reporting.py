@@ -1,5 +1,6 @@
 """What a user watches: time, progress, tables."""
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,12 @@ class Clock:
             yield
         finally:
             self._start += time.monotonic() - begun
+
+
+def tell(sentence: str) -> None:
+    """Prints beside a progress bar without breaking it, at once."""
+    tqdm.write(sentence)
+    sys.stdout.flush()
 
 
 def prefetched(items: Iterable[T], workers: int) -> Iterator[T]:

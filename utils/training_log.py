@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.backend import Backend
-from utils.logging import Logger
+from utils.logging import Loggers
 from utils.metrics import MetricSums, means
 from utils.schedule import Schedule
 
@@ -26,7 +26,7 @@ class TrainingLog:
 
     def __init__(
         self,
-        loggers: Sequence[Logger],
+        loggers: Loggers,
         backend: Backend,
         schedule: Schedule,
         *,
@@ -91,8 +91,7 @@ class TrainingLog:
             metrics["train/memory_bytes"] = memory
         if self.peak_flops is not None:
             metrics["train/mfu"] = flops / self.peak_flops
-        for logger in self.loggers:
-            logger.log(metrics, state.step)
+        self.loggers.log(metrics, state.step)
         # of the whole run: rows that halt together would make the bar jump, down to 0
         rate = stream.examples_entered * self.row_tokens / max(state.seconds, 1e-9)
         loss = metrics.get("train/lm_loss", math.nan)

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dataset.common import UserError
+from utils.backend.state import accumulate, is_sharded, shard
 
 T = TypeVar("T")
 Received = list[int]  # numbers of the signals that came
@@ -62,10 +63,15 @@ class Backend:
         finally:
             dist.destroy_process_group()
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to call in training; its backward pass sums gradients over ranks."""
+    def wrap(self, model: nn.Module, parallel: str = "ddp") -> nn.Module:
+        """The module to call in training; its backward pass sums gradients over ranks.
+
+        parallel: `ddp` keeps whole weights on every rank, `fsdp` a part of each.
+        """
         if self.world_size == 1:
             return model
+        if parallel == "fsdp":
+            return shard(model, self.device.type, self.world_size)
         # Only the identifier embedding changes among the buffers, alike on all ranks. The option
         # got another name after torch 2.9.
         known = inspect.signature(DistributedDataParallel).parameters
@@ -74,7 +80,7 @@ class Backend:
         return DistributedDataParallel(model, **options)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients are summed over ranks; DistributedDataParallel takes means, so scale first."""
+        """Gradients are summed over ranks; DDP and FSDP take means, so the loss is scaled first."""
         (loss * self.world_size).backward()
 
     def reduce_gradients(self, optimizers: Sequence[Optimizer]) -> None:
@@ -85,7 +91,9 @@ class Backend:
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
         """No reduction of gradients inside, unless this is the last micro-batch."""
-        if isinstance(model, DistributedDataParallel) and not last:
+        if is_sharded(model):
+            accumulate(model, last)
+        elif isinstance(model, DistributedDataParallel) and not last:
             return model.no_sync()
         return nullcontext()
 

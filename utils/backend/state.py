@@ -1,0 +1,104 @@
+"""Sharding over ranks (FSDP), and the state of models and optimizers as if nothing were sharded.
+
+A checkpoint holds whole tensors by name, whatever the ranks did, so that it loads with any
+`parallel` and world size, and in a single process. torch.distributed.checkpoint's own folders are
+not used: they keep a pickled index, and reading one can run code.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+
+def shard(model: nn.Module, device_type: str, world_size: int) -> nn.Module:
+    """Leaves each rank a part of every weight, and so of its gradient, moments and average.
+
+    As one unit: the recursion applies the same blocks many times in a step, so gathering them
+    block by block would repeat each transfer as often. Whole weights live from a forward pass to
+    the end of its backward pass.
+    """
+    mesh = init_device_mesh(device_type, (world_size,))
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    return model
+
+
+def release(model: nn.Module) -> None:
+    """Drops whole weights, before or after the parts were changed by hand."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def accumulate(model: nn.Module, last: bool) -> None:
+    """Whether the next backward pass is the last one of its step, and reduces gradients."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(last)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def host_copy(value: Any) -> Any:
+    """Nested dicts and lists with every tensor whole, in host memory, and a copy.
+
+    A collective where tensors are sharded.
+    """
+    if isinstance(value, dict):
+        return {key: host_copy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [host_copy(item) for item in value]
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    return value
+
+
+def part_like(value: Tensor, reference: Tensor) -> Tensor:
+    """The part of a whole tensor that this rank keeps, as `reference` is sharded."""
+    if isinstance(reference, DTensor):
+        moved = value.to(reference.device_mesh.device_type)
+        return distribute_tensor(moved, reference.device_mesh, reference.placements)
+    return value
+
+
+def _options(model: nn.Module) -> StateDictOptions:
+    sharded = is_sharded(model)
+    return StateDictOptions(full_state_dict=sharded, cpu_offload=sharded)
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Whole weights by name, copied to the host; of a sharded model on rank 0 only."""
+    return host_copy(get_model_state_dict(model, options=_options(model)))
+
+
+def load_model_state(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Every rank gives the same whole weights."""
+    options = StateDictOptions(full_state_dict=is_sharded(model))
+    set_model_state_dict(model, dict(weights), options=options)
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """state and param_groups with parameters by name; of a sharded model on rank 0 only."""
+    return host_copy(get_optimizer_state_dict(model, optimizer, options=_options(model)))
+
+
+def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    options = StateDictOptions(full_state_dict=is_sharded(model))
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+
+
+def scalar(value: Tensor) -> Tensor:
+    """A norm over sharded gradients as a plain tensor, the same on all ranks."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

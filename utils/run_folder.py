@@ -1,0 +1,100 @@
+"""The folder of a run: its name, that all ranks see it, that one process writes it at a time."""
+
+import fcntl
+import os
+import random
+import socket
+import time
+from pathlib import Path
+from typing import TextIO
+
+from dataset.common import UserError
+from utils.backend import Backend
+from utils.config_schema import PretrainConfig
+from utils.functions import random_run_name
+
+LOCK = ".lock"
+_WAIT = 20.0  # seconds for the process before to leave, and for slow shared storage
+
+
+class RunFolder:
+    """Opens `path`, naming the run alike on all ranks; `close` lets others in. A collective."""
+
+    def __init__(self, config: PretrainConfig, backend: Backend):
+        config.run_name = backend.broadcast_object(config.run_name or _drawn_name())
+        default = Path("checkpoints") / config.project_name / config.run_name
+        self.path = Path(config.checkpoint_path or default)
+        self._lock: TextIO | None = None
+        if backend.is_main:
+            print(f"run: {config.run_name}, folder {self.path}", flush=True)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = None if config.eval_only else _locked(self.path)
+            except OSError as error:
+                raise UserError(
+                    f"cannot write to the run's folder {self.path} ({error.strerror or error}); "
+                    "name another with checkpoint_path"
+                ) from None
+        token = backend.broadcast_object(_holder())
+        if not config.eval_only and not _sees(self.path, token):
+            raise UserError(
+                f"rank {backend.rank} on {socket.gethostname()} does not see what rank 0 wrote to "
+                f"{self.path}; name a folder on storage that all machines share, with "
+                "checkpoint_path"
+            )
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _drawn_name() -> str:
+    """A launcher that restarts its workers must find the run again, so its id decides."""
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return random_run_name(None if launch == "none" else random.Random(launch))
+
+
+def _holder() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _locked(path: Path) -> TextIO:
+    """The lock file, held until it is closed or the process ends, however it ends."""
+    file = (path / LOCK).open("a+")
+    deadline, told = time.monotonic() + _WAIT, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{owner} is training the run in {path}; wait for it, end it, or choose "
+                    "another run_name"
+                ) from None
+            if not told:
+                print(f"note: {owner} still holds the run's folder, waiting {_WAIT:.0f} s")
+                told = True
+            time.sleep(0.2)
+        except OSError:  # storage without locks: better unguarded than not at all
+            print(f"note: {path} cannot be locked; do not start this run twice at a time")
+            break
+    file.truncate(0)
+    file.write(_holder())
+    file.flush()
+    return file
+
+
+def _sees(path: Path, token: str) -> bool:
+    deadline = time.monotonic() + _WAIT
+    while True:
+        try:
+            if (path / LOCK).read_text() == token:
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
