@@ -42,7 +42,8 @@ class SetFigures:
 
     def __init__(self, max_steps: int, device: torch.device):
         self.max_steps = max_steps
-        self.curve = torch.zeros(max_steps, len(self.CURVE), device=device)
+        wide = torch.float64 if device.type == "cpu" else torch.float32  # not every device has it
+        self.curve = torch.zeros(max_steps, len(self.CURVE), device=device, dtype=wide)
         self.rows = torch.zeros((), device=device)
         self.histograms = {
             "accuracy": torch.zeros(self.BINS, device=device),
@@ -54,7 +55,7 @@ class SetFigures:
     def add_step(self, step: int, preds: Batch) -> None:
         valid = preds["valid"]
         self.curve[step] += torch.stack(
-            [torch.where(valid, preds[name], 0).sum().float() for name in self.CURVE]
+            [torch.where(valid, preds[name], 0).sum().to(self.curve.dtype) for name in self.CURVE]
         )
 
     def add_end(self, preds: Batch) -> None:

@@ -112,22 +112,6 @@ def check_whole(run: Path) -> int:
     return len(folders)
 
 
-def leaves(value, name: str) -> dict[str, torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return {name: value}
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    items = value.items() if isinstance(value, dict) else ()
-    return {k: v for key, item in items for k, v in leaves(item, f"{name}/{key}").items()}
-
-
-def contents(folder: Path) -> dict[str, torch.Tensor]:
-    opened = Checkpoint(folder)
-    opened.verify()
-    stems = [name.removesuffix(".pt") for name in opened.files if name.endswith(".pt")]
-    return {k: v for stem in stems for k, v in leaves(opened.tensors(stem), stem).items()}
-
-
 def run_to_end(overrides: list[str], output: Path, steps: int) -> Path:
     process = start(overrides, output / "phases", output / "log.txt")
     if process.wait():
@@ -181,9 +165,9 @@ def crash_test(args: argparse.Namespace) -> None:
     print("\n| SIGKILL while | times |\n|---|---|")
     for what in sorted(counts):
         print(f"| {what} | {counts[what]} |")
-    print(f"\n{args.kills} kills in {seconds:.0f} s; {looked_at} times a checkpoint folder was seen "
-          "after a kill, always whole")  # fmt: skip
-    compare(contents(whole), contents(last))
+    print(f"\n{args.kills} kills in {seconds:.0f} s; {looked_at} times a checkpoint folder was "
+          "seen after a kill, always whole")  # fmt: skip
+    compare(Checkpoint(whole).all_tensors(), Checkpoint(last).all_tensors())
 
 
 def compare(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

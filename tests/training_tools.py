@@ -16,6 +16,7 @@ from dataset.build_sudoku_dataset import main as build_sudoku
 from dataset.train_tokenizer import main as train_tokenizer
 from pretrain import train
 from utils.backend.cpu import CPUBackend
+from utils.checkpoint import Checkpoint
 from utils.config import PretrainConfig, compose_config, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +36,13 @@ TINY = (
     "global_batch_size=8",
     "log_interval=1",
 )
+IDENTIFIERS = ("arch.puzzle_emb_ndim=32", "puzzle_emb_lr=1e-2")
+# For processes of their own: rows halt at different steps.
+TEXT = [
+    "arch=athena_trm_tiny", "arch.hidden_size=32", "arch.puzzle_emb_ndim=32",
+    "arch.halt_max_steps=5", "arch.force_min_steps=1", "arch.halt_exploration_prob=0.3",
+    "arch.post_refinement_steps=0", "puzzle_emb_lr=1e-2", "optimizer=adamw", "grad_clip_norm=0.5",
+]  # fmt: skip
 
 
 def write_texts(folder: Path, seed: int, documents: int) -> list[Path]:
@@ -107,7 +115,12 @@ def run_training(tmp_path) -> Callable[..., Path]:
     return run
 
 
-def start(*overrides: str, ranks: int = 1, script: str = "pretrain.py") -> subprocess.Popen:
+def start(
+    *overrides: str,
+    ranks: int = 1,
+    script: str = "pretrain.py",
+    env: dict[str, str] | None = None,
+) -> subprocess.Popen:
     """`pretrain.py` in processes of its own: as a user starts it, with torchrun if ranks > 1."""
     command = [sys.executable]
     if ranks > 1:
@@ -118,7 +131,7 @@ def start(*overrides: str, ranks: int = 1, script: str = "pretrain.py") -> subpr
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {}),
     )
 
 
@@ -136,3 +149,10 @@ def metrics_of(run: Path, name: str) -> list[float]:
     """Every logged value of one metric, in order."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line[name] for line in lines if name in line]
+
+
+def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, which must be whole."""
+    opened = Checkpoint(checkpoint)
+    opened.verify()
+    return opened.all_tensors()

@@ -137,6 +137,11 @@ class Checkpoint:
     def tensors(self, stem: str) -> Any:
         return torch.load(self.folder / f"{stem}.pt", map_location="cpu", weights_only=True)
 
+    def all_tensors(self) -> dict[str, Tensor]:
+        """Every tensor in it, by its path: model/<name>, optimizer/0/state/<name>/exp_avg, …"""
+        stems = [name.removesuffix(".pt") for name in self.files if name.endswith(".pt")]
+        return {k: v for stem in stems for k, v in _leaves(self.tensors(stem), stem).items()}
+
     def text(self, name: str) -> str:
         return (self.folder / name).read_text()
 
@@ -157,6 +162,15 @@ class Checkpoint:
             return None
         parts.sort(key=lambda part: part[0])
         return {k: torch.cat([rows[k] for _, rows in parts]) for k in parts[0][1]}
+
+
+def _leaves(value: Any, name: str) -> dict[str, Tensor]:
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    items = value.items() if isinstance(value, dict) else ()
+    return {k: v for key, item in items for k, v in _leaves(item, f"{name}/{key}").items()}
 
 
 def newest_whole(run: Path) -> Checkpoint | None:

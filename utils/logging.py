@@ -122,18 +122,18 @@ class WandbLogger:
             name=config["run_name"],
             dir=str(run),
             config=config,
-            id=known.read_text().strip(),
-            resume="allow",
-            settings=wandb.Settings(silent=True, init_timeout=60),
+            settings=wandb.Settings(silent=True),
         )
         try:
-            self.run = wandb.init(mode=mode, **options)
+            same = known.read_text().strip()
+            self.run = wandb.init(mode=mode, id=same, resume="allow", **options)
         except Exception as error:  # whatever an unreachable server makes of it
             tell(
                 f"warning: wandb cannot be reached ({_first_line(error)}); the run is logged "
                 f"offline, upload it later with: wandb sync {run / 'wandb'}/offline-run-*",
             )
-            self.run = wandb.init(mode="offline", **options)
+            wandb.teardown()  # or it insists that the failed run is still there
+            self.run = wandb.init(mode="offline", id=secrets.token_hex(4), **options)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         shown = {

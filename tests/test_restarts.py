@@ -1,0 +1,249 @@
+"""Restarts: continuing equals never having stopped, whatever ended the run before."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_tools import IDENTIFIERS, TEXT, contents, finish, metrics_of, start
+
+from dataset.common import UserError
+from sequence_dataset import Corpora
+from utils.checkpoint import Checkpoint, checkpoints_of
+
+
+@pytest.mark.parametrize("optimizer", ["adam_atan2", "adamw", "muon"])
+@pytest.mark.parametrize("feed", ["consume", "present"])
+def test_n_plus_n_steps_equal_2n_steps_bit_for_bit(text_corpus, run_training, optimizer, feed):
+    options = [f"optimizer={optimizer}", f"feed={feed}", "max_steps=14", "epochs=20", *IDENTIFIERS]
+    options += ["keep_checkpoints=null", "evaluators=[]", "ema_rate=0.9"]
+    whole = run_training(text_corpus, "whole", *options, "checkpoint_interval=7")
+    parts = run_training(text_corpus, "parts", *options, f"resume={whole / 'step_7'}")
+    one, other = contents(whole / "step_14"), contents(parts / "step_14")
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert any(name.startswith("ema") for name in one)
+    saved = [Checkpoint(run / "step_14").json("state.json")["stream"] for run in (whole, parts)]
+    assert saved[0] == saved[1]
+    middle = contents(whole / "step_7")
+    assert not middle["carry_0/carry/halted"].all(), "no carry is in flight"
+    assert not torch.equal(middle["carry_0/carry/z_H"], one["carry_0/carry/z_H"])
+
+
+def test_auto_resume_goes_on_in_the_same_folder(text_corpus, run_training):
+    options = ["epochs=20", "evaluators=[]", "resume_allow=[max_steps]"]
+    run = run_training(text_corpus, "run", *options, "max_steps=3")
+    run_training(text_corpus, "run", *options, "max_steps=5")
+    assert [p.name for p in checkpoints_of(run)] == ["step_3", "step_5"]
+    assert len(metrics_of(run, "train/lm_loss")) == 5
+
+
+def test_resuming_with_changed_keys_lists_them(text_corpus, run_training):
+    run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
+    with pytest.raises(UserError, match=r"lr \(was 0.001, is 0.002\)"):
+        run_training(text_corpus, "run", "max_steps=2", "evaluators=[]", "lr=2e-3")
+    run_training(text_corpus, "run", "max_steps=2", "evaluators=[]", "lr=2e-3", "resume_allow=[lr]")
+
+
+def damage(path: Path) -> None:
+    """One flipped bit."""
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(
+    text_corpus, run_training, capsys
+):
+    options = ["evaluators=[]", "epochs=20", "keep_checkpoints=null", "checkpoint_interval=2"]
+    whole = run_training(text_corpus, "whole", *options, "max_steps=6")
+    run = run_training(text_corpus, "run", *options, "max_steps=6")
+    damage(run / "step_6" / "model.pt")
+    (run / "step_4" / "manifest.json").write_text("{")
+    capsys.readouterr()
+    run_training(text_corpus, "run", *options, "max_steps=6")
+    out = capsys.readouterr().out
+    assert "step_6 is damaged: model.pt" in out and "step_4 is damaged: manifest.json" in out
+    assert "resuming from" in out and "step_2" in out
+    one, other = contents(whole / "step_6"), contents(run / "step_6")
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert len(list(run.glob("damaged_step_*"))) == 2
+
+
+def test_damage_everywhere_never_starts_a_run_from_scratch(text_corpus, run_training):
+    run = run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
+    damage(run / "step_2" / "optimizer.pt")
+    with pytest.raises(UserError, match="all 1 checkpoints"):
+        run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused(text_corpus, run_training):
+    run = run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
+    damage(run / "step_2" / "model.pt")
+    with pytest.raises(UserError, match=r"model\.pt"):
+        run_training(text_corpus, "other", "max_steps=2", f"resume={run / 'step_2'}")
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(text_corpus, run_training):
+    run = run_training(text_corpus, "run", "max_steps=1", "evaluators=[]")
+    with pytest.raises(UserError, match="another architecture"):
+        run_training(
+            text_corpus, "other", "max_steps=1", "arch.hidden_size=64", f"load_checkpoint={run}"
+        )
+
+
+def test_load_checkpoint_starts_from_the_averages_and_matches_identifiers(
+    text_corpus, run_training
+):
+    options = ["max_steps=3", "evaluators=[]", *IDENTIFIERS]
+    run = run_training(text_corpus, "run", *options)
+    new = run_training(
+        text_corpus, "new", *options[1:], "max_steps=1", "lr=0", "puzzle_emb_lr=0", "ema=false",
+        f"load_checkpoint={run}",
+    )  # fmt: skip
+    old, loaded = contents(run / "step_3"), contents(new / "step_1")
+    name = "model.inner.lm_head.weight"
+    assert torch.equal(loaded[f"model/{name}"], old[f"ema/shadow/{name}"])
+    assert not torch.equal(old[f"model/{name}"], old[f"ema/shadow/{name}"])
+    table = "model/model.inner.puzzle_emb.weights"
+    assert torch.equal(loaded[table], old[table]) and old[table].any()
+
+
+def test_held_rows_restart_without_a_saved_carry(text_corpus, run_training):
+    options = ["epochs=20", "evaluators=[]", "checkpoint_carry=false", "keep_checkpoints=null"]
+    options += ["max_steps=6", "checkpoint_interval=3"]
+    run = run_training(text_corpus, "run", *options)
+    assert not list((run / "step_3").glob("carry_*"))
+    run_training(text_corpus, "again", *options, f"resume={run / 'step_3'}")
+
+
+def test_starting_again_from_an_older_checkpoint_sets_later_ones_aside(text_corpus, run_training):
+    options = ["epochs=20", "evaluators=[]", "keep_checkpoints=1", "resume_allow=[max_steps]"]
+    run = run_training(text_corpus, "run", *options, "max_steps=4", "keep_checkpoints=null",
+                       "checkpoint_interval=2")  # fmt: skip
+    run_training(text_corpus, "run", *options, "max_steps=3", f"resume={run / 'step_2'}")
+    assert [p.name for p in checkpoints_of(run)] == ["step_3"]
+    (aside,) = run.glob("abandoned_step_4_*")
+    Checkpoint(aside).verify()
+
+
+def test_a_rate_that_may_change_on_resume_does_change(text_corpus, run_training):
+    options = ["epochs=20", "evaluators=[]", "optimizer=adamw", "keep_checkpoints=null"]
+    run_training(text_corpus, "run", *options, "max_steps=2", "weight_decay=0.5")
+    run = run_training(
+        text_corpus, "run", *options, "max_steps=3", "weight_decay=0.25",
+        "resume_allow=[max_steps,weight_decay]",
+    )  # fmt: skip
+    groups = Checkpoint(run / "step_3").tensors("optimizer")[0]["param_groups"]
+    assert groups[0]["weight_decay"] == 0.25
+
+
+def test_a_run_that_was_stopped_early_stays_so(text_corpus, run_training):
+    options = ["lr=0", "puzzle_emb_lr=0", "epochs=50", "max_steps=200", "eval_interval=0.2"]
+    options += ["early_stopping={metric: text/perplexity, patience: 1}"]
+    run = run_training(text_corpus, "run", *options)
+    steps = [p.name for p in checkpoints_of(run)]
+    run_training(text_corpus, "run", *options)
+    assert [p.name for p in checkpoints_of(run)] == steps
+
+
+def test_two_micro_batches_are_chosen_again_on_resume(text_corpus, run_training):
+    options = ["epochs=20", "evaluators=[]", "micro_batch_size=4", "resume_allow=[max_steps]"]
+    run_training(text_corpus, "run", *options, "max_steps=2")
+    run = run_training(text_corpus, "run", *options, "max_steps=3", "micro_batch_size=auto")
+    assert Checkpoint(run / "step_3").json("state.json")["micro_rows"] == 4
+
+
+def test_a_finished_example_is_not_trained_again_without_a_saved_carry(text_corpus, run_training):
+    options = ["epochs=20", "evaluators=[]", "checkpoint_carry=false", "arch.halt_max_steps=1"]
+    run = run_training(text_corpus, "run", *options, "max_steps=2")
+    places = Checkpoint(run / "step_2").json("state.json")["stream"]["held_places"]
+    assert places == [-1] * 8
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_and_the_same_command_goes_on(text_corpus, tmp_path, ranks):
+    run = tmp_path / "run"
+    overrides = [
+        f"data_paths=[{text_corpus}]", f"checkpoint_path={run}", "run_name=x", *TEXT,
+        "device_type=cpu", "global_batch_size=8", "epochs=1000", "evaluators=[]", "log_interval=1",
+        "lr_warmup_steps=0", "max_steps=100000",
+    ]  # fmt: skip
+    process = start(*overrides, ranks=ranks)
+    deadline = time.monotonic() + 120
+    log = run / "metrics.jsonl"
+    while not (log.is_file() and log.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline and process.poll() is None, finish(process)
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    code, out, err = finish(process)
+    assert code != 0
+    assert ranks > 1 or code == 128 + signal.SIGTERM
+    (saved,) = checkpoints_of(run)
+    Checkpoint(saved).verify()
+    assert f"after saving {saved.name.replace('_', ' ')}" in out + err
+
+
+RECORDING = """
+import json, os, signal, sys
+import numpy as np
+import pretrain
+from models.recursive_reasoning.athena_trm import AthenaTRM
+
+stop, path = int(sys.argv.pop(1)), sys.argv.pop(1)
+real_admit, real_batch = AthenaTRM.admit, pretrain.train_batch
+
+def admit(self, carry, batch):
+    if self.training:
+        free = carry.halted & (batch["labels"] >= 0).any(1)
+        with open(f"{path}.{os.environ.get('RANK', 0)}", "a") as file:
+            file.writelines(json.dumps(row) + "\\n" for row in batch["inputs"][free].tolist())
+    return real_admit(self, carry, batch)
+
+def train_batch(run, state, *args):
+    if state.step + 1 == stop and run.backend.is_main:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return real_batch(run, state, *args)
+
+AthenaTRM.admit, pretrain.train_batch = admit, train_batch
+pretrain.main()
+"""
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_examples(text_corpus, tmp_path):
+    """1 rank, then 2, then 4 that share the weights, then 1, in the middle of an epoch."""
+    script = tmp_path / "recording.py"
+    script.write_text(RECORDING)
+    options = [
+        f"data_paths=[{text_corpus}]", *TEXT, "run_name=x", "device_type=cpu", "epochs=1",
+        "global_batch_size=8", "lr=1e-3", "lr_warmup_steps=0", "log_interval=1", "ema_rate=0.9",
+    ]  # fmt: skip
+    code, out, err = finish(start(*options, f"checkpoint_path={tmp_path / 'whole'}"))
+    assert code == 0, out + err
+    run = tmp_path / "run"
+    for ranks, stop, parallel in ((1, 10, "ddp"), (2, 21, "ddp"), (4, 33, "fsdp"), (1, 0, "ddp")):
+        process = start(
+            str(stop), str(tmp_path / "entered"), *options, f"checkpoint_path={run}",
+            f"parallel={parallel}", ranks=ranks, script=str(script),
+        )  # fmt: skip
+        code, out, err = finish(process)
+        if not stop:
+            assert code == 0, out + err
+            continue
+        assert f"stopped by SIGUSR1 after saving step {stop}" in out, out + err
+        assert ranks > 1 or code == 128 + signal.SIGUSR1
+    entered = [
+        tuple(json.loads(line))
+        for file in tmp_path.glob("entered.*")
+        for line in file.read_text().splitlines()
+    ]
+    corpora = Corpora([str(text_corpus)], "train")
+    rows = corpora.rows(np.arange(corpora.num_rows))["inputs"]
+    assert sorted(entered) == sorted(map(tuple, rows.tolist()))
+    for metric in ("train/lm_loss", "train/examples", "eval/all/lm_loss"):
+        one, other = metrics_of(tmp_path / "whole", metric), metrics_of(run, metric)
+        assert len(one) == len(other)
+        assert max(abs(a - b) for a, b in zip(one, other, strict=True)) < 1e-5
