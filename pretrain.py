@@ -8,6 +8,7 @@ python pretrain.py --help
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from utils.reporting import Clock, evaluation_table, prefetched, tell, ticking
 from utils.run_folder import RunFolder
 from utils.schedule import Schedule
 from utils.training_log import TrainingLog
+from utils.watchdog import Watchdog
 
 
 class Run(NamedTuple):
@@ -51,6 +53,10 @@ class Run(NamedTuple):
     log: TrainingLog
     saver: Saver
     evaluators: list[Evaluator]
+    clock: Clock
+    watchdog: Watchdog
+    received: Sequence[int]
+    """Numbers of the signals that ask the run to stop."""
 
 
 class Flags(NamedTuple):
@@ -174,17 +180,22 @@ def train_in(folder: Path, data: Data, backend: Backend, config: PretrainConfig)
         identifiers=data.train.identifiers,
         tokenizer=data.tokenizer,
     )
-    run = Run(
-        config, backend, data, stream, folder, rows // micro_rows, schedule, loggers, log, saver,
-        evaluators_of(config, data),
-    )  # fmt: skip
     if backend.is_main and not config.eval_only:
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
+    clock = Clock(state.seconds)
+    watchdog = Watchdog(backend, clock, config.slow_step_factor, config.step_timeout)
     try:
-        if config.eval_only:
-            run_evaluation(run, state, [])
+        with backend.signals() as received:
+            run = Run(
+                config, backend, data, stream, folder, rows // micro_rows, schedule, loggers, log,
+                saver, evaluators_of(config, data), clock, watchdog, received,
+            )  # fmt: skip
+            if not config.eval_only:
+                return train_loop(run, state)
+            run_evaluation(run, state)
             return FAILED_IN_PART if state.failed_evaluations else 0
-        return train_loop(run, state)
+    except Interrupted as interrupted:  # in an evaluation alone
+        return 128 + interrupted.signal
     except torch.OutOfMemoryError:
         raise UserError(
             f"out of memory with {micro_rows} rows at once; lower micro_batch_size (now "
@@ -198,37 +209,39 @@ def train_in(folder: Path, data: Data, backend: Backend, config: PretrainConfig)
 
 def train_loop(run: Run, state: TrainState) -> int:
     """Trains, saves and evaluates until the run is over or a signal ends it; the exit status."""
-    with run.backend.signals() as received, run.log.progress(state):
+    with run.log.progress(state), run.watchdog:
         try:
-            evaluated_at = take_steps(run, state, received)
-            if not run.saver.finish(patience=600):
-                say(run, f"error: step {state.step}, the last, could not be saved")
-                return FAILED_IN_PART
-            if evaluated_at != state.step:
-                evaluate_and_save(run, state, received)
+            evaluated_at = take_steps(run, state)
+            with run.clock.paused():
+                if not run.saver.finish(patience=600):
+                    say(run, f"error: step {state.step}, the last, could not be saved")
+                    return FAILED_IN_PART
+                if evaluated_at != state.step:
+                    evaluate_and_save(run, state)
         except Interrupted as interrupted:
             return leave(run, state, interrupted.signal)
     return FAILED_IN_PART if state.failed_evaluations else 0
 
 
-def take_steps(run: Run, state: TrainState, received: list[int]) -> int:
+def take_steps(run: Run, state: TrainState) -> int:
     """Steps until the stream or a limit ends the run; the step of the last evaluation, or -1.
 
     Raises Interrupted where a rank received a signal. What is due at a step comes before the next
     one begins, so that a run which is resumed there does the same.
     """
-    config, clock, evaluated_at = run.config, Clock(state.seconds), -1
+    config, evaluated_at = run.config, -1
     while True:
         if run.stream.epoch >= state.next_eval(config):
-            with clock.paused():
-                evaluate_and_save(run, state, received)
+            with run.clock.paused():
+                evaluate_and_save(run, state)
             evaluated_at = state.step
         if run.schedule.over(state):
             break
         batches = run.stream.next(state.step + 1, state.halted)
         if batches is None:
             break
-        metrics, flags = train_batch(run, state, batches, clock, received)
+        metrics, flags = train_batch(run, state, batches)
+        run.watchdog.beat(state.step)
         run.log.add(state, metrics)
         if state.step % config.log_interval == 0:
             run.log.write(state)
@@ -236,7 +249,7 @@ def take_steps(run: Run, state: TrainState, received: list[int]) -> int:
         if flags.stop:
             raise Interrupted(flags.stop)
         if run.saver.due():
-            with clock.paused():
+            with run.clock.paused():
                 run.saver.save()
     run.log.write(state)
     if state.step < config.lr_warmup_steps:
@@ -257,11 +270,7 @@ def leave(run: Run, state: TrainState, stop: int) -> int:
 
 
 def train_batch(
-    run: Run,
-    state: TrainState,
-    batches: list[dict[str, np.ndarray]],
-    clock: Clock,
-    received: list[int],
+    run: Run, state: TrainState, batches: list[dict[str, np.ndarray]]
 ) -> tuple[dict[str, Tensor], Flags]:
     """One optimizer step over this replica's micro-batches.
 
@@ -286,7 +295,7 @@ def train_batch(
     if norm is not None:
         finite &= torch.isfinite(norm)
     state.step += 1
-    flags = share_flags(run, state, finite, clock, received)
+    flags = share_flags(run, state, finite)
     if flags.finite:
         apply_update(run, state)
     else:
@@ -300,13 +309,12 @@ def train_batch(
     return totals.sums, flags
 
 
-def share_flags(
-    run: Run, state: TrainState, finite: Tensor, clock: Clock, received: list[int]
-) -> Flags:
+def share_flags(run: Run, state: TrainState, finite: Tensor) -> Flags:
     """What all ranks must agree on. Which slots have halted (in slot order) and rank 0's clock are
     noted in `state`."""
     own = torch.cat([carry.halted for carry in state.carries]).long()
-    host = [round(clock.seconds * 1000), received[0] if received else 0, int(run.saver.failed)]
+    signal_number = run.received[0] if run.received else 0
+    host = [round(run.clock.seconds * 1000), signal_number, int(run.saver.failed)]
     flags = torch.cat((own, finite.long().view(1), torch.tensor(host, device=own.device)))
     table = run.backend.all_gather(flags.unsqueeze(0)).cpu().numpy()
     state.halted = table[:, :-4].astype(bool).ravel()
@@ -345,11 +353,11 @@ def skip_update(run: Run, state: TrainState) -> None:
         )
 
 
-def evaluate_and_save(run: Run, state: TrainState, received: list[int]) -> None:
+def evaluate_and_save(run: Run, state: TrainState) -> None:
     """A checkpoint first: the evaluation may fail, and its figures belong to one."""
     if run.config.checkpoint_every_eval:
         run.saver.save()
-    results = run_evaluation(run, state, received)
+    results = run_evaluation(run, state)
     state.evaluated_epoch = run.stream.epoch
     run.saver.keep_best(results)
     if state.stops_early(run.config.early_stopping, results):
@@ -364,7 +372,7 @@ def evaluators_of(config: PretrainConfig, data: Data) -> list[Evaluator]:
     return create_evaluators(config.evaluators, data.test_paths, data.test.metadata)
 
 
-def run_evaluation(run: Run, state: TrainState, received: list[int]) -> dict[str, Any]:
+def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
     """Evaluates the averaged weights on the test split, logs and prints what was found.
 
     Raises Interrupted where a rank received a signal.
@@ -390,10 +398,10 @@ def run_evaluation(run: Run, state: TrainState, received: list[int]) -> dict[str
     with bar, state.averaged():
         results = evaluate(
             state.model,
-            ticking(prefetched(stream, config.num_workers), bar),
+            ticking(prefetched(stream, config.num_workers), bar.update, run.watchdog.sign),
             run.evaluators,
             backend,
-            received=received,
+            received=run.received,
             save_outputs=config.eval_save_outputs,
             save_path=run.folder / f"evaluation_step_{state.step}",
         )

@@ -214,6 +214,13 @@ class PretrainConfig(pydantic.BaseModel):
         "auto", description="auto: TPU, else CUDA, else MPS, else CPU"
     )
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="how ranks share the work")
+    slow_step_factor: Annotated[Float, Field(gt=1)] = Field(
+        10.0, description="a step that takes so many times the usual is reported, with its rank"
+    )
+    step_timeout: PositiveFloat | None = Field(
+        3600.0,
+        description="seconds without progress that end the run, naming the rank; null: never",
+    )
     compile: bool = Field(False, description="torch.compile the model")
     dry_run: bool = Field(False, description="build the model, print its cost, and end")
 

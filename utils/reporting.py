@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,22 +13,25 @@ T = TypeVar("T")
 
 
 class Clock:
-    """Seconds of training, pauses left out."""
+    """Seconds of training; it stands still in pauses."""
 
     def __init__(self, before: float = 0.0):
         self._start = time.monotonic() - before
+        self._paused_at: float | None = None
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._start
+        now = time.monotonic() if self._paused_at is None else self._paused_at
+        return now - self._start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        begun = time.monotonic()
+        self._paused_at = begun = time.monotonic()
         try:
             yield
         finally:
             self._start += time.monotonic() - begun
+            self._paused_at = None
 
 
 def tell(sentence: str) -> None:
@@ -50,10 +53,12 @@ def prefetched(items: Iterable[T], workers: int) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
-def ticking(items: Iterable[T], bar: tqdm) -> Iterator[T]:
+def ticking(items: Iterable[T], *ticks: Callable[[], object]) -> Iterator[T]:
+    """The same items; each of `ticks` is called after each of them."""
     for item in items:
         yield item
-        bar.update()
+        for tick in ticks:
+            tick()
 
 
 def evaluation_table(results: dict[str, Any], step: int) -> str:

@@ -5,14 +5,16 @@ group; its subclasses say which device, which collective library, and what to do
 something that is not there.
 """
 
+import ctypes
 import inspect
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,11 +59,43 @@ class Backend:
         """Runs `fn(backend, *args)` as this replica, inside a process group if there are more."""
         if self.world_size == 1:
             return fn(self, *args)
-        dist.init_process_group(self.collective, timeout=timedelta(minutes=30))
+        end_with_launcher()
+        # Generous, because rank 0 may download for long while others wait; a training step that
+        # hangs is the watchdog's to end.
+        dist.init_process_group(self.collective, timeout=timedelta(hours=6), **self.group_options())
         try:
             return fn(self, *args)
         finally:
             dist.destroy_process_group()
+
+    def group_options(self) -> dict[str, Any]:
+        """More arguments of init_process_group."""
+        return {}
+
+    @cached_property
+    def _board(self) -> dist.TCPStore | None:
+        """A connection of its own, so that a thread may use it beside the collectives."""
+        if self.world_size == 1 or "MASTER_PORT" not in os.environ:
+            return None
+        return dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=10),
+        )
+
+    def post(self, name: str, text: str) -> None:
+        """Writes where every rank can read it, without a collective, if there is such a place."""
+        with suppress(RuntimeError, OSError):  # the store may be gone with its process
+            if self._board is not None:
+                self._board.set(name, text)
+
+    def posted(self, name: str) -> str | None:
+        """What was posted last under `name`, by any rank."""
+        with suppress(RuntimeError, OSError):
+            if self._board is not None and self._board.check([name]):
+                return self._board.get(name).decode()
+        return None
 
     def wrap(self, model: nn.Module, parallel: str = "ddp") -> nn.Module:
         """The module to call in training; its backward pass sums gradients over ranks.
@@ -180,6 +214,13 @@ class Backend:
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Dense matrix FLOP/s of the device in `dtype`, where known."""
         return None
+
+
+def end_with_launcher() -> None:
+    """Has the kernel send SIGTERM when the launcher dies, so that no rank goes on unseen."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_host_memory() -> int:

@@ -1,5 +1,7 @@
 """NVIDIA GPUs, one a process, NCCL between them."""
 
+from typing import Any
+
 import torch
 
 from utils.backend.base import Backend
@@ -22,6 +24,9 @@ class CUDABackend(Backend):
         if not torch.cuda.is_available():
             return "this torch finds no CUDA device; use device_type=auto, or install a CUDA build"
         return None
+
+    def group_options(self) -> dict[str, Any]:
+        return {"device_id": self.device}  # or NCCL has to guess it for barriers
 
     def to_device(self, batch):
         """Pinned, so that the copy overlaps with what the device still does."""
