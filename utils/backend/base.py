@@ -62,7 +62,13 @@ class Backend:
         end_with_launcher()
         # Generous, because rank 0 may download for long while others wait; a training step that
         # hangs is the watchdog's to end.
-        dist.init_process_group(self.collective, timeout=timedelta(hours=6), **self.group_options())
+        patience = timedelta(hours=6)
+        options = self.group_options()
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The launcher's store outlives its workers: restarted ones would read the addresses of
+            # the dead.
+            options |= dict(store=_store(patience), rank=self.rank, world_size=self.world_size)
+        dist.init_process_group(self.collective, timeout=patience, **options)
         try:
             return fn(self, *args)
         finally:
@@ -73,16 +79,11 @@ class Backend:
         return {}
 
     @cached_property
-    def _board(self) -> dist.TCPStore | None:
+    def _board(self) -> dist.Store | None:
         """A connection of its own, so that a thread may use it beside the collectives."""
         if self.world_size == 1 or "MASTER_PORT" not in os.environ:
             return None
-        return dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=10),
-        )
+        return _store(timedelta(seconds=10))
 
     def post(self, name: str, text: str) -> None:
         """Writes where every rank can read it, without a collective, if there is such a place."""
@@ -214,6 +215,13 @@ class Backend:
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Dense matrix FLOP/s of the device in `dtype`, where known."""
         return None
+
+
+def _store(patience: timedelta) -> dist.Store:
+    """A connection to the store through which ranks meet, apart for each restart of them."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=patience)
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def end_with_launcher() -> None:
