@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +24,13 @@ from dataset.common import UserError, warnings_as_notes
 from evaluators.loop import FAILURES, Evaluator, Interrupted, create_evaluators, evaluate
 from models import cost, persistence
 from models.dry_run import dry_run
+from models.losses import ACTLossHead
 from models.persistence import Saver, resolved
 from models.train_state import TrainState, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint
 from utils.backend import Backend, select_backend
+from utils.checkpoint import Checkpoint
 from utils.config import PretrainConfig, config_warnings, hydra_entry, load_config
 from utils.data import Data, open_data
 from utils.logging import Loggers
@@ -55,7 +58,7 @@ class Run(NamedTuple):
     evaluators: list[Evaluator]
     clock: Clock
     watchdog: Watchdog
-    received: Sequence[int]
+    received: Sequence[int] = ()
     """Numbers of the signals that ask the run to stop."""
 
 
@@ -128,35 +131,45 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
     """One replica of a run; returns the exit status."""
     announce(backend, config, reason)
     data = open_data(config)
-    folder = RunFolder(config, backend)
-    try:
-        return train_in(folder.path, data, backend, config)
-    finally:
-        folder.close()
+    with closing(RunFolder(config, backend)) as folder:
+        run, state = build(folder.path, data, backend, config)
+        try:
+            with backend.signals() as received:
+                run = run._replace(received=received)
+                if not config.eval_only:
+                    return train_loop(run, state)
+                run_evaluation(run, state)
+                return FAILED_IN_PART if state.failed_evaluations else 0
+        except Interrupted as interrupted:  # in an evaluation alone
+            return 128 + interrupted.signal
+        except torch.OutOfMemoryError:
+            rows = config.rows_per_rank(backend.world_size) // run.micro_batches
+            raise UserError(
+                f"out of memory with {rows} rows at once; lower micro_batch_size (now {rows}), or "
+                "global_batch_size, or set arch.use_gradient_checkpointing=true"
+            ) from None
+        finally:
+            run.saver.close()
+            run.stream.close()
+            run.loggers.close()
 
 
-def train_in(folder: Path, data: Data, backend: Backend, config: PretrainConfig) -> int:
+def build(
+    folder: Path, data: Data, backend: Backend, config: PretrainConfig
+) -> tuple[Run, TrainState]:
+    """Everything that a run needs, where its last checkpoint left it if it has one."""
     rows = config.rows_per_rank(backend.world_size)
     resumed = persistence.find_resume(config, folder, backend)
     labels = data.reasoning_ids() if config.arch.loss.options.get("reasoning_loss_weight") else 0
     model = create_model(config, data.train.metadata, batch_size=rows, reasoning_ids=labels)
-    micro_rows = config.micro_rows(backend.world_size) or backend.broadcast_object(
-        persistence.saved_micro_rows(resumed, rows)
-        or cost.fitting_rows(
-            model.model,
-            rows,
-            backend.available_memory(),
-            optimizer=config.optimizer,
-            ema=config.ema,
-        )
-    )
     if config.load_checkpoint and resumed is None:
         persistence.load_pretrained(config, model, data.train.identifiers, data.tokenizer)
+    micro_batches = rows // micro_batch_rows(config, backend, model, resumed)
     model.to(backend.device)
     state = create_train_state(config, model, backend=backend)
-    stream = create_stream(config, model.model.config, data, backend, rows // micro_rows)
+    stream = create_stream(config, model.model.config, data, backend, micro_batches)
     if resumed is not None:
-        persistence.restore(config, state, stream, backend, resumed, rows // micro_rows)
+        persistence.restore(config, state, stream, backend, resumed, micro_batches)
     schedule = Schedule(config, stream)
     names = config.logger if backend.is_main else []
     loggers = Loggers(names, folder, resolved(config), state.step)
@@ -170,41 +183,33 @@ def train_in(folder: Path, data: Data, backend: Backend, config: PretrainConfig)
         flops_per_token=cost.measure(model.model).train_flops,
         peak_flops=None if peak is None else peak * backend.world_size,
     )
-    saver = Saver(
-        config,
-        state,
-        stream,
-        backend,
-        folder,
-        metadata=data.train.metadata,
-        identifiers=data.train.identifiers,
-        tokenizer=data.tokenizer,
-    )
-    if backend.is_main and not config.eval_only:
-        (folder / "config.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
+    saver = Saver(config, state, stream, backend, folder, data.train, data.tokenizer)
     clock = Clock(state.seconds)
     watchdog = Watchdog(backend, clock, config.slow_step_factor, config.step_timeout)
-    try:
-        with backend.signals() as received:
-            run = Run(
-                config, backend, data, stream, folder, rows // micro_rows, schedule, loggers, log,
-                saver, evaluators_of(config, data), clock, watchdog, received,
-            )  # fmt: skip
-            if not config.eval_only:
-                return train_loop(run, state)
-            run_evaluation(run, state)
-            return FAILED_IN_PART if state.failed_evaluations else 0
-    except Interrupted as interrupted:  # in an evaluation alone
-        return 128 + interrupted.signal
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"out of memory with {micro_rows} rows at once; lower micro_batch_size (now "
-            f"{micro_rows}), or global_batch_size, or set arch.use_gradient_checkpointing=true"
-        ) from None
-    finally:
-        saver.close()
-        stream.close()
-        loggers.close()
+    if backend.is_main and not config.eval_only:
+        (folder / "config.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
+    run = Run(
+        config, backend, data, stream, folder, micro_batches, schedule, loggers, log, saver,
+        evaluators_of(config, data), clock, watchdog,
+    )  # fmt: skip
+    return run, state
+
+
+def micro_batch_rows(
+    config: PretrainConfig, backend: Backend, model: ACTLossHead, resumed: Checkpoint | None
+) -> int:
+    """Rows that a rank computes at once: as configured, as before, or what memory allows."""
+    rows = config.rows_per_rank(backend.world_size)
+    return config.micro_rows(backend.world_size) or backend.broadcast_object(
+        persistence.saved_micro_rows(resumed, rows)
+        or cost.fitting_rows(
+            model.model,
+            rows,
+            backend.available_memory(),
+            optimizer=config.optimizer,
+            ema=config.ema,
+        )
+    )
 
 
 def train_loop(run: Run, state: TrainState) -> int:
@@ -381,12 +386,16 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
     if run.data.test is None:
         say(run, "the corpora have no test split, or an empty one: evaluation is skipped")
         return {}
+    rows = evaluation_rows(run, run.data.test.num_rows)
+    most = config.eval_max_batches
+    if most is not None:  # as many rows, however many are computed at once here
+        most = -(-most * (config.eval_batch_size or config.global_batch_size) // rows)
     stream = EvalStream(
         run.data.test,
-        global_batch_size=evaluation_rows(run, run.data.test.num_rows),
+        global_batch_size=rows,
         rank=backend.rank,
         world_size=backend.world_size,
-        max_batches=config.eval_max_batches,
+        max_batches=most,
         min_iterations=config.min_iterations,
         max_iterations=getattr(arch, "halt_max_steps", None),
     )

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 import yaml
 
-from dataset.common import DatasetMetadata, UserError
+from dataset.common import UserError
 from models.losses import ACTLossHead
 from models.train_state import (
     TrainState,
@@ -23,6 +23,7 @@ from utils.backend import Backend
 from utils.checkpoint import Checkpoint
 from utils.checkpoint_writer import CheckpointWriter, Contents
 from utils.config_schema import PretrainConfig
+from utils.corpora import Corpora
 from utils.reporting import tell
 
 # Keys that leave the training curve as it is, up to rounding; all others must agree on resume.
@@ -63,9 +64,7 @@ class Saver:
         stream: Resumable,
         backend: Backend,
         run: Path,
-        *,
-        metadata: DatasetMetadata,
-        identifiers: list[str],
+        corpora: Corpora,
         tokenizer: Path | None,
     ):
         self.config, self.state, self.stream, self.backend = config, state, stream, backend
@@ -73,8 +72,8 @@ class Saver:
         self.writer = CheckpointWriter(run, backend, config.keep_checkpoints)
         self.texts = {
             "config.yaml": yaml.safe_dump(resolved(config), sort_keys=False),
-            "dataset.json": metadata.model_dump_json(),
-            "identifiers.json": json.dumps(identifiers),
+            "dataset.json": corpora.metadata.model_dump_json(),
+            "identifiers.json": json.dumps(corpora.identifiers),
         }
         self.copies = source_files(state.model)
         if tokenizer is not None:

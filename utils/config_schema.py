@@ -172,7 +172,7 @@ class PretrainConfig(pydantic.BaseModel):
         None, description="rows over all ranks; null: as in training, or fewer"
     )
     eval_max_batches: PositiveInt | None = Field(
-        None, description="batches per evaluation at most; null: the whole split"
+        None, description="batches of eval_batch_size or global_batch_size rows at most; null: all"
     )
     eval_save_outputs: list[str] = Field([], description="predictions to write per evaluation")
     eval_only: bool = Field(False, description="evaluate a checkpoint, train nothing")

@@ -149,6 +149,10 @@ class Backend:
         def note(number: int, frame: Any) -> None:
             if received and number == signal.SIGINT:
                 raise KeyboardInterrupt
+            if self.is_main and not received:
+                name = signal.Signals(number).name
+                # not print, which may be in the middle of printing
+                os.write(2, f"\n{name}: saves after this step, then ends\n".encode())
             received.append(number)
 
         previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
