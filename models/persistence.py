@@ -142,7 +142,7 @@ class Saver:
             name, mode = rule.metric, rule.mode
         if name is None:
             losses = [key for key in results if key.endswith("/lm_loss") and "/step_" not in key]
-            name, mode = (losses[0] if losses else "eval/lm_loss").removeprefix("eval/"), "min"
+            name = (losses[0] if losses else "eval/lm_loss").removeprefix("eval/")
         value = results.get(f"eval/{name}")
         if value is None:
             if results and self.backend.is_main:

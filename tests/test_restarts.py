@@ -1,7 +1,9 @@
 """Restarts: continuing equals never having stopped, whatever ended the run before."""
 
 import json
+import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import pytest
 import torch
 from training_tools import IDENTIFIERS, TEXT, contents, finish, metrics_of, start
 
+import pretrain
 from dataset.common import UserError
 from sequence_dataset import Corpora
+from utils import checkpoint_writer as writer
 from utils.checkpoint import Checkpoint, checkpoints_of
 
 
@@ -247,3 +251,82 @@ def test_another_number_of_ranks_goes_on_with_the_same_examples(text_corpus, tmp
         one, other = metrics_of(tmp_path / "whole", metric), metrics_of(run, metric)
         assert len(one) == len(other)
         assert max(abs(a - b) for a, b in zip(one, other, strict=True)) < 1e-5
+
+
+def test_the_best_checkpoint_is_kept_besides_the_newest(text_corpus, run_training):
+    """With a learning rate of 0 nothing improves on the first evaluation."""
+    options = ["lr=0", "puzzle_emb_lr=0", "epochs=50", "eval_interval=0.1", "keep_checkpoints=1"]
+    run = run_training(text_corpus, "run", *options, "max_steps=30", "checkpoint_interval=5")
+    state = Checkpoint(run / "step_30").json("state.json")["counters"]
+    best = state["best_step"]
+    assert 0 < best < 20 and [p.name for p in checkpoints_of(run)] == [f"step_{best}", "step_30"]
+    assert (run / "best").resolve() == run / f"step_{best}"
+    contents(run / "best")
+    run_training(text_corpus, "run", *options, "max_steps=40", "checkpoint_interval=5",
+                 "resume_allow=[max_steps]")  # fmt: skip
+    assert [p.name for p in checkpoints_of(run)] == [f"step_{best}", "step_40"]
+    new = run_training(text_corpus, "new", "max_steps=1", f"load_checkpoint={run / 'best'}")
+    assert checkpoints_of(new)
+
+
+def test_more_can_be_better(text_corpus, run_training, capsys):
+    options = ["epochs=50", "eval_interval=0.1", "keep_checkpoints=1", "max_steps=30", "lr=3e-3"]
+    worst = run_training(text_corpus, "worst", *options, "best_mode=max")
+    losses = metrics_of(worst, "eval/all/lm_loss")
+    assert losses[0] == max(losses), "training should help"
+    assert Checkpoint(worst / "best").json("state.json")["counters"]["step"] < 15
+    run_training(text_corpus, "typo", *options, "best_metric=text/perplexety")
+    assert "best_metric=text/perplexety was not evaluated" in capsys.readouterr().out
+
+
+def test_a_crash_between_two_renames_loses_nothing(text_corpus, run_training, capsys):
+    options = ["evaluators=[]", "epochs=20", "keep_checkpoints=null", "checkpoint_interval=2"]
+    run = run_training(text_corpus, "run", *options, "max_steps=4")
+    before = contents(run / "step_4")
+    shutil.copytree(run / "step_4", run / ".step_4.tmp")  # about to take the place of ...
+    (run / "step_4").rename(run / ".step_4.old")  # ... the one that stood there
+    shutil.copytree(run / "step_2", run / ".step_1.pruned")
+    (run / ".step_6.tmp").mkdir()
+    (run / ".step_6.tmp" / "model.pt").write_bytes(b"half")
+    run_training(text_corpus, "run", *options, "max_steps=4")
+    assert f"resuming from {run / 'step_4'}" in capsys.readouterr().out
+    after = contents(run / "step_4")
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert not list(run.glob(".step_*"))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(text_corpus, run_training, monkeypatch):
+    """The file of step 2 is finished only when step 3 has been trained; what it holds is step 2."""
+    options = ["evaluators=[]", "epochs=20", "max_steps=8", "checkpoint_interval=2", *IDENTIFIERS]
+    options += ["keep_checkpoints=null", "ema_rate=0.9"]
+    whole = run_training(text_corpus, "whole", *options)
+    trained, real_batch, real_save = threading.Event(), pretrain.train_batch, writer._save
+
+    def train_batch(run, state, batches):
+        if state.step == 3:
+            trained.set()
+        return real_batch(run, state, batches)
+
+    def save(value, path):
+        if ".step_2." in str(path):
+            assert trained.wait(60), "training waits for the disk"
+        real_save(value, path)
+
+    monkeypatch.setattr(pretrain, "train_batch", train_batch)
+    monkeypatch.setattr(writer, "_save", save)
+    run = run_training(text_corpus, "run", *options)
+    for step in ("step_2", "step_8"):
+        one, other = contents(whole / step), contents(run / step)
+        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_lines_of_steps_that_are_trained_again_stand_there_once(text_corpus, run_training):
+    options = ["epochs=20", "evaluators=[]", "keep_checkpoints=null", "checkpoint_interval=2"]
+    run = run_training(text_corpus, "run", *options, "max_steps=5")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/lm_l')  # as a kill leaves it
+    run_training(text_corpus, "run", *options, "max_steps=5", f"resume={run / 'step_2'}")
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
+    assert [step for step in steps if step <= 5][:5] == [1, 2, 3, 4, 5]
+    aside = (run / "metrics_abandoned.jsonl").read_text()
+    assert '{"step": 3' in aside and '{"step": 6, "train/lm_l' in aside
