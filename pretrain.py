@@ -130,6 +130,7 @@ def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
 def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller asks") -> int:
     """One replica of a run; returns the exit status."""
     announce(backend, config, reason)
+    backend.set_deterministic(config.deterministic)
     data = open_data(config)
     with closing(RunFolder(config, backend)) as folder:
         run, state = build(folder.path, data, backend, config)

@@ -59,7 +59,8 @@ class _StablemaxNLL(torch.autograd.Function):
         if ctx.smoothing:
             grad -= slope * (ctx.smoothing / x.shape[-1])
         at = labels.unsqueeze(-1)
-        grad.scatter_add_(-1, at, slope.gather(-1, at).mul_(ctx.smoothing - 1))
+        gained = slope.gather(-1, at).mul_(ctx.smoothing - 1).add_(grad.gather(-1, at))
+        grad.scatter_(-1, at, gained)  # scatter_add_ is not deterministic on every device
         return grad.mul_(grads[0].unsqueeze(-1)).to(logits.dtype), None, None
 
 

@@ -33,7 +33,7 @@ HARMLESS = frozenset(
     "eval_save_outputs early_stopping best_metric best_mode project_name run_name checkpoint_path "
     "checkpoint_every_eval checkpoint_interval keep_checkpoints checkpoint_carry resume "
     "resume_allow load_checkpoint load_weights device_type parallel compile dry_run logger "
-    "log_interval max_nonfinite slow_step_factor step_timeout".split()
+    "log_interval max_nonfinite slow_step_factor step_timeout deterministic".split()
 )
 FORMAT = 2  # of a checkpoint's files; 2: optimizers know parameters by name
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from dataset.common import DatasetMetadata, run_cli
-from models.train_state import create_model, create_train_state
+from models.train_state import TrainState, create_model, create_train_state
 from utils.backend import Backend, select_backend
 from utils.config import PretrainConfig, compose_config, load_config
 
@@ -31,8 +31,8 @@ VARIANTS = {
 }
 
 
-def make_step(config: PretrainConfig, backend: Backend) -> Callable[[], None]:
-    """A function that does one optimizer step on random tokens."""
+def make_step(config: PretrainConfig, backend: Backend) -> tuple[Callable[[], None], TrainState]:
+    """A function that does one optimizer step on random tokens, and what it changes."""
     vocab, length, rows = config.vocab_size or 1024, config.seq_len or 256, config.global_batch_size
     metadata = DatasetMetadata(
         pad_id=0, ignore_label_id=None, vocab_size=vocab, seq_len=length, total_groups=1,
@@ -57,7 +57,7 @@ def make_step(config: PretrainConfig, backend: Backend) -> Callable[[], None]:
             optimizer.zero_grad()
         loss.item()  # waits for the device
 
-    return step
+    return step, state
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
         if config.compile and (reason := backend.cannot_compile()):
             print(f"{name} is left out: {reason}")
             continue
-        configs[name], steps[name] = config, make_step(config, backend)
+        configs[name], (steps[name], _) = config, make_step(config, backend)
         begun = time.perf_counter()
         for _ in range(3):
             steps[name]()

@@ -276,3 +276,19 @@ def test_a_small_test_split_is_not_padded_to_the_training_batch(text_corpus, run
     (batch, rows), *_ = seen
     assert batch == min(rows, 96)
     assert "ended at step 1 of 5 in its warm-up" in capsys.readouterr().out
+
+
+def test_compiled_blocks_leave_names_and_numbers_alone(text_corpus, run_training):
+    """Checkpoints of compiled and plain runs are the same files, and go on as one another."""
+    if CPUBackend().cannot_compile():
+        pytest.skip("there is no C++ compiler")
+    options = ["max_steps=4", "epochs=20", "evaluators=[]", "arch.forward_dtype=float64"]
+    plain = run_training(text_corpus, "plain", *options)
+    compiled = run_training(text_corpus, "compiled", *options, "compile=true")
+    one, other = contents(plain / "step_4"), contents(compiled / "step_4")
+    assert one.keys() == other.keys()
+    for name in one:
+        if name.startswith("model/"):
+            assert (one[name] - other[name]).abs().max() < 1e-9, name
+    options[0] = "max_steps=6"
+    run_training(text_corpus, "compiled", *options, "resume_allow=[max_steps]")

@@ -85,6 +85,12 @@ class CheckpointWriter:
         futures = (self._pending.written, self._pending.committed)
         return any(f is not None and f.done() and f.exception() is not None for f in futures)
 
+    @property
+    def done(self) -> bool:
+        """Whether this rank has nothing to write any more, or has failed to."""
+        futures = (self._pending.written, self._pending.committed) if self._pending else ()
+        return all(future is None or future.done() for future in futures)
+
     def settle(self) -> bool:
         """Waits until the checkpoint in work is whole, or given up and reported: then False."""
         if self._pending is None:

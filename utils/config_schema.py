@@ -221,6 +221,9 @@ class PretrainConfig(pydantic.BaseModel):
         3600.0,
         description="seconds without progress that end the run, naming the rank; null: never",
     )
+    deterministic: bool = Field(
+        True, description="on CUDA: the same bits whenever a run is resumed; false may be faster"
+    )
     compile: bool = Field(False, description="torch.compile the model")
     dry_run: bool = Field(False, description="build the model, print its cost, and end")
 

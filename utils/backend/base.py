@@ -98,6 +98,9 @@ class Backend:
                 return self._board.get(name).decode()
         return None
 
+    def set_deterministic(self, wanted: bool) -> None:
+        """Has the same operations give the same bits each time, where that costs something."""
+
     def wrap(self, model: nn.Module, parallel: str = "ddp") -> nn.Module:
         """The module to call in training; its backward pass sums gradients over ranks.
 

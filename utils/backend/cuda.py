@@ -1,5 +1,6 @@
 """NVIDIA GPUs, one a process, NCCL between them."""
 
+import os
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ class CUDABackend(Backend):
         if not torch.cuda.is_available():
             return "this torch finds no CUDA device; use device_type=auto, or install a CUDA build"
         return None
+
+    def set_deterministic(self, wanted: bool) -> None:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(wanted, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory
 
     def group_options(self) -> dict[str, Any]:
         return {"device_id": self.device}  # or NCCL has to guess it for barriers
