@@ -5,6 +5,7 @@ torchrun --nproc-per-node 4 pretrain.py data_paths="[data/athena_base]" +run_nam
 python pretrain.py --help
 """
 
+import math
 import os
 import signal
 import sys
@@ -123,7 +124,10 @@ def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
     if backend.is_main:
         ranks = f", {backend.world_size} ranks" if backend.world_size > 1 else ""
         print(f"device: {backend.device} ({reason}){ranks}")
-        for line in config_warnings(config):
+        notes = config_warnings(config)
+        if config.parallel == "fsdp" and backend.world_size == 1:
+            notes.append("parallel=fsdp has no effect on one rank: there is nobody to share with")
+        for line in notes:
             print(f"note: {line}")
 
 
@@ -219,7 +223,8 @@ def train_loop(run: Run, state: TrainState) -> int:
         try:
             evaluated_at = take_steps(run, state)
             with run.clock.paused():
-                if not run.saver.finish(patience=600):
+                patience = min(600, (run.config.step_timeout or math.inf) / 2)
+                if not run.saver.finish(patience, run.received):
                     say(run, f"error: step {state.step}, the last, could not be saved")
                     return FAILED_IN_PART
                 if evaluated_at != state.step:

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,8 +106,11 @@ class Saver:
             return self._plan_retry()
         self.saved_at, self.retry_at = self.state.step, None
 
-    def finish(self, patience: float) -> bool:
-        """Returns when the present state is saved; False if that failed for `patience` seconds."""
+    def finish(self, patience: float, received: Sequence[int] = ()) -> bool:
+        """Returns when the present state is saved; False if that failed for `patience` seconds.
+
+        received: a list that a signal may fill, which ends the waiting too.
+        """
         begun, pause = time.monotonic(), min(10.0, patience)
         while True:
             self.save()
@@ -114,7 +118,7 @@ class Saver:
                 return True
             self._plan_retry()
             waited = time.monotonic() - begun
-            if self.backend.broadcast_object(waited >= patience):
+            if self.backend.broadcast_object(waited >= patience or bool(received)):
                 return False
             if self.backend.is_main:
                 left = patience - waited
@@ -200,9 +204,6 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
         return None
     if backend.is_main:
         print(f"resuming from {folder}", flush=True)
-        if folder.parent.resolve() == run.resolve() and not config.eval_only:
-            checkpoint.set_aside(run, after=folder)
-    backend.barrier()
     opened = Checkpoint(folder)
     if opened.json("state.json").get("format") != FORMAT:
         raise UserError(
@@ -210,6 +211,9 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
             f"a new run from its weights with load_checkpoint={folder}"
         )
     check_unchanged(config, yaml.safe_load(opened.text("config.yaml")))
+    if backend.is_main and folder.parent.resolve() == run.resolve() and not config.eval_only:
+        checkpoint.set_aside(run, after=folder)
+    backend.barrier()
     return opened
 
 

@@ -104,6 +104,25 @@ def test_a_disk_that_stays_full_ends_with_the_last_good_checkpoint_named(
         contents(folder)
 
 
+def test_a_part_that_one_rank_cannot_write_is_tried_again(text_corpus, tmp_path):
+    fault = """
+import errno
+import utils.checkpoint_writer as writer
+def refuse(value, path):
+    if rank == 1 and ".step_8." in str(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+    return real_save(value, path)
+real_save, writer._save = writer._save, refuse
+"""
+    run = tmp_path / "run"
+    code, out = run_with(fault, run, text_corpus, tmp_path, "keep_checkpoints=null", ranks=2)
+    assert code == 0, out
+    assert "step 8 could not be saved (rank 1: Input/output error" in out
+    names = [folder.name for folder in checkpoints_of(run)]
+    assert "step_8" not in names and names[0] == "step_4" and names[-1] == "step_40"
+    assert {"step_9", "step_10", "step_11"} & set(names), "the next attempt should come at once"
+
+
 def test_a_folder_that_vanishes_comes_back(text_corpus, tmp_path):
     run = tmp_path / "run"
     fault = f"at[18] = lambda *_: shutil.rmtree({str(run)!r})\n"

@@ -128,7 +128,11 @@ def test_starting_again_from_an_older_checkpoint_sets_later_ones_aside(text_corp
     options = ["epochs=20", "evaluators=[]", "keep_checkpoints=1", "resume_allow=[max_steps]"]
     run = run_training(text_corpus, "run", *options, "max_steps=4", "keep_checkpoints=null",
                        "checkpoint_interval=2")  # fmt: skip
-    run_training(text_corpus, "run", *options, "max_steps=3", f"resume={run / 'step_2'}")
+    older = f"resume={run / 'step_2'}"
+    with pytest.raises(UserError, match="lr"):  # a command that is refused changes nothing
+        run_training(text_corpus, "run", *options, "max_steps=3", older, "lr=7e-3")
+    assert [p.name for p in checkpoints_of(run)] == ["step_2", "step_4"]
+    run_training(text_corpus, "run", *options, "max_steps=3", older)
     assert [p.name for p in checkpoints_of(run)] == ["step_3"]
     (aside,) = run.glob("abandoned_step_4_*")
     Checkpoint(aside).verify()

@@ -92,8 +92,13 @@ def _eval_batch(c: Context) -> Iterator[str]:
         )
 
 
-@_reads("parallel", "device_type")
+@_reads("parallel", "device_type", "optimizer")
 def _parallel(c: Context) -> Iterator[str]:
+    if c.config.parallel == "fsdp" and c.config.optimizer == "muon":
+        yield (
+            "parallel=fsdp leaves each rank a part of every matrix and optimizer=muon needs whole "
+            "ones: use parallel=ddp, or adam_atan2 or adamw"
+        )
     if c.config.parallel == "fsdp" and c.config.device_type in ("xla", "tpu", "mps"):
         yield (
             f"parallel=fsdp does not run on device_type={c.config.device_type}: use parallel=ddp, "

@@ -29,7 +29,7 @@ class CUDABackend(Backend):
     def set_deterministic(self, wanted: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(wanted, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def group_options(self) -> dict[str, Any]:
         return {"device_id": self.device}  # or NCCL has to guess it for barriers
