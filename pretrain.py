@@ -9,10 +9,10 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import yaml
 from omegaconf import DictConfig
@@ -27,12 +27,19 @@ from models.persistence import resolved
 from models.train_state import TrainState, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint
-from utils.backend import Backend, select_backend
-from utils.config import PretrainConfig, config_warnings, hydra_entry, load_config
+from utils.backend import Backend, Received, select_backend
+from utils.config import (
+    PretrainConfig,
+    check_ranks,
+    config_warnings,
+    hydra_entry,
+    load_config,
+)
 from utils.data import Data, open_data
+from utils.feed_ahead import PresentAhead
 from utils.functions import random_run_name
 from utils.logging import Logger, create_loggers
-from utils.metrics import MetricSums
+from utils.metrics import added
 from utils.reporting import Clock, evaluation_table, prefetched, ticking
 from utils.schedule import Schedule
 from utils.training_log import TrainingLog
@@ -44,7 +51,7 @@ class Run(NamedTuple):
     config: PretrainConfig
     backend: Backend
     data: Data
-    stream: TrainStream
+    stream: TrainStream | PresentAhead
     folder: Path
     micro_batches: int
     schedule: Schedule
@@ -70,10 +77,11 @@ def launch(cfg: DictConfig) -> None:
 
 def create_stream(
     config: PretrainConfig, arch: Any, data: Data, backend: Backend, micro_batches: int
-) -> TrainStream:
+) -> TrainStream | PresentAhead:
     """`arch` is the model's own config, with its defaults."""
     steps = getattr(arch, "halt_max_steps", None)  # a plain decoder has no budgets to keep
-    return TrainStream(
+    make = partial(
+        TrainStream,
         data.train,
         global_batch_size=config.global_batch_size,
         seed=config.seed,
@@ -89,8 +97,11 @@ def create_stream(
         micro_batches=micro_batches,
         explore_prob=getattr(arch, "halt_exploration_prob", 0.0),
         explore_max=steps or 1,
-        num_workers=config.num_workers,
     )
+    stream = make(num_workers=config.num_workers)
+    if config.feed == "present" and backend.moved_ahead is not None:
+        return PresentAhead(stream, make(num_workers=0), backend.moved_ahead)
+    return stream
 
 
 def open_run_folder(config: PretrainConfig, backend: Backend) -> Path:
@@ -114,7 +125,7 @@ def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
     """Says which device was taken and why, and what of the config is rarely meant."""
     if backend.is_main:
         ranks = f", {backend.world_size} ranks" if backend.world_size > 1 else ""
-        print(f"device: {backend.device} ({reason}){ranks}")
+        print(f"device: {backend.describe()} ({reason}){ranks}")
         for line in config_warnings(config):
             print(f"note: {line}")
 
@@ -122,12 +133,14 @@ def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
 def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller asks") -> int:
     """One replica of a run; returns the exit status."""
     announce(backend, config, reason)
+    check_ranks(config, backend.world_size)
     data = open_data(config)
     rows = config.rows_per_rank(backend.world_size)
     folder = open_run_folder(config, backend)
     resumed = persistence.find_resume(config, folder, backend)
     labels = data.reasoning_ids() if config.arch.loss.options.get("reasoning_loss_weight") else 0
-    model = create_model(config, data.train.metadata, batch_size=rows, reasoning_ids=labels)
+    with backend.taking_turns():
+        model = create_model(config, data.train.metadata, batch_size=rows, reasoning_ids=labels)
     micro_rows = config.micro_rows(backend.world_size) or backend.broadcast_object(
         persistence.saved_micro_rows(resumed, rows)
         or cost.fitting_rows(
@@ -195,7 +208,8 @@ def train_loop(run: Run, state: TrainState) -> int:
                 break
             metrics, stop = train_batch(run, state, batches, clock, received)
             run.log.add(state, metrics)
-            if state.step % config.log_interval == 0:
+            run.backend.end_step()
+            if state.step % config.log_interval == 0 or state.step == 1:
                 run.log.write(state)
             due = run.stream.epoch >= state.next_eval(config)
             every = config.checkpoint_interval
@@ -229,19 +243,21 @@ def train_loop(run: Run, state: TrainState) -> int:
 def train_batch(
     run: Run,
     state: TrainState,
-    batches: list[dict[str, np.ndarray]],
+    batches: list[dict[str, Any]],
     clock: Clock,
-    received: list[int],
+    received: Received,
 ) -> tuple[dict[str, Tensor], int]:
     """One optimizer step over this replica's micro-batches.
 
     Returns the step's metrics (sums, on the device) and the number of a signal that any rank
     received, or 0. The host waits once, for the halted flags and whether all is finite.
     """
-    config, backend, totals = run.config, run.backend, MetricSums()
+    config, backend = run.config, run.backend
+    totals: dict[str, Tensor] = {}
     moved = [backend.to_device(batch) for batch in batches]
     if not state.carries:
         state.carries = [state.model.initial_carry(batch) for batch in moved]
+        backend.end_step()  # to XLA they are data now, not constants: no program of their own
     finite = torch.ones((), dtype=torch.bool, device=backend.device)
     for i, batch in enumerate(moved):
         with backend.accumulating(state.step_model, last=i == len(moved) - 1):
@@ -250,11 +266,12 @@ def train_batch(
             )
             backend.backward(loss / config.global_batch_size)
         finite &= torch.isfinite(loss.detach())
-        totals.add(metrics)
+        totals = added(totals, metrics)
     backend.reduce_gradients(state.optimizers)
     norm = state.clip_gradients(config.grad_clip_norm)
     if norm is not None:
         finite &= torch.isfinite(norm)
+        totals["grad_norm"] = norm
     state.step += 1
     all_finite, stop = share_flags(backend, state, finite, clock, received)
     if all_finite:
@@ -263,22 +280,19 @@ def train_batch(
         skip_update(run, state)
     for optimizer in state.optimizers:
         optimizer.zero_grad()
-    backend.end_step()
-    if norm is not None:
-        totals.add({"grad_norm": norm})
-    totals.add({"updates": torch.ones((), device=backend.device)})
-    return totals.sums, stop
+    totals["updates"] = torch.ones((), device=backend.device)
+    return totals, stop
 
 
 def share_flags(
-    backend: Backend, state: TrainState, finite: Tensor, clock: Clock, received: list[int]
+    backend: Backend, state: TrainState, finite: Tensor, clock: Clock, received: Received
 ) -> tuple[bool, int]:
     """What all ranks must agree on: which slots have halted (in slot order) and rank 0's clock,
     both noted in `state`; whether all ranks are finite, and the largest signal number."""
     own = torch.cat([carry.halted for carry in state.carries]).long()
     host = [round(clock.seconds * 1000), received[0] if received else 0]
     flags = torch.cat((own, finite.long().view(1), torch.tensor(host, device=own.device)))
-    table = backend.all_gather(flags.unsqueeze(0)).cpu().numpy()
+    table = backend.to_host(backend.all_gather(flags.unsqueeze(0)))
     state.halted = table[:, :-3].astype(bool).ravel()
     state.seconds = table[0, -2] / 1000
     return bool(table[:, -3].all()), int(table[:, -1].max())
@@ -304,7 +318,7 @@ def skip_update(run: Run, state: TrainState) -> None:
         broken = ~(z.z_H.isfinite().all(2).all(1) & z.z_L.isfinite().all(2).all(1))
         carry.halted = carry.halted | broken
     own = torch.cat([carry.halted for carry in state.carries])
-    state.halted = run.backend.all_gather(own.int()).cpu().numpy().astype(bool)
+    state.halted = run.backend.to_host(run.backend.all_gather(own.int())).astype(bool)
     say(run, f"step {state.step}: loss or gradient is not finite, update skipped")
     if state.nonfinite_in_a_row >= run.config.max_nonfinite:
         good = checkpoint.checkpoints_of(run.folder)

@@ -39,18 +39,19 @@ class SetFigures:
 
     def __init__(self, max_steps: int, device: torch.device):
         self.max_steps = max_steps
-        self.curve = torch.zeros(max_steps, len(self.CURVE), device=device)
-        self.rows = torch.zeros((), device=device)
+        # A tensor for each step, and zeros from the host: to XLA every index is another program,
+        # and so is a sum with a constant, which zeros made there are.
+        self.curve = [torch.zeros(len(self.CURVE)).to(device) for _ in range(max_steps)]
+        self.rows = torch.zeros(1).to(device)
+        sizes = {"accuracy": self.BINS, "exact_accuracy": 2, "q_halt_accuracy": 2}
         self.histograms = {
-            "accuracy": torch.zeros(self.BINS, device=device),
-            "exact_accuracy": torch.zeros(2, device=device),
-            "q_halt_accuracy": torch.zeros(2, device=device),
-            "steps": torch.zeros(max_steps, device=device),
+            name: torch.zeros(size).to(device)
+            for name, size in (sizes | {"steps": max_steps}).items()
         }
 
     def add_step(self, step: int, preds: Batch) -> None:
         valid = preds["valid"]
-        self.curve[step] += torch.stack(
+        self.curve[step] = self.curve[step] + torch.stack(
             [torch.where(valid, preds[name], 0).sum().float() for name in self.CURVE]
         )
 
@@ -70,7 +71,7 @@ class SetFigures:
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Means by name, and lists of row counts under hist/. A collective."""
-        parts = [self.rows.view(1), self.curve.flatten(), *self.histograms.values()]
+        parts = [self.rows, torch.cat(self.curve), *self.histograms.values()]
         sizes = [part.numel() for part in parts]
         rows, curve, *histograms = reduce(torch.cat(parts)).cpu().split(sizes)
         count = max(rows.item(), 1.0)
@@ -92,7 +93,14 @@ class SetFigures:
 
 
 @torch.no_grad()
-def run_batch(model, batch: Batch, keys: set[str], max_steps: int, figures: SetFigures) -> Batch:
+def run_batch(
+    model,
+    batch: Batch,
+    keys: set[str],
+    max_steps: int,
+    figures: SetFigures,
+    end_step: Callable[[], None],
+) -> Batch:
     """All ACT steps on one batch; returns the outputs of the last one that `keys` names.
 
     Rows that have halted keep their outputs. `row_nll_by_step` (B, steps) is the sum of a row's
@@ -108,6 +116,7 @@ def run_batch(model, batch: Batch, keys: set[str], max_steps: int, figures: SetF
     if stream:
         wanted |= {"reasoning_logits"}
     carry, preds = model.initial_carry(batch), {}
+    end_step()
     row_nll: list[Tensor] = []
     decoded: list[Tensor] = []
     for step in range(max_steps):
@@ -118,11 +127,13 @@ def run_batch(model, batch: Batch, keys: set[str], max_steps: int, figures: SetF
             row_nll.append(source.sum(-1))
         if "reasoning_logits" in preds and stream:
             decoded.append(preds["reasoning_logits"].argmax(-1))
+        end_step()
     figures.add_end(preds)
     if decoded:
         preds["reasoning_preds"] = torch.stack(decoded, dim=1)
     if curve:
         preds["row_nll_by_step"] = torch.stack(row_nll, dim=1)
+    end_step()
     return preds
 
 
@@ -153,8 +164,10 @@ def evaluate(
     sets: dict[str, SetFigures] = {}
     saved: dict[str, list[Tensor]] = {}
     for set_name, batch, _ in backend.batches(stream):
-        figures = sets.setdefault(set_name, SetFigures(max_steps, backend.device))
-        preds = run_batch(model, batch, keys, max_steps, figures)
+        if set_name not in sets:
+            sets[set_name] = SetFigures(max_steps, backend.device)
+        figures = sets[set_name]
+        preds = run_batch(model, batch, keys, max_steps, figures, backend.end_step)
         for evaluator in evaluators:
             evaluator.update_batch(batch, preds)
         for name in save_outputs:

@@ -163,7 +163,7 @@ class TrainState:
             setattr(self, name, counters[name])
 
     def tensors(self) -> dict[str, Any]:
-        """What a checkpoint stores once, whatever the number of ranks."""
+        """What a checkpoint stores once, whatever the number of ranks; on the CPU."""
         found: dict[str, Any] = {
             "model": self.model.state_dict(),
             "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -171,7 +171,7 @@ class TrainState:
         }
         if self.ema is not None:
             found["ema"] = self.ema.state_dict()
-        return found
+        return on_cpu(found)
 
     def load_tensors(self, read: Callable[[str], Any]) -> None:
         load_into(self.model, read("model"))
@@ -183,12 +183,11 @@ class TrainState:
 
     def load_carry(self, rows: dict[str, Tensor], micro_batches: int) -> None:
         """Held rows of all this replica's slots, split into its micro-batches."""
-        device = self.device
-        parts = [{k: v.to(device) for k, v in rows.items()}]
-        if micro_batches > 1:
-            split = {k: v.chunk(micro_batches) for k, v in parts[0].items()}
-            parts = [{k: v[i] for k, v in split.items()} for i in range(micro_batches)]
-        self.carries = [carry_from_rows(part) for part in parts]
+        split = {k: v.chunk(micro_batches) for k, v in rows.items()}
+        self.carries = [
+            carry_from_rows({k: v[i].to(self.device) for k, v in split.items()})
+            for i in range(micro_batches)
+        ]
 
 
 def create_train_state(
@@ -307,7 +306,16 @@ def carry_rows(carries: Sequence[Carry]) -> dict[str, Tensor]:
         }
 
     parts = [flat(carry) for carry in carries]
-    return {k: torch.cat([part[k] for part in parts]).cpu() for k in parts[0]}
+    return {k: torch.cat([part[k].cpu() for part in parts]) for k in parts[0]}
+
+
+def on_cpu(value: Any) -> Any:
+    """Nested dicts and lists with their tensors on the CPU, as every machine can read them."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    return [on_cpu(item) for item in value] if isinstance(value, list) else value
 
 
 def carry_from_rows(rows: dict[str, Tensor]) -> Carry:
