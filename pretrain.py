@@ -11,10 +11,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import yaml
 from omegaconf import DictConfig
@@ -25,17 +25,22 @@ from dataset.common import UserError, warnings_as_notes
 from evaluators.loop import FAILURES, Evaluator, Interrupted, create_evaluators, evaluate
 from models import cost, persistence
 from models.dry_run import dry_run
-from models.losses import ACTLossHead
 from models.persistence import Saver, resolved
 from models.train_state import TrainState, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint
 from utils.backend import Backend, select_backend
-from utils.checkpoint import Checkpoint
-from utils.config import PretrainConfig, config_warnings, hydra_entry, load_config
+from utils.config import (
+    PretrainConfig,
+    check_ranks,
+    config_warnings,
+    hydra_entry,
+    load_config,
+)
 from utils.data import Data, open_data
+from utils.feed_ahead import PresentAhead
 from utils.logging import Loggers
-from utils.metrics import MetricSums
+from utils.metrics import added
 from utils.reporting import Clock, evaluation_table, prefetched, tell, ticking
 from utils.run_folder import RunFolder
 from utils.schedule import Schedule
@@ -49,7 +54,7 @@ class Run(NamedTuple):
     config: PretrainConfig
     backend: Backend
     data: Data
-    stream: TrainStream
+    stream: TrainStream | PresentAhead
     folder: Path
     micro_batches: int
     schedule: Schedule
@@ -96,10 +101,11 @@ def launch(cfg: DictConfig) -> None:
 
 def create_stream(
     config: PretrainConfig, arch: Any, data: Data, backend: Backend, micro_batches: int
-) -> TrainStream:
+) -> TrainStream | PresentAhead:
     """`arch` is the model's own config, with its defaults."""
     steps = getattr(arch, "halt_max_steps", None)  # a plain decoder has no budgets to keep
-    return TrainStream(
+    make = partial(
+        TrainStream,
         data.train,
         global_batch_size=config.global_batch_size,
         seed=config.seed,
@@ -115,15 +121,18 @@ def create_stream(
         micro_batches=micro_batches,
         explore_prob=getattr(arch, "halt_exploration_prob", 0.0),
         explore_max=steps or 1,
-        num_workers=config.num_workers,
     )
+    stream = make(num_workers=config.num_workers)
+    if config.feed == "present" and backend.moved_ahead is not None:
+        return PresentAhead(stream, make(num_workers=0), backend.moved_ahead)
+    return stream
 
 
 def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
     """Says which device was taken and why, and what of the config is rarely meant."""
     if backend.is_main:
         ranks = f", {backend.world_size} ranks" if backend.world_size > 1 else ""
-        print(f"device: {backend.device} ({reason}){ranks}")
+        print(f"device: {backend.describe()} ({reason}){ranks}")
         notes = config_warnings(config)
         if config.parallel == "fsdp" and backend.world_size == 1:
             notes.append("parallel=fsdp has no effect on one rank: there is nobody to share with")
@@ -134,6 +143,7 @@ def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
 def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller asks") -> int:
     """One replica of a run; returns the exit status."""
     announce(backend, config, reason)
+    check_ranks(config, backend.world_size)
     backend.set_deterministic(config.deterministic)
     data = open_data(config)
     with closing(RunFolder(config, backend)) as folder:
@@ -166,10 +176,11 @@ def build(
     rows = config.rows_per_rank(backend.world_size)
     resumed = persistence.find_resume(config, folder, backend)
     labels = data.reasoning_ids() if config.arch.loss.options.get("reasoning_loss_weight") else 0
-    model = create_model(config, data.train.metadata, batch_size=rows, reasoning_ids=labels)
+    with backend.taking_turns():
+        model = create_model(config, data.train.metadata, batch_size=rows, reasoning_ids=labels)
     if config.load_checkpoint and resumed is None:
         persistence.load_pretrained(config, model, data.train.identifiers, data.tokenizer)
-    micro_batches = rows // micro_batch_rows(config, backend, model, resumed)
+    micro_batches = rows // persistence.micro_batch_rows(config, backend, model, resumed)
     model.to(backend.device)
     state = create_train_state(config, model, backend=backend)
     stream = create_stream(config, model.model.config, data, backend, micro_batches)
@@ -198,23 +209,6 @@ def build(
         evaluators_of(config, data), clock, watchdog,
     )  # fmt: skip
     return run, state
-
-
-def micro_batch_rows(
-    config: PretrainConfig, backend: Backend, model: ACTLossHead, resumed: Checkpoint | None
-) -> int:
-    """Rows that a rank computes at once: as configured, as before, or what memory allows."""
-    rows = config.rows_per_rank(backend.world_size)
-    return config.micro_rows(backend.world_size) or backend.broadcast_object(
-        persistence.saved_micro_rows(resumed, rows)
-        or cost.fitting_rows(
-            model.model,
-            rows,
-            backend.available_memory(),
-            optimizer=config.optimizer,
-            ema=config.ema,
-        )
-    )
 
 
 def train_loop(run: Run, state: TrainState) -> int:
@@ -254,7 +248,8 @@ def take_steps(run: Run, state: TrainState) -> int:
         metrics, flags = train_batch(run, state, batches)
         run.watchdog.beat(state.step)
         run.log.add(state, metrics)
-        if state.step % config.log_interval == 0:
+        run.backend.end_step()
+        if state.step % config.log_interval == 0 or state.step == 1:
             run.log.write(state)
         run.saver.check(flags.save_failed)
         if flags.stop:
@@ -281,17 +276,19 @@ def leave(run: Run, state: TrainState, stop: int) -> int:
 
 
 def train_batch(
-    run: Run, state: TrainState, batches: list[dict[str, np.ndarray]]
+    run: Run, state: TrainState, batches: list[dict[str, Any]]
 ) -> tuple[dict[str, Tensor], Flags]:
     """One optimizer step over this replica's micro-batches.
 
     Returns the step's metrics (sums, on the device) and what the ranks told each other. The host
     waits once, for the halted flags and whether all is finite.
     """
-    config, backend, totals = run.config, run.backend, MetricSums()
+    config, backend = run.config, run.backend
+    totals: dict[str, Tensor] = {}
     moved = [backend.to_device(batch) for batch in batches]
     if not state.carries:
         state.carries = [state.model.initial_carry(batch) for batch in moved]
+        backend.end_step()  # to XLA they are data now, not constants: no program of their own
     finite = torch.ones((), dtype=torch.bool, device=backend.device)
     for i, batch in enumerate(moved):
         with backend.accumulating(state.step_model, last=i == len(moved) - 1):
@@ -300,11 +297,12 @@ def train_batch(
             )
             backend.backward(loss / config.global_batch_size)
         finite &= torch.isfinite(loss.detach())
-        totals.add(metrics)
+        totals = added(totals, metrics)
     backend.reduce_gradients(state.optimizers)
     norm = state.clip_gradients(config.grad_clip_norm)
     if norm is not None:
         finite &= torch.isfinite(norm)
+        totals["grad_norm"] = norm
     state.step += 1
     flags = share_flags(run, state, finite)
     if flags.finite:
@@ -313,11 +311,8 @@ def train_batch(
         skip_update(run, state)
     for optimizer in state.optimizers:
         optimizer.zero_grad()
-    backend.end_step()
-    if norm is not None:
-        totals.add({"grad_norm": norm})
-    totals.add({"updates": torch.ones((), device=backend.device)})
-    return totals.sums, flags
+    totals["updates"] = torch.ones((), device=backend.device)
+    return totals, flags
 
 
 def share_flags(run: Run, state: TrainState, finite: Tensor) -> Flags:
@@ -327,7 +322,7 @@ def share_flags(run: Run, state: TrainState, finite: Tensor) -> Flags:
     signal_number = run.received[0] if run.received else 0
     host = [round(run.clock.seconds * 1000), signal_number, int(run.saver.failed)]
     flags = torch.cat((own, finite.long().view(1), torch.tensor(host, device=own.device)))
-    table = run.backend.all_gather(flags.unsqueeze(0)).cpu().numpy()
+    table = run.backend.to_host(run.backend.all_gather(flags.unsqueeze(0)))
     state.halted = table[:, :-4].astype(bool).ravel()
     state.seconds = table[0, -3] / 1000
     return Flags(bool(table[:, -4].all()), int(table[:, -2].max()), bool(table[:, -1].any()))
@@ -353,7 +348,7 @@ def skip_update(run: Run, state: TrainState) -> None:
         broken = ~(z.z_H.isfinite().all(2).all(1) & z.z_L.isfinite().all(2).all(1))
         carry.halted = carry.halted | broken
     own = torch.cat([carry.halted for carry in state.carries])
-    state.halted = run.backend.all_gather(own.int()).cpu().numpy().astype(bool)
+    state.halted = run.backend.to_host(run.backend.all_gather(own.int())).astype(bool)
     say(run, f"step {state.step}: loss or gradient is not finite, update skipped")
     if state.nonfinite_in_a_row >= run.config.max_nonfinite:
         good = checkpoint.checkpoints_of(run.folder)

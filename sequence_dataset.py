@@ -205,6 +205,11 @@ class TrainStream:
             for start in range(0, size * self._micro_batches, size)
         ]
 
+    def pass_over(self, halted: np.ndarray) -> bool:
+        """Go on as `next` does under `present`, without its batch; False when the run is over."""
+        assert self._feed == "present", self._feed
+        return self._enter_all(np.asarray(halted, dtype=bool)) is not None
+
     def close(self) -> None:
         """Drop what was read ahead and end the threads that did it."""
         self._source.close()
@@ -212,12 +217,16 @@ class TrainStream:
 
     def _feed_all(self, halted: np.ndarray) -> list[tuple[np.ndarray, Batch]] | None:
         """`present`: rows for all slots of this rank, and where they go; None at the end."""
+        taken = self._enter_all(halted)
+        return None if taken is None else [self._rows_of_rank(taken)]
+
+    def _enter_all(self, halted: np.ndarray) -> np.ndarray | None:
+        """`present`: the next examples enter all slots; the slots, None at the end."""
         if self.total_steps is None or self._steps >= self.total_steps:
             return None
         self._steps += 1
-        taken = self._take(np.arange(self._size))
         self.examples_entered += int(halted.sum())
-        return [taken]
+        return self._enter(np.arange(self._size))
 
     def _feed_freed(self, halted: np.ndarray) -> list[tuple[np.ndarray, Batch]] | None:
         """`consume`: rows for the slots of this rank that get any, and where they go; None at
@@ -232,15 +241,12 @@ class TrainStream:
             parts.append((again - self._slots.start, self._read(examples)))
         freed = np.flatnonzero(halted & ~held)
         self._held_place[freed] = -1
-        parts.append(self._take(freed))
+        parts.append(self._rows_of_rank(self._enter(freed)))
         self._steps += 1
         return parts if self.occupied.any() else None
 
-    def _take(self, slots: np.ndarray) -> tuple[np.ndarray, Batch]:
-        """Give the next examples to `slots`, in order, as many as there are.
-
-        Returns, for this rank's of them, numbers within the rank's share (n,) and rows (n, ..).
-        """
+    def _enter(self, slots: np.ndarray) -> np.ndarray:
+        """Give the next examples to `slots`, in order, as many as there are; those slots."""
         examples = self._source.take(slots.size)
         taken = slots[: len(examples)]
         self._held_place[taken], self._held_offset[taken] = examples.place, examples.offset
@@ -250,6 +256,11 @@ class TrainStream:
             self._position = Position(max(self.position, self.total_groups))
         if self._feed == "consume":
             self.examples_entered += taken.size
+        return taken
+
+    def _rows_of_rank(self, taken: np.ndarray) -> tuple[np.ndarray, Batch]:
+        """Of the slots that an example has just entered, this rank's: numbers within the rank's
+        share (n,) and rows (n, ..)."""
         mine = np.flatnonzero(self._is_own(taken))
         return taken[mine] - self._slots.start, self._source.rows(mine)
 

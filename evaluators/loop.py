@@ -42,20 +42,22 @@ class SetFigures:
 
     def __init__(self, max_steps: int, device: torch.device):
         self.max_steps = max_steps
+        # A tensor for each step, and zeros from the host: to XLA every index is another program,
+        # and so is a sum with a constant, which zeros made there are.
         wide = torch.float64 if device.type == "cpu" else torch.float32  # not every device has it
-        self.curve = torch.zeros(max_steps, len(self.CURVE), device=device, dtype=wide)
-        self.rows = torch.zeros((), device=device)
+        self.curve = [torch.zeros(len(self.CURVE), dtype=wide).to(device) for _ in range(max_steps)]
+        self.rows = torch.zeros(1).to(device)
+        sizes = {"accuracy": self.BINS, "exact_accuracy": 2, "q_halt_accuracy": 2}
         self.histograms = {
-            "accuracy": torch.zeros(self.BINS, device=device),
-            "exact_accuracy": torch.zeros(2, device=device),
-            "q_halt_accuracy": torch.zeros(2, device=device),
-            "steps": torch.zeros(max_steps, device=device),
+            name: torch.zeros(size).to(device)
+            for name, size in (sizes | {"steps": max_steps}).items()
         }
 
     def add_step(self, step: int, preds: Batch) -> None:
         valid = preds["valid"]
-        self.curve[step] += torch.stack(
-            [torch.where(valid, preds[name], 0).sum().to(self.curve.dtype) for name in self.CURVE]
+        wide = self.curve[step].dtype
+        self.curve[step] = self.curve[step] + torch.stack(
+            [torch.where(valid, preds[name], 0).sum().to(wide) for name in self.CURVE]
         )
 
     def add_end(self, preds: Batch) -> None:
@@ -74,7 +76,7 @@ class SetFigures:
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Means by name, and lists of row counts under hist/. A collective."""
-        parts = [self.rows.view(1), self.curve.flatten(), *self.histograms.values()]
+        parts = [self.rows, torch.cat(self.curve), *self.histograms.values()]
         sizes = [part.numel() for part in parts]
         rows, curve, *histograms = reduce(torch.cat(parts)).cpu().split(sizes)
         count = max(rows.item(), 1.0)
@@ -96,7 +98,14 @@ class SetFigures:
 
 
 @torch.no_grad()
-def run_batch(model, batch: Batch, keys: set[str], max_steps: int, figures: SetFigures) -> Batch:
+def run_batch(
+    model,
+    batch: Batch,
+    keys: set[str],
+    max_steps: int,
+    figures: SetFigures,
+    end_step: Callable[[], None],
+) -> Batch:
     """All ACT steps on one batch; returns the outputs of the last one that `keys` names.
 
     Rows that have halted keep their outputs. `row_nll_by_step` (B, steps) is the sum of a row's
@@ -112,6 +121,7 @@ def run_batch(model, batch: Batch, keys: set[str], max_steps: int, figures: SetF
     if stream:
         wanted |= {"reasoning_logits"}
     carry, preds = model.initial_carry(batch), {}
+    end_step()
     row_nll: list[Tensor] = []
     decoded: list[Tensor] = []
     for step in range(max_steps):
@@ -122,11 +132,13 @@ def run_batch(model, batch: Batch, keys: set[str], max_steps: int, figures: SetF
             row_nll.append(source.sum(-1))
         if "reasoning_logits" in preds and stream:
             decoded.append(preds["reasoning_logits"].argmax(-1))
+        end_step()
     figures.add_end(preds)
     if decoded:
         preds["reasoning_preds"] = torch.stack(decoded, dim=1)
     if curve:
         preds["row_nll_by_step"] = torch.stack(row_nll, dim=1)
+    end_step()
     return preds
 
 
@@ -199,7 +211,7 @@ class Guarded:
 def interrupt_if_asked(received: Sequence[int], backend: Backend) -> None:
     """Raises Interrupted on all ranks if one of them received a signal. A collective."""
     number = torch.tensor([received[0] if received else 0], device=backend.device)
-    if stop := int(backend.all_gather(number).max()):
+    if stop := int(backend.to_host(backend.all_gather(number)).max()):
         raise Interrupted(stop)
 
 
@@ -258,8 +270,9 @@ def run_all(
     saved: dict[str, list[Tensor]] = {}
     for set_name, batch, _ in backend.batches(stream):
         interrupt_if_asked(received, backend)
-        figures = sets.setdefault(set_name, SetFigures(max_steps, backend.device))
-        preds = run_batch(model, batch, keys, max_steps, figures)
+        if set_name not in sets:
+            sets[set_name] = SetFigures(max_steps, backend.device)
+        preds = run_batch(model, batch, keys, max_steps, sets[set_name], backend.end_step)
         guarded.update(batch, preds)
         for name in save_outputs:
             if (value := preds.get(name, batch.get(name))) is not None:

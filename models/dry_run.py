@@ -43,9 +43,9 @@ def fitting_here(config: PretrainConfig, model, rows: int) -> tuple[int, str]:
     """What micro_batch_size=auto would take on this machine, and why."""
     try:
         backend, _ = select_backend(config.device_type)
+        free = backend.available_memory()
     except UserError:
         return rows, f"as there is no {config.device_type} here to fit them to"
-    free = backend.available_memory()
     fitting = cost.fitting_rows(model, rows, free, optimizer=config.optimizer, ema=config.ema)
     parts = cost.memory(
         model.config, cost.measure(model), rows=rows, micro_rows=fitting,

@@ -34,6 +34,12 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def perhaps_any(mask: Tensor) -> bool:
+    """Whether any element is set; True without a look on XLA, where programs must not depend on
+    data, and a look would run all that was noted so far."""
+    return mask.device.type == "xla" or bool(mask.any())
+
+
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """RMS norm without weights over the last dimension, computed in at least float32."""
     return F.rms_norm(at_least_float32(x), (x.shape[-1],), eps=eps).to(x.dtype)

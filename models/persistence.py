@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from dataset.common import UserError
+from models import cost
 from models.losses import ACTLossHead
 from models.train_state import (
     TrainState,
@@ -258,6 +259,23 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = value
     return found
+
+
+def micro_batch_rows(
+    config: PretrainConfig, backend: Backend, model: ACTLossHead, resumed: Checkpoint | None
+) -> int:
+    """Rows that a rank computes at once: as configured, as before, or what memory allows."""
+    rows = config.rows_per_rank(backend.world_size)
+    return config.micro_rows(backend.world_size) or backend.broadcast_object(
+        saved_micro_rows(resumed, rows)
+        or cost.fitting_rows(
+            model.model,
+            rows,
+            backend.available_memory(),
+            optimizer=config.optimizer,
+            ema=config.ema,
+        )
+    )
 
 
 def saved_micro_rows(resumed: Checkpoint | None, rows: int) -> int | None:

@@ -66,12 +66,24 @@ class SparseEmbeddingSignSGD(Optimizer):
             return
         ids = self.all_gather(torch.cat([ids for ids, _ in used]))
         grads = self.all_gather(torch.cat([_gradient(rows) for _, rows in used]))
-        unique, inverse = ids.unique(return_inverse=True)
-        total = grads.new_zeros(len(unique), grads.shape[1]).index_add_(0, inverse, grads)
+        rows, total = _sums_by_id(ids, grads)
         group = self.param_groups[0]
-        old = self.embedding.weights[unique]
+        old = self.embedding.weights[rows]
         new = old * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * total.sign()
-        self.embedding.weights[unique] = torch.where(total.any(1, keepdim=True), new, old)
+        self.embedding.weights[rows] = torch.where(total.ne(0).any(1, keepdim=True), new, old)
+
+
+def _sums_by_id(ids: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    """Row numbers (M,) and the sum of each one's gradients (M, D); from ids (N,), grads (N, D).
+
+    How many ids differ depends on the data, and to XLA another number is another program. So there
+    M is N: each occurrence gets the whole sum, and all occurrences write the same value.
+    """
+    if ids.device.type == "xla":
+        same = ids.unsqueeze(1) == ids  # N x N, a row of it for each occurrence
+        return ids, same.to(grads.dtype) @ grads
+    unique, inverse = ids.unique(return_inverse=True)
+    return unique, grads.new_zeros(len(unique), grads.shape[1]).index_add_(0, inverse, grads)
 
 
 def _gradient(rows: Tensor) -> Tensor:

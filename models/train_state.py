@@ -221,12 +221,11 @@ class TrainState:
 
     def load_carry(self, rows: dict[str, Tensor], micro_batches: int) -> None:
         """Held rows of all this replica's slots, split into its micro-batches."""
-        device = self.device
-        parts = [{k: v.to(device) for k, v in rows.items()}]
-        if micro_batches > 1:
-            split = {k: v.chunk(micro_batches) for k, v in parts[0].items()}
-            parts = [{k: v[i] for k, v in split.items()} for i in range(micro_batches)]
-        self.carries = [carry_from_rows(part) for part in parts]
+        split = {k: v.chunk(micro_batches) for k, v in rows.items()}
+        self.carries = [
+            carry_from_rows({k: v[i].to(self.device) for k, v in split.items()})
+            for i in range(micro_batches)
+        ]
 
 
 def create_train_state(
@@ -345,7 +344,8 @@ def carry_rows(carries: Sequence[Carry]) -> dict[str, Tensor]:
         }
 
     parts = [flat(carry) for carry in carries]
-    return {k: torch.cat([part[k] for part in parts]).to("cpu", copy=True) for k in parts[0]}
+    # copied first: on XLA a concatenation would be one more program
+    return {k: torch.cat([part[k].to("cpu", copy=True) for part in parts]) for k in parts[0]}
 
 
 def carry_from_rows(rows: dict[str, Tensor]) -> Carry:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from dataset.common import UserError
-from utils.config_checks import Context, clashes, config_warnings
+from utils.config_checks import Context, clashes, config_warnings, divided_by_ranks
 from utils.config_errors import clashes_within, coerced, did_you_mean, problems_of
 from utils.config_hydra import compose_config, hydra_entry
 from utils.config_schema import (
@@ -31,6 +31,7 @@ __all__ = [
     "EvaluatorConfig",
     "LossConfig",
     "PretrainConfig",
+    "check_ranks",
     "compose_config",
     "config_warnings",
     "hydra_entry",
@@ -74,6 +75,14 @@ def load_config(cfg: DictConfig | Mapping[str, Any], world_size: int = 1) -> Pre
     if problems:
         raise UserError(_listing(problems))
     return config
+
+
+def check_ranks(config: PretrainConfig, world_size: int) -> None:
+    """UserError if the batches cannot be split over so many ranks. `load_config` has checked it for
+    the number known before launch; PyTorch/XLA tells it to the replicas alone."""
+    problems = divided_by_ranks(Context(config, world_size))
+    if problems:
+        raise UserError(_listing(problems))
 
 
 def _listing(problems: list[str]) -> str:

@@ -106,6 +106,11 @@ def _parallel(c: Context) -> Iterator[str]:
         )
 
 
+def divided_by_ranks(context: Context) -> list[str]:
+    """Of the clashes, those that depend on the number of ranks."""
+    return [*_global_batch(context), *_eval_batch(context)]
+
+
 # --- data -------------------------------------------------------------------------------
 
 

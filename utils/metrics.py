@@ -19,25 +19,39 @@ DENOMINATORS = {
 COUNTS = ("count", "rows", "slots", "updates")
 
 
+def added(sums: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`sums` with scalar `values` added to them, by name: (1,) each, at least float32."""
+    found = dict(sums)
+    for name, value in values.items():
+        least = torch.float64 if value.device.type == "cpu" else torch.float32
+        wide = value.detach().to(torch.promote_types(value.dtype, least)).view(1)
+        found[name] = found[name] + wide if name in found else wide
+    return found
+
+
 class MetricSums:
-    """Adds up dicts of scalar tensors; `read` brings all of them to the host in one transfer."""
+    """Adds up dicts of scalar tensors; `read` brings all of them to the host in one transfer.
+
+    The sums start from zeros that come from the host: a zero made on the device, or one without an
+    axis, is a constant to XLA, and a sum with a constant is another program than one with a value.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            value = (
-                value.detach().double() if value.device.type == "cpu" else value.detach().float()
-            )
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        new = added({}, values)
+        for name, value in new.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros(1, dtype=value.dtype).to(value.device)
+        self.sums = added(self.sums, new)
 
     def read(self, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, float]:
         """The sums over ranks, by name; starts afresh. A collective where `reduce` is one."""
         names = sorted(self.sums)
         if not names:
             return {}
-        values = reduce(torch.stack([self.sums[name] for name in names])).tolist()
+        values = reduce(torch.cat([self.sums[name] for name in names])).tolist()
         self.sums = {}
         return dict(zip(names, values, strict=True))
 

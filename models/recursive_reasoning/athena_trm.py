@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.backbone import Backbone, BackboneConfig, Batch, mean_over, real_tokens
 from models.common import trunc_normal_init_
-from models.layers import Block, CastedLinear, SequenceInfo, at_least_float32, rms_norm
+from models.layers import Block, CastedLinear, SequenceInfo, at_least_float32, perhaps_any, rms_norm
 
 # Redrawn at every step; a row that is held must not keep its first draw.
 PER_STEP_KEYS = frozenset({"explore"})
@@ -292,7 +292,7 @@ class AthenaTRM(nn.Module):
     def _readout(self, z_H: Tensor, z_L: Tensor, halted: Tensor, info: SequenceInfo) -> Batch:
         config, inner, outputs = self.config, self.inner, {}
         answer = z_H
-        refines = config.post_refinement_train if self.training else bool(halted.any())
+        refines = config.post_refinement_train if self.training else perhaps_any(halted)
         if config.post_refinement_steps and refines:
             # the carry stays unrefined: only the logits of rows that have halted change
             answer = torch.where(halted.view(-1, 1, 1), inner.refine(z_H, z_L, info), z_H)

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from dataset.common import UserError
 from utils.backend.state import accumulate, is_sharded, shard
 
 T = TypeVar("T")
-Received = list[int]  # numbers of the signals that came
+Received = Sequence[int]  # numbers of the signals that came
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Save and leave: a scheduler's or Ctrl-C's way to end a run."""
@@ -39,6 +40,8 @@ class Backend:
 
     name = "cpu"
     collective = "gloo"
+    moved_ahead: Callable[[Iterable[Any]], Iterator[Any]] | None = None
+    """Gives items with their tensors on the device, made ready ahead of use; None: not needed."""
 
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", 0))
@@ -54,6 +57,10 @@ class Backend:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def describe(self) -> str:
+        """The device, as a user reads it."""
+        return str(self.device)
 
     def launch(self, fn: Callable[..., T], *args: Any) -> T:
         """Runs `fn(backend, *args)` as this replica, inside a process group if there are more."""
@@ -127,6 +134,14 @@ class Backend:
     def end_step(self) -> None:
         """Called when a step's update is done; where operations are only noted, runs them."""
 
+    def to_host(self, tensor: Tensor) -> np.ndarray:
+        """Values that the host waits for."""
+        return tensor.cpu().numpy()
+
+    def taking_turns(self) -> AbstractContextManager:
+        """Where replicas share a process, only one at a time is inside: it draws random numbers."""
+        return nullcontext()
+
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
         """No reduction of gradients inside, unless this is the last micro-batch."""
         if is_sharded(model):
@@ -147,7 +162,7 @@ class Backend:
     @contextmanager
     def signals(self) -> Iterator[Received]:
         """Notes signals that ask the run to stop; a second SIGINT interrupts at once."""
-        received: Received = []
+        received: list[int] = []
 
         def note(number: int, frame: Any) -> None:
             if received and number == signal.SIGINT:

@@ -1,11 +1,219 @@
-"""TPUs through PyTorch/XLA: the place is prepared, the backend is not written yet."""
+"""TPUs, and XLA's own CPU, through PyTorch/XLA: finding the device, and starting its replicas.
 
-from utils.backend.base import Backend
+The user's process never touches the device: `torch_xla.launch` spawns the processes that do, one
+replica a core, and refuses where its parent has. What a replica does is in xla_replica.py.
+"""
+
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from glob import glob
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dataset.common import UserError, warnings_as_notes
+from utils.backend.base import STOP_SIGNALS, Backend, Received
+from utils.backend.xla_replica import Replica
+
+T = TypeVar("T")
+
+PROBE_SECONDS = 60.0
+"""How long a TPU may take to answer; without one the question is repeated for minutes."""
+GRACE_SECONDS = 10.0
+"""How long replicas may go on after one of them has failed: most fail alike, the rest hang."""
+_PROBE = "import torch_xla, torch_xla.core.xla_model as xm; print(xm.xla_device_hw('xla:0'))"
+# One chip of this host, so that the hosts of a pod need not be asked at the same moment.
+_ONE_CHIP = {
+    "TPU_VISIBLE_CHIPS": "0",
+    "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1",
+    "TPU_PROCESS_BOUNDS": "1,1,1",
+}
+
+
+def not_installed() -> str | None:
+    """Why torch_xla cannot be imported here. Costs nothing where it is not installed."""
+    if importlib.util.find_spec("torch_xla") is None:
+        return (
+            "torch_xla is not installed here; it needs an environment of its own, made from "
+            "requirements-tpu.txt as TPU_SETUP.md tells"
+        )
+    own, needs = torch.__version__, importlib.metadata.version("torch_xla")
+    if own.split(".")[:2] != needs.split(".")[:2]:
+        return f"torch_xla {needs} does not load with torch {own}; install requirements-tpu.txt"
+    return None
+
+
+def no_tpu() -> str | None:
+    """Why no TPU can be used from this machine. Asks in a process of its own."""
+    named = os.environ.get("PJRT_DEVICE") or None
+    if named not in (None, "TPU"):
+        return f"PJRT_DEVICE={named} names another device; unset it, or use device_type=xla"
+    files = glob("/dev/accel*") + glob("/dev/vfio/[0-9]*")
+    if not (files or named or os.environ.get("TPU_ACCELERATOR_TYPE")):
+        return (
+            "this machine has no TPU: there is neither /dev/accel* nor /dev/vfio/<number>; "
+            "if it has one all the same, set PJRT_DEVICE=TPU"
+        )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROBE],
+            env=os.environ | _ONE_CHIP | {"PJRT_DEVICE": "TPU"},
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no TPU answered within {PROBE_SECONDS:g} s; see Troubleshooting in TPU_SETUP.md"
+    if done.returncode == 0 and done.stdout.split()[-1:] == ["TPU"]:
+        return None
+    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    return f"no TPU answers ({last}); see Troubleshooting in TPU_SETUP.md"
 
 
 class XLABackend(Backend):
+    """Whatever PJRT_DEVICE names; a TPU where it names nothing."""
+
     name = "xla"
+
+    def __init__(self) -> None:
+        if dist.is_torchelastic_launched():
+            raise UserError(
+                f"device_type={self.name} starts one process a core by itself; start "
+                "`python pretrain.py` without torchrun"
+            )
+        self.rank, self.local_rank, self.world_size = 0, 0, 1  # replicas know better
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        raise UserError(
+            f"device_type={self.name} serves training alone, which starts processes of its own "
+            "for the device; use device_type=cpu here"
+        )
 
     @classmethod
     def missing(cls) -> str | None:
-        return "training on TPUs is not available yet; use device_type=cuda or device_type=cpu"
+        if (reason := not_installed()) is not None:
+            return reason
+        if os.environ.get("PJRT_DEVICE") not in (None, "", "TPU"):
+            return None
+        reason = no_tpu()
+        return reason and f"{reason}; to run on XLA's own CPU, set PJRT_DEVICE=CPU"
+
+    def available_memory(self) -> int:
+        raise UserError(f"only the replicas of device_type={self.name} know its memory")
+
+    def cannot_compile(self) -> str | None:
+        return "XLA compiles every model by itself"
+
+    def launch(self, fn: Callable[..., T], *args: Any) -> T:
+        """Runs `fn(replica, *args)` on every core of this host; returns what the first returned.
+
+        A replica's UserError is raised here, and so is any other failure, with its traceback.
+        """
+        os.environ.setdefault("PJRT_DEVICE", "TPU")
+        before = set(multiprocessing.active_children())
+        with tempfile.TemporaryDirectory(prefix="athena_xla_") as name, self.signals() as received:
+            folder, errors = Path(name), []  # type: tuple[Path, list[BaseException]]
+
+            def start() -> None:
+                import torch_xla
+
+                # Spawned processes inherit this: they must not die of what the parent notes.
+                signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+                try:
+                    torch_xla.launch(run_replica, args=(folder, self.name, fn, args))
+                except BaseException as error:
+                    errors.append(error)
+
+            starter = threading.Thread(target=start, daemon=True)
+            starter.start()
+            try:
+                wait_for(starter, folder, received, before)
+            finally:  # a second Ctrl-C
+                end_processes(before)
+                starter.join()
+            return result_of(folder, errors)
+
+
+class TPUBackend(XLABackend):
+    """A TPU and nothing else."""
+
+    name = "tpu"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return not_installed() or no_tpu()
+
+
+def wait_for(starter: threading.Thread, folder: Path, received: Received, before: set) -> None:
+    """Until all replicas are done: passes on a signal, and ends those who wait for a dead one."""
+    failed_at = None
+    while starter.is_alive():
+        starter.join(0.2)
+        if received and not (folder / "signal").exists():
+            write_whole(folder / "signal", str(received[0]).encode())
+        if failed_at is None and any(kind != "value" for kind, _ in outcomes(folder)):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() > failed_at + GRACE_SECONDS:
+            end_processes(before)
+
+
+def end_processes(before: set) -> None:
+    for process in set(multiprocessing.active_children()) - before:
+        process.kill()  # SIGTERM is blocked there
+
+
+def run_replica(ordinal: int, folder: Path, wanted: str, fn: Callable[..., Any], args: Any) -> None:
+    """One replica's whole life; its outcome goes into a file, because `launch` returns nothing."""
+    outcome: tuple[str, Any]
+    try:
+        backend = Replica(folder)
+        if wanted == "tpu" and backend.hardware != "TPU":
+            raise UserError(f"device_type=tpu was asked for, but this is a {backend.hardware}")
+        with warnings_as_notes(shown=backend.is_main):
+            outcome = "value", backend.launch(fn, *args)
+    except UserError as error:
+        outcome = "sentence", str(error)
+    except BaseException:
+        outcome = "traceback", traceback.format_exc()
+    write_whole(folder / f"outcome_{ordinal:06}", pickle.dumps(outcome))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Nobody reads half of it."""
+    unfinished = path.with_name(f"_{path.name}")
+    unfinished.write_bytes(content)
+    unfinished.rename(path)
+
+
+def outcomes(folder: Path) -> list[tuple[str, Any]]:
+    return [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("outcome_*"))]
+
+
+def result_of(folder: Path, errors: list[BaseException]) -> Any:
+    """The first replica's value; raises the first failure, one that a user can mend before all."""
+    found = outcomes(folder)
+    for kind, value in found:
+        if kind == "sentence":
+            raise UserError(value)
+    for kind, value in found:
+        if kind == "traceback":
+            raise RuntimeError(f"a replica failed:\n{value}")
+    if errors:
+        raise RuntimeError(
+            "the processes of the replicas ended without a word; were they killed for memory?"
+        ) from errors[0]
+    return found[0][1]

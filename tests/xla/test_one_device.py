@@ -1,0 +1,154 @@
+"""The real training on one XLA device, in this process, against the plain CPU of the same torch."""
+
+import pytest
+import torch
+from test_training import PUZZLES
+from training_tools import contents, metrics_of
+from xla_tools import REPLICA, TEXT, apart, compiled, differences, fallbacks, run_on, unequal
+
+import pretrain
+from models.sparse_embedding import CastedSparseEmbedding, SparseEmbeddingSignSGD
+from utils.backend.cpu import CPUBackend
+from utils.checkpoint import Checkpoint
+
+CASES = {
+    "text, float32": ("text_corpus", 1e-5, ["optimizer=adamw"]),
+    "text, float64, two micro-batches": (
+        "text_corpus",
+        1e-7,
+        ["optimizer=adam_atan2", "arch.forward_dtype=float64", "grad_accum_steps=2"],
+    ),
+    "puzzles, float64, present": (
+        "puzzle_corpus",
+        1e-7,
+        [*PUZZLES, "optimizer=adamw", "arch.forward_dtype=float64", "feed=present"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_weights_are_those_of_the_cpu(case, request, tmp_path):
+    """20 steps at lr 1e-3 without warm-up, identifiers training, rows halting at their own time."""
+    corpus, limit, options = CASES[case]
+    corpus = request.getfixturevalue(corpus)
+    overrides = [*TEXT, *options, "max_steps=20", "eval_interval=null"]
+    one, other = (
+        run_on(backend, corpus, tmp_path / backend.name, *overrides)
+        for backend in (CPUBackend(), REPLICA)
+    )
+    found = differences(one, other, 20)
+    print(f"\n{case}: {found}")
+    assert {name: value for name, value in found.items() if not value <= limit} == {}
+    assert len(set(metrics_of(one, "train/steps"))) > 2, "rows should halt at different steps"
+    table = contents(other / "step_20")["model/model.inner.puzzle_emb.weights"]
+    assert table.any(), "the identifier embedding was never trained"
+    figures = [metrics_of(run, "eval/all/lm_loss") for run in (one, other)]
+    assert figures[0] == pytest.approx(figures[1], abs=1e-5)
+    assert fallbacks() == []
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_nothing_is_compiled_after_the_second_step(
+    micro_batches, text_corpus, tmp_path, monkeypatch
+):
+    """Nor in a second evaluation. On a TPU one program of a real model takes minutes."""
+    steps: list[int] = []  # programs compiled when each step begins
+    evaluations: list[int] = []  # programs that each evaluation compiled
+
+    real_batch, real_evaluation = pretrain.train_batch, pretrain.run_evaluation
+
+    def train_batch(*args):
+        steps.append(compiled() - sum(evaluations))
+        return real_batch(*args)
+
+    def run_evaluation(*args):
+        before = compiled()
+        result = real_evaluation(*args)
+        evaluations.append(compiled() - before)
+        return result
+
+    monkeypatch.setattr(pretrain, "train_batch", train_batch)
+    monkeypatch.setattr(pretrain, "run_evaluation", run_evaluation)
+    run_on(
+        REPLICA, text_corpus, tmp_path, *TEXT, f"grad_accum_steps={micro_batches}", "max_steps=12",
+        "log_interval=5", "eval_interval=0.1", "evaluators=[text@PerplexityEvaluator]",
+        "eval_max_batches=2", "arch.post_refinement_steps=1",
+        f"arch.hidden_size={64 * micro_batches}",  # no program of another test fits
+    )  # fmt: skip
+    print(f"\nprograms before each step {steps}, in each evaluation {evaluations}")
+    assert len(steps) == 12 and len(evaluations) >= 2
+    assert steps[0] < steps[1] < steps[2], "compiled programs are not counted"
+    assert steps[2:] == [steps[2]] * 10
+    assert evaluations[0] > 0 and evaluations[1:] == [0] * len(evaluations[1:])
+
+
+@pytest.mark.parametrize("feed", ["consume", "present"])
+def test_n_plus_n_steps_equal_2n_steps_bit_for_bit(feed, text_corpus, tmp_path):
+    options = [*TEXT, f"feed={feed}", "max_steps=8", "checkpoint_interval=4"]
+    whole = run_on(REPLICA, text_corpus, tmp_path / "whole", *options)
+    parts = run_on(REPLICA, text_corpus, tmp_path / "parts", *options, f"resume={whole / 'step_4'}")
+    assert unequal(whole / "step_8", parts / "step_8") == []
+    saved = [Checkpoint(run / "step_8").json("state.json")["stream"] for run in (whole, parts)]
+    assert saved[0] == saved[1] and saved[0]["position"] > 0
+    assert not contents(whole / "step_4")["carry_0/carry/halted"].all(), "no carry is in flight"
+    on_cpu = run_on(CPUBackend(), text_corpus, tmp_path / "cpu", *options)
+    assert (
+        Checkpoint(on_cpu / "step_4").json("state.json")["stream"]
+        == (Checkpoint(whole / "step_4").json("state.json")["stream"])
+    ), "what was moved ahead was saved as used"
+
+
+def test_a_run_goes_on_from_xla_to_the_cpu_and_back(text_corpus, tmp_path):
+    options = [*TEXT, "arch.forward_dtype=float64", "max_steps=8", "checkpoint_interval=4"]
+    ways = {"cpu": CPUBackend(), "xla": REPLICA}
+    whole = {
+        name: run_on(backend, text_corpus, tmp_path / name, *options)
+        for name, backend in ways.items()
+    }
+    for start, end in (("cpu", "xla"), ("xla", "cpu")):
+        run = run_on(
+            ways[end], text_corpus, tmp_path / f"{start}_{end}", *options,
+            f"resume={whole[start] / 'step_4'}",
+        )  # fmt: skip
+        found = apart(whole[start] / "step_8", run / "step_8")
+        assert max(found.values()) <= 1e-7, found
+
+
+def test_identifiers_that_occur_twice_get_one_update_of_the_sum():
+    """The way without `unique` that XLA takes, against the one that the CPU takes."""
+    tables = []
+    start, pull = torch.randn(6, 3), torch.randn(2, 4, 3)
+    for device in (torch.device("cpu"), REPLICA.device):
+        embedding = CastedSparseEmbedding(6, 3, init_std=1.0, dtype=torch.float32).train()
+        embedding.weights.copy_(start)
+        embedding.to(device)
+        optimizer = SparseEmbeddingSignSGD(embedding, lr=0.1, weight_decay=0.5)
+        for ids, factor in zip(([1, 4, 1, 2], [4, 5, 1, 2]), pull, strict=True):
+            factor = factor.clone()
+            factor[3] = 0  # row 2 is used by ignored rows only
+            looked_up = embedding(torch.tensor(ids).to(device))
+            (looked_up * factor.to(device)).sum().backward()
+        optimizer.step()
+        tables.append(embedding.weights.cpu())
+    torch.testing.assert_close(tables[1], tables[0])
+    assert (tables[0] != start).any(1).tolist() == [False, True, False, False, True, True]
+
+
+def test_an_error_of_the_stream_ends_the_evaluation():
+    """The loader reads in a thread and would take an error for the end of the data."""
+
+    def damaged():
+        yield "all", {"inputs": torch.zeros(1, 2).numpy()}, 1
+        raise ValueError("row 7 is damaged")
+
+    seen = []
+    with pytest.raises(ValueError, match="row 7"):
+        for name, batch, count in REPLICA.batches(damaged()):
+            seen.append((name, batch["inputs"].device.type, count))
+    assert seen == [("all", "xla", 1)]
+
+
+def test_float32_products_are_not_made_in_bfloat16():
+    import torch_xla.backends
+
+    assert torch_xla.backends.get_mat_mul_precision() == "highest"

@@ -1,0 +1,212 @@
+"""What one replica trains with on PyTorch/XLA: one core of a TPU, or XLA's own CPU.
+
+Operations on XLA tensors are only noted, and run as one compiled program when `torch_xla.sync` is
+called. A training step is two programs: everything up to what the host must know (`to_host`), and
+the update (`end_step`). A program is compiled once for each set of shapes and of constants.
+"""
+
+import logging
+import pickle
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dataset.common import UserError
+from utils.backend.base import Backend, Received, free_host_memory
+
+T = TypeVar("T")
+
+# Dense bfloat16 FLOP/s of one device by a part of its kind (Google's published figures; v2 and v3
+# show a core as a device, later ones a chip). The first match counts.
+_BF16_PEAK = {
+    "v6 lite": 918e12,
+    "v5 lite": 197e12,
+    "v5": 459e12,
+    "v4": 275e12,
+    "v3": 61.5e12,
+    "v2": 22.5e12,
+}
+_TURN = threading.Lock()  # replicas may be threads of one process
+
+
+class SignalFile(Sequence[int]):
+    """The number of the signal that the parent process received; empty while there is none."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __len__(self) -> int:
+        return int(self.path.exists())
+
+    def __getitem__(self, index):
+        return [int(path.read_text()) for path in [self.path] if path.exists()][index]
+
+
+class Replica(Backend):
+    """One replica, in the process or thread that `torch_xla.launch` made for it.
+
+    folder: where the parent process tells of signals; None where there is no such parent.
+    """
+
+    name = "xla"
+
+    def __init__(self, folder: Path | None = None) -> None:
+        import torch_xla
+        import torch_xla.backends
+        import torch_xla.core.xla_model as xm
+        import torch_xla.runtime as xr
+
+        self.xla, self.xm, self.folder = torch_xla, xm, folder
+        self.device = torch_xla.device()
+        self.rank, self.local_rank = xr.global_ordinal(), xr.local_ordinal()
+        self.world_size, self.local_world_size = xr.world_size(), xr.local_device_count()
+        self.hardware = xm.xla_device_hw(self.device)
+        # A TPU multiplies float32 in bfloat16 unless told otherwise. It warns at every call.
+        logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)
+        torch_xla.backends.set_mat_mul_precision("highest")
+
+    def describe(self) -> str:
+        return f"{self.device} on {self.hardware}"
+
+    def launch(self, fn: Callable[..., T], *args: Any) -> T:
+        return fn(self, *args)
+
+    def wrap(self, model: nn.Module, parallel: str = "ddp") -> nn.Module:
+        if parallel != "ddp":
+            raise UserError(f"parallel={parallel} does not run on XLA devices: use parallel=ddp")
+        if self.world_size > 1:  # rank 0's weights, as DistributedDataParallel does
+            self.xm.broadcast_master_param(model)
+        return model
+
+    def reduce_gradients(self, optimizers: Sequence[Optimizer]) -> None:
+        """Means over replicas of a loss that `backward` has multiplied by their number."""
+        for optimizer in optimizers:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            if any(p.grad is not None for p in parameters):  # identifiers sum their own
+                self.xm.reduce_gradients(optimizer)
+
+    def end_step(self) -> None:
+        self.xla.sync()
+
+    def to_host(self, tensor: Tensor) -> np.ndarray:
+        """Runs all that was noted first: reading one tensor would run what it needs alone, and
+        all else that shares in it a second time."""
+        try:
+            self.xla.sync()
+            return tensor.cpu().numpy()
+        except RuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
+
+    def taking_turns(self) -> AbstractContextManager:
+        return _TURN
+
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Plain transfers; what `moved_ahead` brought is there already."""
+        return {
+            k: v if isinstance(v, Tensor) else torch.from_numpy(v).to(self.device)
+            for k, v in batch.items()
+        }
+
+    def batches(
+        self, stream: Iterable[tuple[str, dict[str, Any], int]]
+    ) -> Iterator[tuple[str, dict[str, Tensor], int]]:
+        """Through MpDeviceLoader, which moves the next batches while the device works."""
+        items = (
+            (name, {k: torch.from_numpy(v) for k, v in batch.items()}, count)
+            for name, batch, count in stream
+        )
+        return self.moved_ahead(items)
+
+    def moved_ahead(self, items: Iterable[T]) -> Iterator[T]:
+        """Items with their CPU tensors on the device, two of them ahead of their use.
+
+        An error of `items` is raised here: the loader reads them in a thread, and would take it
+        for their end.
+        """
+        from torch_xla.distributed.parallel_loader import MpDeviceLoader
+
+        failures: list[BaseException] = []
+
+        def guarded() -> Iterator[T]:
+            try:
+                yield from items
+            except BaseException as error:
+                failures.append(error)
+
+        # batches_per_execution: the loader would run noted operations whenever it gives an item
+        loader = MpDeviceLoader(
+            guarded(),
+            self.device,
+            loader_prefetch_size=2,
+            device_prefetch_size=2,
+            batches_per_execution=1 << 62,
+        )
+        iterator = iter(loader)
+        try:
+            yield from iterator
+        finally:
+            loader._parallel_loader.close()
+        if failures:
+            raise failures[0]
+
+    @contextmanager
+    def signals(self) -> Iterator[Received]:
+        if self.folder is None:
+            with super().signals() as received:
+                yield received
+        else:
+            yield SignalFile(self.folder / "signal")
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return self.xm.all_gather(tensor)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return self.xm.all_reduce(self.xm.REDUCE_SUM, tensor)
+
+    def broadcast_object(self, value: T) -> T:
+        if self.world_size == 1:
+            return value
+        return self._exchange(value if self.is_main else None)[0]
+
+    def gather_objects(self, value: T) -> list[T]:
+        return [value] if self.world_size == 1 else self._exchange(value)
+
+    def _exchange(self, value: Any) -> list[Any]:
+        """Every replica's value. Padded to few lengths, for each length is a program of its own;
+        unpickling stops where the value does."""
+        payload = pickle.dumps(value)
+        padded = payload.ljust(1 << max(10, len(payload).bit_length()), b"\0")
+        return [pickle.loads(part) for part in self.xm.rendezvous("objects", padded)]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            self.xm.rendezvous("barrier")
+
+    def available_memory(self) -> int:
+        memory = self._memory()
+        if memory is None:
+            return free_host_memory() // self.local_world_size
+        return memory["bytes_limit"] - memory["bytes_used"]
+
+    def memory_bytes(self) -> int | None:
+        memory = self._memory()
+        return super().memory_bytes() if memory is None else memory.get("peak_bytes_used")
+
+    def _memory(self) -> dict[str, int] | None:
+        """XLA's CPU does not tell."""
+        return self.xm.get_memory_info(self.device) if self.hardware == "TPU" else None
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        if dtype != torch.bfloat16 or self.hardware != "TPU":
+            return None
+        kind = self.xm.xla_device_kind(self.device)
+        return next((peak for part, peak in _BF16_PEAK.items() if part in kind), None)
