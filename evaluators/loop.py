@@ -40,11 +40,12 @@ class SetFigures:
     CURVE = ("row_loss", "row_accuracy", "row_exact")
     BINS = 10
 
-    def __init__(self, max_steps: int, device: torch.device):
+    def __init__(self, max_steps: int, device: torch.device, dtype: torch.dtype):
         self.max_steps = max_steps
         # A tensor for each step, and zeros from the host: to XLA every index is another program,
         # and so is a sum with a constant, which zeros made there are.
-        wide = torch.float64 if device.type == "cpu" else torch.float32  # not every device has it
+        least = torch.float64 if device.type == "cpu" else torch.float32  # not all devices have it
+        wide = torch.promote_types(dtype, least)
         self.curve = [torch.zeros(len(self.CURVE), dtype=wide).to(device) for _ in range(max_steps)]
         self.rows = torch.zeros(1).to(device)
         sizes = {"accuracy": self.BINS, "exact_accuracy": 2, "q_halt_accuracy": 2}
@@ -271,7 +272,7 @@ def run_all(
     for set_name, batch, _ in backend.batches(stream):
         interrupt_if_asked(received, backend)
         if set_name not in sets:
-            sets[set_name] = SetFigures(max_steps, backend.device)
+            sets[set_name] = SetFigures(max_steps, backend.device, model.model.config.dtype)
         preds = run_batch(model, batch, keys, max_steps, sets[set_name], backend.end_step)
         guarded.update(batch, preds)
         for name in save_outputs:

@@ -12,6 +12,7 @@ differ by more than 1e-5, or float64 losses or weights by more than 1e-7.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def one_curve(args: argparse.Namespace) -> None:
         cells = [name]
         for dtype, bar in BARS.items():
             overrides = [f"data_paths=[{paths}]", *TINY, *RUN, f"arch.forward_dtype={dtype}"]
-            folder = output / f"{name} {dtype}".replace(",", "").replace(" ", "_")
+            folder = output / re.sub(r"\W+", "_", f"{name} {dtype}")
             curve = run(way, overrides, folder)
             if dtype not in reference:
                 reference[dtype] = curve
