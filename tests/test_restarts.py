@@ -13,6 +13,7 @@ import torch
 from training_tools import IDENTIFIERS, TEXT, contents, finish, metrics_of, start
 
 import pretrain
+from dataset.build_corpus_dataset import main as build_corpus
 from dataset.common import UserError
 from sequence_dataset import Corpora
 from utils import checkpoint_writer as writer
@@ -35,6 +36,39 @@ def test_n_plus_n_steps_equal_2n_steps_bit_for_bit(text_corpus, run_training, op
     middle = contents(whole / "step_7")
     assert not middle["carry_0/carry/halted"].all(), "no carry is in flight"
     assert not torch.equal(middle["carry_0/carry/z_H"], one["carry_0/carry/z_H"])
+
+
+def second_corpus(first: Path, folder: Path) -> Path:
+    """Another corpus of the same tokenizer."""
+    lines = [f"{i} beads {'ab' * (i % 7)} and {i * i} more" for i in range(200)]
+    (folder / "beads.txt").write_text("\n".join(lines))
+    build_corpus(
+        ["--tokenizer-json", str(first / "tokenizer.json"), "--input-files",
+         str(folder / "beads.txt"), "--output-dir", str(folder / "beads")]
+        + "--seq-len 24 --train-ratio 0.8 --min-iterations 1 --max-iterations 6".split()
+    )  # fmt: skip
+    return folder / "beads"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_with_mixed_corpora_and_workers_go_on_bit_for_bit(
+    text_corpus, tmp_path, parallel
+):
+    other = second_corpus(text_corpus, tmp_path)
+    options = [
+        f"data_paths=[{text_corpus},{other}]", *TEXT, "run_name=x", "device_type=cpu",
+        "domain_weights={poems: 2, lists: 1, beads: 1}", "num_workers=3", f"parallel={parallel}",
+        "global_batch_size=8", "lr=1e-3", "lr_warmup_steps=0", "log_interval=1", "ema_rate=0.9",
+        "max_steps=14", "epochs=20", "evaluators=[]", "keep_checkpoints=null",
+        "checkpoint_interval=7", "grad_accum_steps=2", "eval_max_batches=1",
+    ]  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for run, more in ((whole, "resume=auto"), (parts, f"resume={whole / 'step_7'}")):
+        code, out, err = finish(start(*options, f"checkpoint_path={run}", more, ranks=2))
+        assert code == 0, out + err
+    one, two = contents(whole / "step_14"), contents(parts / "step_14")
+    assert one.keys() == two.keys() and any(name.startswith("carry_1") for name in one)
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
 def test_auto_resume_goes_on_in_the_same_folder(text_corpus, run_training):
