@@ -2,13 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from training_tools import ROOT, TEXT, finish, metrics_of
+from process_tools import in_background, start
+from training_tools import TEXT, finish, metrics_of
 
 from utils.checkpoint import Checkpoint, checkpoints_of
 
@@ -18,17 +17,7 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def start(*command: str, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
-    )
-
-
+@in_background
 def test_sigterm_saves_and_the_same_command_goes_on(text_corpus, tmp_path):
     run = tmp_path / "run"
     command = ["pretrain.py", *OPTIONS, f"data_paths=[{text_corpus}]", f"checkpoint_path={run}"]
@@ -54,6 +43,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(text_corpus, tmp_path):
     assert len(metrics_of(run, "train/lm_loss")) == last
 
 
+@in_background
 def test_a_mistake_that_only_replicas_can_see_ends_in_its_sentence(text_corpus, tmp_path):
     """How many replicas there are is known to them alone; here they are two threads."""
     process = start(
@@ -101,7 +91,8 @@ if __name__ == "__main__":
 """
 
 
-def test_what_becomes_of_replicas_reaches_the_parent(tmp_path):
+@in_background
+def test_what_becomes_of_replicas_reaches_the_parent(text_corpus, tmp_path):
     script = tmp_path / "fates.py"
     script.write_text(FATES)
     code, out, err = finish(start(str(script), CPU_NUM_DEVICES="2"))
@@ -132,7 +123,8 @@ if __name__ == "__main__":
 """
 
 
-def test_a_second_interrupt_ends_the_run_at_once(tmp_path):
+@in_background
+def test_a_second_interrupt_ends_the_run_at_once(text_corpus, tmp_path):
     """The first is told to the replicas, even where Ctrl-C reaches their processes too."""
     script = tmp_path / "stubborn.py"
     script.write_text(STUBBORN)
@@ -157,13 +149,13 @@ def wait_for(path: Path, deadline: float) -> None:
         time.sleep(0.1)
 
 
-def test_torchrun_is_refused(tmp_path):
-    process = start(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "pretrain.py",
-        "device_type=xla", f"data_paths=[{tmp_path}]",
-    )  # fmt: skip
-    code, _, err = finish(process)
-    assert code != 0 and "starts one process a core by itself" in err
+def test_torchrun_is_refused(monkeypatch):
+    from utils.backend import select_backend
+    from utils.backend.xla import UserError
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # what torchrun sets
+    with pytest.raises(UserError, match="starts one process a core by itself"):
+        select_backend("xla")
 
 
 @pytest.mark.parametrize(
