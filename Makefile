@@ -11,22 +11,26 @@ SECONDS_EACH ?= 500
 OVERRIDES ?=
 
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+INSTALL := python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+PIP := $(VENV)/bin/$(INSTALL)
 # A stamp is named after what the requirements say, so a changed file installs again, and a fresh
 # checkout of the same files does not.
 key = $(shell cat $(1) | cksum | cut -d' ' -f1)
 BASE := $(VENV)/.athena-$(call key,requirements-common.txt requirements.txt requirements-demo.txt)
 DEV := $(VENV)/.athena-dev-$(call key,requirements-*.txt requirements.txt)
+# PyTorch/XLA needs another torch, and 6 GB: one environment for all checkouts, kept between runs.
+XLA := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/athena/xla-$(call key,\
+	requirements-xla.txt requirements-xla-deps.txt requirements-common.txt)
 
 DEMO := data/demo
 CORPUS := data/quickstart
 RUNS := checkpoints/athena
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart compare sudoku smoke test lint types clean
+.PHONY: help venv quickstart compare sudoku smoke test test-xla xla-venv lint types clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
 		| awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 venv: $(DEV)  ## create the environment that the other targets use
@@ -93,6 +97,21 @@ smoke: $(BASE)  ## build, train and evaluate a tiny model, in seconds
 
 test: $(DEV)  ## run all tests
 	$(PY) -m pytest
+
+# Under another name until it is whole; it is only ever called as `python -m`, which needs no paths.
+$(XLA):
+	@echo "installing PyTorch/XLA into $(XLA), once: some minutes, 4 GB to fetch, 6 GB to keep"
+	rm -rf $@.unfinished
+	mkdir -p $(@D)
+	$(PYTHON) -m venv $@.unfinished
+	$@.unfinished/bin/$(INSTALL) --no-deps -r requirements-xla.txt
+	$@.unfinished/bin/$(INSTALL) -r requirements-xla-deps.txt
+	mv $@.unfinished $@
+
+xla-venv: | $(XLA)
+
+test-xla: | $(XLA)  ## run the tests of the XLA backend, on XLA's CPU
+	$(XLA)/bin/python -m pytest tests/xla
 
 lint: $(DEV)  ## check format and style
 	$(PY) -m ruff format --check .

@@ -14,8 +14,11 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Those that wait for processes come last; their processes run from the start."""
-    items.sort(key=lambda item: hasattr(item.function, "waits_for"))
+    """Those that wait for processes come last; their processes run from the start.
+
+    Called with the items of the whole session, wherever they lie.
+    """
+    items.sort(key=lambda item: hasattr(getattr(item, "function", None), "waits_for"))
 
 
 @pytest.fixture(scope="session", autouse=True)
