@@ -32,7 +32,11 @@ class AdamATan2(Optimizer):
         state["step"] += 1
         mean = state["exp_avg"].lerp_(grad, 1 - beta1)
         square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        root = square.sqrt().div_((1 - beta2 ** state["step"]) ** 0.5)
+        correction: Any = (1 - beta2 ** state["step"]) ** 0.5
+        if p.device.type == "xla":
+            # some hundred steps on it rounds to 1, and a number that is 1 is another program there
+            correction = torch.full((1,), correction, dtype=p.dtype).to(p.device)
+        root = square.sqrt().div_(correction)
         p.mul_(1 - lr * group["weight_decay"])
         p.sub_(torch.atan2(mean, root), alpha=lr / (1 - beta1 ** state["step"]))
 
