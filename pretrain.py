@@ -188,7 +188,8 @@ def build(
         persistence.restore(config, state, stream, backend, resumed, micro_batches)
     schedule = Schedule(config, stream)
     names = config.logger if backend.is_main else []
-    loggers = Loggers(names, folder, resolved(config), state.step)
+    place = None if config.eval_only else state.step
+    loggers = Loggers(names, folder, resolved(config), place)
     peak = backend.peak_flops(model.model.config.dtype)
     log = TrainingLog(
         loggers,
@@ -223,6 +224,9 @@ def train_loop(run: Run, state: TrainState) -> int:
                     return FAILED_IN_PART
                 if evaluated_at != state.step:
                     evaluate_and_save(run, state)
+                    if state.best_step == state.step:  # a run that is extended must know
+                        run.saver.saved_at = -1
+                        run.saver.finish(patience, run.received)
         except Interrupted as interrupted:
             return leave(run, state, interrupted.signal)
     return FAILED_IN_PART if state.failed_evaluations else 0
@@ -253,6 +257,7 @@ def take_steps(run: Run, state: TrainState) -> int:
             run.log.write(state)
         run.saver.check(flags.save_failed)
         if flags.stop:
+            run.log.write(state)
             raise Interrupted(flags.stop)
         if run.saver.due():
             with run.clock.paused():
@@ -289,6 +294,8 @@ def train_batch(
     if not state.carries:
         state.carries = [state.model.initial_carry(batch) for batch in moved]
         backend.end_step()  # to XLA they are data now, not constants: no program of their own
+    if backend.needs_rehearsal(state.step_model) and not state.rehearsed:
+        state.rehearse(moved[0], backend.backward)
     finite = torch.ones((), dtype=torch.bool, device=backend.device)
     for i, batch in enumerate(moved):
         with backend.accumulating(state.step_model, last=i == len(moved) - 1):

@@ -154,6 +154,29 @@ class Interrupted(Exception):
 FAILURES = "evaluators_failed"
 
 
+class PeerFailed(Exception):
+    """Another rank has left the evaluator that this one is in."""
+
+
+class Group:
+    """The ranks, as an evaluator's `result` sees them: where one fails, none waits for it."""
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        parts = self.backend.gather_objects((True, value))
+        if not all(inside for inside, _ in parts):
+            raise PeerFailed
+        return [part for _, part in parts]
+
+    def leave(self) -> None:
+        """Returns when no rank is inside `result` any more."""
+        while any(inside for inside, _ in self.backend.gather_objects((False, None))):
+            pass
+
+
 class Guarded:
     """Evaluators, of which one may fail without ending the run or leaving other ranks waiting."""
 
@@ -166,6 +189,9 @@ class Guarded:
             return None
         try:
             return act(*args)
+        except PeerFailed:
+            self.faults[place] = ""  # the other rank tells
+            return None
         except Exception as error:  # a plug-in may raise anything
             where = traceback.extract_tb(error.__traceback__)[-1]
             self.faults[place] = (
@@ -191,10 +217,12 @@ class Guarded:
         backend, found = self.backend, dict[str, Any]()
         self._share_faults()
         for place, evaluator in enumerate(self.evaluators):
+            group = Group(backend)
             own = self._try(
-                place, evaluator.result, save_path, backend.rank, backend.world_size, backend
+                place, evaluator.result, save_path, backend.rank, backend.world_size, group
             )
-            found |= backend.broadcast_object(own or {})
+            group.leave()
+            found |= backend.broadcast_object(self._try(place, _checked, own) or {})
         self._share_faults()
         for place, fault in sorted(self.faults.items()):
             if backend.is_main:
@@ -206,7 +234,15 @@ class Guarded:
 
     def _share_faults(self) -> None:
         for faults in self.backend.gather_objects(self.faults):
-            self.faults = faults | self.faults
+            for place, fault in faults.items():
+                self.faults[place] = self.faults.get(place) or fault
+
+
+def _checked(figures: dict[str, Any] | None) -> dict[str, Any]:
+    for name, value in (figures or {}).items():
+        if not isinstance(value, int | float | list):
+            raise TypeError(f"the figure {name} is {value!r}, which is no number")
+    return figures or {}
 
 
 def interrupt_if_asked(received: Sequence[int], backend: Backend) -> None:

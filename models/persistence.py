@@ -80,7 +80,8 @@ class Saver:
         self.copies = source_files(state.model)
         if tokenizer is not None:
             self.copies.append((tokenizer, tokenizer.name))
-        self.saved_at = state.step or -1  # what was resumed is saved already
+        there = checkpoint.step_folder(run, state.step).is_dir()
+        self.saved_at = state.step if there else -1  # what was resumed is saved already
         self.retry_at: float | None = None
 
     @property
@@ -132,9 +133,11 @@ class Saver:
         state, best = self.state, self.state.best_figure
         if figure is None or math.isnan(figure) or (best is not None and figure <= best):
             return
+        former = state.best_step, state.best_figure
         state.best_step, state.best_figure = state.step, figure
         self.save()
-        if not self.writer.settle():
+        if not self.writer.settle() or self.saved_at != state.step:
+            state.best_step, state.best_figure = former
             return self._plan_retry()
         if self.backend.is_main:
             checkpoint.link_best(self.run, state.best_step)
@@ -212,7 +215,10 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
             f"a new run from its weights with load_checkpoint={folder}"
         )
     check_unchanged(config, yaml.safe_load(opened.text("config.yaml")))
-    if backend.is_main and folder.parent.resolve() == run.resolve() and not config.eval_only:
+    inside = folder.parent.resolve() == run.resolve() and folder in checkpoint.checkpoints_of(
+        folder.parent
+    )
+    if backend.is_main and inside and not config.eval_only:
         checkpoint.set_aside(run, after=folder)
     backend.barrier()
     return opened
@@ -220,14 +226,15 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
 
 def opened_to_resume(config: PretrainConfig, run: Path) -> Checkpoint | None:
     """The checkpoint that `resume` names or finds, compared with its manifest."""
+    own = not config.eval_only
     if config.resume == "auto":
-        return checkpoint.newest_whole(run)
-    named = Path(config.resume)
+        return checkpoint.newest_whole(run, rename=own)
+    named = Path(config.resume).resolve()  # `best` is a link
     if (named / checkpoint.MANIFEST).is_file():
         opened = Checkpoint(named)
         opened.verify()
         return opened
-    if (found := checkpoint.newest_whole(named)) is None:
+    if (found := checkpoint.newest_whole(named, rename=own)) is None:
         raise UserError(f"resume={config.resume} is neither a checkpoint nor a run that has one")
     return found
 

@@ -105,6 +105,7 @@ class TrainState:
     """Epoch of the last evaluation."""
     stopped: bool = False
     """Early stopping has ended the run."""
+    rehearsed: bool = False
     failed_evaluations: int = 0
     """Evaluations of this process in which an evaluator failed."""
     best: float | None = None
@@ -152,12 +153,14 @@ class TrainState:
         """Whether early stopping ends the run after this evaluation."""
         if rule is None:
             return False
-        if f"eval/{rule.metric}" not in results and not results.get("eval/evaluators_failed"):
+        if f"eval/{rule.metric}" not in results and results.get("eval/evaluators_failed"):
+            return False  # that says nothing of the model
+        if f"eval/{rule.metric}" not in results:
             raise UserError(
                 f"early_stopping.metric={rule.metric} was not evaluated; there are "
                 + ", ".join(sorted(name.removeprefix("eval/") for name in results))
             )
-        value = results.get(f"eval/{rule.metric}", math.nan) * (1 if rule.mode == "max" else -1)
+        value = results[f"eval/{rule.metric}"] * (1 if rule.mode == "max" else -1)
         if not math.isnan(value) and (self.best is None or value > self.best + rule.min_delta):
             self.best, self.bad_evaluations = value, 0
         else:
@@ -191,6 +194,14 @@ class TrainState:
         with self.ema.swapped():
             yield
             release(self.model)
+
+    def rehearse(self, batch: dict[str, Tensor], backward: Callable[[Tensor], None]) -> None:
+        """A backward pass whose gradients are dropped; changes nothing else."""
+        _, loss, *_ = self.step_model(return_keys=(), carry=self.carries[0], batch=batch)
+        backward(loss)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        self.rehearsed = True
 
     def tensors(self) -> dict[str, Any]:
         """What a checkpoint stores once, whole and copied to the host.

@@ -92,7 +92,7 @@ def test_a_disk_that_stays_full_ends_with_the_last_good_checkpoint_named(
 ):
     run = small_disk / "run"
     fault = FILL.format(disk=str(small_disk)) + (
-        "real = Saver.finish\nSaver.finish = lambda self, patience: real(self, min(patience, 1))\n"
+        "real = Saver.finish\nSaver.finish = lambda self, most, *a: real(self, min(most, 1), *a)\n"
     )
     code, out = run_with(fault, run, text_corpus, tmp_path)
     assert code == 3, out
@@ -160,7 +160,7 @@ real, PerplexityEvaluator.{method} = PerplexityEvaluator.{method}, broken
 """
 
 
-@pytest.mark.parametrize("method", ["update_batch", "begin_eval"])
+@pytest.mark.parametrize("method", ["update_batch", "begin_eval", "result"])
 def test_an_evaluator_that_fails_on_one_rank_costs_its_figures_only(text_corpus, tmp_path, method):
     run = tmp_path / "run"
     fault = EVALUATOR.format(rank=1, method=method)
@@ -171,7 +171,7 @@ def test_an_evaluator_that_fails_on_one_rank_costs_its_figures_only(text_corpus,
             "PerplexityEvaluator.begin_eval = once\n"  # fmt: skip
     code, out = run_with(
         fault, run, text_corpus, tmp_path, "eval_interval=0.3", "epochs=1",
-        "early_stopping={metric: text/perplexity, patience: 99}", ranks=2,
+        "early_stopping={metric: text/perplexity, patience: 1}", ranks=2,
     )  # fmt: skip
     assert "ZeroDivisionError: on purpose" in out and "rank 1" in out
     assert "evaluator PerplexityEvaluator failed" in out

@@ -50,10 +50,11 @@ def second_corpus(first: Path, folder: Path) -> Path:
     return folder / "beads"
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_with_mixed_corpora_and_workers_go_on_bit_for_bit(
-    text_corpus, tmp_path, parallel
+@pytest.mark.parametrize(("parallel", "ranks"), [("ddp", 4), ("fsdp", 2)])
+def test_ranks_with_mixed_corpora_and_workers_go_on_bit_for_bit(
+    text_corpus, tmp_path, parallel, ranks
 ):
+    """From three ranks on, the order in which they are summed shows in the last bits."""
     other = second_corpus(text_corpus, tmp_path)
     options = [
         f"data_paths=[{text_corpus},{other}]", *TEXT, "run_name=x", "device_type=cpu",
@@ -64,7 +65,7 @@ def test_two_ranks_with_mixed_corpora_and_workers_go_on_bit_for_bit(
     ]  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for run, more in ((whole, "resume=auto"), (parts, f"resume={whole / 'step_7'}")):
-        code, out, err = finish(start(*options, f"checkpoint_path={run}", more, ranks=2))
+        code, out, err = finish(start(*options, f"checkpoint_path={run}", more, ranks=ranks))
         assert code == 0, out + err
     one, two = contents(whole / "step_14"), contents(parts / "step_14")
     assert one.keys() == two.keys() and any(name.startswith("carry_1") for name in one)
@@ -305,6 +306,13 @@ def test_the_best_checkpoint_is_kept_besides_the_newest(text_corpus, run_trainin
     assert [p.name for p in checkpoints_of(run)] == [f"step_{best}", "step_40"]
     new = run_training(text_corpus, "new", "max_steps=1", f"load_checkpoint={run / 'best'}")
     assert checkpoints_of(new)
+    lines = (run / "metrics.jsonl").read_text()
+    run_training(text_corpus, "run", *options, "eval_only=true", f"resume={run / 'best'}",
+                 "resume_allow=[max_steps]")  # fmt: skip
+    assert (run / "metrics.jsonl").read_text().startswith(lines), "an evaluation adds, only"
+    run_training(text_corpus, "run", *options, "max_steps=40", f"resume={run / 'best'}",
+                 "resume_allow=[max_steps]")  # fmt: skip
+    assert list(run.glob("abandoned_step_40_*"))
 
 
 def test_more_can_be_better(text_corpus, run_training, capsys):
@@ -368,3 +376,11 @@ def test_lines_of_steps_that_are_trained_again_stand_there_once(text_corpus, run
     assert [step for step in steps if step <= 5][:5] == [1, 2, 3, 4, 5]
     aside = (run / "metrics_abandoned.jsonl").read_text()
     assert '{"step": 3' in aside and '{"step": 6, "train/lm_l' in aside
+
+
+def test_a_last_evaluation_that_was_the_best_is_remembered(text_corpus, run_training):
+    options = ["epochs=50", "keep_checkpoints=1", "best_mode=max", "lr=3e-3"]
+    run = run_training(text_corpus, "run", *options, "max_steps=4")
+    run_training(text_corpus, "run", *options, "max_steps=12", "resume_allow=[max_steps]")
+    assert (run / "best").resolve() == run / "step_4"
+    assert [folder.name for folder in checkpoints_of(run)] == ["step_4", "step_12"]

@@ -53,8 +53,8 @@ def set_aside(run: Path, after: Path) -> None:
 
     They would be taken for the newest otherwise, and the new ones for old.
     """
-    found = checkpoints_of(run)
-    for folder in found[found.index(run / after.name) + 1 :]:
+    later = [folder for folder in checkpoints_of(run) if step_of(folder) > step_of(after)]
+    for folder in later:
         aside = folder.with_name(f"abandoned_{folder.name}_{int(time.time())}")
         folder.rename(aside)
         tell(f"note: {folder.name} is later than {after.name}, it is now {aside.name}")
@@ -173,10 +173,11 @@ def _leaves(value: Any, name: str) -> dict[str, Tensor]:
     return {k: v for key, item in items for k, v in _leaves(item, f"{name}/{key}").items()}
 
 
-def newest_whole(run: Path) -> Checkpoint | None:
+def newest_whole(run: Path, rename: bool = True) -> Checkpoint | None:
     """The newest checkpoint of a run that is what was saved; None if there never was one.
 
-    A damaged one is reported and renamed, and the one before it taken. UserError if all are.
+    A damaged one is reported and renamed (unless the run belongs to another process), and the one
+    before it taken. UserError if all are.
     """
     found = checkpoints_of(run)
     for folder in reversed(found):
@@ -185,9 +186,12 @@ def newest_whole(run: Path) -> Checkpoint | None:
             opened.verify()
             return opened
         except UserError as error:
-            aside = folder.with_name(f"damaged_{folder.name}_{int(time.time())}")
-            folder.rename(aside)
-            tell(f"note: {error.args[0].partition(';')[0]}; it is now {aside.name}")
+            told = f"note: {error.args[0].partition(';')[0]}"
+            if rename and folder.is_dir():
+                aside = folder.with_name(f"damaged_{folder.name}_{int(time.time())}")
+                folder.rename(aside)
+                told += f"; it is now {aside.name}"
+            tell(told)
     if found:
         raise UserError(
             f"all {len(found)} checkpoints in {run} are damaged; look at damaged_step_<n>_<time> "

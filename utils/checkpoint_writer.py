@@ -5,12 +5,13 @@ disk. Once all have, rank 0 seals the folder with a manifest and renames it to i
 collective runs in the background, so a checkpoint becomes whole whatever the ranks do meanwhile.
 """
 
+import errno
 import json
 import os
 import shutil
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,9 @@ class Contents(NamedTuple):
     texts: Mapping[str, str]
     copies: Sequence[tuple[Path, str]]
     shard: Mapping[str, Any] | None
+
+
+_PATIENCE = 120.0  # seconds until a file that another machine wrote must be seen here
 
 
 class _Pending(NamedTuple):
@@ -102,6 +106,9 @@ class CheckpointWriter:
             abandon.set()
         fault = None
         if committed is not None:
+            # All parts are written: what is still missing is slow to be seen, or gone.
+            wait([committed], timeout=_PATIENCE)
+            abandon.set()
             fault = _fault_of(committed.result)
         fault = self.backend.broadcast_object("; ".join(told) or fault)
         self._pending = None
@@ -163,7 +170,7 @@ class CheckpointWriter:
         markers = [_marker(folder, rank) for rank in range(self.backend.world_size)]
         while not all(marker.is_file() for marker in markers):
             if abandon.wait(0.02):
-                return
+                raise OSError("parts of other ranks are missing")
         manifest: dict[str, str] = {}
         for marker in markers:
             manifest |= json.loads(marker.read_text())
@@ -180,7 +187,10 @@ class CheckpointWriter:
         else:
             folder.rename(place)
         _fsync(self.run)
-        prune(self.run, self.keep, spare)
+        try:
+            prune(self.run, self.keep, spare)
+        except OSError as error:
+            tell(f"warning: older checkpoints could not be removed ({error})")
 
 
 def _marker(folder: Path, rank: int) -> Path:
@@ -229,5 +239,8 @@ def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # not all storage knows folders
+            raise
     finally:
         os.close(descriptor)

@@ -9,6 +9,7 @@ What Hydra still refuses (a preset that does not exist, broken grammar) is put i
 import functools
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -98,6 +99,9 @@ def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
             _end(str(error))
         except (HydraException, OmegaConfBaseException) as error:
             _end(explain(error))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            raise SystemExit(128 + signal.SIGINT) from None
 
     return main
 

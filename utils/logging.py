@@ -33,13 +33,14 @@ class JSONLLogger:
     metrics_abandoned.jsonl.
     """
 
-    def __init__(self, run: Path, config: dict[str, Any], step: int):
+    def __init__(self, run: Path, config: dict[str, Any], step: int | None):
         self.path = run / "metrics.jsonl"
-        _cut_back(self.path, run / "metrics_abandoned.jsonl", step)
+        if step is not None:
+            _cut_back(self.path, run / "metrics_abandoned.jsonl", step)
         self.file = self.path.open("a", buffering=1)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        if not self.path.exists():  # the folder vanished: lines would go nowhere
+        if not self._is_there():  # the folder vanished: lines would go nowhere
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.path.open("a", buffering=1)
             tell(f"warning: {self.path} had vanished; it begins again")
@@ -49,6 +50,12 @@ class JSONLLogger:
             for k, v in metrics.items()
         }
         self.file.write(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self.file.fileno()))
+        except OSError:
+            return False
 
     def close(self) -> None:
         self.file.close()
@@ -77,14 +84,16 @@ def _cut_back(path: Path, aside: Path, step: int) -> None:
 
 
 class TensorBoardLogger:
-    def __init__(self, run: Path, config: dict[str, Any], step: int):
+    def __init__(self, run: Path, config: dict[str, Any], step: int | None):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
                 "logger=[tensorboard] needs the package tensorboard: pip install tensorboard"
             ) from None
-        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self.writer = SummaryWriter(
+            str(run / "tensorboard"), purge_step=None if step is None else step + 1
+        )
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         for name, value in metrics.items():
@@ -103,7 +112,7 @@ class WandbLogger:
     A run that goes on is the same run there: its id is kept in <run>/wandb_id.
     """
 
-    def __init__(self, run: Path, config: dict[str, Any], step: int):
+    def __init__(self, run: Path, config: dict[str, Any], step: int | None):
         try:
             import wandb
         except ImportError:
@@ -125,7 +134,7 @@ class WandbLogger:
             settings=wandb.Settings(silent=True),
         )
         try:
-            same = known.read_text().strip()
+            same = known.read_text().strip() if step is not None else secrets.token_hex(4)
             self.run = wandb.init(mode=mode, id=same, resume="allow", **options)
         except Exception as error:  # whatever an unreachable server makes of it
             tell(
@@ -148,7 +157,7 @@ class WandbLogger:
         self.run.finish()
 
 
-LOGGERS: dict[str, Callable[[Path, dict[str, Any], int], Logger]] = {
+LOGGERS: dict[str, Callable[[Path, dict[str, Any], int | None], Logger]] = {
     "jsonl": JSONLLogger,
     "tensorboard": TensorBoardLogger,
     "wandb": WandbLogger,
@@ -158,10 +167,11 @@ LOGGERS: dict[str, Callable[[Path, dict[str, Any], int], Logger]] = {
 class Loggers:
     """All loggers of a run. One that fails is reported and does not end the run.
 
-    step: where the run goes on. A logger that cannot even start raises, before anything is lost.
+    step: where the run goes on; None to add to what is there, whatever else writes it. A logger
+    that cannot even start raises, before anything is lost.
     """
 
-    def __init__(self, names: Sequence[str], run: Path, config: dict[str, Any], step: int):
+    def __init__(self, names: Sequence[str], run: Path, config: dict[str, Any], step: int | None):
         self.loggers = {name: LOGGERS[name](run, config, step) for name in names}
         self.failures: dict[str, int] = {}
 

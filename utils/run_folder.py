@@ -5,6 +5,7 @@ import os
 import random
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -84,11 +85,13 @@ def _locked(path: Path) -> TextIO:
     file.truncate(0)
     file.write(_holder())
     file.flush()
+    with suppress(OSError):
+        os.fsync(file.fileno())  # other machines see it only then
     return file
 
 
 def _sees(path: Path, token: str) -> bool:
-    deadline = time.monotonic() + _WAIT
+    deadline = time.monotonic() + 4 * _WAIT  # network storage may remember for a minute
     while True:
         try:
             if (path / LOCK).read_text() == token:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NamedTuple
@@ -84,15 +85,19 @@ class Watchdog:
             usual, taken = self.usual, self.clock.seconds - self._began
             silent = time.monotonic() - self._sign
             if self.timeout is not None and silent > self.timeout:
-                self._report(f"error: no sign of life for {silent:.0f} s in step {self._step + 1}")
-                sys.stdout.flush()
-                os._exit(STALLED)
+                try:
+                    self._report(
+                        f"error: no sign of life for {silent:.0f} s in step {self._step + 1}"
+                    )
+                finally:  # whoever should read it may be gone
+                    os._exit(STALLED)
             if usual is None or taken < max(LEAST_SECONDS, self.factor * usual, 2 * self._told):
                 continue
             self._told = taken
-            self._report(
-                f"warning: step {self._step + 1} has taken {taken:.0f} s, usually {usual:.2g} s"
-            )
+            with suppress(OSError):
+                self._report(
+                    f"warning: step {self._step + 1} has taken {taken:.0f} s, usually {usual:.2g} s"
+                )
 
     def _report(self, headline: str) -> None:
         """Tells where all ranks are, unless a lower rank does."""

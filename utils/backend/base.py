@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,8 @@ class Backend:
     collective = "gloo"
     moved_ahead: Callable[[Iterable[Any]], Iterator[Any]] | None = None
     """Gives items with their tensors on the device, made ready ahead of use; None: not needed."""
+
+    _board_is_gone = False
 
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", 0))
@@ -76,10 +78,9 @@ class Backend:
             # the dead.
             options |= dict(store=_store(patience), rank=self.rank, world_size=self.world_size)
         dist.init_process_group(self.collective, timeout=patience, **options)
-        try:
-            return fn(self, *args)
-        finally:
-            dist.destroy_process_group()
+        result = fn(self, *args)
+        dist.destroy_process_group()  # not after a failure: it would wait for the others
+        return result
 
     def group_options(self) -> dict[str, Any]:
         """More arguments of init_process_group."""
@@ -94,16 +95,24 @@ class Backend:
 
     def post(self, name: str, text: str) -> None:
         """Writes where every rank can read it, without a collective, if there is such a place."""
-        with suppress(RuntimeError, OSError):  # the store may be gone with its process
-            if self._board is not None:
-                self._board.set(name, text)
+        with self._using_board() as board:
+            if board is not None:
+                board.set(name, text)
 
     def posted(self, name: str) -> str | None:
         """What was posted last under `name`, by any rank."""
-        with suppress(RuntimeError, OSError):
-            if self._board is not None and self._board.check([name]):
-                return self._board.get(name).decode()
+        with self._using_board() as board:
+            if board is not None and board.check([name]):
+                return board.get(name).decode()
         return None
+
+    @contextmanager
+    def _using_board(self) -> Iterator[dist.Store | None]:
+        """None once it did not answer: it is gone with its process, and each try takes seconds."""
+        try:
+            yield None if self._board_is_gone else self._board
+        except (RuntimeError, OSError):
+            self._board_is_gone = True
 
     def set_deterministic(self, wanted: bool) -> None:
         """Has the same operations give the same bits each time, where that costs something."""
@@ -127,6 +136,14 @@ class Backend:
     def backward(self, loss: Tensor) -> None:
         """Gradients are summed over ranks; DDP and FSDP take means, so the loss is scaled first."""
         (loss * self.world_size).backward()
+
+    def needs_rehearsal(self, model: nn.Module) -> bool:
+        """Whether gradients of the first backward pass are summed in another order than later ones.
+
+        DDP orders its buckets anew after the first; from three ranks on the order of a sum shows
+        in its last bits, so that a run that is resumed would not be the same.
+        """
+        return isinstance(model, DistributedDataParallel) and self.world_size > 2
 
     def reduce_gradients(self, optimizers: Sequence[Optimizer]) -> None:
         """Sums gradients over ranks where `backward` has not done so already."""

@@ -91,10 +91,14 @@ def load_model_state(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """state and param_groups with parameters by name; of a sharded model on rank 0 only."""
+    if not optimizer.state:  # torch would make a step to have something to save
+        return {}
     return host_copy(get_optimizer_state_dict(model, optimizer, options=_options(model)))
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    if not state:
+        return
     options = StateDictOptions(full_state_dict=is_sharded(model))
     set_optimizer_state_dict(model, optimizer, state, options=options)
 
