@@ -80,7 +80,8 @@ class Saver:
         self.copies = source_files(state.model)
         if tokenizer is not None:
             self.copies.append((tokenizer, tokenizer.name))
-        there = checkpoint.step_folder(run, state.step).is_dir()
+        # rank 0's word, because network storage may show ranks different things
+        there = backend.broadcast_object(checkpoint.step_folder(run, state.step).is_dir())
         self.saved_at = state.step if there else -1  # what was resumed is saved already
         self.retry_at: float | None = None
 
