@@ -109,8 +109,13 @@ class Backend:
     @contextmanager
     def _using_board(self) -> Iterator[dist.Store | None]:
         """None once it did not answer: it is gone with its process, and each try takes seconds."""
+        board = None
         try:
-            yield None if self._board_is_gone else self._board
+            board = None if self._board_is_gone else self._board
+        except (RuntimeError, OSError):
+            self._board_is_gone = True
+        try:
+            yield board
         except (RuntimeError, OSError):
             self._board_is_gone = True
 
