@@ -316,7 +316,7 @@ def test_wrong_values_are_named_with_what_is_expected(override, needed):
         (["data_paths=[]"], ["data_paths is empty"]),
         (["data_paths=[a,b,a]"], ["data_paths", "'a' twice"]),
         (["data_paths=[]", "dry_run=true", "seq_len=8"], ["dry_run", "vocab_size"]),
-        (["parallel=fsdp", "optimizer=muon", "device_type=tpu"], ["optimizer=muon", "type=tpu"]),
+        (["parallel=fsdp", "device_type=tpu"], ["parallel=fsdp", "device_type=tpu"]),
         (["resume=/a", "load_checkpoint=/b"], ["resume='/a'", "load_checkpoint='/b'"]),
         (["eval_only=true"], ["eval_only", "load_checkpoint"]),
         (["eval_only=true", "resume=none", "run_name=x"], ["eval_only", "load_checkpoint"]),
