@@ -30,18 +30,12 @@ from models.train_state import TrainState, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint
 from utils.backend import Backend, select_backend
-from utils.config import (
-    PretrainConfig,
-    check_ranks,
-    config_warnings,
-    hydra_entry,
-    load_config,
-)
+from utils.config import PretrainConfig, check_ranks, hydra_entry, load_config
 from utils.data import Data, open_data
 from utils.feed_ahead import PresentAhead
 from utils.logging import Loggers
 from utils.metrics import added
-from utils.reporting import Clock, evaluation_table, prefetched, tell, ticking
+from utils.reporting import Clock, announce, evaluation_table, prefetched, tell, ticking
 from utils.run_folder import RunFolder
 from utils.schedule import Schedule
 from utils.training_log import TrainingLog
@@ -103,41 +97,19 @@ def create_stream(
     config: PretrainConfig, arch: Any, data: Data, backend: Backend, micro_batches: int
 ) -> TrainStream | PresentAhead:
     """`arch` is the model's own config, with its defaults."""
-    steps = getattr(arch, "halt_max_steps", None)  # a plain decoder has no budgets to keep
     make = partial(
-        TrainStream,
+        TrainStream.from_config,
         data.train,
-        global_batch_size=config.global_batch_size,
-        seed=config.seed,
-        epochs=config.epochs or 1e9,
-        feed=config.feed,
-        domain_weights=data.train.recorded_weights()
-        if config.domain_weights is None
-        else config.domain_weights,
-        min_iterations=config.min_iterations,
-        max_iterations=steps,
+        config,
+        arch,
         rank=backend.rank,
         world_size=backend.world_size,
         micro_batches=micro_batches,
-        explore_prob=getattr(arch, "halt_exploration_prob", 0.0),
-        explore_max=steps or 1,
     )
     stream = make(num_workers=config.num_workers)
     if config.feed == "present" and backend.moved_ahead is not None:
         return PresentAhead(stream, make(num_workers=0), backend.moved_ahead)
     return stream
-
-
-def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
-    """Says which device was taken and why, and what of the config is rarely meant."""
-    if backend.is_main:
-        ranks = f", {backend.world_size} ranks" if backend.world_size > 1 else ""
-        print(f"device: {backend.describe()} ({reason}){ranks}")
-        notes = config_warnings(config)
-        if config.parallel == "fsdp" and backend.world_size == 1:
-            notes.append("parallel=fsdp has no effect on one rank: there is nobody to share with")
-        for line in notes:
-            print(f"note: {line}")
 
 
 def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller asks") -> int:
@@ -207,7 +179,7 @@ def build(
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
     run = Run(
         config, backend, data, stream, folder, micro_batches, schedule, loggers, log, saver,
-        evaluators_of(config, data), clock, watchdog,
+        create_evaluators(config.evaluators, data), clock, watchdog,
     )  # fmt: skip
     return run, state
 
@@ -378,13 +350,6 @@ def evaluate_and_save(run: Run, state: TrainState) -> None:
         run.saver.saved_at = -1  # the next start must know
 
 
-def evaluators_of(config: PretrainConfig, data: Data) -> list[Evaluator]:
-    """Made before training, so that one that cannot be made is known before hours are spent."""
-    if data.test is None:
-        return []
-    return create_evaluators(config.evaluators, data.test_paths, data.test.metadata)
-
-
 def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
     """Evaluates the averaged weights on the test split, logs and prints what was found.
 
@@ -398,14 +363,14 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
     most = config.eval_max_batches
     if most is not None:  # as many rows, however many are computed at once here
         most = -(-most * (config.eval_batch_size or config.global_batch_size) // rows)
-    stream = EvalStream(
+    stream = EvalStream.from_config(
         run.data.test,
+        config,
+        arch,
         global_batch_size=rows,
         rank=backend.rank,
         world_size=backend.world_size,
         max_batches=most,
-        min_iterations=config.min_iterations,
-        max_iterations=getattr(arch, "halt_max_steps", None),
     )
     if getattr(arch, "post_refinement_steps", 0) and not arch.post_refinement_train:
         say(run, "note: the refinement passes were never trained (post_refinement_train=false); "

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dataset.common import UserError
+from utils.config_schema import PretrainConfig
 from utils.corpora import Corpora, did_you_mean
 from utils.example_order import EXPLORE, RELABEL, ExampleOrder, Examples, Position
 from utils.permutation import hash64
@@ -158,6 +159,27 @@ class TrainStream:
             chunk, ahead, keep = -(-size // max(4, 2 * workers)), size, slice(None)
         return ReadAhead(
             self._order, self._read, workers=workers, chunk=chunk, ahead=ahead, keep=keep
+        )
+
+    @classmethod
+    def from_config(
+        cls, corpora: Corpora, config: PretrainConfig, arch: Any, **options: Any
+    ) -> "TrainStream":
+        """The stream of a run; `arch` is the model's own config, `options` are the other args."""
+        steps = getattr(arch, "halt_max_steps", None)  # a plain decoder has no budgets to keep
+        weights = config.domain_weights
+        return cls(
+            corpora,
+            global_batch_size=config.global_batch_size,
+            seed=config.seed,
+            epochs=config.epochs or 1e9,
+            feed=config.feed,
+            domain_weights=corpora.recorded_weights() if weights is None else weights,
+            min_iterations=config.min_iterations,
+            max_iterations=steps,
+            explore_prob=getattr(arch, "halt_exploration_prob", 0.0),
+            explore_max=steps or 1,
+            **options,
         )
 
     @property
@@ -349,6 +371,14 @@ class EvalStream:
         self._reader = RowReader(corpora, min_iterations, max_iterations, document_starts)
         self._sets = corpora.set_rows()
         self._size, self._max_batches = global_batch_size, max_batches
+
+    @classmethod
+    def from_config(
+        cls, corpora: Corpora, config: PretrainConfig, arch: Any, **options: Any
+    ) -> "EvalStream":
+        """The stream of a run's evaluation; `arch` is the model's own config."""
+        steps = getattr(arch, "halt_max_steps", None)
+        return cls(corpora, min_iterations=config.min_iterations, max_iterations=steps, **options)
 
     def __len__(self) -> int:
         batches = sum(-(-sum(map(len, rows)) // self._size) for rows in self._sets.values())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.backend import Backend
+from utils.data import Data
 from utils.functions import load_class
 from utils.reporting import tell
 
@@ -331,11 +332,14 @@ def save_predictions(saved: dict[str, list[Tensor]], folder: Path, rank: int) ->
         tell(f"warning: {path} could not be written ({error}); the run goes on without it")
 
 
-def create_evaluators(
-    named: Sequence[Any], data_paths: Sequence[str], metadata: Any
-) -> list[Evaluator]:
-    """One of each configured evaluator, on the first of the evaluated corpora."""
+def create_evaluators(named: Sequence[Any], data: Data) -> list[Evaluator]:
+    """One of each configured evaluator, on the first of the evaluated corpora.
+
+    Made before training, so that one that cannot be made is known before hours are spent.
+    """
+    if data.test is None:
+        return []
+    path, metadata = data.test_paths[0], data.test.metadata
     return [
-        load_class(entry.name, "evaluators.")(data_paths[0], metadata, **entry.options)
-        for entry in named
+        load_class(entry.name, "evaluators.")(path, metadata, **entry.options) for entry in named
     ]

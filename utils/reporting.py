@@ -9,7 +9,22 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from utils.backend import Backend
+from utils.config import PretrainConfig, config_warnings
+
 T = TypeVar("T")
+
+
+def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
+    """Says which device was taken and why, and what of the config is rarely meant."""
+    if backend.is_main:
+        ranks = f", {backend.world_size} ranks" if backend.world_size > 1 else ""
+        print(f"device: {backend.describe()} ({reason}){ranks}")
+        notes = config_warnings(config)
+        if config.parallel == "fsdp" and backend.world_size == 1:
+            notes.append("parallel=fsdp has no effect on one rank: there is nobody to share with")
+        for line in notes:
+            print(f"note: {line}")
 
 
 class Clock:
