@@ -125,7 +125,8 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
                 run = run._replace(received=received)
                 if not config.eval_only:
                     return train_loop(run, state)
-                run_evaluation(run, state)
+                with run.watchdog:
+                    run_evaluation(run, state)
                 return FAILED_IN_PART if state.failed_evaluations else 0
         except Interrupted as interrupted:  # in an evaluation alone
             return 128 + interrupted.signal

@@ -51,6 +51,16 @@ at[20] = stuck
     assert f"exitcode: {STALLED}" in out, "torchrun tells how its rank ended"
     code, out = run_with("", run, text_corpus, tmp_path, ranks=2)  # the same command goes on
     assert code == 0 and "resuming from" in out
+    fault = f"""{IMPATIENT}
+import evaluators.loop
+def stuck(*args):
+    time.sleep(600 if rank == 1 else 0)
+    return real(*args)
+real, evaluators.loop.run_batch = evaluators.loop.run_batch, stuck
+"""
+    options = ["step_timeout=4", "eval_only=true"]
+    code, out = run_with(fault, run, text_corpus, tmp_path, *options, ranks=2)
+    assert code != 0 and f"exitcode: {STALLED}" in out and "rank 1 holds up" in out, out
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
