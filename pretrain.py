@@ -151,14 +151,26 @@ def build(
     labels = data.reasoning_ids() if config.arch.loss.options.get("reasoning_loss_weight") else 0
     with backend.taking_turns():
         model = create_model(config, data.train.metadata, batch_size=rows, reasoning_ids=labels)
+    loaded_step = 0
     if config.load_checkpoint and resumed is None:
-        persistence.load_pretrained(config, model, data.train.identifiers, data.tokenizer)
+        loaded, loaded_step = persistence.load_pretrained(
+            config, model, data.train.identifiers, data.tokenizer
+        )
+        if backend.is_main:
+            print(f"starting from the {loaded}")
     micro_batches = rows // persistence.micro_batch_rows(config, backend, model, resumed)
     model.to(backend.device)
     state = create_train_state(config, model, backend=backend)
     stream = create_stream(config, model.model.config, data, backend, micro_batches)
+    arch = model.model.config
+    refines = getattr(arch, "post_refinement_steps", 0) and not arch.post_refinement_train
+    if backend.is_main and refines and data.test is not None:
+        print("note: the refinement passes are never trained (post_refinement_train=false); "
+              "evaluations have figures without them under unrefined/")  # fmt: skip
     if resumed is not None:
-        persistence.restore(config, state, stream, backend, resumed, micro_batches)
+        persistence.restore(config, state, stream, backend, resumed, folder, micro_batches)
+    elif config.eval_only:
+        state.step = loaded_step
     schedule = Schedule(config, stream)
     names = config.logger if backend.is_main else []
     place = None if config.eval_only else state.step
@@ -187,36 +199,46 @@ def build(
 
 def train_loop(run: Run, state: TrainState) -> int:
     """Trains, saves and evaluates until the run is over or a signal ends it; the exit status."""
+    began = state.step
     with run.log.progress(state), run.watchdog:
         try:
-            evaluated_at = take_steps(run, state)
+            take_steps(run, state)
             with run.clock.paused():
                 patience = min(600, (run.config.step_timeout or math.inf) / 2)
                 if not run.saver.finish(patience, run.received):
                     say(run, f"error: step {state.step}, the last, could not be saved")
                     return FAILED_IN_PART
-                if evaluated_at != state.step:
+                if state.evaluated_step != state.step:
                     evaluate_and_save(run, state)
-                    if state.best_step == state.step:  # a run that is extended must know
-                        run.saver.saved_at = -1
-                        run.saver.finish(patience, run.received)
         except Interrupted as interrupted:
             return leave(run, state, interrupted.signal)
+    say(run, ending(run, state, began))
     return FAILED_IN_PART if state.failed_evaluations else 0
 
 
-def take_steps(run: Run, state: TrainState) -> int:
-    """Steps until the stream or a limit ends the run; the step of the last evaluation, or -1.
+def ending(run: Run, state: TrainState, began: int) -> str:
+    """One sentence for a run that is over."""
+    last = checkpoint.step_folder(run.folder, state.step)
+    if state.step > began:
+        return f"finished at step {state.step:,}: {last}"
+    return (
+        f"nothing is left to train: the run is at step {state.step:,} already, {last}; to train "
+        "on, raise epochs or max_steps and allow that, e.g. resume_allow=[max_steps]; "
+        "eval_only=true evaluates it again"
+    )
+
+
+def take_steps(run: Run, state: TrainState) -> None:
+    """Steps until the stream or a limit ends the run.
 
     Raises Interrupted where a rank received a signal. What is due at a step comes before the next
     one begins, so that a run which is resumed there does the same.
     """
-    config, evaluated_at = run.config, -1
+    config = run.config
     while True:
         if run.stream.epoch >= state.next_eval(config):
             with run.clock.paused():
                 evaluate_and_save(run, state)
-            evaluated_at = state.step
         if run.schedule.over(state):
             break
         batches = run.stream.next(state.step + 1, state.halted)
@@ -239,7 +261,6 @@ def take_steps(run: Run, state: TrainState) -> int:
     if state.step < config.lr_warmup_steps:
         say(run, f"note: the run ended at step {state.step} of {config.lr_warmup_steps} in its "
                  "warm-up, below lr; lower lr_warmup_steps or train for longer")  # fmt: skip
-    return evaluated_at
 
 
 def leave(run: Run, state: TrainState, stop: int) -> int:
@@ -344,11 +365,11 @@ def evaluate_and_save(run: Run, state: TrainState) -> None:
     if run.config.checkpoint_every_eval:
         run.saver.save()
     results = run_evaluation(run, state)
-    state.evaluated_epoch = run.stream.epoch
+    state.evaluated_epoch, state.evaluated_step = run.stream.epoch, state.step
     run.saver.keep_best(results)
     if state.stops_early(run.config.early_stopping, results):
         say(run, "stopped early: the evaluations no longer improve")
-        run.saver.saved_at = -1  # the next start must know
+    run.saver.note_evaluation(results)
 
 
 def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
@@ -373,9 +394,6 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
         world_size=backend.world_size,
         max_batches=most,
     )
-    if getattr(arch, "post_refinement_steps", 0) and not arch.post_refinement_train:
-        say(run, "note: the refinement passes were never trained (post_refinement_train=false); "
-                 "figures without them are under unrefined/")  # fmt: skip
     bar = tqdm(total=len(stream), desc="evaluate", unit="batch", leave=False,
                disable=not backend.is_main or not sys.stderr.isatty())  # fmt: skip
     with bar, state.averaged():

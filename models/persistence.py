@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from dataset.common import UserError
+from evaluators.loop import FAILURES
 from models import cost
 from models.losses import ACTLossHead
 from models.train_state import (
@@ -25,7 +26,7 @@ from utils.backend import Backend
 from utils.checkpoint import Checkpoint
 from utils.checkpoint_writer import CheckpointWriter, Contents
 from utils.config_schema import PretrainConfig
-from utils.corpora import Corpora
+from utils.corpora import Corpora, did_you_mean
 from utils.reporting import tell
 
 # Keys that leave the training curve as it is, up to rounding; all others must agree on resume.
@@ -143,6 +144,14 @@ class Saver:
         if self.backend.is_main:
             checkpoint.link_best(self.run, state.best_step)
 
+    def note_evaluation(self, results: dict[str, Any]) -> None:
+        """Has a run that goes on at this step not evaluate it again, unless an evaluator failed."""
+        if self.backend.is_main and FAILURES not in {key.removeprefix("eval/") for key in results}:
+            try:
+                checkpoint.note_evaluation(self.run, self.state.counters())
+            except OSError as error:  # the worst is that it is evaluated once more
+                tell(f"warning: {self.run / checkpoint.EVALUATED}: {error.strerror or error}")
+
     def _figure(self, results: dict[str, Any]) -> float | None:
         """The figure that decides which checkpoint is best, larger is better."""
         config, rule = self.config, self.config.early_stopping
@@ -155,7 +164,11 @@ class Saver:
         value = results.get(f"eval/{name}")
         if value is None:
             if results and self.backend.is_main:
-                tell(f"warning: best_metric={name} was not evaluated; no checkpoint counts as best")
+                names = [key.removeprefix("eval/") for key in results]
+                tell(
+                    f"warning: best_metric={name} was not evaluated; no checkpoint counts as best; "
+                    + did_you_mean(name, names)
+                )
             return None
         return value if mode == "max" else -value
 
@@ -192,20 +205,10 @@ class Saver:
 
 def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoint | None:
     """The checkpoint to go on from, checked; None for a new run."""
-    if config.resume == "none":
-        if not config.eval_only and (there := checkpoint.checkpoints_of(run)):
-            raise UserError(
-                f"resume=none starts a new run, but {run} holds {there[-1].name} of an old one; "
-                "choose another run_name, or move the folder away"
-            )
-        return None
-    opened: Checkpoint | None = None
-    if backend.is_main:
-        if not config.eval_only:
-            checkpoint.recover(run)
-        opened = opened_to_resume(config, run)
-    folder = backend.broadcast_object(None if opened is None else opened.folder)
+    folder = backend.from_main(lambda: folder_to_resume(config, run))
     if folder is None:
+        if backend.is_main and not config.eval_only:
+            checkpoint.forget_evaluation(run, after=-1)
         return None
     if backend.is_main:
         print(f"resuming from {folder}", flush=True)
@@ -225,19 +228,35 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
     return opened
 
 
-def opened_to_resume(config: PretrainConfig, run: Path) -> Checkpoint | None:
+def folder_to_resume(config: PretrainConfig, run: Path) -> Path | None:
     """The checkpoint that `resume` names or finds, compared with its manifest."""
     own = not config.eval_only
+    there = [folder.name for folder in checkpoint.checkpoints_of(run)]
+    if config.resume == "none":
+        if own and there:
+            raise UserError(
+                f"resume=none starts a new run, but {run} holds {there[-1]} of an old one; "
+                "choose another run_name, or move the folder away"
+            )
+        return None
+    if own:
+        checkpoint.recover(run)
     if config.resume == "auto":
-        return checkpoint.newest_whole(run, rename=own)
-    named = Path(config.resume).resolve()  # `best` is a link
-    if (named / checkpoint.MANIFEST).is_file():
-        opened = Checkpoint(named)
-        opened.verify()
-        return opened
-    if (found := checkpoint.newest_whole(named, rename=own)) is None:
-        raise UserError(f"resume={config.resume} is neither a checkpoint nor a run that has one")
-    return found
+        found = checkpoint.newest_whole(run, rename=own)
+        return None if found is None else found.folder
+    named = next((p for p in (Path(config.resume), run / config.resume) if p.is_dir()), None)
+    if named is not None:
+        named = named.resolve()  # `best` is a link
+        if (named / checkpoint.MANIFEST).is_file():
+            Checkpoint(named).verify()
+            return named
+        if (found := checkpoint.newest_whole(named, rename=own)) is not None:
+            return found.folder
+    held = f"which holds {', '.join(there)}" if there else "which holds none"
+    raise UserError(
+        f"resume={config.resume} is neither a checkpoint, nor a run that has one, nor the name of "
+        f"one in {run}, {held}"
+    )
 
 
 def check_unchanged(config: PretrainConfig, saved: dict[str, Any]) -> None:
@@ -301,9 +320,13 @@ def restore(
     stream: Resumable,
     backend: Backend,
     opened: Checkpoint,
+    run: Path,
     micro_batches: int,
 ) -> None:
-    """Continues where `opened` was taken: weights, optimizers, averages, stream, held rows."""
+    """Continues where `opened` was taken: weights, optimizers, averages, stream, held rows.
+
+    And after the evaluation there, if that one was finished.
+    """
     saved = opened.json("state.json")
     share = len(state.halted) // backend.world_size
     slots = range(backend.rank * share, (backend.rank + 1) * share)
@@ -312,6 +335,12 @@ def restore(
     stream.load_state_dict(saved["stream"], restart_held=rows is None)
     state.load_tensors(opened.tensors)
     state.load_counters(saved["counters"])
+    done = None
+    if backend.is_main and opened.folder.parent == run.resolve():
+        done = checkpoint.noted_evaluation(run, state.step)
+    if (done := backend.broadcast_object(done)) is not None:
+        state.load_counters(done)
+        state.evaluated_step = state.step
     if rows is None:
         if backend.is_main:
             print("note: held rows were not saved, they start again; the run is not exact")
@@ -323,8 +352,11 @@ def restore(
 
 def load_pretrained(
     config: PretrainConfig, model: ACTLossHead, identifiers: list[str], tokenizer: Path | None
-) -> None:
-    """Starts a new run from the weights that `load_checkpoint` names."""
+) -> tuple[str, int]:
+    """Starts a new run from the weights that `load_checkpoint` names.
+
+    Returns what they are, in words, and the step that they were saved at (0 if not known).
+    """
     assert config.load_checkpoint is not None
     weights, opened = checkpoint.load_weights(config.load_checkpoint, config.load_weights)
     old = None
@@ -338,3 +370,8 @@ def load_pretrained(
             )
     match_identifiers(weights, old, identifiers)
     load_into(model.model, weights)
+    if opened is None:
+        return f"weights of {config.load_checkpoint}", 0
+    averaged = config.load_weights == "ema" and "ema.pt" in opened
+    told = f"{'averaged' if averaged else 'raw'} weights of {opened.folder}"
+    return told, opened.json("state.json")["counters"]["step"]

@@ -105,6 +105,8 @@ class TrainState:
     """Epoch of the last evaluation."""
     stopped: bool = False
     """Early stopping has ended the run."""
+    evaluated_step: int = -1
+    """The step of the last evaluation, if this process or its resume knows of one."""
     rehearsed: bool = False
     failed_evaluations: int = 0
     """Evaluations of this process in which an evaluator failed."""

@@ -1,6 +1,8 @@
 """Real launchers: several nodes, restarts of dead ranks, and a launcher that dies itself."""
 
 import os
+import pty
+import select
 import signal
 import socket
 import subprocess
@@ -87,9 +89,10 @@ def test_a_dead_rank_is_restarted_and_the_run_goes_on_under_its_name(text_corpus
     assert len(metrics_of(run, "train/lm_loss")) == 400, "each step stands there once"
 
 
-def test_ranks_save_and_leave_when_their_launcher_dies(text_corpus, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_save_and_leave_when_their_launcher_dies(ranks, text_corpus, tmp_path):
     run = tmp_path / "run"
-    process = start(*options(text_corpus, run, "max_steps=100000"), ranks=2)
+    process = start(*options(text_corpus, run, "max_steps=100000"), ranks=ranks, torchrun=True)
     wait_for_steps(run, 5, process)
     ranks = ranks_of(process)
     process.kill()
@@ -113,6 +116,39 @@ def test_a_run_is_not_started_twice_at_a_time(text_corpus, tmp_path):
     code, out, err = finish(first)
     assert code == 128 + signal.SIGINT, out + err
     assert len(checkpoints_of(run)) == 1
+
+
+def test_a_run_whose_terminal_is_closed_saves_and_leaves(text_corpus, tmp_path):
+    """A lost connection: SIGHUP comes, and nothing can be written to the terminal any more."""
+    run = tmp_path / "run"
+    child, terminal = pty.fork()  # the child leads a session that the terminal controls
+    if child == 0:
+        os.chdir(ROOT)
+        command = [sys.executable, "pretrain.py", *options(text_corpus, run, "max_steps=100000")]
+        os.execve(sys.executable, command, os.environ | {"OMP_NUM_THREADS": "1"})
+    log, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while not (log.is_file() and log.read_text().count("\n") >= 5):
+        assert time.monotonic() < deadline
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 1 << 16)  # or the child waits for a reader
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    (saved,) = checkpoints_of(run)
+    contents(saved)
+
+
+def test_nohup_lets_a_run_go_on(text_corpus, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "pretrain.py", *options(text_corpus, run, "max_steps=60")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for_steps(run, 3, process)
+    process.send_signal(signal.SIGHUP)
+    code, out, err = finish(process)
+    assert code == 0 and "finished at step 60" in out, out + err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

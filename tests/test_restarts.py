@@ -115,8 +115,13 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(
 def test_damage_everywhere_never_starts_a_run_from_scratch(text_corpus, run_training):
     run = run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
     damage(run / "step_2" / "optimizer.pt")
-    with pytest.raises(UserError, match="all 1 checkpoints"):
-        run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
+    for _ in range(2):  # a launcher that restarts its ranks tries again
+        with pytest.raises(UserError, match=r"all checkpoints .* damaged_step_2_"):
+            run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
+    run_training(text_corpus, "run", "max_steps=3", "evaluators=[]", "resume=none")
+    (run / "step_3" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"all checkpoints .* damaged_step_2_.*, damaged_step_3"):
+        run_training(text_corpus, "run", "max_steps=3", "evaluators=[]")
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(text_corpus, run_training):
@@ -163,7 +168,9 @@ def test_starting_again_from_an_older_checkpoint_sets_later_ones_aside(text_corp
     options = ["epochs=20", "evaluators=[]", "keep_checkpoints=1", "resume_allow=[max_steps]"]
     run = run_training(text_corpus, "run", *options, "max_steps=4", "keep_checkpoints=null",
                        "checkpoint_interval=2")  # fmt: skip
-    older = f"resume={run / 'step_2'}"
+    older = "resume=step_2"
+    with pytest.raises(UserError, match=r"resume=step_3 is .* which holds step_2, step_4"):
+        run_training(text_corpus, "run", *options, "max_steps=3", "resume=step_3")
     with pytest.raises(UserError, match="lr"):  # a command that is refused changes nothing
         run_training(text_corpus, "run", *options, "max_steps=3", older, "lr=7e-3")
     assert [p.name for p in checkpoints_of(run)] == ["step_2", "step_4"]
@@ -189,8 +196,32 @@ def test_a_run_that_was_stopped_early_stays_so(text_corpus, run_training):
     options += ["early_stopping={metric: text/perplexity, patience: 1}"]
     run = run_training(text_corpus, "run", *options)
     steps = [p.name for p in checkpoints_of(run)]
+    figures = metrics_of(run, "eval/all/lm_loss")
     run_training(text_corpus, "run", *options)
     assert [p.name for p in checkpoints_of(run)] == steps
+    assert metrics_of(run, "eval/all/lm_loss") == figures, "evaluated once more"
+
+
+def test_an_evaluation_that_is_done_is_not_repeated(text_corpus, run_training, capsys):
+    """A queue that starts finished runs again must not cost an evaluation each time."""
+    options = ["epochs=50", "eval_interval=0.1", "keep_checkpoints=null", "checkpoint_interval=3"]
+    options += ["eval_max_batches=1"]
+    run = run_training(text_corpus, "run", *options, "max_steps=20")
+    lines = (run / "metrics.jsonl").read_text()
+    assert "finished at step 20" in capsys.readouterr().out
+    run_training(text_corpus, "run", *options, "max_steps=20")
+    assert (run / "metrics.jsonl").read_text() == lines
+    assert "nothing is left to train: the run is at step 20" in capsys.readouterr().out
+    evaluated = [json.loads(line)["step"] for line in lines.splitlines() if "eval/" in line]
+    assert len(evaluated) == len(set(evaluated)) > 2
+    # going back before it, the same evaluations come again
+    run_training(text_corpus, "run", *options, "max_steps=20", f"resume=step_{evaluated[-3]}")
+    again = (run / "metrics.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in again.splitlines() if "eval/" in line][-2:] == (
+        evaluated[-2:]
+    )
+    run_training(text_corpus, "run", *options, "max_steps=20", "eval_only=true")
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(again.splitlines()) + 1
 
 
 def test_two_micro_batches_are_chosen_again_on_resume(text_corpus, run_training):
@@ -326,8 +357,9 @@ def test_more_can_be_better(text_corpus, run_training, capsys):
     losses = metrics_of(worst, "eval/all/lm_loss")
     assert losses[0] == max(losses), "training should help"
     assert Checkpoint(worst / "best").json("state.json")["counters"]["step"] < 15
-    run_training(text_corpus, "typo", *options, "best_metric=text/perplexety")
-    assert "best_metric=text/perplexety was not evaluated" in capsys.readouterr().out
+    run_training(text_corpus, "typo", *options, "best_metric=eval/text/perplexety")
+    out = capsys.readouterr().out
+    assert "best_metric=text/perplexety was not evaluated" in out and "text/perplexity'" in out
 
 
 def test_a_crash_between_two_renames_loses_nothing(text_corpus, run_training, capsys):

@@ -120,10 +120,11 @@ def start(
     ranks: int = 1,
     script: str = "pretrain.py",
     env: dict[str, str] | None = None,
+    torchrun: bool = False,
 ) -> subprocess.Popen:
-    """`pretrain.py` in processes of its own: as a user starts it, with torchrun if ranks > 1."""
+    """`pretrain.py` in processes of its own: as a user starts it, with torchrun if ranks > 1 (or asked)."""
     command = [sys.executable]
-    if ranks > 1:
+    if ranks > 1 or torchrun:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.Popen(
         [*command, str(ROOT / script), *overrides],

@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Container
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dataset.common import UserError
 from utils.reporting import tell
 
 MANIFEST = "manifest.json"
+EVALUATED = "evaluated.json"  # in a run's folder: the last evaluation that was finished
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -48,6 +50,32 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def note_evaluation(run: Path, counters: dict[str, Any]) -> None:
+    """Remembers that the evaluation at this step is done, and what the run counted after it.
+
+    Beside the checkpoint of the step, which was whole before the evaluation began.
+    """
+    part = run / ".evaluated.part"
+    part.write_text(json.dumps(counters))
+    part.replace(run / EVALUATED)
+
+
+def noted_evaluation(run: Path, step: int) -> dict[str, Any] | None:
+    """What `note_evaluation` was given last, if that was at `step`."""
+    try:
+        counters = json.loads((run / EVALUATED).read_text())
+        return counters if counters["step"] == step else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def forget_evaluation(run: Path, after: int) -> None:
+    """That of a step later than `after` belongs to a course which the run gives up."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads((run / EVALUATED).read_text())["step"] > after:
+            (run / EVALUATED).unlink()
+
+
 def set_aside(run: Path, after: Path) -> None:
     """Renames the checkpoints that a run has beyond `after`, from which it starts again.
 
@@ -58,6 +86,7 @@ def set_aside(run: Path, after: Path) -> None:
         aside = folder.with_name(f"abandoned_{folder.name}_{int(time.time())}")
         folder.rename(aside)
         tell(f"note: {folder.name} is later than {after.name}, it is now {aside.name}")
+    forget_evaluation(run, step_of(after))
     if not (run / "best").exists():
         link_best(run, None)
 
@@ -177,10 +206,10 @@ def newest_whole(run: Path, rename: bool = True) -> Checkpoint | None:
     """The newest checkpoint of a run that is what was saved; None if there never was one.
 
     A damaged one is reported and renamed (unless the run belongs to another process), and the one
-    before it taken. UserError if all are.
+    before it taken. UserError if all are, or were found to be by an earlier start.
     """
-    found = checkpoints_of(run)
-    for folder in reversed(found):
+    found = [p for p in run.glob("step_*") if _STEP.fullmatch(p.name) and p.is_dir()]
+    for folder in sorted(found, key=step_of, reverse=True):
         try:
             opened = Checkpoint(folder)
             opened.verify()
@@ -192,10 +221,11 @@ def newest_whole(run: Path, rename: bool = True) -> Checkpoint | None:
                 folder.rename(aside)
                 told += f"; it is now {aside.name}"
             tell(told)
-    if found:
+    damaged = sorted(p.name for p in run.glob("damaged_step_*"))
+    if found or damaged:
         raise UserError(
-            f"all {len(found)} checkpoints in {run} are damaged; look at damaged_step_<n>_<time> "
-            "there, or start anew with another run_name"
+            f"all checkpoints in {run} are damaged; look at {', '.join(damaged) or 'them'} there; "
+            "to start anew choose another run_name, or resume=none"
         )
     return None
 

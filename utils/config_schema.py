@@ -8,7 +8,7 @@ declared by those classes themselves (their `Config`) and are extra keys here.
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from utils.config_errors import to_float, to_int
 
@@ -30,6 +30,8 @@ def _name_only(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(to_int)]
 Float = Annotated[float, BeforeValidator(to_float), Field(allow_inf_nan=False)]
 Text = Annotated[str, BeforeValidator(_to_text)]
+# logs show evaluation metrics below eval/
+MetricName = Annotated[Text, AfterValidator(lambda name: name.removeprefix("eval/"))]
 
 PositiveInt = Annotated[Int, Field(ge=1)]
 CountInt = Annotated[Int, Field(ge=0)]
@@ -74,7 +76,7 @@ class EarlyStoppingConfig(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
-    metric: str = Field(description="evaluation metric to watch, e.g. text/perplexity")
+    metric: MetricName = Field(description="evaluation metric to watch, e.g. text/perplexity")
     patience: PositiveInt = Field(3, description="evaluations without improvement before the end")
     min_delta: NonNegativeFloat = Field(0.0, description="least change that is an improvement")
     mode: Literal["min", "max"] = Field("min", description="whether less or more is better")
@@ -193,7 +195,7 @@ class PretrainConfig(pydantic.BaseModel):
     keep_checkpoints: PositiveInt | None = Field(
         3, description="checkpoints kept, the newest and besides them the best; null: all"
     )
-    best_metric: Text | None = Field(
+    best_metric: MetricName | None = Field(
         None, description="evaluation metric of the best checkpoint; null: early_stopping's or loss"
     )
     best_mode: Literal["min", "max"] = Field("min", description="whether less or more is better")

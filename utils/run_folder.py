@@ -26,23 +26,26 @@ class RunFolder:
         default = Path("checkpoints") / config.project_name / config.run_name
         self.path = Path(config.checkpoint_path or default)
         self._lock: TextIO | None = None
-        if backend.is_main:
-            print(f"run: {config.run_name}, folder {self.path}", flush=True)
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._lock = None if config.eval_only else _locked(self.path)
-            except OSError as error:
-                raise UserError(
-                    f"cannot write to the run's folder {self.path} ({error.strerror or error}); "
-                    "name another with checkpoint_path"
-                ) from None
-        token = backend.broadcast_object(_holder())
+        token = backend.from_main(lambda: self._open(config))
         if not config.eval_only and not _sees(self.path, token):
             raise UserError(
                 f"rank {backend.rank} on {socket.gethostname()} does not see what rank 0 wrote to "
                 f"{self.path}; name a folder on storage that all machines share, with "
                 "checkpoint_path"
             )
+
+    def _open(self, config: PretrainConfig) -> str:
+        """Makes and locks the folder; what the lock says."""
+        print(f"run: {config.run_name}, folder {self.path}", flush=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = None if config.eval_only else _locked(self.path)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run's folder {self.path} ({error.strerror or error}); "
+                "name another with checkpoint_path"
+            ) from None
+        return _holder()
 
     def close(self) -> None:
         if self._lock is not None:

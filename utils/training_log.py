@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from utils.backend import Backend
 from utils.logging import Loggers
 from utils.metrics import MetricSums, means
 from utils.schedule import Schedule
+
+LINE_SECONDS = 20.0  # between two lines where there is no terminal for a bar
 
 
 class TrainingLog:
@@ -40,18 +43,22 @@ class TrainingLog:
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.sums = MetricSums()
         self.bar = tqdm(disable=True)
+        self._told_at = -math.inf
 
     @contextmanager
     def progress(self, state: Any) -> Iterator[None]:
-        """A bar over the share of the run that is done, 0..1, from where `state` is."""
+        """A bar over the share of the run that is done, 0..1, from where `state` is.
+
+        Lines instead where nobody watches a terminal: a bar makes a log file hard to read.
+        """
         self._last = (state.seconds, state.step, self.schedule.stream.examples_entered)
         self.bar = tqdm(
             total=1.0,
             initial=self.schedule.progress(state),
-            disable=not self.backend.is_main,
+            disable=not (self.backend.is_main and sys.stderr.isatty()),
             desc="train",
             bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}",
-            mininterval=0.5 if sys.stderr.isatty() else 20,
+            mininterval=0.5,
         )
         try:
             yield
@@ -95,4 +102,10 @@ class TrainingLog:
         # of the whole run: rows that halt together would make the bar jump, down to 0
         rate = stream.examples_entered * self.row_tokens / max(state.seconds, 1e-9)
         loss = metrics.get("train/lm_loss", math.nan)
-        self.bar.set_postfix_str(f"step {state.step:,} loss {loss:.3f} {rate:,.0f} tokens/s")
+        told = f"step {state.step:,} loss {loss:.3f} {rate:,.0f} tokens/s"
+        self.bar.set_postfix_str(told)
+        now_s = time.monotonic()
+        if self.bar.disable and now_s - self._told_at >= LINE_SECONDS:
+            self._told_at = now_s
+            left = tqdm.format_interval(metrics.get("train/eta_seconds", 0.0))
+            print(f"train {done:4.0%}  {told}  {left} left", flush=True)

@@ -31,8 +31,8 @@ from utils.backend.state import accumulate, is_sharded, shard
 T = TypeVar("T")
 Received = Sequence[int]  # numbers of the signals that came
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Save and leave: a scheduler's or Ctrl-C's way to end a run."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Save and leave: a scheduler's, Ctrl-C's or a lost connection's way to end a run."""
 
 
 class Backend:
@@ -66,9 +66,9 @@ class Backend:
 
     def launch(self, fn: Callable[..., T], *args: Any) -> T:
         """Runs `fn(backend, *args)` as this replica, inside a process group if there are more."""
+        end_with_launcher()
         if self.world_size == 1:
             return fn(self, *args)
-        end_with_launcher()
         # Generous, because rank 0 may download for long while others wait; a training step that
         # hangs is the watchdog's to end.
         patience = timedelta(hours=6)
@@ -185,17 +185,26 @@ class Backend:
     def signals(self) -> Iterator[Received]:
         """Notes signals that ask the run to stop; a second SIGINT interrupts at once."""
         received: list[int] = []
+        terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
         def note(number: int, frame: Any) -> None:
             if received and number == signal.SIGINT:
                 raise KeyboardInterrupt
+            if number == signal.SIGHUP:  # writing to a terminal that is gone would be an error
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                for stream in terminals:
+                    os.dup2(nowhere, stream)
+                os.close(nowhere)
             if self.is_main and not received:
                 name = signal.Signals(number).name
                 # not print, which may be in the middle of printing
                 os.write(2, f"\n{name}: saves after this step, then ends\n".encode())
             received.append(number)
 
-        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        heeded = [*STOP_SIGNALS]
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: the run is to go on
+            heeded.remove(signal.SIGHUP)
+        previous = {number: signal.signal(number, note) for number in heeded}
         try:
             yield received
         finally:
@@ -222,6 +231,22 @@ class Backend:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def from_main(self, act: Callable[[], T]) -> T:
+        """What `act` returns on rank 0, on every rank; a UserError there is raised on every rank.
+
+        So that a mistake ends all of them in its sentence, none in a lost connection.
+        """
+        outcome: tuple[T | None, str | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = act(), None
+            except UserError as error:
+                outcome = None, str(error)
+        value, fault = self.broadcast_object(outcome)
+        if fault is not None:
+            raise UserError(fault)
+        return value  # type: ignore[return-value]
 
     def gather_objects(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
