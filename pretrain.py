@@ -221,6 +221,11 @@ def ending(run: Run, state: TrainState, began: int) -> str:
     last = checkpoint.step_folder(run.folder, state.step)
     if state.step > began:
         return f"finished at step {state.step:,}: {last}"
+    if state.stopped and run.config.early_stopping is not None:
+        return (
+            f"nothing is left to train: the run stopped early at step {state.step:,}, {last}; "
+            "early_stopping=null trains on"
+        )
     return (
         f"nothing is left to train: the run is at step {state.step:,} already, {last}; to train "
         "on, raise epochs or max_steps and allow that, e.g. resume_allow=[max_steps]; "

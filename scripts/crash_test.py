@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Kills a two-rank CPU run at random moments and checks that nothing is lost.",
     )
     add = parser.add_argument
-    add("--kills", type=int, default=100, help="(default: 100)")
+    add("--kills", type=int, default=100, help="each takes 15 to 20 s (default: 100)")
     add("--steps", type=int, default=4000, help="of the run (default: 4000)")
     add("--seed", type=int, default=None, help="of the moments (default: another each time)")
     add("--output-dir", type=Path, default=Path("data/crash_test"), help="is emptied first "

@@ -191,7 +191,7 @@ def test_a_rate_that_may_change_on_resume_does_change(text_corpus, run_training)
     assert groups[0]["weight_decay"] == 0.25
 
 
-def test_a_run_that_was_stopped_early_stays_so(text_corpus, run_training):
+def test_a_run_that_was_stopped_early_stays_so(text_corpus, run_training, capsys):
     options = ["lr=0", "puzzle_emb_lr=0", "epochs=50", "max_steps=200", "eval_interval=0.2"]
     options += ["early_stopping={metric: text/perplexity, patience: 1}"]
     run = run_training(text_corpus, "run", *options)
@@ -200,6 +200,10 @@ def test_a_run_that_was_stopped_early_stays_so(text_corpus, run_training):
     run_training(text_corpus, "run", *options)
     assert [p.name for p in checkpoints_of(run)] == steps
     assert metrics_of(run, "eval/all/lm_loss") == figures, "evaluated once more"
+    assert "stopped early at step" in capsys.readouterr().out
+    more = int(steps[-1].removeprefix("step_")) + 3
+    run_training(text_corpus, "run", *options[:-1], f"max_steps={more}", "resume_allow=[max_steps]")
+    assert (run / f"step_{more}").is_dir()
 
 
 def test_an_evaluation_that_is_done_is_not_repeated(text_corpus, run_training, capsys):
