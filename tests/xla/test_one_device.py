@@ -38,6 +38,12 @@ def test_losses_and_weights_are_those_of_the_cpu(case, request, tmp_path):
     )
     found = differences(one, other, 20)
     print(f"\n{case}: {found}")
+    if (
+        "float32" in case
+    ):  # Adam magnifies the rounding of gradients near 0: see float64 for weights
+        found = {
+            k: v for k, v in found.items() if k.endswith("_loss") or k in ("steps", "examples")
+        }
     assert {name: value for name, value in found.items() if not value <= limit} == {}
     assert len(set(metrics_of(one, "train/steps"))) > 2, "rows should halt at different steps"
     table = contents(other / "step_20")["model/model.inner.puzzle_emb.weights"]
