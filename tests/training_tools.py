@@ -122,7 +122,7 @@ def start(
     env: dict[str, str] | None = None,
     torchrun: bool = False,
 ) -> subprocess.Popen:
-    """`pretrain.py` in processes of its own: as a user starts it, with torchrun if ranks > 1 (or asked)."""
+    """`pretrain.py` in processes of its own: as a user starts it, by torchrun if there are more."""
     command = [sys.executable]
     if ranks > 1 or torchrun:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
