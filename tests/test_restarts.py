@@ -140,7 +140,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(text_corpus, run_traini
 
 
 def test_load_checkpoint_starts_from_the_averages_and_matches_identifiers(
-    text_corpus, run_training
+    text_corpus, run_training, capsys
 ):
     options = ["max_steps=3", "evaluators=[]", *IDENTIFIERS]
     run = run_training(text_corpus, "run", *options)
@@ -154,6 +154,14 @@ def test_load_checkpoint_starts_from_the_averages_and_matches_identifiers(
     assert not torch.equal(old[f"model/{name}"], old[f"ema/shadow/{name}"])
     table = "model/model.inner.puzzle_emb.weights"
     assert torch.equal(loaded[table], old[table]) and old[table].any()
+    seen = run_training(
+        text_corpus, "seen", *options[1:], "eval_only=true", f"load_checkpoint={run}"
+    )
+    assert f"starting from the averaged weights of {run / 'step_3'}" in capsys.readouterr().out
+    (line,) = (seen / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 3, "an evaluation belongs to the step of its weights"
+    loss = "eval/all/lm_loss"
+    assert metrics_of(seen, loss) == metrics_of(run, loss)
 
 
 def test_held_rows_restart_without_a_saved_carry(text_corpus, run_training):
