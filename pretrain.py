@@ -221,7 +221,7 @@ def ending(run: Run, state: TrainState, began: int) -> str:
     last = checkpoint.step_folder(run.folder, state.step)
     if state.step > began:
         return f"finished at step {state.step:,}: {last}"
-    if state.stopped and run.config.early_stopping is not None:
+    if state.stopped:
         return (
             f"nothing is left to train: the run stopped early at step {state.step:,}, {last}; "
             "early_stopping=null trains on"
@@ -371,9 +371,9 @@ def evaluate_and_save(run: Run, state: TrainState) -> None:
         run.saver.save()
     results = run_evaluation(run, state)
     state.evaluated_epoch, state.evaluated_step = run.stream.epoch, state.step
-    run.saver.keep_best(results)
     if state.stops_early(run.config.early_stopping, results):
         say(run, "stopped early: the evaluations no longer improve")
+    run.saver.keep_best(results)
     run.saver.note_evaluation(results)
 
 

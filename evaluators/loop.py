@@ -215,7 +215,7 @@ class Guarded:
 
     def results(self, save_path: str | None) -> dict[str, Any]:
         """Their figures; of those that failed on any rank a warning, and how many they are."""
-        backend, found = self.backend, dict[str, Any]()
+        backend, figures = self.backend, list[dict[str, Any]]()
         self._share_faults()
         for place, evaluator in enumerate(self.evaluators):
             group = Group(backend)
@@ -223,12 +223,15 @@ class Guarded:
                 place, evaluator.result, save_path, backend.rank, backend.world_size, group
             )
             group.leave()
-            found |= backend.broadcast_object(self._try(place, _checked, own) or {})
+            figures.append(backend.broadcast_object(self._try(place, _checked, own) or {}))
         self._share_faults()
         for place, fault in sorted(self.faults.items()):
             if backend.is_main:
                 name = type(self.evaluators[place]).__name__
-                tell(f"warning: evaluator {name} failed, its figures are missing: {fault}")
+                why = fault or "its ranks did not gather the same number of times"
+                tell(f"warning: evaluator {name} failed, its figures are missing: {why}")
+        sound = (found for place, found in enumerate(figures) if place not in self.faults)
+        found = {name: value for of_one in sound for name, value in of_one.items()}
         if self.faults:
             found[FAILURES] = len(self.faults)
         return found
@@ -240,10 +243,14 @@ class Guarded:
 
 
 def _checked(figures: dict[str, Any] | None) -> dict[str, Any]:
+    found = {}
     for name, value in (figures or {}).items():
+        if hasattr(value, "tolist"):  # of numpy or torch
+            value = value.tolist()
         if not isinstance(value, int | float | list):
             raise TypeError(f"the figure {name} is {value!r}, which is no number")
-    return figures or {}
+        found[name] = value
+    return found
 
 
 def interrupt_if_asked(received: Sequence[int], backend: Backend) -> None:

@@ -73,14 +73,16 @@ class Saver:
         self.config, self.state, self.stream, self.backend = config, state, stream, backend
         self.run = run
         self.writer = CheckpointWriter(run, backend, config.keep_checkpoints)
-        self.texts = {
+        texts = {
             "config.yaml": yaml.safe_dump(resolved(config), sort_keys=False),
             "dataset.json": corpora.metadata.model_dump_json(),
             "identifiers.json": json.dumps(corpora.identifiers),
         }
-        self.copies = source_files(state.model)
+        # As they are now: in the days of a run they may change, or go.
+        self.files = {name: text.encode() for name, text in texts.items()}
+        self.files |= {name: path.read_bytes() for path, name in source_files(state.model)}
         if tokenizer is not None:
-            self.copies.append((tokenizer, tokenizer.name))
+            self.files[tokenizer.name] = tokenizer.read_bytes()
         # rank 0's word, because network storage may show ranks different things
         there = backend.broadcast_object(checkpoint.step_folder(run, state.step).is_dir())
         self.saved_at = state.step if there else -1  # what was resumed is saved already
@@ -131,8 +133,13 @@ class Saver:
 
     def keep_best(self, results: dict[str, Any]) -> None:
         """Keeps the checkpoint of this step besides the newest, if its evaluation is the best."""
-        figure = self._figure(results)
-        state, best = self.state, self.state.best_figure
+        state = self.state
+        name, mode = self._rule(results)
+        figure = self._figure(results, name, mode)
+        if state.best_rule not in (None, f"{mode} {name}"):  # figures of another kind
+            state.best_step = state.best_figure = None
+        state.best_rule = f"{mode} {name}"
+        best = state.best_figure
         if figure is None or math.isnan(figure) or (best is not None and figure <= best):
             return
         former = state.best_step, state.best_figure
@@ -152,8 +159,8 @@ class Saver:
             except OSError as error:  # the worst is that it is evaluated once more
                 tell(f"warning: {self.run / checkpoint.EVALUATED}: {error.strerror or error}")
 
-    def _figure(self, results: dict[str, Any]) -> float | None:
-        """The figure that decides which checkpoint is best, larger is better."""
+    def _rule(self, results: dict[str, Any]) -> tuple[str, str]:
+        """The metric that decides which checkpoint is best, and whether `min` or `max` of it."""
         config, rule = self.config, self.config.early_stopping
         name, mode = config.best_metric, config.best_mode
         if name is None and rule is not None:
@@ -161,8 +168,12 @@ class Saver:
         if name is None:
             losses = [key for key in results if key.endswith("/lm_loss") and "/step_" not in key]
             name = (losses[0] if losses else "eval/lm_loss").removeprefix("eval/")
+        return name, mode
+
+    def _figure(self, results: dict[str, Any], name: str, mode: str) -> float | None:
+        """That metric's value, larger is better; None without one."""
         value = results.get(f"eval/{name}")
-        if value is None:
+        if not isinstance(value, int | float):
             if results and self.backend.is_main:
                 names = [key.removeprefix("eval/") for key in results]
                 tell(
@@ -193,14 +204,14 @@ class Saver:
             position["held_places"] = [-1 if halted else place for place, halted in places]
         tensors = state.tensors()
         if not self.backend.is_main:
-            return Contents({}, {}, [], shard)
+            return Contents({}, {}, shard)
         saved = {
             "format": FORMAT,
             "counters": state.counters(),
             "stream": position,
             "micro_rows": len(state.carries[0].halted) if state.carries else None,
         }
-        return Contents(tensors, self.texts | {"state.json": json.dumps(saved)}, self.copies, shard)
+        return Contents(tensors, self.files | {"state.json": json.dumps(saved).encode()}, shard)
 
 
 def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoint | None:
@@ -219,11 +230,9 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
             f"a new run from its weights with load_checkpoint={folder}"
         )
     check_unchanged(config, yaml.safe_load(opened.text("config.yaml")))
-    inside = folder.parent.resolve() == run.resolve() and folder in checkpoint.checkpoints_of(
-        folder.parent
-    )
-    if backend.is_main and inside and not config.eval_only:
-        checkpoint.set_aside(run, after=folder)
+    if backend.is_main and not config.eval_only:
+        checkpoint.set_aside(run, folder, opened.json("state.json")["counters"]["step"])
+        checkpoint.note_start(run, config.resume)
     backend.barrier()
     return opened
 
@@ -241,7 +250,8 @@ def folder_to_resume(config: PretrainConfig, run: Path) -> Path | None:
         return None
     if own:
         checkpoint.recover(run)
-    if config.resume == "auto":
+    # A launcher that restarts its ranks gives them the same command, which has been obeyed once.
+    if config.resume == "auto" or (own and checkpoint.is_restart(run, config.resume)):
         found = checkpoint.newest_whole(run, rename=own)
         return None if found is None else found.folder
     named = next((p for p in (Path(config.resume), run / config.resume) if p.is_dir()), None)
@@ -250,6 +260,7 @@ def folder_to_resume(config: PretrainConfig, run: Path) -> Path | None:
         if (named / checkpoint.MANIFEST).is_file():
             Checkpoint(named).verify()
             return named
+        own = own and named == run.resolve()  # others may be at work on theirs
         if (found := checkpoint.newest_whole(named, rename=own)) is not None:
             return found.folder
     held = f"which holds {', '.join(there)}" if there else "which holds none"
@@ -336,11 +347,14 @@ def restore(
     state.load_tensors(opened.tensors)
     state.load_counters(saved["counters"])
     done = None
-    if backend.is_main and opened.folder.parent == run.resolve():
+    if backend.is_main and opened.folder.parent.resolve() == run.resolve():
         done = checkpoint.noted_evaluation(run, state.step)
     if (done := backend.broadcast_object(done)) is not None:
         state.load_counters(done)
         state.evaluated_step = state.step
+    state.adopt_rule(config.early_stopping)
+    if backend.is_main and not config.eval_only:
+        checkpoint.link_best(run, state.best_step)
     if rows is None:
         if backend.is_main:
             print("note: held rows were not saved, they start again; the run is not exact")

@@ -114,8 +114,11 @@ class TrainState:
     """Best figure by early stopping's rule, larger is better."""
     bad_evaluations: int = 0
     best_step: int | None = None
-    """The step whose evaluation was best, and its figure, larger is better."""
+    """The step whose evaluation was best, its figure, larger is better, and of what it is."""
     best_figure: float | None = None
+    best_rule: str | None = None
+    stopping_rule: str | None = None
+    """What early stopping's `best` is a figure of."""
     parameters: list[nn.Parameter] = field(default_factory=list)
 
     COUNTERS = (
@@ -129,6 +132,8 @@ class TrainState:
         "bad_evaluations",
         "best_step",
         "best_figure",
+        "best_rule",
+        "stopping_rule",
     )
 
     @property
@@ -151,6 +156,12 @@ class TrainState:
         limit = math.inf if max_norm is None else max_norm
         return scalar(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
 
+    def adopt_rule(self, rule: EarlyStoppingConfig | None) -> None:
+        """After a resume: figures of another metric mean nothing, and patience may have grown."""
+        if rule is None or self.stopping_rule not in (None, f"{rule.mode} {rule.metric}"):
+            self.best, self.bad_evaluations = None, 0
+        self.stopped = rule is not None and self.bad_evaluations >= rule.patience
+
     def stops_early(self, rule: EarlyStoppingConfig | None, results: dict[str, Any]) -> bool:
         """Whether early stopping ends the run after this evaluation."""
         if rule is None:
@@ -162,6 +173,7 @@ class TrainState:
                 f"early_stopping.metric={rule.metric} was not evaluated; there are "
                 + ", ".join(sorted(name.removeprefix("eval/") for name in results))
             )
+        self.stopping_rule = f"{rule.mode} {rule.metric}"
         value = results[f"eval/{rule.metric}"] * (1 if rule.mode == "max" else -1)
         if not math.isnan(value) and (self.best is None or value > self.best + rule.min_delta):
             self.best, self.bad_evaluations = value, 0

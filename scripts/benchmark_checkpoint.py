@@ -64,7 +64,7 @@ def main() -> None:
             number += 1
             tensors, carry = copied()
             slots = [0, config.global_batch_size]
-            writer.begin(number, Contents(tensors, {}, [], {"slots": slots, "carry": carry}))
+            writer.begin(number, Contents(tensors, {}, {"slots": slots, "carry": carry}))
 
         def save_and_wait() -> None:
             save()

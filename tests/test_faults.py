@@ -31,7 +31,8 @@ pretrain.train_batch = train_batch
 
 
 def run_with(fault: str, run: Path, corpus: Path, tmp_path: Path, *options: str, ranks: int = 1,
-             env: dict[str, str] | None = None) -> tuple[int, str]:  # fmt: skip
+             env: dict[str, str] | None = None,
+             max_restarts: int = 0) -> tuple[int, str]:  # fmt: skip
     """A run to whose 40 steps `fault` does something; its exit status and what it printed."""
     script = tmp_path / "fault.py"
     script.write_text(f"{FAULT}\n{fault}\npretrain.main()\n")
@@ -39,7 +40,7 @@ def run_with(fault: str, run: Path, corpus: Path, tmp_path: Path, *options: str,
         f"data_paths=[{corpus}]", f"checkpoint_path={run}", "run_name=x", "device_type=cpu", *TEXT,
         "epochs=null", "max_steps=40", "lr_warmup_steps=0", "global_batch_size=8", "log_interval=1",
         "checkpoint_interval=4", "eval_max_batches=2", *options, ranks=ranks, script=str(script),
-        env=env,
+        env=env, max_restarts=max_restarts,
     )  # fmt: skip
     code, out, err = finish(process)
     return code, out + err

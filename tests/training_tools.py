@@ -121,11 +121,18 @@ def start(
     script: str = "pretrain.py",
     env: dict[str, str] | None = None,
     torchrun: bool = False,
+    max_restarts: int = 0,
 ) -> subprocess.Popen:
     """`pretrain.py` in processes of its own: as a user starts it, by torchrun if there are more."""
     command = [sys.executable]
     if ranks > 1 or torchrun:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            f"--max-restarts={max_restarts}",
+        ]
     return subprocess.Popen(
         [*command, str(ROOT / script), *overrides],
         stdout=subprocess.PIPE,

@@ -10,6 +10,7 @@ evaluation.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
@@ -76,19 +77,36 @@ def forget_evaluation(run: Path, after: int) -> None:
             (run / EVALUATED).unlink()
 
 
-def set_aside(run: Path, after: Path) -> None:
-    """Renames the checkpoints that a run has beyond `after`, from which it starts again.
+def note_start(run: Path, resume: str) -> None:
+    """Remembers that this launch has found the checkpoint that `resume` names."""
+    if launch := os.environ.get("TORCHELASTIC_RUN_ID"):
+        with suppress(OSError):
+            (run / ".launch").write_text(f"{launch} {resume}")
+
+
+def is_restart(run: Path, resume: str) -> bool:
+    """Whether an earlier attempt of the same launch has found the checkpoint that `resume` names,
+    and this one is to go on where that one ended."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    with suppress(OSError):
+        return (run / ".launch").read_text() == f"{os.environ['TORCHELASTIC_RUN_ID']} {resume}"
+    return False
+
+
+def set_aside(run: Path, start: Path, step: int) -> None:
+    """Renames the checkpoints of a run that starts again from `start`, at `step`, but are not of
+    that course: all later ones, and others of the same step.
 
     They would be taken for the newest otherwise, and the new ones for old.
     """
-    later = [folder for folder in checkpoints_of(run) if step_of(folder) > step_of(after)]
-    for folder in later:
+    for folder in checkpoints_of(run):
+        if step_of(folder) < step or (folder.exists() and folder.samefile(start)):
+            continue
         aside = folder.with_name(f"abandoned_{folder.name}_{int(time.time())}")
         folder.rename(aside)
-        tell(f"note: {folder.name} is later than {after.name}, it is now {aside.name}")
-    forget_evaluation(run, step_of(after))
-    if not (run / "best").exists():
-        link_best(run, None)
+        tell(f"note: {folder.name} is not of the course of {start}, it is now {aside.name}")
+    forget_evaluation(run, step if start.parent.resolve() == run.resolve() else -1)
 
 
 def prune(run: Path, keep: int | None, spare: Container[int] = ()) -> None:
@@ -214,6 +232,8 @@ def newest_whole(run: Path, rename: bool = True) -> Checkpoint | None:
             opened = Checkpoint(folder)
             opened.verify()
             return opened
+        except OSError as error:  # storage may answer again: nothing is renamed
+            tell(f"note: {folder} cannot be read ({error.strerror or error})")
         except UserError as error:
             told = f"note: {error.args[0].partition(';')[0]}"
             if rename and folder.is_dir():
@@ -224,8 +244,9 @@ def newest_whole(run: Path, rename: bool = True) -> Checkpoint | None:
     damaged = sorted(p.name for p in run.glob("damaged_step_*"))
     if found or damaged:
         raise UserError(
-            f"all checkpoints in {run} are damaged; look at {', '.join(damaged) or 'them'} there; "
-            "to start anew choose another run_name, or resume=none"
+            f"all checkpoints in {run} are damaged or cannot be read; look at "
+            f"{', '.join(damaged) or 'them'} there; to start anew choose another run_name, or "
+            "resume=none"
         )
     return None
 

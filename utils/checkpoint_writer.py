@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
@@ -26,13 +26,12 @@ from utils.reporting import tell
 class Contents(NamedTuple):
     """What one rank writes, all of it in host memory and its own.
 
-    tensors: file stem -> what torch.save takes. texts: file name -> content. copies: files to copy
-    and their names inside. shard: this rank's held rows. Other ranks than 0 have a shard only.
+    tensors: file stem -> what torch.save takes. files: name -> content. shard: this rank's held
+    rows. Other ranks than 0 have a shard only.
     """
 
     tensors: Mapping[str, Any]
-    texts: Mapping[str, str]
-    copies: Sequence[tuple[Path, str]]
+    files: Mapping[str, bytes]
     shard: Mapping[str, Any] | None
 
 
@@ -143,13 +142,10 @@ class CheckpointWriter:
         if contents.shard is not None:
             names.append(f"carry_{rank}.pt")
             _save(contents.shard, folder / names[-1])
-        for name, text in contents.texts.items():
-            names.append(name)
-            (folder / name).write_text(text)
-        for source, name in contents.copies:
+        for name, content in contents.files.items():
             names.append(name)
             (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, folder / name)
+            (folder / name).write_bytes(content)
         for name in names:
             _fsync(folder / name)
         digests = {name: sha256(folder / name) for name in names}
@@ -188,7 +184,7 @@ class CheckpointWriter:
             folder.rename(place)
         _fsync(self.run)
         try:
-            prune(self.run, self.keep, spare)
+            prune(self.run, self.keep, {step, *spare})
         except OSError as error:
             tell(f"warning: older checkpoints could not be removed ({error})")
 

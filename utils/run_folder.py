@@ -22,7 +22,9 @@ class RunFolder:
     """Opens `path`, naming the run alike on all ranks; `close` lets others in. A collective."""
 
     def __init__(self, config: PretrainConfig, backend: Backend):
-        config.run_name = backend.broadcast_object(config.run_name or _drawn_name())
+        config.run_name = backend.broadcast_object(
+            config.run_name or _drawn_name(backend.launch_number)
+        )
         default = Path("checkpoints") / config.project_name / config.run_name
         self.path = Path(config.checkpoint_path or default)
         self._lock: TextIO | None = None
@@ -52,10 +54,11 @@ class RunFolder:
             self._lock.close()
 
 
-def _drawn_name() -> str:
-    """A launcher that restarts its workers must find the run again, so its id decides."""
+def _drawn_name(number: int) -> str:
+    """A launcher that restarts its workers must find the run again, so its id decides, and which
+    run of a sweep it is."""
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return random_run_name(None if launch == "none" else random.Random(launch))
+    return random_run_name(None if launch == "none" else random.Random(f"{launch} {number}"))
 
 
 def _holder() -> str:

@@ -43,7 +43,7 @@ class Schedule:
         """Whether a limit or early stopping ends the run here; the stream ends by itself."""
         steps, seconds = self.config.max_steps, self.config.max_seconds
         return (
-            (state.stopped and self.config.early_stopping is not None)
+            state.stopped
             or (steps is not None and state.step >= steps)
             or (seconds is not None and state.seconds >= seconds)
         )

@@ -6,7 +6,6 @@ thread is; the first rank that can speak then names those that do not wait for o
 """
 
 import json
-import os
 import statistics
 import sys
 import threading
@@ -25,6 +24,7 @@ LEAST_SECONDS = 30.0  # a step that takes less is never worth a warning
 STALLED = 4  # exit status of a run that was ended because it stood still
 _KNOWN = 5  # steps until it is known what is usual; the first ones compile and read
 _REPORT = 3.0  # seconds that the others have to say where they are
+_SPEAK = 20.0  # seconds that a report may take: what it is written to may stand still, too
 
 
 class Place(NamedTuple):
@@ -61,7 +61,7 @@ class Watchdog:
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        self._thread.join()
+        self._thread.join(_SPEAK)
 
     def beat(self, step: int) -> None:
         """A step is done."""
@@ -85,22 +85,22 @@ class Watchdog:
             usual, taken = self.usual, self.clock.seconds - self._began
             silent = time.monotonic() - self._sign
             if self.timeout is not None and silent > self.timeout:
-                try:
-                    self._report(
-                        f"error: no sign of life for {silent:.0f} s in step {self._step + 1}"
-                    )
-                finally:  # whoever should read it may be gone
-                    os._exit(STALLED)
+                self._report(f"error: no sign of life for {silent:.0f} s in step {self._step + 1}")
+                self.backend.end_now(STALLED)
             if usual is None or taken < max(LEAST_SECONDS, self.factor * usual, 2 * self._told):
                 continue
             self._told = taken
-            with suppress(OSError):
-                self._report(
-                    f"warning: step {self._step + 1} has taken {taken:.0f} s, usually {usual:.2g} s"
-                )
+            self._report(
+                f"warning: step {self._step + 1} has taken {taken:.0f} s, usually {usual:.2g} s"
+            )
 
     def _report(self, headline: str) -> None:
-        """Tells where all ranks are, unless a lower rank does."""
+        """Tells where all ranks are, unless a lower rank does, as long as somebody listens."""
+        speaker = threading.Thread(target=self._speak, args=(headline,), daemon=True)
+        speaker.start()
+        speaker.join(_SPEAK)
+
+    def _speak(self, headline: str) -> None:
         own = self._place()
         self.backend.post(f"watchdog/{self.backend.rank}", json.dumps(own))
         time.sleep(_REPORT)
@@ -110,7 +110,8 @@ class Watchdog:
             if text is not None and time.time() - (place := Place(*json.loads(text))).time < 60:
                 places[rank] = place
         if min(places) == self.backend.rank:
-            tell(f"{headline}; {describe(places, self.backend.world_size)}")
+            with suppress(OSError):  # the reader may be gone
+                tell(f"{headline}; {describe(places, self.backend.world_size)}")
 
     def _place(self) -> Place:
         """Where the main thread is, by the innermost frame of Athena's that is no backend's."""

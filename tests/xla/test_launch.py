@@ -75,10 +75,14 @@ def fails_while_the_other_waits(replica, kind):
 def dies(replica):
     os.kill(os.getpid(), 9)
 
+def stands_still(replica):
+    replica.end_now(4)
+
 if __name__ == "__main__":
     xla.GRACE_SECONDS = 1.0
     backend = xla.XLABackend()
     print(backend.launch(gives_its_rank, 7))
+    print(backend.launch(stands_still))
     for fn, *args in (
         (fails_while_the_other_waits, "sentence"), (fails_while_the_other_waits, "bug"), (dies,)
     ):
@@ -97,7 +101,8 @@ def test_what_becomes_of_replicas_reaches_the_parent(text_corpus, tmp_path):
     script.write_text(FATES)
     code, out, err = finish(start(str(script), CPU_NUM_DEVICES="2"))
     assert code == 0, out + err
-    value, sentence, bug, death = out.splitlines()
+    value, status, sentence, bug, death = out.splitlines()
+    assert status == "4", "the watchdog's"
     assert value == "(0, 2, 0)"
     assert sentence == "UserError | too small"
     assert bug.startswith("RuntimeError | a replica failed:") and "KeyError: 'a bug'" in bug

@@ -7,6 +7,7 @@ something that is not there.
 
 import ctypes
 import inspect
+import itertools
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from utils.backend.state import accumulate, is_sharded, shard
 T = TypeVar("T")
 Received = Sequence[int]  # numbers of the signals that came
 
+_launches = itertools.count()
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """Save and leave: a scheduler's, Ctrl-C's or a lost connection's way to end a run."""
 
@@ -43,6 +46,8 @@ class Backend:
     moved_ahead: Callable[[Iterable[Any]], Iterator[Any]] | None = None
     """Gives items with their tensors on the device, made ready ahead of use; None: not needed."""
 
+    launch_number = 0
+    """Runs of this process that were launched before this one."""
     _board_is_gone = False
 
     def __init__(self) -> None:
@@ -67,6 +72,7 @@ class Backend:
     def launch(self, fn: Callable[..., T], *args: Any) -> T:
         """Runs `fn(backend, *args)` as this replica, inside a process group if there are more."""
         end_with_launcher()
+        self.launch_number = next(_launches)
         if self.world_size == 1:
             return fn(self, *args)
         # Generous, because rank 0 may download for long while others wait; a training step that
@@ -76,11 +82,15 @@ class Backend:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # The launcher's store outlives its workers: restarted ones would read the addresses of
             # the dead.
-            options |= dict(store=_store(patience), rank=self.rank, world_size=self.world_size)
+            options |= dict(store=self._store(patience), rank=self.rank, world_size=self.world_size)
         dist.init_process_group(self.collective, timeout=patience, **options)
         result = fn(self, *args)
         dist.destroy_process_group()  # not after a failure: it would wait for the others
         return result
+
+    def end_now(self, status: int) -> NoReturn:
+        """Ends this process from a thread, whatever its main thread is doing."""
+        os._exit(status)
 
     def group_options(self) -> dict[str, Any]:
         """More arguments of init_process_group."""
@@ -91,7 +101,15 @@ class Backend:
         """A connection of its own, so that a thread may use it beside the collectives."""
         if self.world_size == 1 or "MASTER_PORT" not in os.environ:
             return None
-        return _store(timedelta(seconds=10))
+        return self._store(timedelta(seconds=10))
+
+    def _store(self, patience: timedelta) -> dist.Store:
+        """A connection to the store through which ranks meet, apart for each restart of them and
+        for each run of a sweep."""
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=patience)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        return dist.PrefixStore(f"attempt_{attempt}_{self.launch_number}", store)
 
     def post(self, name: str, text: str) -> None:
         """Writes where every rank can read it, without a collective, if there is such a place."""
@@ -284,13 +302,6 @@ class Backend:
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Dense matrix FLOP/s of the device in `dtype`, where known."""
         return None
-
-
-def _store(patience: timedelta) -> dist.Store:
-    """A connection to the store through which ranks meet, apart for each restart of them."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=patience)
-    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def end_with_launcher() -> None:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from dataset.common import UserError, warnings_as_notes
 from utils.backend.base import STOP_SIGNALS, Backend, Received
-from utils.backend.xla_replica import Replica
+from utils.backend.xla_replica import Replica, write_whole
 
 T = TypeVar("T")
 
@@ -192,13 +192,6 @@ def run_replica(ordinal: int, folder: Path, wanted: str, fn: Callable[..., Any],
     write_whole(folder / f"outcome_{ordinal:06}", pickle.dumps(outcome))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Nobody reads half of it."""
-    unfinished = path.with_name(f"_{path.name}")
-    unfinished.write_bytes(content)
-    unfinished.rename(path)
-
-
 def outcomes(folder: Path) -> list[tuple[str, Any]]:
     return [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("outcome_*"))]
 
@@ -212,6 +205,9 @@ def result_of(folder: Path, errors: list[BaseException]) -> Any:
     for kind, value in found:
         if kind == "traceback":
             raise RuntimeError(f"a replica failed:\n{value}")
+    for kind, value in found:
+        if kind == "status":  # ended at once, so the others fell silent
+            return value
     if errors:
         raise RuntimeError(
             "the processes of the replicas ended without a word; were they killed for memory?"
