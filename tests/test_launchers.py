@@ -37,6 +37,20 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+def ended(child: int) -> int:
+    """The wait status of a child, which must end within two minutes."""
+    deadline = time.monotonic() + 120
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return status
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the run did not end")
+        time.sleep(0.05)
+
+
 def ranks_of(launcher: subprocess.Popen) -> list[int]:
     path = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     return [int(pid) for pid in path.read_text().split()]
@@ -123,6 +137,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_leaves(text_corpus, tmp_path):
     run = tmp_path / "run"
     child, terminal = pty.fork()  # the child leads a session that the terminal controls
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run below nohup
         os.chdir(ROOT)
         command = [sys.executable, "pretrain.py", *options(text_corpus, run, "max_steps=100000")]
         os.execve(sys.executable, command, os.environ | {"OMP_NUM_THREADS": "1"})
@@ -132,7 +147,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_leaves(text_corpus, tmp_path):
         if select.select([terminal], [], [], 0.05)[0]:
             os.read(terminal, 1 << 16)  # or the child waits for a reader
     os.close(terminal)
-    _, status = os.waitpid(child, 0)
+    status = ended(child)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
     (saved,) = checkpoints_of(run)
     contents(saved)
