@@ -154,12 +154,17 @@ class Backbone(nn.Module):
         return self.config.document_mask and "document_starts" in data
 
     def sequence_info(self, data: Batch) -> SequenceInfo:
-        cos = sin = mask = None
-        if self.config.pos_encodings == "rope":
-            cos, sin = self.rotary_emb(self.positions(data))
+        cos, sin = self.rotation(self.positions(data))
+        mask = None
         if self.masks_documents(data):
             mask = visible(data["document_starts"], self.config.prefix_len, self.config.causal)
         return SequenceInfo(cos, sin, mask, self.config.causal)
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Rotary factors of positions (B or 1, L), where there are any."""
+        if self.config.pos_encodings != "rope":
+            return None, None
+        return self.rotary_emb(positions)
 
     def embed(self, data: Batch) -> Tensor:
         """inputs (B, S), puzzle_identifiers (B,) -> sqrt(D) times the embedding, (B, P+S, D)."""
@@ -169,17 +174,24 @@ class Backbone(nn.Module):
             identifier = self.puzzle_emb(data["puzzle_identifiers"])
             identifier = F.pad(identifier, (0, prefix * width - identifier.shape[-1]))
             embedding = torch.cat((identifier.view(-1, prefix, width), embedding), dim=1)
+        return self.placed(embedding, self.positions(data))
+
+    def placed(self, embedding: Tensor, positions: Tensor) -> Tensor:
+        """Scaled embeddings (B, L, D), with learned positions (B or 1, L) where there are any."""
         if self.config.pos_encodings == "learned":
             # the sum of two embeddings keeps the variance of one
-            embedding = math.sqrt(0.5) * (embedding + self.embed_pos(self.positions(data)))
+            embedding = math.sqrt(0.5) * (embedding + self.embed_pos(positions))
         return self.embed_scale * embedding
 
     def logits(self, z: Tensor) -> Tensor:
         """z: (B, P+S, D). Returns (B, S, V); the prefix predicts nothing."""
-        tokens = z[:, self.config.prefix_len :]
+        return self.predict(z[:, self.config.prefix_len :])
+
+    def predict(self, z: Tensor) -> Tensor:
+        """z: (..., D) of any positions. Returns (..., V)."""
         if self.config.tie_embeddings:
-            return F.linear(tokens, self.embed_tokens.embedding_weight.to(z.dtype))
-        return self.lm_head(tokens)
+            return F.linear(z, self.embed_tokens.embedding_weight.to(z.dtype))
+        return self.lm_head(z)
 
 
 def real_tokens(data: Batch) -> Tensor | None:

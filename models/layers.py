@@ -21,12 +21,14 @@ class SequenceInfo(NamedTuple):
     cos, sin: (B or 1, L, 1, K) rotary factors, or None without rotary positions.
     mask:     which keys a query may see (`visible`); None when `causal` says it all.
     causal:   position i sees positions 0..i only.
+    cache:    what earlier forwards left to attend to, in generation (`models/key_value_cache.py`).
     """
 
     cos: Tensor | None
     sin: Tensor | None
     mask: Any
     causal: bool
+    cache: Any = None
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -180,7 +182,10 @@ class Attention(nn.Module):
         if info.cos is not None and info.sin is not None:
             query_key = apply_rotary(query_key, info.cos, info.sin)
         query, key = query_key.split((self.num_heads, self.num_key_value_heads), dim=2)
-        out = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), info)
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        if info.cache is not None:
+            key, value = info.cache.extend(key, value)
+        out = attend(query.transpose(1, 2), key, value, info)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from dataset.build_corpus_dataset import main as build_corpus
 from dataset.build_sudoku_dataset import main as build_sudoku
 from dataset.train_tokenizer import main as train_tokenizer
 from pretrain import train
 from utils.backend.cpu import CPUBackend
-from utils.checkpoint import Checkpoint
+from utils.checkpoint import MANIFEST, Checkpoint, checkpoints_of, sha256
 from utils.config import PretrainConfig, compose_config, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +60,36 @@ def write_texts(folder: Path, seed: int, documents: int) -> list[Path]:
         files.append(folder / f"{name}.txt")
         files[-1].write_text("\n".join(lines))
     return files
+
+
+# A few real steps of a language model; stablemax, identifiers by domain.
+LANGUAGE = """arch=athena_trm_tiny arch.hidden_size=32 arch.halt_max_steps=4
+    arch.loss.loss_type=stablemax_cross_entropy device_type=cpu lr=1e-3 global_batch_size=8
+    grad_accum_steps=2 max_steps=3 eval_max_batches=1"""
+
+
+@pytest.fixture(scope="session")
+def text_run(tmp_path_factory, text_corpus) -> Path:
+    """The folder of a run that was trained on `text_corpus` for a few steps."""
+    folder = tmp_path_factory.mktemp("run")
+    folders = [f"data_paths=[{text_corpus}]", f"checkpoint_path={folder}"]
+    config = load_config(compose_config([*LANGUAGE.split(), *folders]))
+    assert train(CPUBackend(), config) == 0
+    return folder
+
+
+def altered(run: Path, target: Path, **changes) -> Path:
+    """A copy of a run's checkpoint with changes to its config; `arch` is merged."""
+    shutil.copytree(checkpoints_of(run)[-1], target)
+    config = yaml.safe_load((target / "config.yaml").read_text())
+    changes["arch"] = config["arch"] | changes.get("arch", {})
+    config |= changes
+    (target / "config.yaml").write_text(yaml.safe_dump(config))
+    (target / MANIFEST).unlink()
+    files = [path for path in target.rglob("*") if path.is_file()]
+    digests = {str(path.relative_to(target)): sha256(path) for path in files}
+    (target / MANIFEST).write_text(json.dumps(digests))
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,12 @@ class AthenaTRMConfig(BackboneConfig):
             return self.eval_steps
         return self.halt_max_steps
 
+    def answer_passes(self, steps: int) -> tuple[int, int, int]:
+        """Blocks run in `AthenaTRMInner.answer`: in the recursion, in one outer cycle of it, and
+        in the refinement after it."""
+        cycle = (self.L_cycles + 1) * self.layers
+        return (steps * self.H_cycles * cycle, cycle, self.post_refinement_steps * self.layers)
+
     @model_validator(mode="after")
     def _steps_fit(self):
         if self.force_min_steps > self.halt_max_steps:
@@ -155,10 +161,11 @@ class AthenaTRMInner(Backbone):
             self.q_head.weight.zero_()
             self.q_head.bias.fill_(-5)  # type: ignore[union-attr]
 
-    def recur(self, carry: InnerCarry, data: Batch, info: SequenceInfo) -> tuple[Tensor, Tensor]:
+    def recur(
+        self, z_H: Tensor, z_L: Tensor, x: Tensor, info: SequenceInfo
+    ) -> tuple[Tensor, Tensor]:
         """One ACT step: z_H, z_L (B, P+S, D), with gradient through the last H_grad_cycles."""
-        config, z_H, z_L = self.config, carry.z_H, carry.z_L
-        x = self.embed(data)
+        config = self.config
 
         def cycle(z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
             for _ in range(config.L_cycles):
@@ -176,6 +183,14 @@ class AthenaTRMInner(Backbone):
         for _ in range(self.config.post_refinement_steps):
             z_H = self.L_level(z_H, z_L, info)
         return z_H
+
+    def answer(self, x: Tensor, info: SequenceInfo, steps: int) -> Tensor:
+        """z_H (B, L, D) after so many ACT steps from the start, refined, without halting: what
+        `forward` comes to in evaluation. x: embedded positions (B, L, D)."""
+        z_H, z_L = (init.to(x.dtype).expand_as(x) for init in (self.H_init, self.L_init))
+        for _ in range(steps):
+            z_H, z_L = self.recur(z_H, z_L, x, info)
+        return self.refine(z_H, z_L, info)
 
     def halt_logits(self, z_H: Tensor, data: Batch) -> tuple[Tensor, Tensor]:
         """q_halt, q_continue: (B,) each, at least float32."""
@@ -228,12 +243,12 @@ class AthenaTRM(nn.Module):
         """
         carry = self.admit(carry, batch)
         data, inner = carry.current_data, self.inner
-        info = inner.sequence_info(data)
-        z_H, z_L = inner.recur(carry.inner_carry, data, info)
+        info, z = inner.sequence_info(data), carry.inner_carry
+        z_H, z_L = inner.recur(z.z_H, z.z_L, inner.embed(data), info)
         if not self.training:  # a row that has halted keeps what it had
             done = carry.halted.view(-1, 1, 1)
-            z_H = torch.where(done, carry.inner_carry.z_H, z_H)
-            z_L = torch.where(done, carry.inner_carry.z_L, z_L)
+            z_H = torch.where(done, z.z_H, z_H)
+            z_L = torch.where(done, z.z_L, z_L)
         q_halt, q_continue = inner.halt_logits(z_H, data)
         steps = torch.where(carry.halted, carry.steps, carry.steps + 1)
         halted = carry.halted | self.halts(steps, q_halt, q_continue, data, batch.get("explore"))
@@ -307,7 +322,8 @@ class AthenaTRM(nn.Module):
     @torch.no_grad()
     def _continue_target(self, carry: Carry, data: Batch, info: SequenceInfo) -> Tensor:
         """TRM's bootstrapped Q-learning target: what the next step would say, (B,)."""
-        z_H, _ = self.inner.recur(carry.inner_carry, data, info)
+        z = carry.inner_carry
+        z_H, _ = self.inner.recur(z.z_H, z.z_L, self.inner.embed(data), info)
         halt, proceed = self.inner.halt_logits(z_H, data)
         last = carry.steps >= self.config.halt_max_steps
         return torch.sigmoid(torch.where(last, halt, torch.maximum(halt, proceed)))

@@ -6,11 +6,11 @@ one step, so that the same loop, stream, loss head and evaluators serve both.
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.backbone import Backbone, BackboneConfig, Batch
-from models.layers import rms_norm
+from models.layers import SequenceInfo, rms_norm
 from models.recursive_reasoning.athena_trm import Carry, InnerCarry
 
 
@@ -18,6 +18,10 @@ class TransformerConfig(BackboneConfig):
     """Options of `Transformer`."""
 
     num_layers: int = Field(4, ge=1, description="blocks, each with its own weights")
+
+    def answer_passes(self, steps: int) -> tuple[int, int, int]:
+        """As `AthenaTRMConfig.answer_passes`."""
+        return self.num_layers, self.num_layers, 0
 
 
 class TransformerInner(Backbone):
@@ -27,9 +31,9 @@ class TransformerInner(Backbone):
         super().__init__(config)
         self.layers = nn.ModuleList(self.make_block() for _ in range(config.num_layers))
 
-    def forward(self, data: Batch):
-        """Returns logits (B, S, V)."""
-        info, h = self.sequence_info(data), self.embed(data)
+    def answer(self, x: Tensor, info: SequenceInfo, steps: int = 1) -> Tensor:
+        """x: embedded positions (B, L, D). Returns (B, L, D); there is only one step."""
+        h = x
         if self.config.norm_type == "post":
             h = rms_norm(h, self.config.rms_norm_eps)
         for layer in self.layers:
@@ -39,7 +43,7 @@ class TransformerInner(Backbone):
                 h = layer(h, info)
         if self.config.norm_type == "pre":
             h = rms_norm(h, self.config.rms_norm_eps)
-        return self.logits(h)
+        return h
 
 
 class Transformer(nn.Module):
@@ -67,4 +71,6 @@ class Transformer(nn.Module):
         """One pass; every row halts. Outputs: logits (B, S, V)."""
         done = torch.ones_like(carry.halted)
         new = Carry(carry.inner_carry, done.to(torch.int32), done, dict(batch), carry.last_loss)
-        return new, {"logits": self.inner(batch)}
+        inner = self.inner
+        answer = inner.answer(inner.embed(batch), inner.sequence_info(batch))
+        return new, {"logits": inner.logits(answer)}

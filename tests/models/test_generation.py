@@ -1,0 +1,224 @@
+"""Keys and values that are kept change nothing, rows do not see each other, draws are right."""
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+
+from models.generation import Decoder, Sampling, Writer, draw, write
+from models.key_value_cache import KeyValueCache, cache_bytes, cache_slots
+from models.losses import ACTLossHead
+from models.recursive_reasoning.athena_trm import AthenaTRM
+from models.recursive_reasoning.transformer import Transformer
+
+S, V = 17, 29
+ATHENA = dict(
+    hidden_size=32, num_heads=4, expansion=2, H_cycles=2, L_cycles=2, L_layers=2,
+    halt_max_steps=3, halt_exploration_prob=0.0,
+)  # fmt: skip
+VARIANTS = {
+    "post": ATHENA,
+    "pre": ATHENA | dict(norm_type="pre", L_layers=1),
+    "identifiers": ATHENA | dict(puzzle_emb_ndim=40, num_key_value_heads=4),
+    "learned positions, tied": ATHENA | dict(pos_encodings="learned", tie_embeddings=True),
+    "refined": ATHENA | dict(post_refinement_steps=2, H_cycles=1),
+    "unmasked": ATHENA | dict(document_mask=False, pos_encodings="none"),
+    "transformer": dict(hidden_size=32, num_heads=4, expansion=2, num_layers=3, norm_type="pre"),
+}
+
+
+def make(options: dict, dtype: str = "float32") -> ACTLossHead:
+    sizes = dict(batch_size=1, seq_len=S, vocab_size=V, num_puzzle_identifiers=4)
+    kind = Transformer if "num_layers" in options else AthenaTRM
+    model = kind(sizes | options | {"forward_dtype": dtype})
+    if model.config.puzzle_emb_ndim:
+        model.inner.puzzle_emb.weights.normal_()
+    return ACTLossHead(model, "stablemax_cross_entropy").eval()
+
+
+def steps_of(head: ACTLossHead) -> int:
+    return getattr(head.model.config, "max_eval_steps", 1)
+
+
+@torch.no_grad()
+def whole_logits(head: ACTLossHead, text: list[int], identifier: int) -> torch.Tensor:
+    """By the forward pass that training and evaluation use, on this text alone."""
+    batch = {"inputs": torch.tensor([text]), "puzzle_identifiers": torch.tensor([identifier])}
+    carry = head.model.initial_carry(batch)
+    for _ in range(steps_of(head)):
+        carry, outputs = head.model(carry, batch)
+    return head.loss.softmax_logits(outputs["logits"][0, -1])
+
+
+def random_text(length: int) -> list[int]:
+    return torch.randint(2, V, (length,)).tolist()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype, bar", [("float32", 1e-5), ("float64", 1e-12)])
+def test_kept_keys_and_values_change_nothing(variant, dtype, bar):
+    """Prompts of different lengths in one batch, token by token to the end of the window.
+
+    Weights at random blow up rounding now and then: to the bar comes what float32 without a cache
+    is itself away from float64.
+    """
+    head, precise = make(VARIANTS[variant], dtype), make(VARIANTS[variant], "float64")
+    precise.load_state_dict(head.state_dict())
+    texts, identifiers = [random_text(n) for n in (1, 4, 7)], torch.tensor([1, 3, 2])
+    decoder = Decoder(head, identifiers, steps_of(head))
+    found = decoder.begin(texts)
+    while True:
+        for text, identifier, logits in zip(texts, identifiers, found, strict=True):
+            expected = whole_logits(head, text, int(identifier))
+            noise = (expected - whole_logits(precise, text, int(identifier))).abs().max()
+            assert (logits - expected).abs().max() < bar + 2 * noise
+        if len(texts[-1]) == S:
+            break
+        new = random_text(3)
+        texts = [[*text, token] for text, token in zip(texts, new, strict=True)]
+        found = decoder.extend(new)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_text_longer_than_the_window_goes_on_from_half_of_it(cached):
+    head = make(VARIANTS["identifiers"], "float64")
+    text = random_text(S)
+    decoder = Decoder(head, torch.tensor([2]), 3, cached=cached)
+    decoder.begin([text])
+    for length in (S // 2, S // 2 + 1):  # of the window after the text has outgrown it
+        text.append(int(random_text(1)[0]))
+        found = decoder.extend([text[-1]])
+        assert torch.allclose(found[0], whole_logits(head, text[-length:], 2), atol=1e-12)
+    assert torch.allclose(
+        Decoder(head, torch.tensor([2]), 3, cached=cached).begin([text])[0],
+        whole_logits(head, text[-S:], 2),
+        atol=1e-12,
+    )
+
+
+def test_a_shared_cache_is_an_approximation_and_as_large_as_said():
+    head = make(ATHENA)
+    config = head.model.config
+    exact, shared = (Decoder(head, torch.zeros(1).long(), 3, cache_cycles=c) for c in (None, 1))
+    text = random_text(6)
+    assert torch.equal(exact.begin([text]), shared.begin([text]))  # a prompt attends to itself
+    assert not torch.allclose(exact.extend([5]), shared.extend([5]), atol=1e-5)
+    assert cache_slots(config, 3) == (3 * 2 * 3 * 2, 0)
+    assert cache_slots(config, 3, 1) == (3 * 2, 0)
+    all_cycles = Decoder(head, torch.zeros(1).long(), 3, cache_cycles=6)
+    assert torch.equal(exact.begin([text]), all_cycles.begin([text]))
+    for cycles in (None, 1, 2):
+        cache = KeyValueCache(config, 5, 11, 3, cycles)
+        taken = cache.keys.nbytes + cache.values.nbytes
+        assert cache_bytes(config, 5, 11, 3, cycles) == taken
+
+
+# --- drawing -----------------------------------------------------------------------------------
+
+
+def frequencies(logits, n=4000, **how) -> np.ndarray:
+    generator, how = torch.Generator().manual_seed(0), Sampling(**how)
+    drawn = [draw(torch.tensor(logits), generator, how) for _ in range(n)]
+    return np.bincount(drawn, minlength=len(logits)) / n
+
+
+def test_frequencies_follow_temperature_top_k_and_top_p():
+    logits = [0.0, 1.0, 2.0, 3.0]
+    p = torch.softmax(torch.tensor(logits) / 0.5, 0).numpy()
+    for how, kept in (({}, [0, 1, 2, 3]), ({"top_k": 2}, [2, 3]), ({"top_p": 0.9}, [2, 3]),
+                      ({"top_p": 0.1}, [3]), ({"top_p": 1.0}, [0, 1, 2, 3])):  # fmt: skip
+        expected = np.where(np.isin(np.arange(4), kept), p, 0)
+        found = frequencies(logits, temperature=0.5, **how)
+        assert np.abs(found - expected / expected.sum()).max() < 0.03
+        assert found[expected == 0].sum() == 0
+
+
+def test_repetition_penalty_divides_what_is_likely_and_multiplies_what_is_not():
+    how, generator = Sampling(temperature=0, repetition_penalty=2.0), torch.Generator()
+    assert draw(torch.tensor([3.0, 2.0, -1.0]), generator, how, text=[0, 0]) == 1
+    assert draw(torch.tensor([-1.0, -1.9]), generator, how, text=[0]) == 1
+    assert draw(torch.tensor([-1.0, -2.1]), generator, how, text=[0]) == 0
+
+
+def test_forbidden_ids_are_never_drawn():
+    logits, generator = torch.tensor([9.0, 0.0, 9.0, 0.1]), torch.Generator().manual_seed(0)
+    for how in (dict(temperature=0), dict(temperature=2.0), dict(top_k=2), dict(top_p=0.5)):
+        drawn = {draw(logits, generator, Sampling(**how), never=[0, 2]) for _ in range(50)}
+        assert drawn <= {1, 3}
+
+
+# --- texts -------------------------------------------------------------------------------------
+
+
+def letters() -> Tokenizer:
+    """A token a byte, spelled as byte-level tokenizers spell them; id 0 is padding, 1 is eos."""
+    from dataset.common import byte_alphabet
+
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {c: 2 + b for c, b in byte_alphabet().items()}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def ids_of(text: str) -> list[int]:
+    return [2 + byte for byte in text.encode()]
+
+
+@pytest.mark.parametrize("stop, text", [([], "naïve → ünïcode."), (["STOP", "S!"], "a S a ST. b")])
+def test_pieces_make_the_text_and_never_half_a_character(stop, text):
+    writer, shown = Writer(letters(), ids_of("Ab"), stop), ""
+    for token in ids_of(text):
+        piece = writer.add(token)
+        assert "\ufffd" not in piece
+        shown += piece
+        assert not any(shown.endswith(s[:1]) for s in stop)  # it may be one, so it waits
+    assert shown + writer.finish() == text and not writer.ended
+
+
+def test_a_stop_string_ends_the_text_before_it_wherever_tokens_part():
+    writer, shown = Writer(letters(), ids_of("x"), ["\n\nQ", "END"]), ""
+    for token in ids_of("one\n\ntwo\n\nQ: three END"):
+        shown += writer.add(token)
+        if writer.ended:
+            break
+    assert shown == writer.text == "one\n\ntwo"
+
+
+class CountsUp:
+    """Stands for a decoder whose model always says the next number."""
+
+    def begin(self, texts):
+        self.last = [text[-1] for text in texts]
+        return self.logits()
+
+    def extend(self, tokens):
+        self.last = list(tokens)
+        return self.logits()
+
+    def logits(self):
+        found = torch.full((len(self.last), 300), -50.0)
+        for row, last in enumerate(self.last):
+            found[row, last + 1] = 50.0
+        return found
+
+
+def test_eos_ends_a_row_and_is_not_part_of_it():
+    rows = write(CountsUp(), [ids_of("a"), ids_of("e"), ids_of("q")], letters(),
+                 Sampling(max_new_tokens=5), eos_id=ids_of("d")[0])  # fmt: skip
+    assert [(row.text, row.ended) for row in rows] == [("bc", True), ("fghij", False),
+                                                       ("rstuv", False)]  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_row_is_the_same_alone_and_among_others():
+    head = make(VARIANTS["identifiers"], "float64")
+    prompts, how = [random_text(n) for n in (3, 9, 5, 1)], Sampling(max_new_tokens=30, seed=7)
+
+    def texts(rows: list[int]) -> list[list[int]]:
+        decoder = Decoder(head, torch.zeros(len(rows)).long(), 3)
+        chosen = [prompts[row] for row in rows]
+        return [w.ids for w in write(decoder, chosen, letters(), how, eos_id=None, rows=rows)]
+
+    together = texts([0, 1, 2, 3])
+    assert texts([2]) == together[2:3] and texts([3, 1]) == [together[3], together[1]]
+    assert len({tuple(ids) for ids in together}) == 4
