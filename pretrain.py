@@ -22,9 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.common import UserError, warnings_as_notes
-from evaluators.loop import FAILURES, Evaluator, Interrupted, create_evaluators, evaluate
+from evaluators.guard import FAILURES, Interrupted
+from evaluators.interface import Evaluator
+from evaluators.loop import create_evaluators, evaluate
 from models import cost, persistence
 from models.dry_run import dry_run
+from models.loading import examined
 from models.persistence import Saver, resolved
 from models.train_state import TrainState, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
@@ -382,23 +385,16 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
 
     Raises Interrupted where a rank received a signal.
     """
-    config, backend, arch = run.config, run.backend, state.model.model.config
-    if run.data.test is None:
+    config, backend = run.config, run.backend
+    if run.data.test is None and not run.evaluators:
         say(run, "the corpora have no test split, or an empty one: evaluation is skipped")
         return {}
-    rows = evaluation_rows(run, run.data.test.num_rows)
-    most = config.eval_max_batches
-    if most is not None:  # as many rows, however many are computed at once here
-        most = -(-most * (config.eval_batch_size or config.global_batch_size) // rows)
-    stream = EvalStream.from_config(
-        run.data.test,
-        config,
-        arch,
-        global_batch_size=rows,
-        rank=backend.rank,
-        world_size=backend.world_size,
-        max_batches=most,
-    )
+    rows = evaluation_rows(run)
+    stream: EvalStream | list[Any] = []
+    if run.data.test is not None:
+        ranks = dict(rank=backend.rank, world_size=backend.world_size)
+        arch = state.model.model.config
+        stream = EvalStream.from_config(run.data.test, config, arch, rows, **ranks)
     bar = tqdm(total=len(stream), desc="evaluate", unit="batch", leave=False,
                disable=not backend.is_main or not sys.stderr.isatty())  # fmt: skip
     with bar, state.averaged():
@@ -410,6 +406,9 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
             received=run.received,
             save_outputs=config.eval_save_outputs,
             save_path=run.folder / f"evaluation_step_{state.step}",
+            ask=examined(
+                state.model, run.data, backend, rows // backend.world_size, run.watchdog.sign
+            ),
         )
     state.failed_evaluations += FAILURES in results
     results = {f"eval/{name}": value for name, value in results.items()}
@@ -418,12 +417,12 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
     return results
 
 
-def evaluation_rows(run: Run, test_rows: int) -> int:
+def evaluation_rows(run: Run) -> int:
     """Rows of an evaluation batch, over all ranks."""
     whole = run.backend.world_size
     at_once = run.config.rows_per_rank(whole) // run.micro_batches
-    if not run.config.compile:  # another shape would be compiled anew
-        at_once = min(at_once, -(-test_rows // whole))
+    if not run.config.compile and run.data.test is not None:  # another shape is compiled anew
+        at_once = min(at_once, -(-run.data.test.num_rows // whole))
     return run.config.eval_batch_size or whole * at_once
 
 

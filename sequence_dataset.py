@@ -374,11 +374,21 @@ class EvalStream:
 
     @classmethod
     def from_config(
-        cls, corpora: Corpora, config: PretrainConfig, arch: Any, **options: Any
+        cls, corpora: Corpora, config: PretrainConfig, arch: Any, rows: int, **options: Any
     ) -> "EvalStream":
-        """The stream of a run's evaluation; `arch` is the model's own config."""
-        steps = getattr(arch, "halt_max_steps", None)
-        return cls(corpora, min_iterations=config.min_iterations, max_iterations=steps, **options)
+        """The stream of a run's evaluation, in batches of `rows` over all ranks; `arch` is the
+        model's own config."""
+        most = config.eval_max_batches
+        if most is not None:  # as many rows, however many are computed at once here
+            most = -(-most * (config.eval_batch_size or config.global_batch_size) // rows)
+        return cls(
+            corpora,
+            global_batch_size=rows,
+            max_batches=most,
+            min_iterations=config.min_iterations,
+            max_iterations=getattr(arch, "halt_max_steps", None),
+            **options,
+        )
 
     def __len__(self) -> int:
         batches = sum(-(-sum(map(len, rows)) // self._size) for rows in self._sets.values())

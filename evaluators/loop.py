@@ -1,38 +1,20 @@
 """One evaluation: every row of a split, a fixed number of ACT steps, metrics over all ranks."""
 
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dataset.common import IGNORE_LABEL_ID
+from evaluators.guard import FAILURES, Group, Guarded, interrupt_if_asked
+from evaluators.interface import Batch, Evaluator, Examined
 from utils.backend import Backend
 from utils.data import Data
 from utils.functions import load_class
 from utils.reporting import tell
-
-Batch = dict[str, Tensor]
-T = TypeVar("T")
-
-
-class Evaluator(Protocol):
-    """A plug-in: constructed with (data_path, eval_metadata, **options) and named module@Class.
-
-    `group.gather_objects(value)` gives every rank's value as a list, on every rank.
-    """
-
-    required_outputs: Iterable[str]
-
-    def begin_eval(self) -> None: ...
-
-    def update_batch(self, batch: Batch, preds: Batch) -> None: ...
-
-    def result(
-        self, save_path: str | None, rank: int, world_size: int, group: Any
-    ) -> dict[str, float] | None: ...
 
 
 class SetFigures:
@@ -99,6 +81,10 @@ class SetFigures:
         return found | {"rows": int(rows.item())}
 
 
+BY_STEP = "_by_step"
+REASONING = "reasoning_preds"  # of every step too, though its name does not say so
+
+
 @torch.no_grad()
 def run_batch(
     model,
@@ -110,154 +96,52 @@ def run_batch(
 ) -> Batch:
     """All ACT steps on one batch; returns the outputs of the last one that `keys` names.
 
-    Rows that have halted keep their outputs. `row_nll_by_step` (B, steps) is the sum of a row's
-    nats after each step, without refinement, which belongs to the end of the run.
-    `reasoning_preds` (B, steps, R) is what the reasoning head reads in z_L after each step.
+    Rows that have halted keep their outputs. <name>_by_step is an output after each step, stacked
+    in the second dimension. Besides the loss head's outputs there are row_nll (B,), the sum of a
+    row's nats without refinement, which belongs to the end of the run; z_H_change and z_L_change
+    (B,), how far a step moved the latents of a scored position, on average; and reasoning_preds
+    (B, steps, R), what the reasoning head reads in z_L after each step.
     """
-    curve = "row_nll_by_step" in keys
-    stream = "reasoning_preds" in keys
-    wanted = keys - {"row_nll_by_step", "reasoning_preds"} | set(SetFigures.CURVE) | {"valid"}
+    stepped = {k: k.removesuffix(BY_STEP) for k in keys if k.endswith(BY_STEP) or k == REASONING}
+    wanted = keys - stepped.keys() | set(stepped.values()) | set(SetFigures.CURVE) | {"valid"}
     wanted |= {"steps", "q_halt_logits", "row_halt_target"}
-    if curve:
+    if "row_nll" in wanted:
         wanted |= {"token_nll", "unrefined_token_nll"}
-    if stream:
+    if REASONING in wanted:
         wanted |= {"reasoning_logits"}
     carry, preds = model.initial_carry(batch), {}
+    if wanted & {"z_H_change", "z_L_change"} and hasattr(model.model, "admit"):
+        carry = model.model.admit(carry, batch)  # the first step starts from there
     end_step()
-    row_nll: list[Tensor] = []
-    decoded: list[Tensor] = []
+    curves: dict[str, list[Tensor]] = {key: [] for key in stepped}
     for step in range(max_steps):
+        before = carry.inner_carry
         carry, _, _, preds, _ = model(return_keys=sorted(wanted), carry=carry, batch=batch)
         figures.add_step(step, preds)
-        if curve:
-            source = preds.get("unrefined_token_nll", preds["token_nll"])
-            row_nll.append(source.sum(-1))
-        if "reasoning_logits" in preds and stream:
-            decoded.append(preds["reasoning_logits"].argmax(-1))
+        for key, name in stepped.items():
+            if (value := _of_step(name, preds, before, carry.inner_carry, batch)) is not None:
+                curves[key].append(value)
         end_step()
     figures.add_end(preds)
-    if decoded:
-        preds["reasoning_preds"] = torch.stack(decoded, dim=1)
-    if curve:
-        preds["row_nll_by_step"] = torch.stack(row_nll, dim=1)
+    preds |= {key: torch.stack(values, dim=1) for key, values in curves.items() if values}
     end_step()
     return preds
 
 
-class Interrupted(Exception):
-    """A rank received a signal that asks the run to stop; all ranks raise it together."""
-
-    def __init__(self, signal: int):
-        super().__init__(signal)
-        self.signal = signal
-
-
-FAILURES = "evaluators_failed"
-
-
-class PeerFailed(Exception):
-    """Another rank has left the evaluator that this one is in."""
-
-
-class Group:
-    """The ranks, as an evaluator's `result` sees them: where one fails, none waits for it."""
-
-    def __init__(self, backend: Backend):
-        self.backend = backend
-
-    def gather_objects(self, value: T) -> list[T]:
-        """Every rank's value, on every rank."""
-        parts = self.backend.gather_objects((True, value))
-        if not all(inside for inside, _ in parts):
-            raise PeerFailed
-        return [part for _, part in parts]
-
-    def leave(self) -> None:
-        """Returns when no rank is inside `result` any more."""
-        while any(inside for inside, _ in self.backend.gather_objects((False, None))):
-            pass
-
-
-class Guarded:
-    """Evaluators, of which one may fail without ending the run or leaving other ranks waiting."""
-
-    def __init__(self, evaluators: Sequence[Evaluator], backend: Backend):
-        self.evaluators, self.backend = evaluators, backend
-        self.faults: dict[int, str] = {}  # on this rank, by place
-
-    def _try(self, place: int, act: Callable[..., T], *args: Any) -> T | None:
-        if place in self.faults:
+def _of_step(name: str, preds: Batch, before: Any, after: Any, batch: Batch) -> Tensor | None:
+    """One output after a step, by name; before and after: the latents."""
+    if name == "row_nll":
+        return preds.get("unrefined_token_nll", preds["token_nll"]).sum(-1)
+    if name == REASONING:
+        return preds["reasoning_logits"].argmax(-1) if "reasoning_logits" in preds else None
+    if name in ("z_H_change", "z_L_change"):
+        old, new = (getattr(z, name.removesuffix("_change")) for z in (before, after))
+        if new.numel() == 0:
             return None
-        try:
-            return act(*args)
-        except PeerFailed:
-            self.faults[place] = ""  # the other rank tells
-            return None
-        except Exception as error:  # a plug-in may raise anything
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            self.faults[place] = (
-                f"{type(error).__name__}: {error} ({where.filename}:{where.lineno}, rank "
-                f"{self.backend.rank})"
-            )
-            return None
-
-    def begin(self) -> set[str]:
-        """The outputs that they need."""
-        keys: set[str] = set()
-        for place, evaluator in enumerate(self.evaluators):
-            self._try(place, evaluator.begin_eval)
-            keys.update(evaluator.required_outputs)
-        return keys
-
-    def update(self, batch: Batch, preds: Batch) -> None:
-        for place, evaluator in enumerate(self.evaluators):
-            self._try(place, evaluator.update_batch, batch, preds)
-
-    def results(self, save_path: str | None) -> dict[str, Any]:
-        """Their figures; of those that failed on any rank a warning, and how many they are."""
-        backend, figures = self.backend, list[dict[str, Any]]()
-        self._share_faults()
-        for place, evaluator in enumerate(self.evaluators):
-            group = Group(backend)
-            own = self._try(
-                place, evaluator.result, save_path, backend.rank, backend.world_size, group
-            )
-            group.leave()
-            figures.append(backend.broadcast_object(self._try(place, _checked, own) or {}))
-        self._share_faults()
-        for place, fault in sorted(self.faults.items()):
-            if backend.is_main:
-                name = type(self.evaluators[place]).__name__
-                why = fault or "its ranks did not gather the same number of times"
-                tell(f"warning: evaluator {name} failed, its figures are missing: {why}")
-        sound = (found for place, found in enumerate(figures) if place not in self.faults)
-        found = {name: value for of_one in sound for name, value in of_one.items()}
-        if self.faults:
-            found[FAILURES] = len(self.faults)
-        return found
-
-    def _share_faults(self) -> None:
-        for faults in self.backend.gather_objects(self.faults):
-            for place, fault in faults.items():
-                self.faults[place] = self.faults.get(place) or fault
-
-
-def _checked(figures: dict[str, Any] | None) -> dict[str, Any]:
-    found = {}
-    for name, value in (figures or {}).items():
-        if hasattr(value, "tolist"):  # of numpy or torch
-            value = value.tolist()
-        if not isinstance(value, int | float | list):
-            raise TypeError(f"the figure {name} is {value!r}, which is no number")
-        found[name] = value
-    return found
-
-
-def interrupt_if_asked(received: Sequence[int], backend: Backend) -> None:
-    """Raises Interrupted on all ranks if one of them received a signal. A collective."""
-    number = torch.tensor([received[0] if received else 0], device=backend.device)
-    if stop := int(backend.to_host(backend.all_gather(number)).max()):
-        raise Interrupted(stop)
+        scored = (batch["labels"] != IGNORE_LABEL_ID).float()
+        moved = (new.float() - old.float()).norm(dim=-1)[:, -scored.shape[1] :]
+        return (moved * scored).sum(-1) / scored.sum(-1).clamp_min(1)
+    return preds.get(name)
 
 
 def evaluate(
@@ -269,19 +153,23 @@ def evaluate(
     received: Sequence[int] = (),
     save_outputs: Sequence[str] = (),
     save_path: Path | None = None,
+    ask: Callable[[Group], Examined] | None = None,
 ) -> dict[str, Any]:
     """<set>/<metric>, <set>/step_<k>/<metric>, <set>/hist/<metric> (row counts) and each
     evaluator's figures; the same on all ranks.
 
-    received: numbers of signals that ask to stop, which raise Interrupted. Under `eval_halting`
-    budget or act the depth at which a token is scored depends on the whole row, later tokens
-    included: the names of those figures carry the rule.
+    received: numbers of signals that ask to stop, which raise Interrupted. ask: makes the model
+    that evaluators with inputs of their own examine. Under `eval_halting` budget or act the depth
+    at which a token is scored depends on the whole row, later tokens included: the names of those
+    figures carry the rule.
     """
     was_training = model.training
     model.eval()
     try:
-        guarded = Guarded(evaluators, backend)
+        guarded = Guarded(evaluators, backend, received)
         figures = run_all(model, stream, guarded, backend, received, save_outputs, save_path)
+        if ask is not None:
+            guarded.examine(ask)
         results = {
             f"{set_name}/{name}": value
             for set_name, of_set in figures.items()
@@ -342,11 +230,12 @@ def save_predictions(saved: dict[str, list[Tensor]], folder: Path, rank: int) ->
 def create_evaluators(named: Sequence[Any], data: Data) -> list[Evaluator]:
     """One of each configured evaluator, on the first of the evaluated corpora.
 
-    Made before training, so that one that cannot be made is known before hours are spent.
+    Made before training, so that one that cannot be made is known before hours are spent. Without a
+    test split those that read its rows are left out.
     """
-    if data.test is None:
-        return []
-    path, metadata = data.test_paths[0], data.test.metadata
-    return [
-        load_class(entry.name, "evaluators.")(path, metadata, **entry.options) for entry in named
+    split = data.train if data.test is None else data.test
+    made = [
+        load_class(entry.name, "evaluators.")(data.test_paths[0], split.metadata, **entry.options)
+        for entry in named
     ]
+    return [one for one in made if data.test is not None or not getattr(one, "reads_rows", True)]

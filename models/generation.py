@@ -5,11 +5,10 @@ is computed with the same number of ACT steps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
@@ -17,27 +16,7 @@ from torch import Tensor
 from models.key_value_cache import KeyValueCache
 from models.layers import SequenceInfo
 from models.losses import ACTLossHead
-
-PositiveInt = Annotated[int, Field(ge=1)]
-
-
-class Sampling(BaseModel):
-    """How the next token is chosen. Names, meanings and their order are those of `transformers`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    max_new_tokens: PositiveInt = Field(200, description="tokens at most; eos ends earlier")
-    temperature: float = Field(
-        0.8, ge=0, allow_inf_nan=False, description="below 1 plainer; 0: the likeliest token"
-    )
-    top_k: PositiveInt | None = Field(None, description="draw among the likeliest k; null: all")
-    top_p: float | None = Field(
-        None, gt=0, le=1, description="draw among the likeliest of this joint probability"
-    )
-    repetition_penalty: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="above 1: what the text has is less likely"
-    )
-    seed: int = Field(0, ge=0, description="the same seed gives the same text")
+from utils.sampling import Sampling
 
 
 class Decoder:
@@ -269,8 +248,14 @@ def _generator(seed: int, row: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def batches_of(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:
-    """Numbers of items in batches of at most `rows`, those of like length together."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    for begin in range(0, len(order), rows):
-        yield order[begin : begin + rows]
+def batches_of(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Numbers of items in batches of at most `tokens` with their padding (or of one item), those of
+    like length together."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batch and (len(batch) + 1) * lengths[i] > tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

@@ -3,29 +3,25 @@
 What scripts, evaluators and lm-evaluation-harness ask goes through here.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
-from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, UserError
 from dataset.tokenization import TextTokenizer
 from models import cost
-from models.generation import Decoder, Sampling, Written, batches_of, write
+from models.generation import Decoder, Written, batches_of, write
 from models.key_value_cache import cache_bytes
-from models.layers import CastedLinear
 from models.losses import ACTLossHead
-from models.train_state import create_model, load_into
 from utils.backend import Backend
 from utils.backend.cpu import CPUBackend
-from utils.checkpoint import Checkpoint, load_weights
-from utils.config import load_config
-from utils.functions import load_class, nearest
+from utils.functions import nearest
+from utils.sampling import Sampling
 
 
 class Score(NamedTuple):
@@ -39,8 +35,9 @@ class Score(NamedTuple):
 class LanguageModel:
     """A model in its loss head, in evaluation mode, with what belongs to it.
 
-    `score` and `write_all` are collectives: every rank gives the same requests, computes a share
-    of the batches, and gets all results. `between` is called by all ranks before each round.
+    It is what `evaluators.interface.Examined` promises: `score`, `write_all` and `predict` are
+    collectives, in which every rank gives the same requests, computes a share of the batches, and
+    gets all results.
     """
 
     def __init__(
@@ -48,22 +45,37 @@ class LanguageModel:
         head: ACTLossHead,
         metadata: DatasetMetadata,
         identifiers: Sequence[str],
-        tokenizer: TextTokenizer,
+        tokenizer: TextTokenizer | None,
         backend: Backend | None = None,
         *,
         rows: int = 16,
         identifier: str | None = None,
+        gather: Callable[[Any], list[Any]] | None = None,
         between: Callable[[], None] = lambda: None,
     ):
-        """rows: texts computed at once. identifier: see `identifier_index`."""
+        """rows: texts of a whole window that are computed at once. identifier: see `identifier_index`. gather: the ranks' way
+        to exchange results. between: called by all ranks before each round of batches."""
         self.head, self.metadata, self.identifiers = head, metadata, list(identifiers)
-        self.tokenizer, self.backend = tokenizer, backend or CPUBackend()
+        self._tokenizer, self.backend = tokenizer, backend or CPUBackend()
         self.rows, self.between = rows, between
+        self.gather = gather or self.backend.gather_objects
         self.model: Any = head.model
         self.config: Any = head.model.config
         self.steps: int = getattr(self.config, "max_eval_steps", 1)
         self.window: int = self.config.seq_len
         self.identifier = identifier_index(self, identifier)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """Raises UserError for a model that cannot read or continue a text."""
+        if self._tokenizer is None:
+            raise UserError("the corpus has no tokenizer.json: its model was not trained on text")
+        if not self.config.causal:
+            raise UserError(
+                "the model is not causal: it was trained to see the tokens after the one that it "
+                "predicts, and can neither score nor continue a text"
+            )
+        return self._tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -106,16 +118,21 @@ class LanguageModel:
 
     # --- how likely is a text ------------------------------------------------------------------
 
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+    def score(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        identifier: str | None = None,
+    ) -> list[Score]:
         """For each (context, continuation), ids of at least one token each, how likely the model
         holds the continuation. Of what is longer than the window the last part counts as context;
         a continuation longer than it is scored in parts."""
+        named = self._index(identifier)
         parts = [(n, *part) for n, pair in enumerate(pairs) for part in self._in_windows(*pair)]
         lengths = [len(context) + len(after) for _, context, after in parts]
         nats, greedy = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool)
 
         def compute(batch: list[int]) -> list[tuple[float, bool]]:
-            return self._score_batch([parts[i][1:] for i in batch])
+            return self._score_batch([parts[i][1:] for i in batch], named)
 
         for i, (cost_of_part, all_best) in self._shared(lengths, compute):
             nats[parts[i][0]] += cost_of_part
@@ -139,7 +156,9 @@ class LanguageModel:
             begin = end
 
     @torch.no_grad()
-    def _score_batch(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    def _score_batch(
+        self, pairs: list[tuple[list[int], list[int]]], identifier: int
+    ) -> list[tuple[float, bool]]:
         """The last input token is the one before the last scored one."""
         length = max(len(context) + len(after) - 1 for context, after in pairs)
         shape = (len(pairs), length)
@@ -154,20 +173,43 @@ class LanguageModel:
         arrays = {
             "inputs": inputs,
             "labels": labels,
-            "puzzle_identifiers": np.full(len(pairs), self.identifier, dtype=np.int32),
+            "puzzle_identifiers": np.full(len(pairs), identifier, dtype=np.int32),
         }
         if self.config.document_mask:
             arrays["document_starts"] = starts
         batch = self.backend.to_device(arrays)
-        carry = self.head.initial_carry(batch)
-        for _ in range(self.steps):
-            carry, _, _, found, _ = self.head(
-                return_keys=("token_nll", "preds"), carry=carry, batch=batch
-            )
-            self.backend.end_step()
+        found = self._last_step(batch, ("token_nll", "preds"))
         nats = found["token_nll"].cpu().double().sum(-1).tolist()
         wrong = ((found["preds"] != batch["labels"]) & (batch["labels"] != IGNORE_LABEL_ID)).any(-1)
         return list(zip(nats, (~wrong).tolist(), strict=True))
+
+    def _last_step(self, batch: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+        """Outputs of the loss head after all ACT steps."""
+        carry = self.head.initial_carry(batch)
+        for _ in range(self.steps):
+            carry, _, _, found, _ = self.head(return_keys=keys, carry=carry, batch=batch)
+            self.backend.end_step()
+        return found
+
+    def predict(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """For rows (N, S) of `inputs`, with the corpus' other entries by row, the likeliest ids
+        (N, S), and how sure the halting head is of each row, its logit (N,)."""
+        rows = len(batch["inputs"])
+        nothing = np.zeros((rows, self.window), dtype=np.int32)
+        arrays = {"labels": nothing} | dict(batch)
+
+        @torch.no_grad()
+        def compute(part: list[int]) -> list[tuple[np.ndarray, float]]:
+            moved = self.backend.to_device({name: array[part] for name, array in arrays.items()})
+            found = self._last_step(moved, ("preds", "q_halt_logits"))
+            preds = found["preds"].cpu().numpy()
+            sure = found.get("q_halt_logits", torch.zeros(len(part))).float().cpu().tolist()
+            return list(zip(preds, sure, strict=True))
+
+        preds, sure = np.zeros((rows, self.window), dtype=np.int64), np.zeros(rows)
+        for i, (own, logit) in self._shared([self.window] * rows, compute):
+            preds[i], sure[i] = own, logit
+        return preds, sure
 
     # --- what comes next -----------------------------------------------------------------------
 
@@ -187,12 +229,14 @@ class LanguageModel:
         prompts: Sequence[Sequence[int]],
         how: Sampling,
         *,
+        identifier: str | None = None,
         cached: bool = True,
         cache_cycles: int | None = None,
         **options: Any,
     ) -> list[Written]:
         """Continues all prompts at once, on this rank; `options` go to `generation.write`."""
-        identifiers = torch.full((len(prompts),), self.identifier, device=self.device)
+        named = self._index(identifier)
+        identifiers = torch.full((len(prompts),), named, device=self.device)
         decoder = Decoder(
             self.head, identifiers, self.steps, cached=cached, cache_cycles=cache_cycles
         )
@@ -207,16 +251,22 @@ class LanguageModel:
         )
 
     def write_all(
-        self, prompts: Sequence[Sequence[int]], how: Sampling, stop: Sequence[str] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        how: Sampling,
+        stop: Sequence[str] = (),
+        identifier: str | None = None,
     ) -> list[Written]:
-        """Continues each prompt; their number and order have no influence on a text, whose draws
-        are those of its place in the list."""
+        """Continues each prompt; how many are computed at once has no influence on a text, whose
+        draws are those of its place in the list."""
         found: dict[int, Written] = {}
 
         def compute(batch: list[int]) -> list[Written]:
-            return self.write([prompts[i] for i in batch], how, stop=stop, rows=batch)
+            texts = [prompts[i] for i in batch]
+            return self.write(texts, how, identifier=identifier, stop=stop, rows=batch)
 
-        for i, written in self._shared([len(prompt) for prompt in prompts], compute):
+        # each takes the memory of a window, however short it is when it begins
+        for i, written in self._shared([self.window] * len(prompts), compute):
             found[i] = written
         return [found[i] for i in range(len(prompts))]
 
@@ -224,115 +274,24 @@ class LanguageModel:
         self, lengths: Sequence[int], compute: Callable[[list[int]], Sequence[Any]]
     ) -> list[tuple[int, Any]]:
         """(number, result) of every item, the batches divided over the ranks."""
-        batches = list(batches_of(lengths, self.rows))
+        batches = list(batches_of(lengths, self.rows * self.window))
         own: list[tuple[int, Any]] = []
         world = self.backend.world_size
-        for begin in range(0, len(batches), world):
-            self.between()
-            for batch in batches[begin : begin + world][self.backend.rank :][:1]:
-                own += zip(batch, compute(batch), strict=True)
-        return [item for part in self.backend.gather_objects(own) for item in part]
+        hidden = not self.backend.is_main or not sys.stderr.isatty()
+        # compiled blocks would be compiled anew for every length
+        with (
+            torch.compiler.set_stance("force_eager"),
+            tqdm(total=len(lengths), unit="text", leave=False, disable=hidden) as bar,
+        ):
+            for begin in range(0, len(batches), world):
+                self.between()
+                for batch in batches[begin : begin + world][self.backend.rank :][:1]:
+                    own += zip(batch, compute(batch), strict=True)
+                bar.update(sum(map(len, batches[begin : begin + world])))
+        return [item for part in self.gather(own) for item in part]
 
-
-# --- from a checkpoint ---------------------------------------------------------------------------
-
-
-def load_language_model(
-    path: str | Path,
-    weights: str = "ema",
-    *,
-    steps: int | None = None,
-    refinement: int | None = None,
-    backend: Backend | None = None,
-    **options: Any,
-) -> LanguageModel:
-    """The model of a checkpoint folder, or of the newest in a run's folder.
-
-    weights: ema or raw. steps: ACT steps of every token; None: as in evaluation. refinement: passes
-    after them; None: as configured. `options` are those of `LanguageModel`.
-    Raises UserError where there is no such model, or where it cannot continue a text.
-    """
-    if not Path(path).is_dir():
-        raise UserError(f"checkpoint={path} is not a folder; name a checkpoint or a run")
-    backend = backend or CPUBackend()
-    values, opened = load_weights(path, weights)
-    assert opened is not None
-    head, metadata = build_model(opened, steps, refinement)
-    if not head.model.config.causal:
-        raise UserError(
-            f"the model of {opened.folder} is not causal: it was trained to see the tokens after "
-            "the one it predicts, and cannot continue a text"
-        )
-    if "tokenizer.json" not in opened:
-        raise UserError(f"{opened.folder} has no tokenizer.json: it was not trained on text")
-    # a head for z_L, where one was trained, is part of the model: see build_model
-    load_into(head.model, values)
-    cast_weights(head)
-    head.to(backend.device).eval()
-    tokenizer = open_tokenizer(opened.folder / "tokenizer.json", metadata)
-    names = opened.json("identifiers.json")
-    return LanguageModel(head, metadata, names, tokenizer, backend, **options)
-
-
-def open_tokenizer(path: Path, metadata: DatasetMetadata) -> TextTokenizer:
-    """The tokenizer of a corpus, with the corpus' eos and pad."""
-    known = Tokenizer.from_file(str(path))
-    eos = None if metadata.eos_id is None else known.id_to_token(metadata.eos_id)
-    return TextTokenizer(path, eos, known.id_to_token(metadata.pad_id))
-
-
-def cast_weights(head: ACTLossHead) -> None:
-    """Keeps the weights of linear maps in the dtype that they are cast to in every forward.
-
-    The numbers stay the same; a model that only reads need not cast them again for each token.
-    """
-    config: Any = head.model.config
-    for name, module in head.model.named_modules():
-        if isinstance(module, CastedLinear) and not name.endswith("q_head"):
-            module.to(config.dtype)
-
-
-def build_model(
-    opened: Checkpoint,
-    steps: int | None = None,
-    refinement: int | None = None,
-    device: str = "cpu",
-) -> tuple[ACTLossHead, DatasetMetadata]:
-    """The model that a checkpoint's own config and corpus describe, its weights not yet loaded.
-
-    steps: ACT steps of every evaluation; None: as configured, and the most where the rows decide.
-    refinement: passes after them; None: as configured.
-    """
-    raw = yaml.safe_load(opened.text("config.yaml"))
-    # How the run divided its batch over ranks need not work for the one process here.
-    raw |= {"micro_batch_size": "auto", "grad_accum_steps": 1}
-    raw["arch"] |= _depth(raw["arch"], steps, refinement)
-    metadata = DatasetMetadata.model_validate_json(opened.text("dataset.json"))
-    loss = raw["arch"]["loss"]
-    head = create_model(
-        load_config(raw),
-        metadata,
-        batch_size=1,
-        reasoning_ids=int(bool(loss.get("reasoning_loss_weight"))),
-        device=device,
-    )
-    return head, metadata
-
-
-def _depth(arch: dict[str, Any], steps: int | None, refinement: int | None) -> dict[str, Any]:
-    """Options of the architecture that make every row and token run the same number of steps."""
-    fields = load_class(arch["name"]).Config.model_fields  # type: ignore[attr-defined]
-    if "eval_halting" not in fields:
-        for name, value in (("steps", steps), ("refinement", refinement)):
-            if value not in (None, 1 if name == "steps" else 0):
-                raise UserError(f"{name}={value}, but {arch['name']} has one step: leave it out")
-        return {}
-    found: dict[str, Any] = {}
-    if steps is not None:
-        found = {"eval_halting": "fixed", "eval_steps": steps}
-    elif arch.get("eval_halting") != "fixed":
-        found = {"eval_halting": "max"}
-    return found if refinement is None else found | {"post_refinement_steps": refinement}
+    def _index(self, identifier: str | None) -> int:
+        return self.identifier if identifier is None else identifier_index(self, identifier)
 
 
 def identifier_index(language_model: LanguageModel, name: str | None) -> int:

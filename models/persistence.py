@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from dataset.common import UserError
-from evaluators.loop import FAILURES
+from evaluators.guard import FAILURES
 from models import cost
 from models.losses import ACTLossHead
 from models.train_state import (

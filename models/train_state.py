@@ -24,6 +24,7 @@ from models.recursive_reasoning.athena_trm import Carry, InnerCarry
 from models.sparse_embedding import SparseEmbeddingSignSGD, sparse_embeddings
 from utils.backend import Backend
 from utils.backend.state import (
+    gather,
     host_copy,
     load_model_state,
     load_optimizer_state,
@@ -202,10 +203,12 @@ class TrainState:
     def averaged(self) -> Iterator[None]:
         """The model holds the averaged weights inside the block, if there are any."""
         if self.ema is None:
+            gather(self.model)
             yield
             return
         release(self.model)
         with self.ema.swapped():
+            gather(self.model)
             yield
             release(self.model)
 

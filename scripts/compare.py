@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.common import UserError, command_parser, run_cli
 from models import cost
-from models.language_model import build_model
+from models.loading import build_model
 from scripts.plot_run import RunMetrics, draw
 from utils.checkpoint import Checkpoint, checkpoints_of
 

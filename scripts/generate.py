@@ -23,10 +23,11 @@ from pydantic import Field, ValidationError, field_validator
 from tqdm import tqdm
 
 from dataset.common import UserError, run_cli
-from models.generation import PositiveInt, Sampling
-from models.language_model import LanguageModel, load_language_model
+from models.language_model import LanguageModel
+from models.loading import load_language_model
 from utils.backend import select_backend
 from utils.config_errors import problems_of, show
+from utils.sampling import PositiveInt, Sampling
 
 TEXTS = ("prompt", "stop")  # values that are taken as they are
 

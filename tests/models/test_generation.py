@@ -5,11 +5,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 
-from models.generation import Decoder, Sampling, Writer, draw, write
+from models.generation import Decoder, Writer, draw, write
 from models.key_value_cache import KeyValueCache, cache_bytes, cache_slots
 from models.losses import ACTLossHead
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from models.recursive_reasoning.transformer import Transformer
+from utils.sampling import Sampling
 
 S, V = 17, 29
 ATHENA = dict(

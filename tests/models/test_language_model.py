@@ -8,10 +8,11 @@ import torch
 from training_tools import altered
 
 from dataset.common import UserError
-from models.generation import Sampling
-from models.language_model import LanguageModel, build_model, load_language_model
+from models.language_model import LanguageModel
+from models.loading import build_model, load_language_model
 from models.train_state import load_into
 from utils.checkpoint import load_weights
+from utils.sampling import Sampling
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,12 @@ def shard(model: nn.Module, device_type: str, world_size: int) -> nn.Module:
     return model
 
 
+def gather(model: nn.Module) -> None:
+    """Brings whole weights together, for those who use parts of the model. A collective."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+
+
 def release(model: nn.Module) -> None:
     """Drops whole weights, before or after the parts were changed by hand."""
     if isinstance(model, FSDPModule):

@@ -1,0 +1,155 @@
+"""Evaluators side by side: one may fail, on one rank or on all, and the run goes on.
+
+Every collective of an evaluator goes through `Group`, so that a rank which has left it is noticed
+instead of waited for.
+"""
+
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from dataset.common import UserError
+from evaluators.interface import Batch, Evaluator, Examined
+from utils.backend import Backend
+from utils.reporting import tell
+
+T = TypeVar("T")
+FAILURES = "evaluators_failed"
+
+
+class Interrupted(Exception):
+    """A rank received a signal that asks the run to stop; all ranks raise it together."""
+
+    def __init__(self, signal: int):
+        super().__init__(signal)
+        self.signal = signal
+
+
+def interrupt_if_asked(received: Sequence[int], backend: Backend) -> None:
+    """Raises Interrupted on all ranks if one of them received a signal. A collective."""
+    number = torch.tensor([received[0] if received else 0], device=backend.device)
+    if stop := int(backend.to_host(backend.all_gather(number)).max()):
+        raise Interrupted(stop)
+
+
+class PeerFailed(Exception):
+    """Another rank has left the evaluator that this one is in."""
+
+
+class Group:
+    """The ranks, as an evaluator sees them: where one fails, none waits for it."""
+
+    def __init__(self, backend: Backend, received: Sequence[int] = ()):
+        self.backend, self.received = backend, received
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        parts = self.backend.gather_objects((True, value))
+        if not all(inside for inside, _ in parts):
+            raise PeerFailed
+        return [part for _, part in parts]
+
+    def pause(self) -> None:
+        """Between two pieces of work: raises Interrupted on all ranks if a signal asks for it."""
+        if stop := max(self.gather_objects(self.received[0] if self.received else 0)):
+            raise Interrupted(stop)
+
+    def leave(self) -> None:
+        """Returns when no rank is inside the evaluator any more."""
+        while any(inside for inside, _ in self.backend.gather_objects((False, None))):
+            pass
+
+
+class Guarded:
+    """Evaluators, of which one may fail without ending the run or leaving other ranks waiting."""
+
+    def __init__(
+        self, evaluators: Sequence[Evaluator], backend: Backend, received: Sequence[int] = ()
+    ):
+        self.evaluators, self.backend, self.received = evaluators, backend, received
+        self.faults: dict[int, str] = {}  # on this rank, by place
+
+    def _try(self, place: int, act: Callable[..., T], *args: Any) -> T | None:
+        if place in self.faults:
+            return None
+        try:
+            return act(*args)
+        except Interrupted:
+            return None  # raised again when every rank has left the evaluator
+        except PeerFailed:
+            self.faults[place] = ""  # the other rank tells
+            return None
+        except UserError as error:
+            self.faults[place] = str(error)
+            return None
+        except Exception as error:  # a plug-in may raise anything
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self.faults[place] = (
+                f"{type(error).__name__}: {error} ({where.filename}:{where.lineno}, rank "
+                f"{self.backend.rank})"
+            )
+            return None
+
+    def begin(self) -> set[str]:
+        """The outputs that they need."""
+        keys: set[str] = set()
+        for place, evaluator in enumerate(self.evaluators):
+            self._try(place, evaluator.begin_eval)
+            keys.update(evaluator.required_outputs)
+        return keys
+
+    def update(self, batch: Batch, preds: Batch) -> None:
+        for place, evaluator in enumerate(self.evaluators):
+            self._try(place, evaluator.update_batch, batch, preds)
+
+    def examine(self, ask: Callable[[Group], Examined]) -> None:
+        """Lets those that want to ask the model. Raises Interrupted on all ranks together."""
+        self._share_faults()
+        for place, evaluator in enumerate(self.evaluators):
+            if (examine := getattr(evaluator, "examine", None)) is None:
+                continue
+            group = Group(self.backend, self.received)
+            self._try(place, lambda examine=examine, group=group: examine(ask(group), group))
+            group.leave()
+            interrupt_if_asked(self.received, self.backend)
+
+    def results(self, save_path: str | None) -> dict[str, Any]:
+        """Their figures; of those that failed on any rank a warning, and how many they are."""
+        backend, figures = self.backend, list[dict[str, Any]]()
+        self._share_faults()
+        for place, evaluator in enumerate(self.evaluators):
+            group = Group(backend)
+            own = self._try(
+                place, evaluator.result, save_path, backend.rank, backend.world_size, group
+            )
+            group.leave()
+            figures.append(backend.broadcast_object(self._try(place, _checked, own) or {}))
+        self._share_faults()
+        for place, fault in sorted(self.faults.items()):
+            if backend.is_main:
+                name = type(self.evaluators[place]).__name__
+                why = fault or "its ranks did not gather the same number of times"
+                tell(f"warning: evaluator {name} failed, its figures are missing: {why}")
+        sound = (found for place, found in enumerate(figures) if place not in self.faults)
+        found = {name: value for of_one in sound for name, value in of_one.items()}
+        if self.faults:
+            found[FAILURES] = len(self.faults)
+        return found
+
+    def _share_faults(self) -> None:
+        for faults in self.backend.gather_objects(self.faults):
+            for place, fault in faults.items():
+                self.faults[place] = self.faults.get(place) or fault
+
+
+def _checked(figures: dict[str, Any] | None) -> dict[str, Any]:
+    found = {}
+    for name, value in (figures or {}).items():
+        if hasattr(value, "tolist"):  # of numpy or torch
+            value = value.tolist()
+        if not isinstance(value, int | float | list):
+            raise TypeError(f"the figure {name} is {value!r}, which is no number")
+        found[name] = value
+    return found

@@ -1,0 +1,260 @@
+r"""Tasks with answers to choose from, scored by how likely the model holds each.
+
+    evaluators=[{name: tasks@MultipleChoiceEvaluator, path: arc_easy.jsonl, delimiter: "\nAnswer: "}]
+
+The file's keys tell its kind:
+
+    question (or query), choices, answer (or gold)   which choice is likeliest after the question
+    context_options, continuation, answer            after which context the continuation is
+    sentence_good, sentence_bad                      whether the good sentence is likelier (BLiMP)
+    context, continuation                            whether each token is the likeliest (LAMBADA)
+    text                                             the same of its last word
+"""
+
+import math
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from dataset.common import DatasetMetadata, UserError
+from evaluators.examples import read_json_lines, spread
+from evaluators.interface import Batch, Examined
+
+QUESTION = ("question", "query")
+ANSWER = ("answer", "gold", "label", "answerKey")
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Item(NamedTuple):
+    """One example: (context, continuation) of each choice, and which is right.
+
+    answer None: there is one pair, and every token of its continuation is to be the likeliest.
+    """
+
+    pairs: list[tuple[str, str]]
+    answer: int | None
+    group: str
+
+    def solved(self) -> str:
+        """The whole text with its right answer, to show beforehand."""
+        context, continuation = self.pairs[self.answer or 0]
+        return context + continuation
+
+
+class MultipleChoiceEvaluator:
+    """Figures of one file, over all ranks, below <prefix>/<task>/:
+
+    accuracy            of the choice with the largest summed log-probability
+    accuracy_norm       … with the largest log-probability per byte of the choice
+    stderr, stderr_norm their standard errors, sqrt(p(1 - p)/(n - 1))
+    chance              what guessing gives
+    perplexity          without choices: of the continuations, per continuation
+    examples            how many there are; `group_key` gives <group>/accuracy of each group too
+
+    Of several choices that are equally likely the first counts as chosen.
+    """
+
+    class Config(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+
+        path: str = Field(description="JSON lines, plain or compressed, here or remote")
+        task: str | None = Field(None, description="name in the figures; null: the file's")
+        delimiter: str = Field(" ", description="between question and answer")
+        num_few_shot: int = Field(0, ge=0, description="solved examples before each question")
+        few_shot_path: str | None = Field(
+            None, description="where they come from; null: the file itself, without the question"
+        )
+        limit: PositiveInt | None = Field(None, description="examples at most, spread evenly")
+        group_key: str | None = Field(None, description="key by which figures are split, e.g. UID")
+        identifier: str | None = Field(None, description="identifier embedding, by name")
+        seed: int = Field(0, ge=0, description="of the choice of solved examples")
+        prefix: str = "tasks"
+
+    required_outputs: frozenset[str] = frozenset()
+    reads_rows = False
+
+    def __init__(self, data_path: str, eval_metadata: DatasetMetadata, **options: Any):
+        self.config = config = self.Config(**options)
+        name = config.task or Path(config.path).name.split(".")[0]
+        self.place = f"{config.prefix}/{name}"
+        records = read_json_lines(config.path)
+        self.items = [read_item(where, record, config) for where, record in records]
+        shots = self.items
+        if config.few_shot_path is not None:
+            found = read_json_lines(config.few_shot_path, "few_shot_path")
+            shots = [read_item(where, record, config) for where, record in found]
+        own = config.few_shot_path is None
+        if config.num_few_shot > len(shots) - own:
+            raise UserError(
+                f"num_few_shot={config.num_few_shot}, but there are {len(shots) - own} examples "
+                f"in {config.few_shot_path or config.path} to take them from"
+            )
+        if config.num_few_shot and any(not context for context, _ in self.items[0].pairs):
+            raise UserError(
+                f"num_few_shot={config.num_few_shot} means nothing for {config.path}, whose texts "
+                "have no question before them; leave it out"
+            )
+        chosen = spread(len(self.items), config.limit)
+        self.shots = [self._solved_before(i, shots, own) for i in chosen]
+        self.items = [self.items[i] for i in chosen]
+        self.begin_eval()
+
+    def _solved_before(self, number: int, shots: Sequence[Item], own: bool) -> str:
+        """Solved examples to put before an item, drawn for it alone."""
+        if not self.config.num_few_shot:
+            return ""
+        rng = np.random.default_rng((self.config.seed, number))
+        others = np.delete(np.arange(len(shots)), [number] if own else [])
+        drawn = rng.choice(others, self.config.num_few_shot, replace=False)
+        return "".join(shots[i].solved() + "\n\n" for i in drawn)
+
+    def begin_eval(self) -> None:
+        self.figures: dict[str, float] = {}
+
+    def update_batch(self, batch: Batch, preds: Batch) -> None:
+        """The rows of the corpus are of no interest here."""
+
+    def examine(self, model: Examined, group: Any) -> None:
+        """Scores every choice of every item."""
+        requests = [
+            model.encode_pair(shots + context, continuation)
+            for shots, item in zip(self.shots, self.items, strict=True)
+            for context, continuation in item.pairs
+        ]
+        scores = iter(model.score(requests, self.config.identifier))
+        nats, greedy = [], []
+        for item in self.items:
+            found = [next(scores) for _ in item.pairs]
+            nats.append(np.array([score.nats for score in found]))
+            greedy.append(found[0].greedy)
+        groups = sorted({item.group for item in self.items}) if self.config.group_key else []
+        everything = np.arange(len(self.items))
+        self.figures = self._figures(everything, nats, greedy)
+        for name in groups:
+            own = np.array([i for i in everything if self.items[i].group == name])
+            self.figures |= {
+                f"{name}/{key}": value
+                for key, value in self._figures(own, nats, greedy).items()
+                if key in ("accuracy", "accuracy_norm", "perplexity")
+            }
+
+    def _figures(
+        self, chosen: np.ndarray, nats: list[np.ndarray], greedy: list[bool]
+    ) -> dict[str, float]:
+        items = [self.items[i] for i in chosen]
+        if items[0].answer is None:
+            right = np.array([greedy[i] for i in chosen])
+            mean = float(np.mean([nats[i][0] for i in chosen]))
+            return _accuracy("", right) | {
+                "perplexity": math.exp(min(mean, 700.0)), "examples": len(items),
+            }  # fmt: skip
+        summed, by_length = [], []
+        for i, item in zip(chosen, items, strict=True):
+            size = [max(1, len(after.strip().encode())) for _, after in item.pairs]
+            summed.append(nats[i].argmin() == item.answer)
+            by_length.append((nats[i] / size).argmin() == item.answer)
+        return {
+            **_accuracy("", np.array(summed)),
+            **_accuracy("_norm", np.array(by_length)),
+            "chance": float(np.mean([1 / len(item.pairs) for item in items])),
+            "examples": len(items),
+        }
+
+    def result(
+        self, save_path: str | None, rank: int, world_size: int, group: Any = None
+    ) -> dict[str, float] | None:
+        """The figures, on rank 0."""
+        if rank != 0:
+            return None
+        return {f"{self.place}/{name}": value for name, value in self.figures.items()}
+
+
+def _accuracy(suffix: str, right: np.ndarray) -> dict[str, float]:
+    p, n = float(right.mean()), len(right)
+    error = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else 0.0
+    return {f"accuracy{suffix}": p, f"stderr{suffix}": error}
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def read_item(
+    where: str, record: dict[str, Any], config: MultipleChoiceEvaluator.Config
+) -> Item:
+    """One example of a file; UserError that says what is wrong with it."""
+    try:
+        pairs, answer = _pairs(record, config.delimiter)
+        if not all(continuation.strip() for _, continuation in pairs):
+            raise UserError("a choice or continuation is empty")
+        group = "" if config.group_key is None else str(_value(record, config.group_key))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return Item(pairs, answer, group)
+
+
+def _pairs(record: dict[str, Any], delimiter: str) -> tuple[list[tuple[str, str]], int | None]:
+    if "sentence_good" in record and "sentence_bad" in record:
+        good, bad = (_text(record, key) for key in ("sentence_good", "sentence_bad"))
+        return [("", good), ("", bad)], 0
+    if "context_options" in record:
+        contexts = _texts(record, "context_options")
+        continuation = delimiter + _text(record, "continuation")
+        return [(context, continuation) for context in contexts], _answer(record, contexts)
+    if "choices" in record:
+        choices = _texts(record, "choices")
+        question = _text(record, next((key for key in QUESTION if key in record), QUESTION[0]))
+        return [(question, delimiter + choice) for choice in choices], _answer(record, choices)
+    if "context" in record and "continuation" in record:
+        return [(_text(record, "context"), delimiter + _text(record, "continuation"))], None
+    if "text" in record:
+        before, _, last = _text(record, "text").rstrip().rpartition(" ")
+        return [(before, " " + last)], None
+    raise UserError(
+        f"no kind of task has the keys {', '.join(sorted(record)[:10]) or 'of an empty object'}; "
+        "there are question, choices, answer; context_options, continuation, answer; "
+        "sentence_good, sentence_bad; context, continuation; and text"
+    )
+
+
+def _value(record: dict[str, Any], key: str) -> Any:
+    if key not in record:
+        raise UserError(f"no key {key!r} (keys there: {', '.join(sorted(record)[:10])})")
+    return record[key]
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    value = _value(record, key)
+    if not isinstance(value, str):
+        raise UserError(f"key {key!r} holds {value!r}, which is no text")
+    return value
+
+
+def _texts(record: dict[str, Any], key: str) -> list[str]:
+    value = _value(record, key)
+    if isinstance(value, dict) and "text" in value:  # {"text": [...], "label": ["A", ...]}
+        value = value["text"]
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(v, str) for v in value):
+        raise UserError(f"key {key!r} holds {value!r}, which is no list of two texts or more")
+    return value
+
+
+def _answer(record: dict[str, Any], choices: Sequence[str]) -> int:
+    """The place of the right choice, given as a number from 0, a label, a letter, or its text."""
+    key = next((key for key in ANSWER if key in record), ANSWER[0])
+    value = _value(record, key)
+    labels = record["choices"].get("label") if isinstance(record.get("choices"), dict) else None
+    if isinstance(value, str):
+        for names in (labels, choices, string.ascii_uppercase[: len(choices)]):
+            if names is not None and value in list(names):
+                return list(names).index(value)
+        value = int(value) if value.isdigit() else value
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices):
+        return value
+    raise UserError(
+        f"key {key!r} holds {value!r}; the right choice is named by its place (0 to "
+        f"{len(choices) - 1}), its letter, its label or its text"
+    )

@@ -1,0 +1,149 @@
+"""Language models from checkpoints, and from a run that is under way."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tokenizers import Tokenizer
+
+from dataset.common import DatasetMetadata, UserError
+from dataset.tokenization import TextTokenizer
+from evaluators.guard import Group
+from models.language_model import LanguageModel
+from models.layers import CastedLinear
+from models.losses import ACTLossHead
+from models.train_state import create_model, load_into
+from utils.backend import Backend
+from utils.backend.cpu import CPUBackend
+from utils.checkpoint import Checkpoint, load_weights
+from utils.config import load_config
+from utils.data import Data
+from utils.functions import load_class
+
+
+def examined(
+    head: ACTLossHead, data: Data, backend: Backend, rows: int, sign: Callable[[], None]
+) -> Callable[[Group], LanguageModel]:
+    """Makes the model of a run for an evaluator that brings inputs of its own.
+
+    rows: texts that a rank computes at once. sign: called between batches, as a sign of life.
+    """
+    metadata = data.train.metadata
+    tokenizer = None if data.tokenizer is None else open_tokenizer(data.tokenizer, metadata)
+
+    def ask(group: Group) -> LanguageModel:
+        def between() -> None:
+            group.pause()
+            sign()
+
+        return LanguageModel(
+            head,
+            metadata,
+            data.train.identifiers,
+            tokenizer,
+            backend,
+            rows=rows,
+            gather=group.gather_objects,
+            between=between,
+        )
+
+    return ask
+
+
+def load_language_model(
+    path: str | Path,
+    weights: str = "ema",
+    *,
+    steps: int | None = None,
+    refinement: int | None = None,
+    backend: Backend | None = None,
+    **options: Any,
+) -> LanguageModel:
+    """The model of a checkpoint folder, or of the newest in a run's folder.
+
+    weights: ema or raw. steps: ACT steps of every token; None: as in evaluation. refinement: passes
+    after them; None: as configured. `options` are those of `LanguageModel`.
+    Raises UserError where there is no such model, or where it cannot continue a text.
+    """
+    if not Path(path).is_dir():
+        raise UserError(f"checkpoint={path} is not a folder; name a checkpoint or a run")
+    backend = backend or CPUBackend()
+    values, opened = load_weights(path, weights)
+    assert opened is not None
+    head, metadata = build_model(opened, steps, refinement)
+    if not head.model.config.causal:
+        raise UserError(
+            f"the model of {opened.folder} is not causal: it was trained to see the tokens after "
+            "the one it predicts, and cannot continue a text"
+        )
+    if "tokenizer.json" not in opened:
+        raise UserError(f"{opened.folder} has no tokenizer.json: it was not trained on text")
+    # a head for z_L, where one was trained, is part of the model: see build_model
+    load_into(head.model, values)
+    cast_weights(head)
+    head.to(backend.device).eval()
+    tokenizer = open_tokenizer(opened.folder / "tokenizer.json", metadata)
+    names = opened.json("identifiers.json")
+    return LanguageModel(head, metadata, names, tokenizer, backend, **options)
+
+
+def open_tokenizer(path: Path, metadata: DatasetMetadata) -> TextTokenizer:
+    """The tokenizer of a corpus, with the corpus' eos and pad."""
+    known = Tokenizer.from_file(str(path))
+    eos = None if metadata.eos_id is None else known.id_to_token(metadata.eos_id)
+    return TextTokenizer(path, eos, known.id_to_token(metadata.pad_id))
+
+
+def cast_weights(head: ACTLossHead) -> None:
+    """Keeps the weights of linear maps in the dtype that they are cast to in every forward.
+
+    The numbers stay the same; a model that only reads need not cast them again for each token.
+    """
+    config: Any = head.model.config
+    for name, module in head.model.named_modules():
+        if isinstance(module, CastedLinear) and not name.endswith("q_head"):
+            module.to(config.dtype)
+
+
+def build_model(
+    opened: Checkpoint,
+    steps: int | None = None,
+    refinement: int | None = None,
+    device: str = "cpu",
+) -> tuple[ACTLossHead, DatasetMetadata]:
+    """The model that a checkpoint's own config and corpus describe, its weights not yet loaded.
+
+    steps: ACT steps of every evaluation; None: as configured, and the most where the rows decide.
+    refinement: passes after them; None: as configured.
+    """
+    raw = yaml.safe_load(opened.text("config.yaml"))
+    # How the run divided its batch over ranks need not work for the one process here.
+    raw |= {"micro_batch_size": "auto", "grad_accum_steps": 1}
+    raw["arch"] |= _depth(raw["arch"], steps, refinement)
+    metadata = DatasetMetadata.model_validate_json(opened.text("dataset.json"))
+    loss = raw["arch"]["loss"]
+    head = create_model(
+        load_config(raw),
+        metadata,
+        batch_size=1,
+        reasoning_ids=int(bool(loss.get("reasoning_loss_weight"))),
+        device=device,
+    )
+    return head, metadata
+
+
+def _depth(arch: dict[str, Any], steps: int | None, refinement: int | None) -> dict[str, Any]:
+    """Options of the architecture that make every row and token run the same number of steps."""
+    fields = load_class(arch["name"]).Config.model_fields  # type: ignore[attr-defined]
+    if "eval_halting" not in fields:
+        for name, value in (("steps", steps), ("refinement", refinement)):
+            if value not in (None, 1 if name == "steps" else 0):
+                raise UserError(f"{name}={value}, but {arch['name']} has one step: leave it out")
+        return {}
+    found: dict[str, Any] = {}
+    if steps is not None:
+        found = {"eval_halting": "fixed", "eval_steps": steps}
+    elif arch.get("eval_halting") != "fixed":
+        found = {"eval_halting": "max"}
+    return found if refinement is None else found | {"post_refinement_steps": refinement}
