@@ -34,6 +34,7 @@ from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint
 from utils.backend import Backend, select_backend
 from utils.config import PretrainConfig, check_ranks, hydra_entry, load_config
+from utils.config_trained import as_trained
 from utils.data import Data, open_data
 from utils.feed_ahead import PresentAhead
 from utils.logging import Loggers
@@ -82,7 +83,7 @@ FAILED_IN_PART = 3  # exit status: the run is over, but a warning tells of somet
 
 def launch(cfg: DictConfig) -> None:
     """Checks everything that can be checked, then runs on the device that was asked for."""
-    config = load_config(cfg, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    config = load_config(as_trained(cfg), world_size=int(os.environ.get("WORLD_SIZE", 1)))
     if config.dry_run:
         return dry_run(config)
     backend, reason = select_backend(config.device_type)

@@ -72,8 +72,8 @@ class Examined(Protocol):
     @property
     def eos_id(self) -> int | None: ...
 
-    def flops_per_token(self) -> float:
-        """Of one ACT step in evaluation."""
+    def flops_per_token(self, steps: int) -> float:
+        """Of so many ACT steps, and of the output head after the last of them."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...

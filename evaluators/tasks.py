@@ -1,6 +1,6 @@
 r"""Tasks with answers to choose from, scored by how likely the model holds each.
 
-    evaluators=[{name: tasks@MultipleChoiceEvaluator, path: arc_easy.jsonl, delimiter: "\nAnswer: "}]
+    evaluators=[{name: tasks@MultipleChoiceEvaluator, path: arc.jsonl, delimiter: "\nAnswer: "}]
 
 The file's keys tell its kind:
 
@@ -182,9 +182,7 @@ def _accuracy(suffix: str, right: np.ndarray) -> dict[str, float]:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def read_item(
-    where: str, record: dict[str, Any], config: MultipleChoiceEvaluator.Config
-) -> Item:
+def read_item(where: str, record: dict[str, Any], config: MultipleChoiceEvaluator.Config) -> Item:
     """One example of a file; UserError that says what is wrong with it."""
     try:
         pairs, answer = _pairs(record, config.delimiter)

@@ -53,8 +53,9 @@ class LanguageModel:
         gather: Callable[[Any], list[Any]] | None = None,
         between: Callable[[], None] = lambda: None,
     ):
-        """rows: texts of a whole window that are computed at once. identifier: see `identifier_index`. gather: the ranks' way
-        to exchange results. between: called by all ranks before each round of batches."""
+        """rows: texts of a whole window that are computed at once. identifier: see
+        `identifier_index`. gather: the ranks' way to exchange results. between: called by all ranks
+        before each round of batches."""
         self.head, self.metadata, self.identifiers = head, metadata, list(identifiers)
         self._tokenizer, self.backend = tokenizer, backend or CPUBackend()
         self.rows, self.between = rows, between
@@ -85,9 +86,11 @@ class LanguageModel:
     def eos_id(self) -> int | None:
         return self.metadata.eos_id
 
-    def flops_per_token(self) -> float:
-        """Of one ACT step in evaluation, the output head included."""
-        return cost.measure(self.model).forward_flops
+    def flops_per_token(self, steps: int) -> float:
+        """Of so many ACT steps, and of the output head after the last of them."""
+        counted = cost.measure(self.model)
+        recursion = counted.layer_passes * cost.block_flops(self.config)
+        return steps * recursion + counted.forward_flops - recursion
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without special tokens."""

@@ -16,6 +16,7 @@ import yaml
 from dataset.build_corpus_dataset import main as build_corpus
 from dataset.build_sudoku_dataset import main as build_sudoku
 from dataset.train_tokenizer import main as train_tokenizer
+from models.language_model import LanguageModel
 from pretrain import train
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint import MANIFEST, Checkpoint, checkpoints_of, sha256
@@ -78,6 +79,21 @@ def text_run(tmp_path_factory, text_corpus) -> Path:
     return folder
 
 
+@torch.no_grad()
+def next_probabilities(model: LanguageModel, ids: list[int]) -> np.ndarray:
+    """Of every token (V,), in float64, by the stablemax formula, from a forward pass alone."""
+    batch = {
+        "inputs": torch.tensor([ids], dtype=torch.int32),
+        "puzzle_identifiers": torch.tensor([model.identifier], dtype=torch.int32),
+    }
+    carry = model.model.initial_carry(batch)
+    for _ in range(model.steps):
+        carry, outputs = model.model(carry, batch)
+    x = outputs["logits"][0, -1].double()
+    s = torch.where(x >= 0, x + 1, 1 / (1 - x.clamp(max=0)))
+    return (s / s.sum()).numpy()
+
+
 def altered(run: Path, target: Path, **changes) -> Path:
     """A copy of a run's checkpoint with changes to its config; `arch` is merged."""
     shutil.copytree(checkpoints_of(run)[-1], target)
@@ -138,10 +154,10 @@ def make_config(corpus: Path, *overrides: str) -> PretrainConfig:
 def run_training(tmp_path) -> Callable[..., Path]:
     """Trains in this process; returns the run's folder."""
 
-    def run(corpus: Path, name: str, *overrides: str) -> Path:
+    def run(corpus: Path, name: str, *overrides: str, status: int = 0) -> Path:
         folder = tmp_path / name
         config = make_config(corpus, f"checkpoint_path={folder}", "run_name=test", *overrides)
-        assert train(CPUBackend(), config) == 0
+        assert train(CPUBackend(), config) == status
         return folder
 
     return run

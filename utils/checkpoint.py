@@ -46,6 +46,13 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def checkpoint_in(path: Path) -> Path:
+    """The newest checkpoint of a run's folder; any other path as it is."""
+    if not (path / MANIFEST).is_file() and (newest := checkpoints_of(path)):
+        return newest[-1]
+    return path
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -268,9 +275,7 @@ def load_weights(path: str | Path, which: str) -> tuple[dict[str, Tensor], Check
         return {_bare(name): value for name, value in state.items()}, None
     if not path.is_dir():
         raise UserError(f"load_checkpoint={path} does not exist; name a checkpoint folder or file")
-    if not (path / MANIFEST).is_file() and (newest := checkpoints_of(path)):
-        path = newest[-1]
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(checkpoint_in(path))
     checkpoint.verify()
     weights = checkpoint.tensors("model")
     if which == "ema" and "ema.pt" in checkpoint:

@@ -87,9 +87,9 @@ def evaluation_table(results: dict[str, Any], step: int) -> str:
             curve = "/".join(parts[:at] + parts[at + 1 :])
             curves.setdefault(curve, {})[int(parts[at].removeprefix("step_"))] = value
         elif not isinstance(value, list):
-            plain[name] = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            plain[name] = f"{value:,}" if isinstance(value, int) else _short(value, 4)
     rows = {
-        name: "  ".join(f"{values[k]:.3f}" for k in sorted(values))
+        name: "  ".join(_short(values[k], 3) for k in sorted(values))
         for name, values in curves.items()
     }
     width = max([40, *map(len, [*plain, *rows])]) + 2
@@ -97,3 +97,7 @@ def evaluation_table(results: dict[str, Any], step: int) -> str:
     if rows:
         lines += ["  by ACT step", *(f"  {k:<{width}}{v}" for k, v in rows.items())]
     return "\n".join(lines)
+
+
+def _short(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.{digits}g}"

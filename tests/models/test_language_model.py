@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from training_tools import altered
+from training_tools import altered, next_probabilities
 
 from dataset.common import UserError
 from models.language_model import LanguageModel
@@ -18,21 +18,6 @@ from utils.sampling import Sampling
 @pytest.fixture(scope="module")
 def trained(text_run) -> LanguageModel:
     return load_language_model(text_run, identifier="poems")
-
-
-@torch.no_grad()
-def next_probabilities(model: LanguageModel, ids: list[int]) -> np.ndarray:
-    """Of every token (V,), in float64, by the stablemax formula, from a forward pass alone."""
-    batch = {
-        "inputs": torch.tensor([ids], dtype=torch.int32),
-        "puzzle_identifiers": torch.tensor([model.identifier], dtype=torch.int32),
-    }
-    carry = model.model.initial_carry(batch)
-    for _ in range(model.steps):
-        carry, outputs = model.model(carry, batch)
-    x = outputs["logits"][0, -1].double()
-    s = torch.where(x >= 0, x + 1, 1 / (1 - x.clamp(max=0)))
-    return (s / s.sum()).numpy()
 
 
 def random_ids(model: LanguageModel, length: int) -> list[int]:

@@ -1,0 +1,224 @@
+"""Texts that a model writes, against references or by a scoring function of the user's own."""
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import orjson
+from pydantic import Field
+
+from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, UserError
+from evaluators.examples import read_json_lines, spread
+from evaluators.interface import Batch, Continued, Examined
+from utils.reporting import tell
+from utils.sampling import Sampling
+
+PositiveInt = Annotated[int, Field(ge=1)]
+ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]
+
+
+class Example(NamedTuple):
+    """prompt: ids. reference: text, empty without one."""
+
+    prompt: list[int]
+    reference: str
+
+
+class GenerationEvaluator:
+    """Continues prompts and compares the texts with references, over all ranks, below <prefix>/:
+
+    bleu, chrf              of the whole corpus of texts, by sacrebleu, 0 to 100
+    rouge1, rouge2, rougeL  mean F-measure, by rouge-score, 0 to 1
+    exact_match             share of texts equal to the reference, spaces at the ends apart; of what
+                            `answer_pattern` finds in both, where it is given
+    ended                   share of texts that the model ended by itself
+    <function>              mean of `score_function(prompts, texts, references) -> numbers`
+    examples                how many there are
+
+    Prompts and references are rows of a prompt/response corpus (the prompt's labels are ignored,
+    the response's are not), or those of a file. The texts are written to samples.jsonl in the run's
+    evaluation folder.
+    """
+
+    class Config(Sampling):
+        """How texts are drawn, and of what."""
+
+        temperature: float = Field(0.0, ge=0, description="0: the likeliest token each time")
+        path: str | None = Field(
+            None, description="JSON lines with prompt, perhaps response; null: the test split"
+        )
+        limit: PositiveInt = Field(200, description="examples at most, spread evenly")
+        stop: list[str] = Field([], description="texts that end a continuation")
+        answer_pattern: str | None = Field(
+            None, description=r"regular expression of the answer in a text, e.g. '#### (\S+)'"
+        )
+        score_function: str | None = Field(
+            None, description="package.module:function of your own, on Python's path or beside you"
+        )
+        identifier: str | None = Field(None, description="identifier embedding, by name")
+        prefix: str = "generation"
+
+    required_outputs: frozenset[str] = frozenset()
+
+    def __init__(self, data_path: str, eval_metadata: DatasetMetadata, **options: Any):
+        self.config = config = self.Config(**options)
+        self.reads_rows = config.path is None
+        self.eos_id = eval_metadata.eos_id
+        self.pattern = None
+        if config.answer_pattern is not None:
+            try:
+                self.pattern = re.compile(config.answer_pattern)
+            except re.error as error:
+                raise UserError(
+                    f"answer_pattern={config.answer_pattern!r} is no regular expression: {error}"
+                ) from None
+        self.score = None if config.score_function is None else load_function(config.score_function)
+        self.lines = [] if config.path is None else read_json_lines(config.path)
+        self.references = self.reads_rows or all("response" in record for _, record in self.lines)
+        for where, record in self.lines:
+            if not isinstance(record.get("prompt"), str) or not record["prompt"]:
+                raise UserError(f"{where}: no text below the key 'prompt'")
+        if not self.references and self.score is None:
+            tell(f"note: {config.path} has no responses: texts are written, but nothing is scored")
+        if self.references:
+            load_metrics()
+        self.begin_eval()
+
+    def begin_eval(self) -> None:
+        self.rows: list[tuple[list[int], list[int]]] = []
+        self.figures: dict[str, float] = {}
+        self.samples: list[dict[str, str]] = []
+
+    def update_batch(self, batch: Batch, preds: Batch) -> None:
+        """Notes prompt and response of each row; batch: inputs and labels (B, S)."""
+        if not self.reads_rows:
+            return
+        inputs, labels = (batch[name].cpu().numpy() for name in ("inputs", "labels"))
+        for tokens, targets in zip(inputs, labels, strict=True):
+            scored = np.flatnonzero(targets != IGNORE_LABEL_ID)
+            if len(scored):
+                prompt = tokens[: scored[0] + 1].tolist()
+                self.rows.append((prompt, targets[scored].tolist()))
+
+    def examine(self, model: Examined, group: Any) -> None:
+        """Writes a text for each prompt, and scores them."""
+        config, examples = self.config, self._examples(model, group)
+        if not examples:
+            return
+        how = Sampling(**{name: getattr(config, name) for name in Sampling.model_fields})
+        written = model.write_all(
+            [example.prompt for example in examples], how, config.stop, config.identifier
+        )
+        prompts = [model.decode(example.prompt) for example in examples]
+        self.figures = self._scores(prompts, written, [example.reference for example in examples])
+        self.samples = [
+            {"evaluator": config.prefix, "prompt": prompt, "text": text.text}
+            | ({"reference": example.reference} if self.references else {})
+            for prompt, text, example in zip(prompts, written, examples, strict=True)
+        ]
+
+    def _examples(self, model: Examined, group: Any) -> list[Example]:
+        if self.reads_rows:
+            # in an order of their own, whichever rank read them
+            rows = sorted(row for part in group.gather_objects(self.rows) for row in part)
+            found = [
+                Example(prompt, model.decode([i for i in response if i != self.eos_id]))
+                for prompt, response in rows
+            ]
+        else:
+            found = [
+                Example(model.encode_pair(record["prompt"], "")[0], record.get("response", ""))
+                for _, record in self.lines
+            ]
+        return [found[i] for i in spread(len(found), self.config.limit)]
+
+    def _scores(
+        self, prompts: Sequence[str], written: Sequence[Continued], references: Sequence[str]
+    ) -> dict[str, float]:
+        texts = [one.text for one in written]
+        figures: dict[str, float] = {"examples": len(texts)}
+        figures["ended"] = float(np.mean([one.ended for one in written]))
+        if self.references:
+            figures |= compare(texts, references)
+            pairs = zip(map(self._answer, texts), map(self._answer, references), strict=True)
+            same = [own == right and right is not None for own, right in pairs]
+            figures["exact_match"] = float(np.mean(same))
+        if self.score is not None:
+            name = str(self.config.score_function).rpartition(":")[2]
+            values = np.asarray(self.score(prompts, texts, references), dtype=float)
+            if values.shape != (len(texts),):
+                raise UserError(
+                    f"score_function={self.config.score_function} gave numbers of shape "
+                    f"{values.shape} for {len(texts)} texts; it must give one for each"
+                )
+            figures[name] = float(values.mean())
+        return figures
+
+    def _answer(self, text: str) -> str | None:
+        """What counts for an exact match; the last that the pattern finds."""
+        if self.pattern is None:
+            return text.strip()
+        found = list(self.pattern.finditer(text))
+        return found[-1].group(min(1, self.pattern.groups)) if found else None
+
+    def result(
+        self, save_path: str | None, rank: int, world_size: int, group: Any = None
+    ) -> dict[str, float] | None:
+        """The figures, on rank 0."""
+        if rank != 0:
+            return None
+        if save_path is not None and self.samples:
+            try:
+                Path(save_path).mkdir(parents=True, exist_ok=True)
+                with (Path(save_path) / "samples.jsonl").open("ab") as file:
+                    file.writelines(orjson.dumps(line) + b"\n" for line in self.samples)
+            except OSError as error:
+                tell(f"warning: {save_path}/samples.jsonl: {error.strerror or error}")
+        return {f"{self.config.prefix}/{name}": value for name, value in self.figures.items()}
+
+
+def load_metrics() -> tuple[Any, Any]:
+    """sacrebleu and rouge_score's scorer; UserError that says how to get them."""
+    try:
+        import sacrebleu
+        from rouge_score import rouge_scorer
+    except ImportError as error:
+        raise UserError(
+            f"generation@GenerationEvaluator needs the package {error.name}: "
+            "pip install -r requirements-eval.txt"
+        ) from None
+    return sacrebleu, rouge_scorer
+
+
+def compare(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """BLEU (Papineni et al. 2002) and chrF (Popović 2015) of the corpus, mean ROUGE (Lin 2004)."""
+    sacrebleu, rouge_scorer = load_metrics()
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scorer = rouge_scorer.RougeScorer(kinds)
+    scores = [scorer.score(right, own) for own, right in zip(texts, references, strict=True)]
+    return {
+        "bleu": sacrebleu.corpus_bleu(list(texts), [list(references)]).score,
+        "chrf": sacrebleu.corpus_chrf(list(texts), [list(references)]).score,
+        **{kind: float(np.mean([score[kind].fmeasure for score in scores])) for kind in kinds},
+    }
+
+
+def load_function(name: str) -> ScoreFunction:
+    """The function that `package.module:function` names; UserError where there is none."""
+    module_name, sign, function_name = name.partition(":")
+    if not sign or not function_name:
+        raise UserError(f"score_function={name}: name it as package.module:function")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        found = getattr(importlib.import_module(module_name), function_name, None)
+    except ImportError as error:
+        raise UserError(f"score_function={name} cannot be imported: {error}") from None
+    if not callable(found):
+        raise UserError(f"score_function={name}: {module_name} has no function {function_name}")
+    return found

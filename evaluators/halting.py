@@ -1,0 +1,197 @@
+"""What each ACT step buys, and what the halting head knows of it.
+
+The halting head reads the whole row, later tokens included: where a row would halt by it describes
+the head, and is no way to score text.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from dataset.common import DatasetMetadata
+from evaluators.interface import Batch, Examined
+from utils.reporting import tell
+
+BINS = 10  # of the halting head's probability
+
+
+class HaltingEvaluator:
+    """Figures over all rows and ranks, below <prefix>/:
+
+    step_<k>/loss, accuracy, exact_accuracy   after k ACT steps, mean of the rows' means
+    step_<k>/flops_per_token                  what k steps cost, the head of the last one included
+    step_<k>/z_H_change, z_L_change           ‖z_k − z_{k−1}‖ of a scored position
+    step_<k>/share                            rows in which the head first says halt at step k
+                                              (at the last step: all that are left)
+    act/steps, act/loss, act/accuracy         if the head decided
+    budget/steps                              what the corpus gives the rows, up to the last step
+    calibration_error                         |how often the head is right to halt − what it says|,
+                                              averaged over its answers in ten bins (ECE: Guo et al.
+                                              2017, arXiv 1706.04599); brier the squared error
+
+    and halting.png in the run's evaluation folder.
+    """
+
+    class Config(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        prefix: str = "halting"
+        plot: bool = True
+
+    CURVES: ClassVar[dict[str, str]] = {
+        "loss": "row_loss",
+        "accuracy": "row_accuracy",
+        "exact_accuracy": "row_exact",
+        "z_H_change": "z_H_change",
+        "z_L_change": "z_L_change",
+    }
+    HEAD = ("q_halt_logits_by_step", "row_halt_target_by_step")
+    required_outputs = frozenset({f"{name}_by_step" for name in CURVES.values()} | {*HEAD, "valid"})
+
+    def __init__(self, data_path: str, eval_metadata: DatasetMetadata, **options: Any):
+        self.config = self.Config(**options)
+        self.begin_eval()
+
+    def begin_eval(self) -> None:
+        self.sums: dict[str, np.ndarray] = {}
+        self.flops: list[float] = []
+
+    def _add(self, name: str, values: np.ndarray) -> None:
+        self.sums[name] = self.sums.get(name, 0) + values.astype(np.float64)
+
+    def update_batch(self, batch: Batch, preds: Batch) -> None:
+        """preds: valid (B,) and outputs by step (B, steps); batch: perhaps iteration_targets."""
+        valid = preds["valid"].cpu().numpy().astype(bool)
+        curves = {
+            name: _rows(preds[f"{source}_by_step"], valid)
+            for name, source in self.CURVES.items()
+            if f"{source}_by_step" in preds
+        }
+        count, steps = curves["loss"].shape
+        self._add("rows", np.array([count]))
+        for name, curve in curves.items():
+            self._add(name, curve.sum(0))
+        if "iteration_targets" in batch:
+            budget = _rows(batch["iteration_targets"], valid).clip(1, steps)
+            self._add("budget", np.array([budget.sum()]))
+        if all(name in preds for name in self.HEAD):
+            logits, right = (_rows(preds[name], valid) for name in self.HEAD)
+            self._add_head(logits, right, curves)
+
+    def _add_head(self, logits: np.ndarray, right: np.ndarray, curves: dict[str, Any]) -> None:
+        """logits, right: (rows, steps), what the head says and whether it should halt."""
+        count, steps = logits.shape
+        says = logits > 0
+        says[:, -1] = True
+        last = says.argmax(1)
+        self._add("share", np.bincount(last, minlength=steps))
+        for name in ("loss", "accuracy"):
+            self._add(f"act/{name}", curves[name][np.arange(count), last].sum(keepdims=True))
+        probability = 1 / (1 + np.exp(-logits.ravel()))
+        place = np.minimum((probability * BINS).astype(int), BINS - 1)
+        for name, weights in (("said", probability), ("right", right.ravel()), ("answers", None)):
+            self._add(name, np.bincount(place, weights, BINS))
+        self._add("brier", np.square(probability - right.ravel()).sum(keepdims=True))
+
+    def examine(self, model: Examined, group: Any) -> None:
+        """Only to learn what a step costs."""
+        self.flops = [model.flops_per_token(step + 1) for step in range(model.steps)]
+
+    def result(
+        self, save_path: str | None, rank: int, world_size: int, group: Any = None
+    ) -> dict[str, float] | None:
+        """The figures, on rank 0. A collective where `group` is given."""
+        parts = [self.sums] if group is None else group.gather_objects(self.sums)
+        if rank != 0:
+            return None
+        names = dict.fromkeys(name for part in parts for name in part)
+        sums = {n: np.sum([part[n] for part in parts if n in part], axis=0) for n in names}
+        if not sums or sums["rows"][0] == 0:
+            return {}
+        rows = sums["rows"][0]
+        curves = {name: sums[name] / rows for name in (*self.CURVES, "share") if name in sums}
+        steps = len(curves["loss"])
+        if self.flops:
+            curves["flops_per_token"] = np.array(self.flops)
+        figures = {
+            f"step_{k + 1}/{name}": float(curve[k])
+            for k in range(steps)
+            for name, curve in curves.items()
+        }
+        if "budget" in sums:
+            figures["budget/steps"] = sums["budget"][0] / rows
+        if "share" in curves:
+            figures |= self._of_head(sums, curves["share"])
+        if save_path is not None and self.config.plot:
+            self._plot(Path(save_path), curves, sums)
+        return {f"{self.config.prefix}/{name}": value for name, value in figures.items()}
+
+    def _of_head(self, sums: dict[str, np.ndarray], share: np.ndarray) -> dict[str, float]:
+        rows, answers = sums["rows"][0], sums["answers"].sum()
+        return {
+            "act/steps": float(share @ np.arange(1, len(share) + 1)),
+            "act/loss": sums["act/loss"][0] / rows,
+            "act/accuracy": sums["act/accuracy"][0] / rows,
+            "calibration_error": float(np.abs(sums["said"] - sums["right"]).sum() / answers),
+            "brier": sums["brier"][0] / answers,
+        }
+
+    def _plot(
+        self, folder: Path, curves: dict[str, np.ndarray], sums: dict[str, np.ndarray]
+    ) -> None:
+        """halting.png: quality by step and by FLOPs, latents, and the halting head."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            draw(folder / "halting.png", curves, sums)
+        except (OSError, ImportError) as error:
+            tell(f"warning: halting.png was not drawn ({error})")
+
+
+def _rows(values: Tensor, valid: np.ndarray) -> np.ndarray:
+    return values.cpu().double().numpy()[valid]
+
+
+def draw(path: Path, curves: dict[str, np.ndarray], sums: dict[str, np.ndarray]) -> None:
+    """One picture of all that the evaluator found."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    steps = np.arange(1, len(curves["loss"]) + 1)
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    panels = figure.subplots(2, 3).ravel()
+
+    def panel(at: int, title: str, x: str, y: str, *lines: tuple[Any, np.ndarray, str]) -> Any:
+        axes = panels[at]
+        for along, values, label in lines:
+            axes.plot(along, values, marker="o", markersize=3, label=label)
+        axes.set(title=title, xlabel=x, ylabel=y)
+        if len(lines) > 1:
+            axes.legend()
+        return axes
+
+    def by_step(at: int, title: str, y: str, *names: str) -> None:
+        lines = [(steps, curves[name], name) for name in names if name in curves]
+        axes = panel(at, title, "ACT step", y, *lines)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    by_step(0, "test-time compute", "loss, nats per token", "loss")
+    by_step(1, "accuracy", "share of tokens, of rows", "accuracy", "exact_accuracy")
+    if "flops_per_token" in curves:
+        line = (curves["flops_per_token"], curves["loss"], "loss")
+        panel(2, "loss against compute", "FLOPs per token", "loss, nats per token", line)
+    by_step(3, "how far a step moves the latents", "norm", "z_H_change", "z_L_change")
+    if "share" in curves:
+        panels[4].bar(steps, curves["share"])
+        panels[4].set(title="where the halting head halts", xlabel="ACT step", ylabel="rows")
+        panels[4].xaxis.set_major_locator(MaxNLocator(integer=True))
+        some = sums["answers"] > 0
+        said, right = (sums[name][some] / sums["answers"][some] for name in ("said", "right"))
+        panels[5].plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        panels[5].plot(said, right, marker="o")
+        panels[5].set(title="calibration of the halting head", xlabel="probability that it gives",
+                      ylabel="share that should halt")  # fmt: skip
+    for axes in panels:
+        axes.set_visible(axes.has_data())
+    figure.savefig(path, dpi=110)

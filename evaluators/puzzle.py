@@ -1,0 +1,166 @@
+"""Grids solved exactly, also by a vote over several views of the same puzzle."""
+
+import math
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, UserError
+from evaluators.interface import Batch, Examined
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class View:
+    """A way to look at a grid: cells in another order, digits under other names."""
+
+    def __init__(self, cells: np.ndarray, names: np.ndarray):
+        """cells: (S,) position that each position shows; names: (V,) what each id becomes."""
+        self.cells, self.names = cells, names
+
+    def show(self, rows: np.ndarray) -> np.ndarray:
+        """Grids (N, S) as they look in this view."""
+        return self.names[rows[:, self.cells]]
+
+    def undo(self, rows: np.ndarray) -> np.ndarray:
+        """Grids of this view (N, S) as they are."""
+        return np.argsort(self.names)[rows][:, np.argsort(self.cells)]
+
+
+class ExactMatchEvaluator:
+    """Figures over all rows and ranks, below <prefix>/:
+
+    exact_accuracy         share of rows whose every scored cell is right
+    cell_accuracy          share of scored cells that are right
+    voted/exact_accuracy   … of the answer that most views of a row agree on (as TRM does for ARC);
+                           among equally many, of which the halting head is surest
+    voted/within_two       the right answer is one of the two with most votes
+    voted/agreement        share of the views that gave the answer with most votes
+
+    Views: `views` ways to rename the ids in the corpus' relabel_ids (a sudoku's digits), the first
+    as it is; each in all the `geometry` of the grid: its flips, or all eight rotations and
+    reflections. Take only what leaves a puzzle of your kind a puzzle: a sudoku whose boxes are not
+    square may be flipped, but not turned.
+    """
+
+    class Config(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+
+        views: PositiveInt = Field(1, description="renamings of the ids that may be renamed")
+        geometry: Literal["none", "flips", "dihedral"] = Field("none", description="of the grid")
+        grid: list[PositiveInt] | None = Field(
+            None, description="[rows, columns], the first cells of a row; null: square"
+        )
+        seed: int = Field(0, ge=0, description="of the renamings")
+        prefix: str = "puzzle"
+
+    required_outputs = frozenset({"preds", "valid", "q_halt_logits"})
+
+    def __init__(self, data_path: str, eval_metadata: DatasetMetadata, **options: Any):
+        self.config, self.metadata = self.Config(**options), eval_metadata
+        self.views = self._views()
+        self.begin_eval()
+
+    def _views(self) -> list[View]:
+        config, metadata = self.config, self.metadata
+        if config.views > 1 and metadata.relabel_ids is None:
+            raise UserError(
+                f"views={config.views}, but the corpus names no ids that may be renamed "
+                "(relabel_ids in its dataset.json); leave views out, or use geometry"
+            )
+        rng = np.random.default_rng(config.seed)
+        plain = np.arange(metadata.vocab_size)
+        renamings = [plain]
+        for _ in range(config.views - 1):
+            first, end = metadata.relabel_ids or (0, 0)
+            names = plain.copy()
+            names[first:end] = rng.permutation(plain[first:end])
+            renamings.append(names)
+        return [View(cells, names) for names in renamings for cells in self._geometry()]
+
+    def _geometry(self) -> list[np.ndarray]:
+        """Orders of the cells, the first as they are."""
+        length, config = self.metadata.seq_len, self.config
+        if config.geometry == "none":
+            return [np.arange(length)]
+        side = math.isqrt(length)
+        height, width = config.grid if config.grid and len(config.grid) == 2 else (side, side)
+        fits = height * width <= length if config.grid else side * side == length
+        if not fits or (config.grid is not None and len(config.grid) != 2):
+            raise UserError(f"grid={config.grid} is no grid of the {length} cells of a row; give "
+                            "grid=[rows, columns]")  # fmt: skip
+        if config.geometry == "dihedral" and height != width:
+            raise UserError(
+                f"geometry=dihedral turns the grid, but it has {height} rows and {width} columns; "
+                "use geometry=flips"
+            )
+        cells = np.arange(height * width).reshape(height, width)
+        looks = [cells, cells[::-1], cells[:, ::-1], cells[::-1, ::-1]]
+        if config.geometry == "dihedral":
+            looks += [look.T for look in looks]
+        rest = np.arange(height * width, length)
+        return [np.concatenate((look.ravel(), rest)) for look in looks]
+
+    def begin_eval(self) -> None:
+        self.rows: list[dict[str, np.ndarray]] = []
+        self.figures: dict[str, float] = {}
+
+    def update_batch(self, batch: Batch, preds: Batch) -> None:
+        """batch: inputs and labels (B, S) and others by row; preds (B, S), q_halt_logits (B,)."""
+        valid = preds["valid"].cpu().numpy().astype(bool)
+        row = {name: value.cpu().numpy()[valid] for name, value in batch.items()}
+        row["preds"] = preds["preds"].cpu().numpy()[valid]
+        sure = preds.get("q_halt_logits")
+        row["sure"] = np.zeros(valid.sum()) if sure is None else sure.float().cpu().numpy()[valid]
+        self.rows.append(row)
+
+    def examine(self, model: Examined, group: Any) -> None:
+        """Answers in every view, and what most of them say."""
+        parts = [row for part in group.gather_objects(self.rows) for row in part]
+        if not parts:
+            return
+        rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        labels, answers, sure = rows["labels"], [rows.pop("preds")], [rows.pop("sure")]
+        for view in self.views[1:]:
+            shown = {"inputs": view.show(rows["inputs"]).astype(rows["inputs"].dtype)}
+            preds, logits = model.predict(rows | shown)
+            answers.append(view.undo(preds))
+            sure.append(logits)
+        scored = labels != IGNORE_LABEL_ID
+        right = (answers[0] == labels) | ~scored
+        self.figures = {
+            "exact_accuracy": float(right.all(1).mean()),
+            "cell_accuracy": float((right & scored).sum() / scored.sum()),
+            "examples": len(labels),
+        }
+        if len(answers) > 1:
+            self.figures |= vote(np.stack(answers), np.stack(sure), labels)
+
+    def result(
+        self, save_path: str | None, rank: int, world_size: int, group: Any = None
+    ) -> dict[str, float] | None:
+        """The figures, on rank 0."""
+        if rank != 0:
+            return None
+        return {f"{self.config.prefix}/{name}": value for name, value in self.figures.items()}
+
+
+def vote(answers: np.ndarray, sure: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """answers (views, N, S), sure (views, N), labels (N, S): figures of the votes."""
+    first, two, agreement = [], [], []
+    for row, label in enumerate(labels):
+        scored = label != IGNORE_LABEL_ID
+        votes: dict[bytes, list[float]] = {}
+        for answer, logit in zip(answers[:, row], sure[:, row], strict=True):
+            votes.setdefault(answer[scored].astype(np.int64).tobytes(), []).append(logit)
+        ranking = sorted(votes, key=lambda grid: (-len(votes[grid]), -float(np.mean(votes[grid]))))
+        truth = label[scored].astype(np.int64).tobytes()
+        first.append(ranking[0] == truth)
+        two.append(truth in ranking[:2])
+        agreement.append(len(votes[ranking[0]]) / len(answers))
+    return {
+        "voted/exact_accuracy": float(np.mean(first)),
+        "voted/within_two": float(np.mean(two)),
+        "voted/agreement": float(np.mean(agreement)),
+    }
