@@ -57,13 +57,15 @@ def load_language_model(
     *,
     steps: int | None = None,
     refinement: int | None = None,
+    forward_dtype: str | None = None,
     backend: Backend | None = None,
     **options: Any,
 ) -> LanguageModel:
     """The model of a checkpoint folder, or of the newest in a run's folder.
 
     weights: ema or raw. steps: ACT steps of every token; None: as in evaluation. refinement: passes
-    after them; None: as configured. `options` are those of `LanguageModel`.
+    after them; None: as configured. forward_dtype: of activations, if not as trained. `options` are
+    those of `LanguageModel`.
     Raises UserError where there is no such model, or where it cannot continue a text.
     """
     if not Path(path).is_dir():
@@ -71,7 +73,7 @@ def load_language_model(
     backend = backend or CPUBackend()
     values, opened = load_weights(path, weights)
     assert opened is not None
-    head, metadata = build_model(opened, steps, refinement)
+    head, metadata = build_model(opened, steps, refinement, forward_dtype)
     if not head.model.config.causal:
         raise UserError(
             f"the model of {opened.folder} is not causal: it was trained to see the tokens after "
@@ -110,6 +112,7 @@ def build_model(
     opened: Checkpoint,
     steps: int | None = None,
     refinement: int | None = None,
+    forward_dtype: str | None = None,
     device: str = "cpu",
 ) -> tuple[ACTLossHead, DatasetMetadata]:
     """The model that a checkpoint's own config and corpus describe, its weights not yet loaded.
@@ -121,6 +124,8 @@ def build_model(
     # How the run divided its batch over ranks need not work for the one process here.
     raw |= {"micro_batch_size": "auto", "grad_accum_steps": 1}
     raw["arch"] |= _depth(raw["arch"], steps, refinement)
+    if forward_dtype is not None:
+        raw["arch"]["forward_dtype"] = forward_dtype
     metadata = DatasetMetadata.model_validate_json(opened.text("dataset.json"))
     loss = raw["arch"]["loss"]
     head = create_model(

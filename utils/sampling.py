@@ -12,15 +12,23 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_new_tokens: PositiveInt = Field(200, description="tokens at most; eos ends earlier")
+    max_new_tokens: PositiveInt = Field(default=200, description="tokens at most; eos ends earlier")
     temperature: float = Field(
-        0.8, ge=0, allow_inf_nan=False, description="below 1 plainer; 0: the likeliest token"
+        default=0.8,
+        ge=0,
+        allow_inf_nan=False,
+        description="below 1 plainer; 0: the likeliest token",
     )
-    top_k: PositiveInt | None = Field(None, description="draw among the likeliest k; null: all")
+    top_k: PositiveInt | None = Field(
+        default=None, description="draw among the likeliest k; null: all"
+    )
     top_p: float | None = Field(
-        None, gt=0, le=1, description="draw among the likeliest of this joint probability"
+        default=None, gt=0, le=1, description="draw among the likeliest of this joint probability"
     )
     repetition_penalty: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="above 1: what the text has is less likely"
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="above 1: what the text has is less likely",
     )
-    seed: int = Field(0, ge=0, description="the same seed gives the same text")
+    seed: int = Field(default=0, ge=0, description="the same seed gives the same text")

@@ -1,0 +1,146 @@
+"""What a cache of keys and values gives, and what sharing it costs.
+
+    python scripts/benchmark_generate.py checkpoints/athena/my_run --text-file held_out.txt
+
+Continues windows of a text with and without a cache, in alternating rounds, and reports medians;
+then reads the same windows token by token in float32, as generation does, and compares the
+probabilities of the true tokens: without a cache, with all keys and values, and with those of fewer
+outer cycles.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from dataset.common import UserError, command_parser, run_cli
+from models.generation import Decoder
+from models.language_model import LanguageModel
+from models.loading import load_language_model
+from utils.backend import select_backend
+from utils.sampling import Sampling
+
+
+def windows(model: LanguageModel, path: Path, rows: int, length: int) -> list[list[int]]:
+    """So many pieces of `length` tokens, spread over the text."""
+    try:
+        ids = model.encode(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text-file {path} cannot be read: {error}") from None
+    if len(ids) < rows * length:
+        raise UserError(f"{path} has {len(ids)} tokens; {rows} windows of {length} need more")
+    step = len(ids) // rows
+    return [ids[i * step : i * step + length] for i in range(rows)]
+
+
+def decoder(model: LanguageModel, rows: int, **options) -> Decoder:
+    identifiers = torch.full((rows,), model.identifier, device=model.device)
+    return Decoder(model.head, identifiers, model.steps, **options)
+
+
+@torch.no_grad()
+def read(model: LanguageModel, texts: list[list[int]], prompt: int, **options) -> torch.Tensor:
+    """Logits (B, tokens after the prompt, V), token by token."""
+    reader = decoder(model, len(texts), **options)
+    found = [reader.begin([text[:prompt] for text in texts])]
+    for n in range(prompt, len(texts[0]) - 1):
+        found.append(reader.extend([text[n] for text in texts]))
+    return torch.stack([logits.float().cpu() for logits in found], dim=1)
+
+
+def nats(logits: torch.Tensor, texts: list[list[int]], prompt: int) -> float:
+    """Mean cost of the true tokens after the prompt."""
+    labels = torch.tensor([text[prompt:] for text in texts])
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+
+
+def seconds(model: LanguageModel, prompts: list[list[int]], new: int, **options) -> float:
+    how = Sampling(max_new_tokens=new, temperature=1.0)
+    begun = time.perf_counter()
+    model.write(prompts, how, **options)
+    return time.perf_counter() - begun
+
+
+def compare_speed(model: LanguageModel, texts: list[list[int]], prompt: int, rounds: int) -> None:
+    """A table of tokens per second, for one text and for all of them at once."""
+    kinds: dict[str, dict[str, Any]] = {
+        "computed again": {"cached": False},
+        "kept": {},
+        "kept of the last cycle": {"cache_cycles": 1},
+    }
+    sizes = list(dict.fromkeys((1, len(texts))))
+    new, speeds = len(texts[0]) - prompt, dict[tuple[str, int], list[float]]()
+    for _ in range(rounds):
+        for name, options in kinds.items():
+            for rows in sizes:
+                took = seconds(model, [text[:prompt] for text in texts[:rows]], new, **options)
+                speeds.setdefault((name, rows), []).append(rows * new / took)
+    print("| keys and values | memory | texts at once | tokens/s | gain |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for (name, rows), own in speeds.items():
+        speed = statistics.median(own)
+        gain = speed / statistics.median(speeds["computed again", rows])
+        cycles = kinds[name].get("cache_cycles")
+        size = 0 if name == "computed again" else model.cache_bytes(rows, cycles)
+        print(f"| {name} | {size / 1e6:,.1f} MB | {rows} | {speed:,.1f} | {gain:.1f} x |")
+
+
+def compare_probabilities(model: LanguageModel, texts: list[list[int]], prompt: int) -> None:
+    """A table of what the true tokens cost, by outer cycles whose keys and values are kept."""
+    recursion, cycle, _ = model.config.answer_passes(model.steps)
+    reference = read(model, texts, prompt, cached=False)
+    exact = nats(reference, texts, prompt)
+    print("\n| outer cycles kept | memory of a text | nats per token | loss | largest difference |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    print(f"| none: computed again | | {exact:.4f} | | |")
+    total = recursion // cycle
+    fewer = [2**n for n in range(total.bit_length()) if 2**n < total]
+    for kept in (None, *reversed(fewer)):
+        found = read(model, texts, prompt, cache_cycles=kept)
+        cost, off = nats(found, texts, prompt), (found - reference).abs().max()
+        name = f"all {total}: exact" if kept is None else f"{kept}: shared"
+        size = model.cache_bytes(1, kept) / 1e6
+        print(f"| {name} | {size:,.1f} MB | {cost:.4f} | {cost - exact:+.4f} | {off:.1e} |")
+
+
+def run(args: argparse.Namespace) -> None:
+    backend, _ = select_backend(args.device_type)
+    model = load_language_model(args.checkpoint, backend=backend, steps=args.steps)
+    model.metadata = model.metadata.model_copy(update={"eos_id": None})  # all texts equally long
+    length = min(model.window, args.prompt + args.new_tokens)
+    if length <= args.prompt:
+        raise UserError(f"--prompt {args.prompt} fills the window of {model.window} tokens")
+    texts = windows(model, args.text_file, args.rows, length)
+    passes = sum(model.config.answer_passes(model.steps)[::2])
+    print(f"{args.prompt} tokens of each text given, {length - args.prompt} written or read; "
+          f"{passes} passes of a block for a token; {backend.describe()}\n")  # fmt: skip
+    compare_speed(model, texts, args.prompt, args.rounds)
+    model = load_language_model(
+        args.checkpoint, backend=backend, steps=args.steps, forward_dtype="float32"
+    )
+    compare_probabilities(model, texts, args.prompt)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command_parser("benchmark_generate", __doc__)
+    parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
+    parser.add_argument("--text-file", type=Path, required=True, help="held-out text, as windows")
+    parser.add_argument("--rows", type=int, default=8, metavar="N", help="texts at once")
+    parser.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens given")
+    parser.add_argument("--new-tokens", type=int, default=96, metavar="N", help="tokens written")
+    parser.add_argument("--steps", type=int, metavar="N", help="ACT steps (default: as evaluated)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="repeats (default: 3)")
+    parser.add_argument("--device-type", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    args = parser.parse_args(argv)
+    run_cli(lambda: run(args))
+
+
+if __name__ == "__main__":
+    main()
