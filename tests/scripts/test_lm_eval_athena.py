@@ -71,8 +71,8 @@ def harness(text_run, harness_folder) -> tuple[list[dict], dict, dict[str, list[
 
     documents = [
         {"context": words(3), "word": words(1), "choices": [words(1), words(2), words(3)],
-         "answer": int(rng.integers(3)), "long": words(30)}
-        for _ in range(7)
+         "answer": int(rng.integers(3)), "long": words(14)}
+        for _ in range(5)
     ]  # fmt: skip
     data = folder / "documents.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
@@ -183,7 +183,7 @@ def test_mistakes_are_named(text_run, tmp_path):
 
 
 def test_a_mistake_ends_the_command_in_a_sentence(harness_folder):
-    done = lm_eval("--model", "athena", "--model_args", "checkpoint=nowhere", "--tasks",
-                   "athena_words", "--include_path", str(harness_folder), "--device", "cpu")  # fmt: skip
+    named = ("--tasks", "athena_words", "--include_path", str(harness_folder), "--device", "cpu")
+    done = lm_eval("--model", "athena", "--model_args", "checkpoint=nowhere", *named)
     *_, last = done.stderr.strip().splitlines()
     assert done.returncode == 2 and last.startswith("error: checkpoint=nowhere"), done.stderr
