@@ -27,7 +27,7 @@ CORPUS := data/quickstart
 RUNS := checkpoints/athena
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart compare sudoku smoke test test-xla xla-venv lint types clean
+.PHONY: help venv quickstart compare sudoku smoke test test-xla xla-venv notebook lint types clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -112,6 +112,9 @@ xla-venv: | $(XLA)
 
 test-xla: | $(XLA)  ## run the tests of the XLA backend, on XLA's CPU
 	$(XLA)/bin/python -m pytest tests/xla
+
+notebook: $(BASE)  ## write the notebook anew from the repository
+	$(PY) scripts/build_notebook.py
 
 lint: $(DEV)  ## check format and style
 	$(PY) -m ruff format --check .
