@@ -88,7 +88,8 @@ sh("python", "pretrain.py", *options, "dry_run=true")  # what it will cost
 sh("python", "pretrain.py", *options, "run_name=colab", "resume=none")"""
 
 EVALUATE = """sh("python", "pretrain.py", "eval_only=true",
-   "load_checkpoint=checkpoints/athena/colab", "run_name=colab_evaluation", "arch.eval_halting=fixed", "arch.eval_steps=4",
+   "load_checkpoint=checkpoints/athena/colab", "run_name=colab_evaluation",
+   "arch.eval_halting=fixed", "arch.eval_steps=4",
    f"eval_max_batches={EVAL_BATCHES or 'null'}",
    "evaluators=[text@PerplexityEvaluator,halting@HaltingEvaluator]")"""
 
