@@ -122,11 +122,19 @@ class Backbone(nn.Module):
             )
         positions = prefix + config.seq_len
         if config.pos_encodings == "rope":
-            self.rotary_emb = RotaryEmbedding(
-                width // config.num_heads, positions, config.rope_theta, config.param_dtype
-            )
+            self.rotary_emb = self.make_rotary()
         elif config.pos_encodings == "learned":
             self.embed_pos = CastedEmbedding(positions, width, std, config.dtype)
+
+    def make_rotary(self) -> RotaryEmbedding:
+        """Of all positions that a row can have."""
+        config = self.config
+        return RotaryEmbedding(
+            config.hidden_size // config.num_heads,
+            config.prefix_len + config.seq_len,
+            config.rope_theta,
+            config.param_dtype,
+        )
 
     def make_block(self, mixer_size: int | None = None) -> Block:
         config = self.config
@@ -169,12 +177,16 @@ class Backbone(nn.Module):
     def embed(self, data: Batch) -> Tensor:
         """inputs (B, S), puzzle_identifiers (B,) -> sqrt(D) times the embedding, (B, P+S, D)."""
         embedding = self.embed_tokens(data["inputs"])
-        prefix, width = self.config.prefix_len, self.config.hidden_size
-        if prefix > 0:
-            identifier = self.puzzle_emb(data["puzzle_identifiers"])
-            identifier = F.pad(identifier, (0, prefix * width - identifier.shape[-1]))
-            embedding = torch.cat((identifier.view(-1, prefix, width), embedding), dim=1)
+        if self.config.prefix_len > 0:
+            embedding = self.prefixed(embedding, data["puzzle_identifiers"])
         return self.placed(embedding, self.positions(data))
+
+    def prefixed(self, embedding: Tensor, identifiers: Tensor) -> Tensor:
+        """Embedded tokens (B, S, D) behind their identifiers (B,), (B, P+S, D)."""
+        prefix, width = self.config.prefix_len, self.config.hidden_size
+        identifier = self.puzzle_emb(identifiers)
+        identifier = F.pad(identifier, (0, prefix * width - identifier.shape[-1]))
+        return torch.cat((identifier.view(-1, prefix, width), embedding), dim=1)
 
     def placed(self, embedding: Tensor, positions: Tensor) -> Tensor:
         """Scaled embeddings (B, L, D), with learned positions (B or 1, L) where there are any."""

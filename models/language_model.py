@@ -20,6 +20,7 @@ from models.key_value_cache import cache_bytes
 from models.losses import ACTLossHead
 from utils.backend import Backend
 from utils.backend.cpu import CPUBackend
+from utils.checkpoint import Checkpoint
 from utils.functions import nearest
 from utils.sampling import Sampling
 
@@ -52,13 +53,14 @@ class LanguageModel:
         identifier: str | None = None,
         gather: Callable[[Any], list[Any]] | None = None,
         between: Callable[[], None] = lambda: None,
+        checkpoint: Checkpoint | None = None,
     ):
         """rows: texts of a whole window that are computed at once. identifier: see
         `identifier_index`. gather: the ranks' way to exchange results. between: called by all ranks
-        before each round of batches."""
+        before each round of batches. checkpoint: where it was loaded from."""
         self.head, self.metadata, self.identifiers = head, metadata, list(identifiers)
         self._tokenizer, self.backend = tokenizer, backend or CPUBackend()
-        self.rows, self.between = rows, between
+        self.rows, self.between, self.checkpoint = rows, between, checkpoint
         self.gather = gather or self.backend.gather_objects
         self.model: Any = head.model
         self.config: Any = head.model.config

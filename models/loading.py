@@ -59,13 +59,14 @@ def load_language_model(
     refinement: int | None = None,
     forward_dtype: str | None = None,
     backend: Backend | None = None,
+    cast: bool = True,
     **options: Any,
 ) -> LanguageModel:
     """The model of a checkpoint folder, or of the newest in a run's folder.
 
     weights: ema or raw. steps: ACT steps of every token; None: as in evaluation. refinement: passes
-    after them; None: as configured. forward_dtype: of activations, if not as trained. `options` are
-    those of `LanguageModel`.
+    after them; None: as configured. forward_dtype: of activations, if not as trained. cast: see
+    `cast_weights`. `options` are those of `LanguageModel`.
     Raises UserError where there is no such model, or where it cannot continue a text.
     """
     if not Path(path).is_dir():
@@ -83,11 +84,12 @@ def load_language_model(
         raise UserError(f"{opened.folder} has no tokenizer.json: it was not trained on text")
     # a head for z_L, where one was trained, is part of the model: see build_model
     load_into(head.model, values)
-    cast_weights(head)
+    if cast:
+        cast_weights(head)
     head.to(backend.device).eval()
     tokenizer = open_tokenizer(opened.folder / "tokenizer.json", metadata)
     names = opened.json("identifiers.json")
-    return LanguageModel(head, metadata, names, tokenizer, backend, **options)
+    return LanguageModel(head, metadata, names, tokenizer, backend, checkpoint=opened, **options)
 
 
 def open_tokenizer(path: Path, metadata: DatasetMetadata) -> TextTokenizer:

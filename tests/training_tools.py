@@ -95,17 +95,24 @@ def next_probabilities(model: LanguageModel, ids: list[int]) -> np.ndarray:
 
 
 def altered(run: Path, target: Path, **changes) -> Path:
-    """A copy of a run's checkpoint with changes to its config; `arch` is merged."""
+    """A copy of a run's checkpoint with changes to its config; `arch` is merged, unless it names
+    another architecture."""
     shutil.copytree(checkpoints_of(run)[-1], target)
     config = yaml.safe_load((target / "config.yaml").read_text())
-    changes["arch"] = config["arch"] | changes.get("arch", {})
+    arch = changes.get("arch", {})
+    changes["arch"] = arch if "name" in arch else config["arch"] | arch
     config |= changes
     (target / "config.yaml").write_text(yaml.safe_dump(config))
-    (target / MANIFEST).unlink()
-    files = [path for path in target.rglob("*") if path.is_file()]
-    digests = {str(path.relative_to(target)): sha256(path) for path in files}
-    (target / MANIFEST).write_text(json.dumps(digests))
-    return target
+    return sealed(target)
+
+
+def sealed(checkpoint: Path) -> Path:
+    """A checkpoint whose manifest says what its files are by now."""
+    (checkpoint / MANIFEST).unlink()
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    digests = {str(path.relative_to(checkpoint)): sha256(path) for path in files}
+    (checkpoint / MANIFEST).write_text(json.dumps(digests))
+    return checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,254 @@
+"""An Athena model for `transformers`: AutoModelForCausalLM, generate, pipeline.
+
+The layers are Athena's own files; this one places texts in them as `transformers` hands them over.
+"""
+
+import warnings
+from typing import Any
+
+import pydantic  # noqa: F401  the configs need it: transformers tells who lacks what is named here
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from models.export.configuration_athena import AthenaConfig
+from models.layers import RotaryEmbedding, SequenceInfo
+from models.losses import LOSSES
+from models.recursive_reasoning.athena_trm import AthenaTRM as Architecture
+
+
+class RecursionCache(DynamicCache):
+    """Keys and values of earlier tokens, with every pass of the recursion as a layer of its own.
+
+    Each pass attends to what the same pass computed for earlier tokens: nothing is approximated.
+    Its length is that of the text; the prefix of the identifier is kept besides.
+    """
+
+    def __init__(self, prefix: int, steps: int):
+        super().__init__()
+        self.prefix, self.steps, self.passes = prefix, steps, 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return max(0, super().get_seq_length(layer_idx) - self.prefix)
+
+    def begin(self) -> None:
+        """To be called before each forward."""
+        self.passes = 0
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Notes key and value (B, M, n, K) of new positions in the next pass; all that it has."""
+        layer, self.passes = self.passes, self.passes + 1
+        return self.update(key, value, layer)
+
+
+class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
+    """See `forward`.
+
+    The logits are such that their softmax gives the model's own probabilities, whatever loss it was
+    trained with. Activations take the dtype of `from_pretrained(..., dtype=...)`.
+    """
+
+    config_class = AthenaConfig
+    base_model_prefix = "inner"
+    main_input_name = "input_ids"
+    config: Any
+    _supports_sdpa = True
+    _no_split_modules = ["ReasoningModule", "Block"]  # noqa: RUF012
+
+    def __init__(self, config: AthenaConfig):
+        super().__init__(config)
+        dtype = config.dtype or torch.get_default_dtype()
+        options = config.arch | {"forward_dtype": str(dtype).removeprefix("torch.")}
+        # in lower precision than Athena trains in, but for the rotary factors
+        self.inner: Any = Architecture(options).inner.to(dtype)
+        if hasattr(self.inner, "rotary_emb"):
+            self.inner.rotary_emb = self.inner.make_rotary()
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """The constructors have done it, but `from_pretrained` drops what no file holds."""
+        if isinstance(module, RotaryEmbedding):
+            with torch.device(module.cos_cached.device):
+                fresh = self.inner.make_rotary()
+            module.cos_cached.copy_(fresh.cos_cached)
+            module.sin_cached.copy_(fresh.sin_cached)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """`generate` leaves the cache to `forward`."""
+        return False
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.inner.embed_tokens
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return getattr(self.inner, "lm_head", self.inner.embed_tokens)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("the vocabulary of an exported Athena model cannot be resized")
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: RecursionCache | None = None,
+        use_cache: bool | None = None,
+        puzzle_identifiers: Tensor | str | int | None = None,
+        steps: int | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """input_ids (B, S), of which the first tokens may be in the cache already and left out.
+
+        attention_mask (B, tokens in the cache + S): 0 on padding, on either side; each row's text
+        begins at the first position. labels (B, S): usually input_ids; the loss is the mean nats of
+        each next token, those with label -100 left out, after the last ACT step alone.
+        puzzle_identifiers: a row of the identifier embedding, its name, or (B,) rows; None: the
+        config's. steps: ACT steps; None: the config's. logits_to_keep: only those of so many
+        last positions; 0: all. Further arguments are those of `transformers` and have no effect.
+        Raises ValueError for a text longer than the model's window.
+        """
+        inner, steps = self.inner, steps or self.config.steps
+        cache = self._cache(past_key_values, use_cache, steps)
+        past = 0 if cache is None else cache.get_seq_length()
+        real = self._real(attention_mask, input_ids, past)
+        length = input_ids.shape[1]
+        if real is None:
+            places = torch.arange(past, past + length, device=input_ids.device).unsqueeze(0)
+            longest = past + length
+        else:
+            places = (real.cumsum(-1) - 1).clamp_min(0)[:, past:]
+            longest = int(places.max()) + 1
+        self._check_window(longest)
+        prefix = inner.config.prefix_len
+        positions = prefix + places
+        x = inner.embed_tokens(input_ids)
+        identifiers = self._identifiers(puzzle_identifiers, input_ids)
+        if prefix and past == 0:
+            x = inner.prefixed(x, identifiers)
+            inner.puzzle_emb.used.clear()  # its own optimizer's notes: nobody reads them here
+            before = torch.arange(prefix, device=input_ids.device).expand(len(positions), -1)
+            positions = torch.cat((before, positions), dim=1)
+        mask = self._mask(real, past, x.shape[1], x.device)
+        cos, sin = inner.rotation(positions)
+        info = SequenceInfo(cos, sin, mask, causal=mask is None and past == 0, cache=cache)
+        z = inner.answer(inner.placed(x, positions), info, steps)[:, -length:]
+        logits = LOSSES[self.config.loss_type].softmax_logits(
+            inner.predict(z[:, -logits_to_keep:] if logits_to_keep else z)
+        )
+        output = CausalLMOutputWithPast(
+            loss=None if labels is None else _loss(logits, labels, real, num_items_in_batch),
+            logits=logits,
+            past_key_values=cache,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _cache(self, given: Any, use_cache: bool | None, steps: int) -> RecursionCache | None:
+        if given is None:
+            cache = RecursionCache(self.inner.config.prefix_len, steps) if use_cache else None
+        elif isinstance(given, RecursionCache):
+            cache = given
+        else:
+            raise ValueError(
+                f"past_key_values is a {type(given).__name__}, but every pass of the recursion "
+                "keeps keys of its own: say use_cache=True instead, and pass on what comes back"
+            )
+        if cache is not None:
+            if cache.steps != steps:
+                raise ValueError(
+                    f"steps={steps}, but past_key_values were computed with {cache.steps}"
+                )
+            cache.begin()
+        return cache
+
+    @staticmethod
+    def _real(mask: Tensor | None, input_ids: Tensor, past: int) -> Tensor | None:
+        """(B, past + S) bool, False on padding; None where there is none."""
+        if mask is None:
+            return None
+        expected = (len(input_ids), past + input_ids.shape[1])
+        if mask.shape != expected:
+            raise ValueError(
+                f"attention_mask is {tuple(mask.shape)}, but input_ids and what the cache holds "
+                f"are {expected}: one entry for each token"
+            )
+        real = mask.bool()
+        return None if real.all() else real
+
+    def _check_window(self, tokens: int) -> None:
+        window = self.config.max_position_embeddings
+        if tokens > window:
+            raise ValueError(
+                f"a text of {tokens} tokens, but the model's window holds {window} "
+                "(config.max_position_embeddings); shorten the text, or ask for fewer new tokens"
+            )
+
+    def _validate_generated_length(
+        self, generation_config: Any, input_ids_length: int, *args: Any
+    ) -> None:
+        """Has generation end where the window does, instead of in an error of `forward`."""
+        window = self.config.max_position_embeddings
+        self._check_window(input_ids_length + 1)
+        if generation_config.max_length > window:
+            warnings.warn(
+                f"the prompt has {input_ids_length} tokens and the window holds {window}: the text "
+                f"ends after {window - input_ids_length} new tokens at most",
+                stacklevel=2,
+            )
+            generation_config.max_length = window
+        super()._validate_generated_length(  # type: ignore[misc]
+            generation_config, input_ids_length, *args
+        )
+
+    def _identifiers(self, given: Tensor | str | int | None, input_ids: Tensor) -> Tensor:
+        """(B,) rows of the identifier embedding."""
+        names = self.config.identifiers
+        if given is not None and not self.inner.config.prefix_len:
+            raise ValueError(
+                f"puzzle_identifiers={given!r}, but this model has no identifier embedding"
+            )
+        if isinstance(given, str):
+            if given not in names:
+                raise ValueError(f"puzzle_identifiers={given!r} is unknown; there are {names}")
+            given = names.index(given)
+        rows = torch.as_tensor(
+            self.config.default_identifier if given is None else given, device=input_ids.device
+        )
+        return rows.expand(len(input_ids))
+
+    def _mask(
+        self, real: Tensor | None, past: int, length: int, device: torch.device
+    ) -> Tensor | None:
+        """(B or 1, 1, length, positions so far) bool, True where one of the last `length` positions
+        may look; None where "all before it" says that."""
+        if real is None and (past == 0 or length == 1):
+            return None
+        prefix = self.inner.config.prefix_len
+        if real is None:
+            total = prefix + past + length
+            seen = torch.ones(1, total, dtype=torch.bool, device=device)
+        else:
+            seen = F.pad(real, (prefix, 0), value=True)
+        keys = torch.arange(seen.shape[1], device=device)
+        queries = keys[-length:].unsqueeze(1)
+        # padding sees itself, because a softmax over nothing is no number
+        return ((keys <= queries) & seen[:, None] | (keys == queries)).unsqueeze(1)
+
+
+def _loss(
+    logits: Tensor, labels: Tensor, real: Tensor | None, items: Tensor | int | None
+) -> Tensor:
+    """Mean nats of each token after a real one; `items`: what to divide the sum by instead of their
+    number."""
+    following = labels[:, 1:].to(logits.device)
+    if real is not None:
+        following = following.masked_fill(~real[:, -labels.shape[1] : -1], -100)
+    total = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), following.flatten(), ignore_index=-100, reduction="sum"
+    )
+    return total / ((following != -100).sum().clamp_min(1) if items is None else items)

@@ -1,0 +1,82 @@
+"""The source that an exported model takes along: Athena's own files, made independent of Athena."""
+
+import ast
+import hashlib
+import importlib.util
+from pathlib import Path
+
+from dataset import common
+from dataset.common import UserError
+
+MODEL = "models.export.modeling_athena"
+_CONFIGURATION = "configuration_athena.py"
+_LINE = "from models.recursive_reasoning.athena_trm import AthenaTRM as Architecture"
+_HEADER = "# Copied from Athena by scripts/export_hf.py. SPDX-License-Identifier: Apache-2.0\n"
+_PARTS = {"pretrain", "sequence_dataset", "models", "evaluators", "dataset", "utils", "config"}
+
+
+def remote_code(architecture: type) -> dict[str, str]:
+    """File name -> text of all that a model of this class is made of, to lie beside each other.
+
+    Raises UserError where the class needs what lies outside `models`.
+    """
+    found: dict[str, str] = {}
+    todo, seen = [MODEL], {MODEL}
+    while todo:
+        module = todo.pop()
+        text = _path(module).read_text("utf-8")
+        if module == MODEL:
+            assert text.count(_LINE) == 1
+            own = f"from {architecture.__module__} import {architecture.__name__} as Architecture"
+            text = text.replace(_LINE, own)
+        name = module.rpartition(".")[2] + ".py"
+        if name in found:
+            raise UserError(f"{module} cannot be exported: there are two files named {name}")
+        text, needed = _independent(module, text)
+        found[name] = _HEADER + text
+        todo += sorted(needed - seen)
+        seen |= needed
+    # transformers takes models for the same, in folders of one name, if this one file is the same
+    digest = hashlib.sha256("".join(found[name] for name in sorted(found)).encode()).hexdigest()
+    found[_CONFIGURATION] = f"# digest of the files beside it: {digest}\n" + found[_CONFIGURATION]
+    return found
+
+
+def _path(module: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    return Path(spec.origin)
+
+
+def _independent(module: str, text: str) -> tuple[str, set[str]]:
+    """The text with imports from beside it instead of from Athena, and the modules that these are.
+
+    Constants of `dataset.common` are written out.
+    """
+    lines, needed = text.splitlines(keepends=True), set()
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Import | ast.ImportFrom) or not _of_athena(node):
+            continue
+        source = node.module if isinstance(node, ast.ImportFrom) and not node.level else None
+        names = {alias.asname or alias.name: alias.name for alias in node.names}
+        if source == common.__name__ and all(name.isupper() for name in names.values()):
+            written = "".join(f"{k} = {getattr(common, v)!r}\n" for k, v in names.items())
+        elif source and source.startswith("models.") and _path(source).name != "__init__.py":
+            needed.add(source)
+            local = ast.ImportFrom(source.rpartition(".")[2], node.names, level=1)
+            written = " " * node.col_offset + ast.unparse(local) + "\n"
+        else:
+            raise UserError(
+                f"{module} cannot be exported, because of `{ast.unparse(node)}`: a model's source "
+                "may import of Athena only what files in models/ define, each named as in `from "
+                "models.layers import Block`"
+            )
+        end = node.end_lineno or node.lineno
+        lines[node.lineno - 1 : end] = [written, *[""] * (end - node.lineno)]
+    return "".join(lines), needed
+
+
+def _of_athena(node: ast.Import | ast.ImportFrom) -> bool:
+    if isinstance(node, ast.ImportFrom):
+        return node.level > 0 or (node.module or "").split(".")[0] in _PARTS
+    return any(alias.name.split(".")[0] in _PARTS for alias in node.names)

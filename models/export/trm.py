@@ -1,0 +1,65 @@
+"""A single file as TRM's own training writes it, for TRM's own code to load."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dataset.common import UserError
+
+# How the network must be for TRM's code to compute the same from the same weights.
+_TRM = {
+    "causal": False,
+    "document_mask": False,
+    "norm_type": "post",
+    "tie_embeddings": False,
+    "post_refinement_steps": 0,
+}
+_NAMED = (
+    "hidden_size num_heads expansion L_layers H_cycles L_cycles mlp_t pos_encodings "
+    "puzzle_emb_ndim puzzle_emb_len halt_max_steps forward_dtype"
+).split()
+_UNNAMED = {"rope_theta": 10000.0, "rms_norm_eps": 1e-5}  # TRM's presets leave them out
+
+
+def write_file(model: nn.Module, file: Path) -> None:
+    """Weights in float32 and the initial states in the forward dtype, named as in the compiled loss
+    head. Raises UserError where TRM has no such network."""
+    config: Any = model.config
+    _check(config)
+    state = {}
+    for name, value in model.state_dict().items():
+        if not name.startswith("inner.reasoning_head."):
+            dtype = config.dtype if name in ("inner.H_init", "inner.L_init") else torch.float32
+            state[f"_orig_mod.model.{name}"] = value.to(dtype)
+    part = file.with_name(f".{file.name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, part)
+    part.rename(file)
+
+
+def options(config: Any) -> str:
+    """What TRM's command line has to say for the same network."""
+    values = {name: getattr(config, name) for name in _NAMED} | {
+        "L_layers": config.layers,
+        "puzzle_emb_len": config.prefix_len,
+    }
+    said = [f"arch.{name}={value}" for name, value in values.items()]
+    said += [
+        f"+arch.{k}={getattr(config, k)}" for k, v in _UNNAMED.items() if getattr(config, k) != v
+    ]
+    return " ".join(["arch=trm", *said])
+
+
+def _check(config: Any) -> None:
+    if not hasattr(config, "H_cycles"):
+        raise UserError("format=trm: TRM's code has no plain decoder, only the recursive model")
+    wanted = _TRM | {"num_key_value_heads": config.num_heads}
+    found = config.model_dump() | {"num_key_value_heads": config.key_value_heads}
+    clashes = [f"arch.{k}={found[k]} (TRM: {v})" for k, v in wanted.items() if found[k] != v]
+    if clashes:
+        raise UserError(
+            f"format=trm: TRM's code computes something else from these weights, because of "
+            f"{', '.join(clashes)}; only a model that was trained with arch=trm goes back to TRM"
+        )

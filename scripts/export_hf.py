@@ -1,0 +1,137 @@
+r"""Export a trained model: for Hugging Face transformers, or for TRM's own code.
+
+    python scripts/export_hf.py checkpoint=checkpoints/athena/quickstart output=exported/plays
+    python scripts/export_hf.py checkpoint=checkpoints/athena/sudoku6 output=step_1 format=trm
+
+The folder holds everything that AutoModelForCausalLM, AutoTokenizer and pipeline need with
+trust_remote_code=True, and nothing of Athena has to be installed where it is used.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dataset.common import UserError, run_cli
+from models.export import trm
+from models.export.hugging_face import difference, write_folder
+from models.loading import build_model, load_language_model
+from models.train_state import load_into
+from utils.checkpoint import load_weights
+from utils.config_errors import problems_of, show
+from utils.sampling import PositiveInt
+
+
+class Options(BaseModel):
+    """The arguments, each given as key=value."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoint: str = Field(description="a checkpoint, or the folder of a run: its newest")
+    output: Path = Field(description="folder (format=hf) or file (format=trm) to write")
+    format: Literal["hf", "trm"] = Field("hf", description="hf: transformers; trm: TRM's code")
+    weights: Literal["ema", "raw"] = Field("ema", description="averaged, or as last trained")
+    dtype: Literal["float32", "bfloat16", "float64"] | None = Field(
+        None, description="of weights and activations; null: in which the model computes"
+    )
+    steps: PositiveInt | None = Field(
+        None, description="ACT steps per token if not asked otherwise; null: as in evaluation"
+    )
+    post_refinement_steps: int | None = Field(
+        None, ge=0, description="passes on z_H after the last step; null: as configured"
+    )
+    identifier: str | None = Field(
+        None, description="identifier for texts without one; null: the only one, else the blank"
+    )
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Reads key=value arguments; UserError that lists everything wrong with them."""
+    given: dict[str, Any] = {}
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if not sign:
+            raise UserError(
+                f"cannot read '{argument}': arguments are key=value; see --help for the keys"
+            )
+        given[key] = None if value == "null" else value
+    try:
+        options = Options.model_validate(given)
+    except ValidationError as error:
+        everywhere = list(Options.model_fields)
+        raise UserError("; ".join(problems_of(error, Options, given, "", everywhere))) from None
+    if options.format == "trm":
+        for name in ("dtype", "steps", "post_refinement_steps", "identifier"):
+            if getattr(options, name) is not None:
+                raise UserError(f"{name} has no place in TRM's file: leave it out with format=trm")
+    return options
+
+
+def help_text() -> str:
+    lines = [__doc__ or "", "keys (key=value), with their defaults:"]
+    for name, field in Options.model_fields.items():
+        default = "" if field.is_required() else f"={show(field.default)}".replace("'", "")
+        lines.append(f"  {name + default:<26}  {field.description}")
+    return "\n".join(lines)
+
+
+def export_hf(options: Options) -> None:
+    model = load_language_model(
+        options.checkpoint,
+        options.weights,
+        steps=options.steps,
+        refinement=options.post_refinement_steps,
+        identifier=options.identifier,
+        cast=False,
+    )
+    assert model.checkpoint is not None
+    dtype = getattr(torch, options.dtype) if options.dtype else model.config.dtype
+    averaged = options.weights == "ema" and "ema.pt" in model.checkpoint
+    write_folder(model, options.output, dtype, "averaged" if averaged else "as last trained")
+    print(f"wrote {options.output}")
+    off = difference(model, options.output)
+    if off is None:
+        print(
+            "note: transformers 5 is not installed, so the folder was not tried out "
+            "(pip install -r requirements-export.txt)"
+        )
+    else:
+        print(f"as transformers loads it, its logits are off by at most {off:.1e}")
+
+
+def export_trm(options: Options) -> None:
+    values, opened = load_weights(options.checkpoint, options.weights)
+    if opened is None:
+        raise UserError(f"checkpoint={options.checkpoint} is a file of TRM's already")
+    head, _ = build_model(opened)
+    load_into(head.model, values)
+    trm.write_file(head.model, options.output)
+    print(f"wrote {options.output}; for TRM's pretrain.py: load_checkpoint={options.output} "
+          f"{trm.options(head.model.config)}")  # fmt: skip
+
+
+def run(options: Options) -> None:
+    if options.output.exists():
+        raise UserError(f"output={options.output} exists; name another, or remove it first")
+    try:
+        {"hf": export_hf, "trm": export_trm}[options.format](options)
+    except OSError as error:
+        raise UserError(f"output={options.output} cannot be written: {error}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the top of this file."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return
+    run_cli(lambda: run(parse(arguments)))
+
+
+if __name__ == "__main__":
+    main()
