@@ -10,12 +10,12 @@ trust_remote_code=True, and nothing of Athena has to be installed where it is us
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from dataset.common import UserError, run_cli
 from models.export import trm
@@ -23,7 +23,7 @@ from models.export.hugging_face import difference, write_folder
 from models.loading import build_model, load_language_model
 from models.train_state import load_into
 from utils.checkpoint import load_weights
-from utils.config_errors import problems_of, show
+from utils.key_values import key_value_help, parse_key_values
 from utils.sampling import PositiveInt
 
 
@@ -52,32 +52,12 @@ class Options(BaseModel):
 
 def parse(arguments: Sequence[str]) -> Options:
     """Reads key=value arguments; UserError that lists everything wrong with them."""
-    given: dict[str, Any] = {}
-    for argument in arguments:
-        key, sign, value = argument.partition("=")
-        if not sign:
-            raise UserError(
-                f"cannot read '{argument}': arguments are key=value; see --help for the keys"
-            )
-        given[key] = None if value == "null" else value
-    try:
-        options = Options.model_validate(given)
-    except ValidationError as error:
-        everywhere = list(Options.model_fields)
-        raise UserError("; ".join(problems_of(error, Options, given, "", everywhere))) from None
+    options = parse_key_values(Options, arguments)
     if options.format == "trm":
         for name in ("dtype", "steps", "post_refinement_steps", "identifier"):
             if getattr(options, name) is not None:
                 raise UserError(f"{name} has no place in TRM's file: leave it out with format=trm")
     return options
-
-
-def help_text() -> str:
-    lines = [__doc__ or "", "keys (key=value), with their defaults:"]
-    for name, field in Options.model_fields.items():
-        default = "" if field.is_required() else f"={show(field.default)}".replace("'", "")
-        lines.append(f"  {name + default:<26}  {field.description}")
-    return "\n".join(lines)
 
 
 def export_hf(options: Options) -> None:
@@ -128,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the top of this file."""
     arguments = sys.argv[1:] if argv is None else argv
     if "--help" in arguments or "-h" in arguments:
-        print(help_text())
+        print(key_value_help(Options, __doc__))
         return
     run_cli(lambda: run(parse(arguments)))
 

@@ -19,14 +19,14 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import orjson
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from dataset.common import UserError, run_cli
 from models.language_model import LanguageModel
 from models.loading import load_language_model
 from utils.backend import select_backend
-from utils.config_errors import problems_of, show
+from utils.key_values import key_value_help, parse_key_values
 from utils.sampling import PositiveInt, Sampling
 
 TEXTS = ("prompt", "stop")  # values that are taken as they are
@@ -88,41 +88,14 @@ class Options(Sampling):
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """Reads key=value arguments; UserError that lists everything wrong with them.
-
-    The prompt is taken as it is, never as YAML, so that it may hold colons and brackets.
-    """
-    given: dict[str, str | None] = {}
-    for argument in arguments:
-        key, sign, value = argument.partition("=")
-        if not sign:
-            raise UserError(
-                f"cannot read '{argument}': arguments are key=value; put quotes around a value "
-                "with spaces, and see --help for the keys"
-            )
-        given[key] = None if value == "null" and key not in TEXTS else value
-    given = {key: value for key, value in given.items() if value is not None}
-    try:
-        options = Options.model_validate(given)
-    except ValidationError as error:
-        everywhere = list(Options.model_fields)
-        raise UserError("; ".join(problems_of(error, Options, given, "", everywhere))) from None
+    """Reads key=value arguments; UserError that lists everything wrong with them."""
+    options = parse_key_values(Options, arguments, verbatim=TEXTS)
     sources = [options.prompt is not None, options.prompts_file is not None, options.interactive]
     if sum(sources) != 1:
         raise UserError("give one of prompt=TEXT, prompts_file=FILE and interactive=true")
     if options.prompt == "":
         raise UserError("prompt is empty; give the words with which the text begins")
     return options
-
-
-def help_text() -> str:
-    lines = [__doc__ or "", "keys (key=value), with their defaults:"]
-    own = [name for name in Options.model_fields if name not in Sampling.model_fields]
-    for name in (*own[:5], *Sampling.model_fields, *own[5:]):
-        field = Options.model_fields[name]
-        default = "" if field.is_required() else f"={show(field.default)}".replace("'", "")
-        lines.append(f"  {name + default:<26}  {field.description}")
-    return "\n".join(lines)
 
 
 def note(sentence: str) -> None:
@@ -262,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the top of this file."""
     arguments = sys.argv[1:] if argv is None else argv
     if "--help" in arguments or "-h" in arguments:
-        print(help_text())
+        print(key_value_help(Options, __doc__))
         return
     run_cli(lambda: run(parse(arguments)))
 
