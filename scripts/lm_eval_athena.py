@@ -2,7 +2,7 @@ r"""EleutherAI's lm-evaluation-harness with Athena's models: its own command, wh
 
     pip install -r requirements-eval.txt
     python scripts/lm_eval_athena.py --model athena \
-        --model_args checkpoint=checkpoints/athena/my_run --tasks lambada_openai --batch_size 16
+        --model_args checkpoint=checkpoints/athena/mine --tasks lambada_openai --batch_size 16
 
 All arguments are lm_eval's. --model_args takes checkpoint (a checkpoint, or a run's folder: its
 newest), weights (ema | raw), steps (ACT steps per token), post_refinement_steps, identifier, and
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
 
 from dataset.common import UserError, run_cli
 from models.language_model import LanguageModel
@@ -67,7 +69,10 @@ class AthenaLM(LM):
             raise UserError("--model_args needs checkpoint=<a checkpoint, or a run's folder>")
         if weights not in ("ema", "raw"):
             raise UserError(f"--model_args: weights={weights}: choose ema or raw")
-        backend, _ = select_backend((device or "auto").partition(":")[0])
+        kind = (device or "auto").partition(":")[0]
+        if kind == "cuda" and not torch.cuda.is_available():
+            kind = "auto"  # the harness says cuda:0 where its user says nothing
+        backend, _ = select_backend(kind)
         rows = int(batch_size) if str(batch_size).isdigit() else 16  # auto
         self.max_gen_toks, self.checkpoint = int(max_gen_toks), checkpoint
         self.model: LanguageModel = load_language_model(

@@ -1,0 +1,143 @@
+"""Every command that README and docs show is run, in the order in which a reader meets them, in a
+folder that holds the project and a little text. Sizes are made small; nothing else is changed.
+"""
+
+import gzip
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_tools import ROOT
+
+DOCUMENTS = ("README.md", "docs/data.md", "docs/running.md", "docs/evaluation.md")
+# Sizes for seconds on a CPU: what a command says, and what it is run with.
+SMALLER = {
+    "--vocab-size 32000": "--vocab-size 400",
+    "--vocab-size 4096": "--vocab-size 400",
+    "--seq-len 2048 --stride 2048": "--seq-len 32 --stride 32",
+    "--seq-len 256": "--seq-len 32",
+    "max_seconds=120": "max_seconds=3",
+    "--nproc-per-node 4": "--nproc-per-node 2",
+    "--nproc-per-node 8": "--nproc-per-node 2",
+    "global_batch_size=768": "global_batch_size=8",
+    "max_new_tokens=200": "max_new_tokens=8",
+    "--tasks lambada_openai": "--tasks athena_words --include_path .",
+    "epochs=2": "epochs=0.4",
+}
+# For every training that is not only planned: what the command leaves to its defaults.
+TRAINING = (
+    "arch.hidden_size=32 arch.halt_max_steps=2 arch.force_min_steps=1 arch.forward_dtype=float32 "
+    "device_type=cpu eval_max_batches=1"
+).split()
+SHORT = "global_batch_size=8 epochs=0.2 lr_warmup_steps=1".split()
+ELSEWHERE = {
+    "make": "test_the_makefile_has_every_target_that_is_shown",
+    "--nnodes 2": "tests/test_launchers.py runs two nodes",
+    "--rdzv-id": "tests/test_launchers.py runs two nodes",
+    "pip install": "an environment is there already; tests/test_layout.py compares the files",
+    "scripts/plot_run.py RUN": "tests/scripts/test_plot_run.py",
+}
+
+
+def commands(document: str) -> list[str]:
+    """Commands of the indented blocks of a document, continued lines joined."""
+    lines = (ROOT / document).read_text("utf-8").splitlines()
+    found: list[str] = []
+    for line in lines:
+        if not line.startswith("    ") or not line.strip():
+            continue
+        text = line.strip()
+        if re.match(r"(python|torchrun|make|pip)\b", text):
+            found.append(text)
+        elif found and (found[-1].endswith("\\") or found[-1].count("'") % 2):
+            found[-1] = found[-1].removesuffix("\\").rstrip() + " " + text
+    return found
+
+
+def small(command: str) -> list[str]:
+    """The words of a command, made small, for this machine."""
+    for said, run in SMALLER.items():
+        command = command.replace(said, run)
+    words = shlex.split(command.partition(" > ")[0])
+    planned = "dry_run=true" in command
+    if not planned:
+        words = ["arch=athena_trm_tiny" if w == "arch=athena_trm_large" else w for w in words]
+    if "pretrain.py" in words and "eval_only=true" not in words and not planned:
+        given = {word.lstrip("+").partition("=")[0] for word in words}
+        words += [] if any(w.startswith("arch=") for w in words) else ["arch=athena_trm_tiny"]
+        words += [key for key in TRAINING + SHORT if key.partition("=")[0] not in given]
+    if words[0] == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
+    if words[0] == "python":
+        return [sys.executable, *words[1:]]
+    return words
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory) -> Path:
+    """A folder as a reader has it: the project, texts, and files that commands name."""
+    home = tmp_path_factory.mktemp("reader")
+    for path in ROOT.iterdir():
+        if path.name not in ("data", "checkpoints", ".git", ".venv"):
+            (home / path.name).symlink_to(path)
+    words = (ROOT / "docs" / "running.md").read_text("utf-8").split()
+    (home / "my_text").mkdir()
+    pieces = [" ".join(words[i : i + 60]) for i in range(0, len(words) - 60, 20)]
+    for number in range(3):
+        text = "\n".join(pieces[number::3])
+        (home / "my_text" / f"{number}.txt").write_text(text)
+    zstd = pytest.importorskip("backports.zstd")
+    lines = "".join(json.dumps({"text": piece}) + "\n" for piece in pieces)
+    with zstd.open(home / "c4.jsonl.zst", "wb") as file:
+        file.write(lines.encode())
+    with gzip.open(home / "github.txt.gz", "wb") as file:
+        file.write("\n".join(pieces[::2]).encode())
+    (home / "prompts.txt").write_text("It was\nThe\n")
+    pair = {"sentence_good": "The run goes on.", "sentence_bad": "Run the on goes.", "field": "x"}
+    with zstd.open(home / "blimp.jsonl.zst", "wb") as file:
+        file.write((json.dumps(pair) + "\n").encode() * 3)
+    task = {"context": "The run goes", "word": "on"}
+    (home / "words.jsonl").write_text((json.dumps(task) + "\n") * 3)
+    (home / "words.yaml").write_text(
+        "task: athena_words\ndataset_path: json\ntest_split: train\n"
+        f"dataset_kwargs: {{data_files: {home / 'words.jsonl'}}}\noutput_type: loglikelihood\n"
+        'doc_to_text: "{{context}}"\ndoc_to_target: " {{word}}"\nmetric_list: [{metric: acc}]\n'
+    )
+    return home
+
+
+def test_every_command_runs_as_printed(reader):
+    """One after the other: what one writes, the next reads."""
+    ran = 0
+    for document in DOCUMENTS:
+        for command in commands(document):
+            if any(sign in command for sign in ELSEWHERE):
+                continue
+            words = small(command)
+            if "build_corpus_dataset" in command:
+                words.append("--overwrite")
+            done = subprocess.run(
+                words, cwd=reader, capture_output=True, text=True, timeout=200, input="",
+                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+            assert done.returncode == 0, f"{document}: {command}\n{done.stdout}\n{done.stderr}"
+            ran += 1
+    assert ran > 15
+
+
+def test_the_makefile_has_every_target_that_is_shown():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    shown = {
+        target
+        for document in (*DOCUMENTS, "docs/results.md", "TPU_SETUP.md")
+        for target in re.findall(r"\bmake ([a-z-]+)", (ROOT / document).read_text("utf-8"))
+        if target != "it"
+    }
+    assert {"quickstart", "test", "sudoku"} <= shown
+    for target in shown & set(re.findall(r"^([a-z-]+):", makefile, re.M)) ^ shown:
+        raise AssertionError(f"there is no target {target}")
