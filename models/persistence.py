@@ -308,10 +308,10 @@ def micro_batch_rows(
         saved_micro_rows(resumed, rows)
         or cost.fitting_rows(
             model.model,
-            rows,
+            config,
             backend.available_memory(),
-            optimizer=config.optimizer,
-            ema=config.ema,
+            ranks=backend.world_size,
+            device=backend.device.type,
         )
     )
 

@@ -31,7 +31,9 @@ VARIANTS = {
 }
 
 
-def make_step(config: PretrainConfig, backend: Backend) -> tuple[Callable[[], None], TrainState]:
+def make_step(
+    config: PretrainConfig, backend: Backend, micro_rows: int | None = None
+) -> tuple[Callable[[], None], TrainState]:
     """A function that does one optimizer step on random tokens, and what it changes."""
     vocab, length, rows = config.vocab_size or 1024, config.seq_len or 256, config.global_batch_size
     metadata = DatasetMetadata(
@@ -40,20 +42,31 @@ def make_step(config: PretrainConfig, backend: Backend) -> tuple[Callable[[], No
     )  # fmt: skip
     model = create_model(config, metadata, batch_size=rows).to(backend.device).train()
     state = create_train_state(config, model, backend=backend)
+    micro_rows = micro_rows or rows
     tokens = torch.randint(vocab, (rows, length), dtype=torch.int32, device=backend.device)
-    batch = dict(
-        inputs=tokens,
-        labels=tokens,
-        puzzle_identifiers=torch.zeros(rows, dtype=torch.int32, device=backend.device),
-        document_starts=torch.zeros_like(tokens),
-    )
-    state.carries = [model.initial_carry(batch)]
+    batches = [
+        dict(
+            inputs=part,
+            labels=part.clone(),
+            puzzle_identifiers=torch.zeros(micro_rows, dtype=torch.int32, device=backend.device),
+            document_starts=torch.zeros_like(part),
+        )
+        for part in tokens.split(micro_rows)
+    ]
+    state.carries = [model.initial_carry(batch) for batch in batches]
 
     def step() -> None:
-        state.carries[0], loss, *_ = model(return_keys=(), carry=state.carries[0], batch=batch)
-        (loss / rows).backward()
+        moved = [{key: value.clone() for key, value in batch.items()} for batch in batches]
+        for i, batch in enumerate(moved):  # new tensors, as a stream brings them
+            carry, loss, *_ = model(return_keys=(), carry=state.carries[i], batch=batch)
+            state.carries[i] = carry
+            (loss / rows).backward()
+        state.clip_gradients(config.grad_clip_norm)
         for optimizer in state.optimizers:
             optimizer.step()
+        if state.ema is not None:
+            state.ema.update()
+        for optimizer in state.optimizers:
             optimizer.zero_grad()
         loss.item()  # waits for the device
 

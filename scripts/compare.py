@@ -88,7 +88,7 @@ def measure(folder: Path) -> Result:
         core_parameters=counted.core_parameters,
         parameters=counted.parameters,
         train_flops=counted.train_flops,
-        eval_flops=counted.forward_flops * getattr(head.model.config, "max_eval_steps", 1),
+        eval_flops=counted.evaluation_flops,
         seconds=state["counters"]["seconds"],
         steps=step,
         examples=state["stream"]["examples_entered"],

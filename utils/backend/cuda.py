@@ -7,8 +7,15 @@ import torch
 
 from utils.backend.base import Backend
 
-# dense bfloat16 FLOP/s by a part of the device's name (NVIDIA's data sheets, SXM variants)
-_BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+BF16_PEAK = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "4060": 30e12,
+}
+"""Dense bfloat16 FLOP/s by a part of the device's name (NVIDIA's data sheets, SXM variants)."""
 
 
 class CUDABackend(Backend):
@@ -54,4 +61,4 @@ class CUDABackend(Backend):
         if dtype != torch.bfloat16:
             return None
         name = torch.cuda.get_device_name(self.device)
-        return next((peak for part, peak in _BF16_PEAK.items() if part in name), None)
+        return next((peak for part, peak in BF16_PEAK.items() if part in name), None)

@@ -1,0 +1,305 @@
+r"""What a run would take, before it runs: parameters, FLOPs, memory, time and money.
+
+    python scripts/estimate.py arch=athena_trm_small hardware=h200
+    python scripts/estimate.py arch=athena_trm_large hardware=a100 devices=8 tokens=1e10
+    python scripts/estimate.py arch=athena_trm_small,athena_trm_medium,transformer hardware=4060
+    python scripts/estimate.py data_paths="[data/mine]" experiment=quickstart measure=true
+
+Takes every key of pretrain.py, several presets at once as arch=a,b, and the keys below. Without a
+corpus it assumes vocab_size=32000, seq_len=2048 and 20 tokens per parameter. measure=true runs real
+training steps on this machine and prints what they took beside the estimate.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of measure=true; before torch is imported
+
+import torch
+from pydantic import ValidationError
+
+from dataset.common import UserError, run_cli
+from models import cost
+from models.dry_run import flops, number, planned_model, size
+from scripts.measure_step import measured_step
+from scripts.run_plan import HARDWARE, Options, Plan, configure, cpu_rate, plan
+from utils.backend import select_backend
+from utils.config import PretrainConfig
+from utils.config_errors import problems_of, show, to_float
+from utils.functions import nearest
+
+LONG = 30 * 86400
+"""Seconds of training that deserve a warning."""
+EXPENSIVE = 5000
+"""US dollars that do."""
+DEEP = 1000
+"""Layer passes per trained token that do: a decoder of as many layers."""
+_SHORT = ["arch.halt_max_steps=8", "arch.H_cycles=3"]
+CHEAPER = (
+    ["arch.halt_max_steps=8"],
+    _SHORT,
+    ["arch=athena_trm_medium", *_SHORT],
+    ["arch=athena_trm_small", *_SHORT],
+    ["arch.hidden_size=512", "arch.num_heads=8", "arch.puzzle_emb_ndim=0"],
+)
+_AGAIN = "arch.use_gradient_checkpointing=true"
+SMALLER = (
+    ["micro_batch_size=1"],
+    [_AGAIN],
+    ["parallel=fsdp"],
+    ["global_batch_size=64"],
+    ["global_batch_size=64", _AGAIN],
+    ["arch=athena_trm_medium", "global_batch_size=64"],
+    ["arch=athena_trm_small", "global_batch_size=64"],
+    ["arch=athena_trm_small", "global_batch_size=8", _AGAIN],
+    ["arch=athena_trm_tiny"],
+    ["arch.hidden_size=1024", "arch.num_heads=16"],
+    ["arch.hidden_size=512", "arch.num_heads=8", "arch.puzzle_emb_ndim=0", "global_batch_size=64"],
+)
+
+
+def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """The own keys, and the overrides that are pretrain.py's."""
+    own: dict[str, Any] = {}
+    overrides: list[str] = []
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if not sign or key not in Options.model_fields:
+            near = nearest(key, list(Options.model_fields))
+            if near and "." not in key and not nearest(key, list(PretrainConfig.model_fields)):
+                raise UserError(f"unknown key '{key}': did you mean '{near}'?")
+            overrides.append(argument)
+        elif value != "null":
+            own[key] = to_float(value) if key == "tokens" else value
+    try:
+        options = Options.model_validate(own)
+    except ValidationError as error:
+        names = list(Options.model_fields)
+        raise UserError("; ".join(problems_of(error, Options, own, "", names))) from None
+    if options.hardware not in HARDWARE:
+        raise UserError(f"hardware={options.hardware} is unknown; there are {', '.join(HARDWARE)}")
+    return options, overrides
+
+
+def changed(overrides: Sequence[str], extra: Sequence[str]) -> list[str]:
+    """Overrides with those of `extra` in place of others of the same key."""
+    replaced = {override.partition("=")[0].lstrip("+") for override in extra}
+    kept = [o for o in overrides if o.partition("=")[0].lstrip("+") not in replaced]
+    return [*kept, *extra]
+
+
+def rows_of(p: Plan) -> list[tuple[str, str]]:
+    """What is printed of a plan, as (name, value)."""
+    c, rows = p.counted, p.config.global_batch_size
+    steps = p.tokens * p.act_steps / (rows * c.seq_len)
+    room = "fits" if p.fits else "DOES NOT FIT"
+    return [
+        ("parameters", number(c.parameters)),
+        ("  core (blocks)", number(c.core_parameters)),
+        ("  embeddings", number(c.embedding_parameters)),
+        ("  heads", number(c.head_parameters)),
+        ("identifier embedding", number(c.identifier_parameters)),
+        ("layer passes per ACT step", f"{c.layer_passes} ({c.gradient_passes} with gradient)"),
+        ("ACT steps of an example", f"{p.act_steps:.1f} of {c.max_steps}"),
+        ("FLOPs per token", ""),
+        ("  training, an ACT step", flops(c.train_flops)),
+        ("  training, all its steps", flops(c.train_flops * p.act_steps)),
+        ("  evaluation, an ACT step", flops(c.forward_flops)),
+        ("  evaluation, all its steps", flops(c.evaluation_flops)),
+        ("memory of a device", f"{size(p.total)} of {size(p.memory)}: {room}"),
+        *((f"  {name}", size(part)) for name, part in p.parts.items()),
+        ("rows at once", f"{p.micro_rows} of {p.config.rows_per_rank(p.devices)}"),
+        ("checkpoint on disk", size(cost.checkpoint_bytes(p.model, p.config))),
+        ("tokens", f"{p.tokens:.3g}"),
+        ("optimizer steps", f"{steps:,.0f}"),
+        ("time", duration(p.seconds)),
+        ("money", dollars(p.money)),
+    ]
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def dollars(amount: float) -> str:
+    return f"${amount:,.0f}" if amount >= 10 else f"${amount:.2f}"
+
+
+def assumptions(options: Options, p: Plan) -> str:
+    price = p.hardware.price if options.price is None else options.price
+    utilisation = options.utilisation or p.hardware.utilisation
+    return (
+        f"on {p.devices} x {p.hardware.title}, {p.config.global_batch_size} rows a step of "
+        f"{p.counted.seq_len} tokens, vocabulary {p.model.config.vocab_size:,}; assumed: "
+        f"{utilisation:.0%} of the peak rate (utilisation=), ${price:g} for a device and hour "
+        f"(price=), and of ACT steps: {p.assumed}. Evaluations and saving are not counted."
+    )
+
+
+# --- warnings ------------------------------------------------------------------------------
+
+
+def warnings_of(options: Options, overrides: Sequence[str], p: Plan) -> list[str]:
+    """What makes the plan impractical, each with settings that cost less and what they cost."""
+    found = []
+    carry = p.parts["carry"]
+    if not p.fits:
+        what = f"needs {size(p.total)} with {p.micro_rows} rows at once, but only " + (
+            f"{cost.FILLED:.0%} of {size(p.memory)} can be planned with"
+        )
+        found.append(what + advice(options, overrides, p, SMALLER, "fits"))
+    elif carry > 0.25 * p.memory:
+        what = f"the carry of {p.config.rows_per_rank(p.devices)} rows takes {size(carry)}"
+        found.append(what + advice(options, overrides, p, (["global_batch_size=64"],), "carry"))
+    if p.seconds > LONG or p.money > EXPENSIVE:
+        what = (
+            f"takes {duration(p.seconds)} and {dollars(p.money)}; a trained token goes through "
+            f"{p.passes:,.0f} layer passes"
+        )
+        found.append(what + advice(options, overrides, p, CHEAPER, "seconds"))
+    elif p.passes > DEEP:
+        what = (
+            f"runs {p.passes:,.0f} layer passes for each trained token, as a decoder of so many "
+            f"layers would ({duration(p.seconds)}, {dollars(p.money)})"
+        )
+        found.append(what + advice(options, overrides, p, CHEAPER, "seconds"))
+    arch = p.model.config
+    unused = getattr(arch, "enable_reasoning_stream", False) is True
+    if unused and not p.config.arch.loss.options.get("reasoning_loss_weight"):
+        head = arch.hidden_size * arch.reasoning_vocab_size
+        what = f"{number(head)} parameters are a reasoning head that nothing trains"
+        settings = (["arch.enable_reasoning_stream=auto"],)
+        found.append(what + advice(options, overrides, p, settings, "parameters"))
+    outside = p.counted.parameters - p.counted.core_parameters
+    if outside > 0.6 * p.counted.parameters and not arch.tie_embeddings:
+        what = f"{outside / p.counted.parameters:.0%} of the parameters are embedding and head"
+        settings = (["arch.tie_embeddings=true"],)
+        found.append(what + advice(options, overrides, p, settings, "parameters"))
+    return found
+
+
+def advice(
+    options: Options, overrides: Sequence[str], p: Plan, settings: Sequence[list[str]], gain: str
+) -> str:
+    """The settings that help, each counted anew on the same tokens."""
+    helpful = []
+    recursive = hasattr(p.model.config, "H_cycles")
+    for extra in settings:
+        if not recursive and any(setting.startswith("arch=") for setting in extra):
+            continue  # another architecture is no cheaper setting of this one
+        try:
+            other = plan(options, changed(overrides, extra), tokens=p.tokens)
+        except UserError:  # clashes with what was given
+            continue
+        better = {
+            "fits": other.fits,
+            "carry": other.parts["carry"] < p.parts["carry"],
+            "seconds": other.seconds < 0.9 * p.seconds and (other.fits or not p.fits),
+            "parameters": other.counted.parameters < p.counted.parameters,
+        }[gain]
+        if better and other.counted.parameters <= p.counted.parameters:
+            room = "" if other.fits else ", which does not fit"
+            helpful.append(
+                f"\n    {' '.join(extra)}: {size(other.total)}{room}, "
+                f"{number(other.counted.parameters)} parameters, {duration(other.seconds)}, "
+                f"{dollars(other.money)}"
+            )
+    if not helpful:
+        return "; no single preset here changes that: take more or larger devices, or fewer tokens"
+    return "; with" + "".join(helpful[:3])
+
+
+# --- the command ---------------------------------------------------------------------------
+
+
+def compared(overrides: Sequence[str]) -> str:
+    """Runs training steps on this machine; a table of what they took beside the estimate."""
+    config = configure(overrides, 1)
+    backend, _ = select_backend(config.device_type)
+    device, free = backend.device.type, backend.available_memory()
+    head, data = planned_model(config, 1)
+    micro_rows = config.micro_rows(1)
+    if micro_rows is None:
+        micro_rows = cost.fitting_rows(head.model, config, free, device=device)
+    parts = cost.memory(head.model, config, micro_rows=micro_rows, device=device)
+    if sum(parts.values()) > free:
+        raise UserError(
+            f"a step with {micro_rows} rows at once needs about {size(sum(parts.values()))}, but "
+            f"{size(free)} are free here; give a smaller arch, global_batch_size or seq_len"
+        )
+    metadata = head.model.config if data is None else data.train.metadata
+    sizes = dict(vocab_size=metadata.vocab_size, seq_len=metadata.seq_len)
+    found, seconds = measured_step(config.model_copy(update=sizes), micro_rows, backend)
+    lines = [f"{'memory':<16}{'estimated':>12}{'measured':>12}{'ratio':>8}"]
+    both = {name: (parts[name], found[name]) for name in parts}
+    both["total"] = sum(parts.values()), sum(found.values())
+    for name, (guess, real) in both.items():
+        ratio = f"{guess / real:.2f}" if real else ""
+        lines.append(f"  {name:<14}{size(guess):>12}{size(real):>12}{ratio:>8}")
+    spent = cost.measure(head.model).row_train_flops * config.global_batch_size
+    dtype = head.model.config.forward_dtype
+    rate = cpu_rate(dtype) if device == "cpu" else backend.peak_flops(torch.bfloat16)
+    share = f", utilisation={spent / seconds / rate:.2f}" if rate else ""
+    lines.append(
+        f"an optimizer step of {config.global_batch_size} rows, {micro_rows} at once, on "
+        f"{backend.describe()}: {flops(spent)} in {seconds:.2f} s{share}"
+    )
+    return "\n".join(lines)
+
+
+def run(arguments: Sequence[str]) -> None:
+    options, overrides = parse(arguments)
+    presets = next((o.partition("=")[2] for o in overrides if o.startswith("arch=")), None)
+    each = [overrides]
+    if presets and "," in presets:
+        each = [changed(overrides, [f"arch={preset}"]) for preset in presets.split(",")]
+    plans = [plan(options, these) for these in each]
+    columns = [dict(rows_of(p)) for p in plans]
+    widths = [
+        max(12, *map(len, [*column.values(), p.name]))
+        for column, p in zip(columns, plans, strict=True)
+    ]
+    if len(plans) > 1:
+        print(
+            f"{'':<28}"
+            + "  ".join(p.name.ljust(w) for p, w in zip(plans, widths, strict=True)).rstrip()
+        )
+    for name in columns[0]:
+        cells = (column.get(name, "").ljust(w) for column, w in zip(columns, widths, strict=True))
+        print(f"{name:<28}" + "  ".join(cells).rstrip())
+    for these, p in zip(each, plans, strict=True):
+        prefix = f"{p.name}: " if len(plans) > 1 else ""
+        print(f"\n{prefix}{assumptions(options, p)}")
+        for line in warnings_of(options, these, p):
+            print(f"warning: {prefix}{line}")
+        if options.measure:
+            print("\n" + compared(these))
+
+
+def help_text() -> str:
+    lines = [__doc__ or "", "keys (key=value) beside those of pretrain.py, with their defaults:"]
+    for name, field in Options.model_fields.items():
+        default = f"{name}={show(field.default)}".replace("'", "")
+        lines.append(f"  {default:<18}  {field.description}")
+    lines.append("hardware: " + "; ".join(f"{k}: {h.title}" for k, h in HARDWARE.items()))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the top of this file."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return
+    run_cli(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""scripts/estimate.py: what it advises holds, and a mistake ends in a sentence."""
+
+import re
+
+import pytest
+
+from dataset.common import UserError
+from scripts import estimate
+from scripts.run_plan import plan
+
+
+def printed(capsys, *arguments: str) -> str:
+    estimate.main(arguments)
+    return capsys.readouterr().out
+
+
+def test_advice_for_a_model_that_does_not_fit_fits(capsys):
+    """Each setting that is named, given back, is what was promised."""
+    given = ["arch=athena_trm_large", "hardware=4060", "tokens=1e9"]
+    out = printed(capsys, *given)
+    assert "DOES NOT FIT" in out and "210 (30 with gradient)" in out
+    advice = re.findall(
+        r"^    (\S+=\S+(?: \S+=\S+)*): ([\d.]+ [GM]B).*?, ([\d.,]+ \w+), \$", out, re.M
+    )
+    assert len(advice) >= 4
+    for settings, memory, time in advice[:4]:
+        again = printed(capsys, *estimate.changed(given, settings.split()))
+        assert re.search(rf"^memory of a device +{re.escape(memory)} of", again, re.M)
+        assert re.search(rf"^time +{re.escape(time)}$", again, re.M)
+    first = printed(capsys, *estimate.changed(given, advice[0][0].split()))
+    assert "DOES NOT FIT" not in first
+
+
+def test_time_and_money_follow_from_flops_and_price():
+    options, overrides = estimate.parse(
+        "arch=athena_trm_small hardware=a100 devices=4 tokens=1e9 utilisation=0.5 price=2".split()
+    )
+    found = plan(options, overrides)
+    rate = 4 * 312e12 * 0.5
+    assert found.seconds == pytest.approx(1e9 * found.act_steps * found.counted.train_flops / rate)
+    assert found.money == pytest.approx(found.seconds / 3600 * 4 * 2)
+    decoder = plan(options, estimate.changed(overrides, ["arch=transformer"]))
+    assert decoder.act_steps == 1
+
+
+def test_a_corpus_brings_its_sizes_and_budgets(text_corpus, capsys):
+    """Budgets are 1..5 there; rows halt when theirs are spent."""
+    given = [f"data_paths=[{text_corpus}]", "arch=athena_trm_tiny", "hardware=cpu"]
+    given += ["arch.force_min_steps=0", "arch.halt_exploration_prob=0"]
+    options, overrides = estimate.parse(given)
+    found = plan(options, overrides)
+    assert found.counted.seq_len == 24 and 1 < found.act_steps < 5
+    lifted = plan(options, [*overrides, "min_iterations=7"])
+    assert lifted.act_steps == 7
+    assert "iteration_targets" in printed(capsys, *given)
+
+
+def test_presets_side_by_side(capsys):
+    out = printed(capsys, "arch=athena_trm_tiny,transformer", "hardware=h200")
+    assert re.search(r"^layer passes per ACT step +12 .* 5 ", out, re.M)
+
+
+def test_measurement_stands_beside_the_estimate(capsys):
+    out = printed(
+        capsys,
+        *"arch=athena_trm_tiny measure=true device_type=cpu vocab_size=99 seq_len=32".split(),
+    )
+    ratio = float(re.search(r"^  total .* ([\d.]+)$", out, re.M)[1])
+    assert 0.85 < ratio < 1.15
+    assert re.search(r"in [\d.]+ s, utilisation=0\.\d+", out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["hardwre=h200"], "did you mean 'hardware'"),
+        (["hardware=b200"], "h200, h100, a100"),
+        (["lrr=1"], "did you mean 'lr'"),
+        (["utilisation=2"], "utilisation must be at most 1"),
+        (["devices=5", "global_batch_size=16"], "not a multiple of 5"),
+        (["hardware=a100", "arch.forward_dtype=float64"], "no known rate"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_a_sentence(arguments, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        estimate.run(["arch=athena_trm_tiny", *arguments])
