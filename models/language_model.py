@@ -90,9 +90,11 @@ class LanguageModel:
 
     def flops_per_token(self, steps: int) -> float:
         """Of so many ACT steps, and of the output head after the last of them."""
-        counted = cost.measure(self.model)
-        recursion = counted.layer_passes * cost.block_flops(self.config)
-        return steps * recursion + counted.forward_flops - recursion
+        counted, block = cost.measure(self.model), cost.block_flops(self.config)
+        recursion = counted.layer_passes * block
+        refinement = cost.refinement_passes(self.config) * block
+        head = counted.row_forward_flops - recursion
+        return (steps * recursion + refinement + head) / counted.seq_len
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without special tokens."""
