@@ -25,7 +25,7 @@ SMALLER = {
     "--nproc-per-node 4": "--nproc-per-node 2",
     "--nproc-per-node 8": "--nproc-per-node 2",
     "global_batch_size=768": "global_batch_size=8",
-    "max_new_tokens=200": "max_new_tokens=8",
+    "max_new_tokens=200": "max_new_tokens=8 device_type=cpu",
     "--tasks lambada_openai": "--tasks athena_words --include_path .",
     "epochs=2": "epochs=0.4",
 }
@@ -65,7 +65,7 @@ def small(command: str) -> list[str]:
         command = command.replace(said, run)
     words = shlex.split(command.partition(" > ")[0])
     planned = "dry_run=true" in command
-    if not planned:
+    if "pretrain.py" in words and not planned:
         words = ["arch=athena_trm_tiny" if w == "arch=athena_trm_large" else w for w in words]
     if "pretrain.py" in words and "eval_only=true" not in words and not planned:
         given = {word.lstrip("+").partition("=")[0] for word in words}
