@@ -30,19 +30,21 @@ class AthenaConfig(PreTrainedConfig):
         self.identifiers, self.default_identifier = list(identifiers), default_identifier
         super().__init__(**kwargs)
 
-    @property
-    def vocab_size(self) -> int:
-        return self.arch["vocab_size"]
+    # None for a config without a model, which transformers makes to compare others with
 
     @property
-    def hidden_size(self) -> int:
-        return self.arch["hidden_size"]
+    def vocab_size(self) -> int | None:
+        return self.arch.get("vocab_size")
 
     @property
-    def num_attention_heads(self) -> int:
-        return self.arch["num_heads"]
+    def hidden_size(self) -> int | None:
+        return self.arch.get("hidden_size")
 
     @property
-    def max_position_embeddings(self) -> int:
+    def num_attention_heads(self) -> int | None:
+        return self.arch.get("num_heads")
+
+    @property
+    def max_position_embeddings(self) -> int | None:
         """The window: tokens of a text at most."""
-        return self.arch["seq_len"]
+        return self.arch.get("seq_len")

@@ -59,10 +59,10 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: AthenaConfig):
         super().__init__(config)
-        dtype = config.dtype or torch.get_default_dtype()
-        options = config.arch | {"forward_dtype": str(dtype).removeprefix("torch.")}
-        # in lower precision than Athena trains in, but for the rotary factors
-        self.inner: Any = Architecture(options).inner.to(dtype)
+        dtype = str(config.dtype or torch.get_default_dtype()).removeprefix("torch.")
+        model = Architecture(config.arch | {"forward_dtype": dtype})
+        # weights too, which Athena never keeps in less than float32; but not the rotary factors
+        self.inner: Any = model.inner.to(getattr(torch, dtype))
         if hasattr(self.inner, "rotary_emb"):
             self.inner.rotary_emb = self.inner.make_rotary()
         self.post_init()
@@ -236,7 +236,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
             seen = F.pad(real, (prefix, 0), value=True)
         keys = torch.arange(seen.shape[1], device=device)
         queries = keys[-length:].unsqueeze(1)
-        # padding sees itself, because a softmax over nothing is no number
+        # padding sees itself: a softmax over nothing is no number to some kernels
         return ((keys <= queries) & seen[:, None] | (keys == queries)).unsqueeze(1)
 
 

@@ -9,7 +9,7 @@ from dataset import common
 from dataset.common import UserError
 
 MODEL = "models.export.modeling_athena"
-_CONFIGURATION = "configuration_athena.py"
+_MODELING, _CONFIGURATION = "modeling_athena.py", "configuration_athena.py"
 _LINE = "from models.recursive_reasoning.athena_trm import AthenaTRM as Architecture"
 _HEADER = "# Copied from Athena by scripts/export_hf.py. SPDX-License-Identifier: Apache-2.0\n"
 _PARTS = {"pretrain", "sequence_dataset", "models", "evaluators", "dataset", "utils", "config"}
@@ -36,6 +36,11 @@ def remote_code(architecture: type) -> dict[str, str]:
         found[name] = _HEADER + text
         todo += sorted(needed - seen)
         seen |= needed
+    # older versions of transformers find only the files that this one names
+    found[_MODELING] += "".join(
+        f"from .{name} import __name__ as _{name}  # noqa\n"
+        for name in sorted(file.removesuffix(".py") for file in found.keys() - {_MODELING})
+    )
     # transformers takes models for the same, in folders of one name, if this one file is the same
     digest = hashlib.sha256("".join(found[name] for name in sorted(found)).encode()).hexdigest()
     found[_CONFIGURATION] = f"# digest of the files beside it: {digest}\n" + found[_CONFIGURATION]
