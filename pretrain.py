@@ -22,12 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.common import UserError, warnings_as_notes
+from dataset.tokenization import TextTokenizer
 from evaluators.guard import FAILURES, Interrupted
 from evaluators.interface import Evaluator
 from evaluators.loop import create_evaluators, evaluate
 from models import cost, persistence
 from models.dry_run import dry_run
-from models.loading import examined
+from models.loading import examined, open_tokenizer
 from models.persistence import Saver, resolved
 from models.train_state import TrainState, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
@@ -60,6 +61,8 @@ class Run(NamedTuple):
     log: TrainingLog
     saver: Saver
     evaluators: list[Evaluator]
+    tokenizer: TextTokenizer | None
+    """Read at the start: in the days of a run its file may go."""
     clock: Clock
     watchdog: Watchdog
     received: Sequence[int] = ()
@@ -191,12 +194,14 @@ def build(
     )
     saver = Saver(config, state, stream, backend, folder, data.train, data.tokenizer)
     clock = Clock(state.seconds)
+    metadata, file = data.train.metadata, data.tokenizer
+    tokenizer = None if file is None else open_tokenizer(file, metadata)
     watchdog = Watchdog(backend, clock, config.slow_step_factor, config.step_timeout)
     if backend.is_main and not config.eval_only:
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
     run = Run(
         config, backend, data, stream, folder, micro_batches, schedule, loggers, log, saver,
-        create_evaluators(config.evaluators, data), clock, watchdog,
+        create_evaluators(config.evaluators, data), tokenizer, clock, watchdog,
     )  # fmt: skip
     return run, state
 
@@ -408,7 +413,12 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
             save_outputs=config.eval_save_outputs,
             save_path=run.folder / f"evaluation_step_{state.step}",
             ask=examined(
-                state.model, run.data, backend, rows // backend.world_size, run.watchdog.sign
+                state.model,
+                run.data.train,
+                run.tokenizer,
+                backend,
+                rows // backend.world_size,
+                run.watchdog.sign,
             ),
         )
     state.failed_evaluations += FAILURES in results

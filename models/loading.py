@@ -18,19 +18,23 @@ from utils.backend import Backend
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint import Checkpoint, load_weights
 from utils.config import load_config
-from utils.data import Data
+from utils.corpora import Corpora
 from utils.functions import load_class
 
 
 def examined(
-    head: ACTLossHead, data: Data, backend: Backend, rows: int, sign: Callable[[], None]
+    head: ACTLossHead,
+    corpora: Corpora,
+    tokenizer: TextTokenizer | None,
+    backend: Backend,
+    rows: int,
+    sign: Callable[[], None],
 ) -> Callable[[Group], LanguageModel]:
     """Makes the model of a run for an evaluator that brings inputs of its own.
 
-    rows: texts that a rank computes at once. sign: called between batches, as a sign of life.
+    corpora: those that it trains on, which name its tokens and identifiers. rows: texts that a rank
+    computes at once. sign: called between batches, as a sign of life.
     """
-    metadata = data.train.metadata
-    tokenizer = None if data.tokenizer is None else open_tokenizer(data.tokenizer, metadata)
 
     def ask(group: Group) -> LanguageModel:
         def between() -> None:
@@ -39,8 +43,8 @@ def examined(
 
         return LanguageModel(
             head,
-            metadata,
-            data.train.identifiers,
+            corpora.metadata,
+            corpora.identifiers,
             tokenizer,
             backend,
             rows=rows,

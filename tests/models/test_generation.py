@@ -60,8 +60,8 @@ def random_text(length: int) -> list[int]:
 def test_kept_keys_and_values_change_nothing(variant, dtype, bar):
     """Prompts of different lengths in one batch, token by token to the end of the window.
 
-    Weights at random blow up rounding now and then: to the bar comes five times what float32 without
-    a cache is itself away from float64, at the worst of these places.
+    Weights at random blow up rounding now and then: to the bar comes five times what float32
+    without a cache is itself away from float64, at the worst of these places.
     """
     head, precise = make(VARIANTS[variant], dtype), make(VARIANTS[variant], "float64")
     precise.load_state_dict(head.state_dict())
