@@ -19,6 +19,7 @@ from dataset.common import UserError, command_parser, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = Path("notebooks/athena_all_in_one_colab.ipynb")
+KINDS = (".py", ".yaml", ".sh", ".html", ".css", ".js")
 FOLDERS = ("config", "dataset", "evaluators", "models", "scripts", "utils")
 SINGLE = ("pretrain.py", "sequence_dataset.py", "requirements-common.txt", "requirements-demo.txt",
           "requirements-eval.txt", "LICENSE")  # fmt: skip
@@ -119,7 +120,7 @@ def shipped() -> list[Path]:
     """Files that the notebook holds, relative to the project."""
     found = [ROOT / name for name in SINGLE]
     for folder in FOLDERS:
-        found += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".yaml", ".sh")]
+        found += [p for p in (ROOT / folder).rglob("*") if p.suffix in KINDS]
     return sorted(path.relative_to(ROOT) for path in found if path.name != Path(__file__).name)
 
 

@@ -10,7 +10,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class RunMetrics:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.name = self.folder.name
+        self.name = self.folder.resolve().name
         self.records = read_records(self.folder)
         self.headline = find_headline(self.records)
 
@@ -81,18 +82,18 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; UserError where there is none.
 
     A run that went on from an older checkpoint logged some steps twice: the later ones count. A
-    line that was cut off by a crash is left out.
+    line that was cut off by a crash, or is just being written, is left out.
     """
     path = folder / METRICS
     if not path.is_file():
+        below = ", ".join(str(found.parent) for found in sorted(folder.glob(f"*/{METRICS}"))[:5])
         raise UserError(
             f"{path} does not exist; name the folder of a run that was trained with logger=[jsonl]"
+            + (f"; below it there are {below}" if below else "")
         )
     records: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
+    for record in json_lines(path):
+        if not isinstance(record.get("step"), int):
             continue
         while records and records[-1]["step"] > record["step"]:
             records.pop()
@@ -100,6 +101,15 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     if not records:
         raise UserError(f"{path} holds no metrics yet; wait until log_interval steps are done")
     return records
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; what is not one is left out."""
+    with path.open("rb") as file:
+        for line in file:
+            with suppress(ValueError):  # of JSON or of UTF-8
+                if isinstance(record := json.loads(line), dict):
+                    yield record
 
 
 def find_headline(records: Sequence[dict[str, Any]]) -> Headline | None:
@@ -126,6 +136,14 @@ def summary(run: RunMetrics) -> str:
         values = "  ".join(f"{step}: {value:.4f}" for step, value in steps.items())
         lines.append(f"  by ACT step          {values}")
     return "\n".join(lines)
+
+
+def with_slack(axes: Any) -> None:
+    """Widens a narrow y axis: a difference of a thousandth must not look like a cliff."""
+    low, high = axes.get_ylim()
+    slack = 0.02 * max(abs(low), abs(high)) - (high - low)
+    if slack > 0:
+        axes.set_ylim(low - slack / 2, high + slack / 2)
 
 
 def draw(runs: Sequence[RunMetrics], output: Path) -> None:
@@ -169,10 +187,7 @@ def draw(runs: Sequence[RunMetrics], output: Path) -> None:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     tokens.xaxis.set_major_formatter(EngFormatter())
     speed.yaxis.set_major_formatter(EngFormatter())
-    low, high = act.get_ylim()
-    slack = 0.02 * max(abs(low), abs(high)) - (high - low)
-    if slack > 0:  # a difference of a thousandth must not look like a cliff
-        act.set_ylim(low - slack / 2, high + slack / 2)
+    with_slack(act)
     speed.set_ylim(bottom=0)
     rate.set_ylim(bottom=0)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))

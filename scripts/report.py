@@ -1,0 +1,289 @@
+r"""One page about one or more runs: figures, curves, samples, config, and where the time went.
+
+    python scripts/report.py checkpoints/athena/quickstart
+    python scripts/report.py checkpoints/athena/one checkpoints/athena/two --output both.html
+
+Reads what is in each run's folder: metrics.jsonl, and config.yaml, checkpoints and the files of
+evaluations where they are. The page is one HTML file that needs nothing else, no network either.
+"""
+
+import argparse
+import base64
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+
+from dataset.common import UserError, command_parser, run_cli
+from scripts.report_page import charts, figures
+from scripts.report_page.runs import Run
+from utils.checkpoint import checkpoints_of, step_of
+
+TEMPLATES = Path(__file__).resolve().parent / "report_page"
+FEW, MOST_SAMPLES, LONGEST = 5, 40, 2000  # samples shown at once, at all, characters of each
+LARGEST_PICTURE = 200_000  # bytes
+OF_ITS_OWN = {"run_name", "checkpoint_path"}  # keys that differ between any two runs
+
+
+class Sample(NamedTuple):
+    evaluator: str
+    prompt: str
+    texts: list[tuple[Run, str]]
+    reference: str | None
+
+
+def open_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs, under names that tell them apart."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError(f"a run is named twice among {' '.join(map(str, folders))}; name each once")
+    runs = [Run(folder, number) for number, folder in enumerate(folders)]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = str(run.folder)
+    return runs
+
+
+# --- what the page says of a run as a whole --------------------------------------------------
+
+
+def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Labels and one text a run; what no run knows is left out."""
+    facts = [_facts(run) for run in runs]
+    labels = dict.fromkeys(label for found in facts for label in found)
+    return [(label, [found.get(label, "–") for found in facts]) for label in labels]
+
+
+def _facts(run: Run) -> dict[str, str]:
+    found: dict[str, str | None] = {"folder": str(run.folder)}
+    config, cost, times = run.config, run.cost, run.times
+    last = run.training[-1] if run.training else {}
+    found["architecture"] = config.get("arch.name", "").partition("@")[2]
+    if cost is not None:
+        found["parameters"] = (
+            f"{_large(cost.parameters)}, {_large(cost.core_parameters)} of them in blocks"
+        )
+        found["training cost"] = f"{_large(cost.train_flops)}FLOP per token and ACT step"
+        found["training cost, total"] = f"{_large(cost.flops)}FLOP"
+    found["device"] = _device(config)
+    found["corpus"] = config.get("data_paths")
+    found["optimizer steps"] = figures.number(last["step"]) if last else None
+    if is_known(last, "train/progress"):
+        under_way = last["train/progress"] < 1 and is_known(last, "train/eta_seconds")
+        left = f", {duration(last['train/eta_seconds'])} were left" if under_way else ""
+        found["progress"] = f"{last['train/progress']:.0%}{left}"
+    if is_known(last, "train/tokens"):
+        epochs = f", {last['train/epoch']:.3g} epochs" if is_known(last, "train/epoch") else ""
+        found["tokens seen"] = f"{last['train/tokens']:,}{epochs}"
+    if times is not None:
+        found["training time"] = duration(times.training)
+        if times.training > 0:
+            found["speed"] = _speed(run, last, times.training)
+        found["evaluation time"] = duration(times.evaluation) if run.evaluations else None
+        pauses = [f"after step {step:,}: {duration(length)}" for step, length in times.pauses]
+        found["other pauses over 5 s"] = ", ".join(pauses) or "none"
+        found["saving and other"] = duration(times.other)
+    memory = run.values("train/memory_bytes")[1]
+    found["memory, most"] = f"{_large(max(memory))}B" if memory else None
+    found["model FLOPs utilisation"] = _mean_share(run, "train/mfu")
+    found["evaluations"] = str(len({r["step"] for r in run.evaluations}))
+    if is_known(last, "train/nonfinite"):
+        found["updates skipped, not finite"] = figures.number(last["train/nonfinite"])
+    found["checkpoints"] = _checkpoints(run)
+    return {label: text for label, text in found.items() if text}
+
+
+def is_known(record: dict[str, Any], key: str) -> bool:
+    return record.get(key) is not None
+
+
+def _device(config: dict[str, str]) -> str | None:
+    if "device_type" not in config:
+        return None
+    dtype = config.get("arch.forward_dtype", "")
+    return f"device_type={config['device_type']}" + (f", {dtype}" if dtype else "")
+
+
+def _speed(run: Run, last: dict[str, Any], seconds: float) -> str:
+    speed = f"{last['step'] / seconds:.3g} steps/s"
+    if is_known(last, "train/tokens"):
+        speed = f"{last['train/tokens'] / seconds:,.0f} new tokens/s, {speed}"
+    return speed
+
+
+def _mean_share(run: Run, key: str) -> str | None:
+    values = run.values(key)[1]
+    return f"{sum(values) / len(values):.1%}" if values else None
+
+
+def _checkpoints(run: Run) -> str:
+    steps = ", ".join(f"{step_of(folder):,}" for folder in checkpoints_of(run.folder))
+    best = run.folder / "best"
+    if best.is_symlink() and best.exists():
+        steps += f"; best: {step_of(best.resolve()):,}"
+    return f"at step {steps}" if steps else "none"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _large(value: float) -> str:
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g} "
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """What a reader must know before the figures, a sentence each."""
+    said = []
+    for run in runs:
+        last = run.training[-1] if run.training else {}
+        if skipped := last.get("train/nonfinite"):
+            said.append(f"{run.name}: {skipped:,} updates were skipped, not finite.")
+        if failed := run.last_evaluation.get("eval/evaluators_failed"):
+            said.append(f"{run.name}: {failed} evaluators failed in the last evaluation; their "
+                        "figures are missing.")  # fmt: skip
+        if run.abandoned:
+            said.append(f"{run.name}: went on from an older checkpoint; {len(run.abandoned)} log "
+                        "lines of steps that were trained again are left out.")  # fmt: skip
+        if run.cut:
+            said.append(f"{run.name}: the last line of its log is not whole and is left out; the "
+                        "run is under way, or was cut off.")  # fmt: skip
+    return said
+
+
+# --- config, samples, pictures -----------------------------------------------------------------
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[str | None]]]:
+    """Keys whose values differ between the runs that have a config."""
+    known = dict.fromkeys(key for run in runs for key in run.config if key not in OF_ITS_OWN)
+    rows = [(key, [run.config.get(key) for run in runs]) for key in known]
+    with_config = [i for i, run in enumerate(runs) if run.config]
+    return [(key, values) for key, values in rows if len({values[i] for i in with_config}) > 1]
+
+
+def samples(runs: Sequence[Run]) -> list[Sample]:
+    """Every prompt of the newest evaluations, with each run's text."""
+    written = [(run, run.samples()) for run in runs]
+    found = []
+    for key in dict.fromkeys(key for _, texts in written for key in texts):
+        lines = [(run, texts[key]) for run, texts in written if key in texts]
+        references = [str(line["reference"]) for _, line in lines if "reference" in line]
+        found.append(Sample(
+            evaluator=key[0], prompt=_cut(key[1]),
+            texts=[(run, _cut(str(line["text"]))) for run, line in lines],
+            reference=_cut(references[0]) if references else None,
+        ))  # fmt: skip
+    return found
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else text[:LONGEST] + f" … ({len(text):,} characters)"
+
+
+def pictures(runs: Sequence[Run]) -> list[tuple[Run, str, str]]:
+    """Run, name and data URL of what evaluators drew last."""
+    found = []
+    for run in runs:
+        folder = run.evaluation_folder()
+        if folder is None:
+            continue
+        for path in sorted(folder.glob("*.png")):
+            if path.stat().st_size <= LARGEST_PICTURE:
+                code = base64.b64encode(path.read_bytes()).decode()
+                found.append((run, f"{folder.name}/{path.name}", f"data:image/png;base64,{code}"))
+    return found
+
+
+# --- the page --------------------------------------------------------------------------------
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The whole HTML file."""
+    caution = figures.not_comparable(runs)
+    sections = {
+        "depth": figures.depth_section(runs).drawn(),
+        "evaluated": figures.evaluation_section(runs).drawn(),
+        "training": figures.training_section(runs).drawn(),
+        "histograms": figures.histogram_section(runs).drawn(),
+    }
+    shown = samples(runs)
+    drawn = pictures(runs)
+    curves = sections["evaluated"].charts or sections["training"].charts
+    contents = [
+        ("overview", "Overview", True),
+        ("evaluation", "Evaluation", True),
+        ("depth", "Test-time compute", sections["depth"].charts),
+        ("curves", "Curves", curves),
+        ("rows", "Rows", sections["histograms"].charts),
+        ("samples", "Samples", shown),
+        ("pictures", "Pictures", drawn),
+        ("config", "Config", True),
+    ]
+    data = {"names": [run.name for run in runs], "colours": charts.COLOURS,
+            "list": figures.chart_data(*sections.values())}  # fmt: skip
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("page.html").render(
+        title=", ".join(run.name for run in runs),
+        runs=runs,
+        contents=[(place, name) for place, name, there in contents if there],
+        notes=notes(runs),
+        overview=overview(runs),
+        groups=figures.evaluation_groups(runs, mark=not caution),
+        caution=caution,
+        costed=any("flops" in chart.views for chart in sections["depth"].charts),
+        samples=shown[:MOST_SAMPLES],
+        left_out=max(0, len(shown) - MOST_SAMPLES),
+        few=FEW,
+        pictures=drawn,
+        differences=differences(runs),
+        data=htmlsafe_json_dumps(data, separators=(",", ":")),
+        number=figures.number,
+        marker=charts.marker,
+        colours=charts.COLOURS,
+        **sections,
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    runs = open_runs(args.runs)
+    alone = runs[0].folder / "report.html"
+    output: Path = args.output or (alone if len(runs) == 1 else Path("report.html"))
+    text = page(runs)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write --output {output}: {error.strerror or error}") from None
+    print(f"wrote {output} ({len(text.encode()) / 1e6:.2f} MB)")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the top of this file."""
+    parser = command_parser("python scripts/report.py", __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--output", type=Path, metavar="HTML",
+        help="(default: report.html in the run's folder, or here for several runs)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    run_cli(lambda: run(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What a run's folder tells of it: its log, config, samples, and how its time was spent."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+import yaml
+
+from dataset.common import UserError
+from scripts.compare import Result, measure
+from scripts.plot_run import METRICS, RunMetrics, json_lines
+from utils.checkpoint import checkpoints_of
+
+ABANDONED = "metrics_abandoned.jsonl"
+STEPPED = re.compile(r"eval/(?P<place>.*)/step_(?P<step>\d+)/(?P<name>[^/]+)")
+
+
+LONG = 5.0  # seconds of a pause that is worth telling
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds. pauses: the step before each that was no evaluation, was long or led back to an
+    older checkpoint, and its length. other: saving, and what a run does between lines."""
+
+    training: float
+    evaluation: float
+    pauses: list[tuple[int, float]]
+    other: float
+
+
+class Run(RunMetrics):
+    """One run: its position in the report and all that the report asks of its folder."""
+
+    def __init__(self, folder: Path, number: int):
+        super().__init__(folder)
+        self.number = number
+        self.training = [r for r in self.records if any(key.startswith("train/") for key in r)]
+        self.evaluations = [r for r in self.records if any(k.startswith("eval/") for k in r)]
+
+    @cached_property
+    def config(self) -> dict[str, str]:
+        """Every key, dotted, with its value as YAML writes it; empty where there is no config."""
+        return dict(_flat(self._config_of_run()))
+
+    def _config_of_run(self) -> dict[str, Any]:
+        try:
+            found = yaml.safe_load((self.folder / "config.yaml").read_text("utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def cost(self) -> Result | None:
+        """Parameters and FLOPs, counted from the newest checkpoint; None without a readable one."""
+        if not checkpoints_of(self.folder):
+            return None
+        try:
+            return measure(self.folder)
+        except (UserError, OSError, KeyError, TypeError, ValueError):  # an older or damaged one
+            return None
+
+    @cached_property
+    def cut(self) -> bool:
+        """The last line of the log is not whole."""
+        with (self.folder / METRICS).open("rb") as file:
+            file.seek(0, 2)
+            size = file.tell()
+            file.seek(max(0, size - 1))
+            return size > 0 and file.read() != b"\n"
+
+    @cached_property
+    def last_evaluation(self) -> dict[str, Any]:
+        """Every figure of the last evaluation, and its step; empty where there was none."""
+        newest = self.evaluations[-1]["step"] if self.evaluations else None
+        found: dict[str, Any] = {}
+        for record in self.evaluations:
+            if record["step"] == newest:
+                found |= record
+        return found
+
+    @cached_property
+    def by_step(self) -> dict[tuple[str, str], dict[int, float]]:
+        """(place, figure) -> value after each ACT step, at the last evaluation."""
+        found: dict[tuple[str, str], dict[int, float]] = {}
+        for key, value in self.last_evaluation.items():
+            if (match := STEPPED.fullmatch(key)) and is_number(value):
+                curve = found.setdefault((match["place"], match["name"]), {})
+                curve[int(match["step"])] = value
+        return {name: dict(sorted(curve.items())) for name, curve in found.items()}
+
+    def values(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, where it is a finite number."""
+        pairs = [(r["step"], r[key]) for r in self.records if is_number(r.get(key))]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def along(self, key: str, steps: list[int]) -> list[float]:
+        """What train/<key> was at these steps, on a straight line between log lines."""
+        known, values = self.values(f"train/{key}")
+        return [float(v) for v in np.interp(steps, known, values)] if known else []
+
+    # --- how it went -----------------------------------------------------------------------
+
+    @cached_property
+    def abandoned(self) -> list[dict[str, Any]]:
+        """Lines of courses that were given up: steps which were trained again."""
+        path = self.folder / ABANDONED
+        return [r for r in json_lines(path) if "step" in r] if path.is_file() else []
+
+    @cached_property
+    def times(self) -> Times | None:
+        """Where the time went, as far as the log tells; None where it does not."""
+        records = [r for r in self.records if "time" in r]
+        if self.last("train/seconds") is None or not records:
+            return None
+        given_up = [r["time"] for r in self.abandoned if "time" in r]
+        begun = {"step": 0, "time": records[0]["time"], "train/seconds": 0.0}
+        begun["time"] -= records[0].get("train/seconds", 0.0)
+        begun["time"] = min([begun["time"], *given_up])
+        evaluation, pauses, other = 0.0, list[tuple[int, float]](), 0.0
+        evaluated = False
+        for record in [*records, None]:
+            if record is not None and "train/seconds" not in record:
+                evaluated = True
+                continue
+            if record is None and not evaluated:
+                break
+            end = record or records[-1] | {"train/seconds": begun["train/seconds"]}
+            pause = end["time"] - begun["time"] - end["train/seconds"] + begun["train/seconds"]
+            again = any(begun["time"] <= time < end["time"] for time in given_up)
+            if again or (pause >= LONG and not evaluated):
+                pauses.append((begun["step"], pause))
+            elif evaluated:
+                evaluation += max(0.0, pause)
+            else:
+                other += max(0.0, pause)
+            begun, evaluated = end, False
+        return Times(self.last("train/seconds") or 0.0, evaluation, pauses, other)
+
+    # --- files -----------------------------------------------------------------------------
+
+    def evaluation_folder(self) -> Path | None:
+        """Where the newest evaluation that wrote something wrote it."""
+        found = {}
+        for path in self.folder.glob("evaluation_step_*"):
+            number = path.name.removeprefix("evaluation_step_")
+            if number.isdigit() and any(path.iterdir()):
+                found[int(number)] = path
+        return found[max(found)] if found else None
+
+    def samples(self) -> dict[tuple[str, str], dict[str, str]]:
+        """(evaluator, prompt) -> text and perhaps reference, of the newest evaluation."""
+        folder = self.evaluation_folder()
+        path = None if folder is None else folder / "samples.jsonl"
+        if path is None or not path.is_file():
+            return {}
+        return {
+            (str(line.get("evaluator", "")), str(line["prompt"])): line
+            for line in json_lines(path)
+            if "prompt" in line and "text" in line
+        }
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Finite; a figure that was not is null in the log."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)
+
+
+def _flat(config: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value if isinstance(value, str) else json.dumps(value)
