@@ -16,14 +16,13 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure, SubplotParams
+from matplotlib.figure import Figure
 from matplotlib.ticker import (
     EngFormatter,
     FuncFormatter,
     LogLocator,
     MaxNLocator,
     NullFormatter,
-    ScalarFormatter,
 )
 
 from scripts.plot_run import with_slack
@@ -33,7 +32,8 @@ MARKERS, SIGNS = "os^DvPX*", "●■▲◆▼✚✖★"
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
 MOST_POINTS = 120  # of a line; more are drawn as means and extremes of so many stretches
 SIZE = (4.6, 2.9)  # inches of 72 units of the drawing
-MARGINS = SubplotParams(left=0.13, right=0.97, bottom=0.17, top=0.9)  # a search is slow
+MARGINS = dict(left=0.14, right=0.97, bottom=0.165, top=0.9)  # to search for them is slow
+PLAIN = FuncFormatter(lambda value, _: f"{value:.6g}")
 # Stand-ins, replaced by variables of the style sheet.
 RUN, INK, FAINT = "#a000{:02x}", "#b00001", "#b00002"
 STYLE: Any = {
@@ -141,7 +141,8 @@ def marker(run: int) -> str:
 def _svg(chart: Chart, axis: Axis) -> tuple[Markup, dict[str, Any]]:
     """One view, and where its axes lie in it (units of the drawing, limits, scales)."""
     with rc_context(STYLE | {"svg.hashsalt": f"{chart.title} {axis.key}"}):
-        figure = Figure(figsize=SIZE, subplotpars=MARGINS)
+        figure = Figure(figsize=SIZE)
+        figure.subplots_adjust(**MARGINS)
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         shown = [line for line in chart.lines if axis.key in line.x]
@@ -183,8 +184,8 @@ def _scales(axes: Axes, chart: Chart, axis: Axis, shown: Sequence[Line]) -> None
     spread = min(values) > 0 and max(values) > 20 * min(values)
     if spread and not (chart.bars or chart.from_zero):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_locator(_log_ticks(min(values), max(values)))
+        axes.yaxis.set_major_formatter(PLAIN)
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif chart.from_zero or chart.bars:
         axes.set_ylim(bottom=min(0.0, *values), top=None if any(values) else 1.0)
@@ -193,17 +194,20 @@ def _scales(axes: Axes, chart: Chart, axis: Axis, shown: Sequence[Line]) -> None
     if axes.get_yscale() == "linear":
         largest = max(map(abs, values))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        formatter = EngFormatter() if largest >= 1e4 else ScalarFormatter(useOffset=False)
-        axes.yaxis.set_major_formatter(formatter)
+        axes.yaxis.set_major_formatter(EngFormatter() if largest >= 1e4 else PLAIN)
     places = [x for line in shown for x in line.x[axis.key]]
     if axis.log and min(places) > 0 and max(places) > 3 * min(places):
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axes.xaxis.set_major_locator(_log_ticks(min(places), max(places)))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=axis.integer, min_n_ticks=1))
     if axis.large and max(places) >= 1e4:
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _log_ticks(low: float, high: float) -> LogLocator:
+    return LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5), numticks=7)
 
 
 def _place(axes: Axes) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Run(RunMetrics):
     def __init__(self, folder: Path, number: int):
         super().__init__(folder)
         self.number = number
+        self._values: dict[str, tuple[list[int], list[float]]] = {}
         self.training = [r for r in self.records if any(key.startswith("train/") for key in r)]
         self.evaluations = [r for r in self.records if any(k.startswith("eval/") for k in r)]
 
@@ -97,8 +98,10 @@ class Run(RunMetrics):
 
     def values(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it is a finite number."""
-        pairs = [(r["step"], r[key]) for r in self.records if is_number(r.get(key))]
-        return [step for step, _ in pairs], [value for _, value in pairs]
+        if key not in self._values:
+            pairs = [(r["step"], r[key]) for r in self.records if is_number(r.get(key))]
+            self._values[key] = [step for step, _ in pairs], [value for _, value in pairs]
+        return self._values[key]
 
     def along(self, key: str, steps: list[int]) -> list[float]:
         """What train/<key> was at these steps, on a straight line between log lines."""
