@@ -324,8 +324,8 @@ def test_in_a_real_browser_a_pointer_reads_values(runs, page, tmp_path):
         const at = {clientX: frame.right, clientY: frame.top};
         view.dispatchEvent(new PointerEvent("pointermove", at));
         const hidden = document.querySelector(".course .v-step").getBoundingClientRect().height;
-        const tip = document.getElementById("tip").innerText;
-        document.title = `${hidden} ${frame.height > 50} ${tip}`;
+        const told = document.getElementById("tip").innerText;
+        document.title = `${hidden} ${frame.height > 50} ${told}`;
     </script>"""
     path = tmp_path / "probe.html"
     path.write_text(page.source.replace("</body>", probe + "</body>"))
@@ -335,8 +335,8 @@ def test_in_a_real_browser_a_pointer_reads_values(runs, page, tmp_path):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)[1]
-    assert title.startswith("0 true ")
     assert "CONSOLE" not in done.stderr, done.stderr
+    assert title.startswith("0 true "), title
     for run in runs:
         last = [r for r in log_of(run) if "eval/text/bits_per_byte" in r][-1]
         value = re.search(rf"{run.name}: ([\d.]+) at", title)[1]
