@@ -40,6 +40,7 @@ ELSEWHERE = {
     "--nnodes 2": "tests/test_launchers.py runs two nodes",
     "--rdzv-id": "tests/test_launchers.py runs two nodes",
     "pip install": "an environment is there already; tests/test_layout.py compares the files",
+    "scripts/report.py": "tests/scripts/test_report.py",
     "scripts/plot_run.py RUN": "tests/scripts/test_plot_run.py",
 }
 
