@@ -4,7 +4,8 @@ r"""Build a corpus of prompts and responses from JSON lines.
         --output-dir data/qa --max-context-tokens 256 --max-response-tokens 256
 
 A line is `{"prompt": ..., "response": ..., "meta": {"domain": ..., "iteration_budget": ...,
-"complexity": ...}}`, with `meta` and its keys optional. Each example is one causal row: prompt,
+"complexity": ...}}`, with `meta` and its keys optional, and other names for the two texts with
+`--prompt-key question --response-key answer`. Each example is one causal row: prompt,
 response, eos; the prompt's labels are ignored. Examples with the same prompt share a split.
 """
 
@@ -53,9 +54,10 @@ class Example:
 class ExampleReader:
     """Turns JSON objects into examples; `clipped_budgets` counts those outside the bounds."""
 
-    def __init__(self, reader: DocumentReader, min_iterations: int, max_iterations: int) -> None:
+    def __init__(self, reader: DocumentReader, args: argparse.Namespace) -> None:
         self._reader = reader
-        self._bounds = (min_iterations, max_iterations)
+        self._bounds = (args.min_iterations, args.max_iterations)
+        self._keys = {args.prompt_key: "--prompt-key", args.response_key: "--response-key"}
         self.clipped_budgets = 0
 
     def examples(self, source: Source) -> Iterator[Example]:
@@ -80,7 +82,7 @@ class ExampleReader:
         domain = meta.get("domain", label)
         if not isinstance(domain, str) or not domain:
             raise UserError(f"meta.domain is {domain!r}, not a name")
-        prompt, response = (_text(record, key) for key in ("prompt", "response"))
+        prompt, response = (_text(record, *key) for key in self._keys.items())
         return Example(prompt, response, domain, self._budget(meta))
 
     def _budget(self, meta: dict[str, Any]) -> int:
@@ -93,10 +95,10 @@ class ExampleReader:
         return clipped
 
 
-def _text(record: dict[str, Any], key: str) -> str:
+def _text(record: dict[str, Any], key: str, option: str) -> str:
     if key not in record:
         there = ", ".join(sorted(record)[:10]) or "none"
-        raise UserError(f"no key {key!r} (keys there: {there})")
+        raise UserError(f"no key {key!r} (keys there: {there}; see {option})")
     value = record[key]
     if not isinstance(value, str) or not value:
         raise UserError(f"key {key!r} holds {'no text' if value != '' else 'an empty text'}")
@@ -229,6 +231,8 @@ def check_options(args: argparse.Namespace) -> None:
     for option in ("max_context_tokens", "max_response_tokens"):
         if (value := getattr(args, option)) < 1:
             raise UserError(f"--{option.replace('_', '-')} is {value}; it must be at least 1.")
+    if args.prompt_key == args.response_key:
+        raise UserError(f"--prompt-key and --response-key are both {args.prompt_key!r}.")
     if not 0 <= args.train_ratio <= 1:
         raise UserError(f"--train-ratio is {args.train_ratio}; it must lie in 0..1.")
     check_iterations(args)
@@ -273,7 +277,7 @@ def build(args: argparse.Namespace) -> None:
     ):
         tokenizer.save(folder / "tokenizer.json")
         lines = DocumentReader(ReadOptions(max_bad_lines=args.max_bad_lines), bar.update)
-        reader = ExampleReader(lines, args.min_iterations, args.max_iterations)
+        reader = ExampleReader(lines, args)
         splits = open_splits(args, folder, tokenizer)
         rows = ExampleRows(args, tokenizer, splits)
         for batch in routed_batches(sources, reader, router, args.dedup == "exact"):
@@ -319,6 +323,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="JSON lines, as described above",
     )
+    add("--prompt-key", default="prompt", help="key of the prompt's text (default: prompt)")
+    add("--response-key", default="response", help="and of the response's (default: response)")
     add(
         "--max-context-tokens",
         type=int,

@@ -3,14 +3,12 @@
 What scripts, evaluators and lm-evaluation-harness ask goes through here.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, UserError
 from dataset.tokenization import TextTokenizer
@@ -22,6 +20,7 @@ from utils.backend import Backend
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint import Checkpoint
 from utils.functions import nearest
+from utils.reporting import Progress
 from utils.sampling import Sampling
 
 
@@ -135,7 +134,10 @@ class LanguageModel:
         a continuation longer than it is scored in parts."""
         named = self._index(identifier)
         parts = [(n, *part) for n, pair in enumerate(pairs) for part in self._in_windows(*pair)]
-        lengths = [len(context) + len(after) for _, context, after in parts]
+        lengths = [
+            self.window if self._one_shape else len(context) + len(after)
+            for _, context, after in parts
+        ]
         nats, greedy = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool)
 
         def compute(batch: list[int]) -> list[tuple[float, bool]]:
@@ -168,7 +170,8 @@ class LanguageModel:
     ) -> list[tuple[float, bool]]:
         """The last input token is the one before the last scored one."""
         length = max(len(context) + len(after) - 1 for context, after in pairs)
-        shape = (len(pairs), length)
+        shape = (self.rows, self.window) if self._one_shape else (len(pairs), length)
+        length = shape[1]
         inputs = np.full(shape, self.metadata.pad_id, dtype=np.int32)
         labels = np.full(shape, IGNORE_LABEL_ID, dtype=np.int32)
         starts = np.full(shape, length, dtype=np.int32)
@@ -180,7 +183,7 @@ class LanguageModel:
         arrays = {
             "inputs": inputs,
             "labels": labels,
-            "puzzle_identifiers": np.full(len(pairs), identifier, dtype=np.int32),
+            "puzzle_identifiers": np.full(shape[0], identifier, dtype=np.int32),
         }
         if self.config.document_mask:
             arrays["document_starts"] = starts
@@ -188,7 +191,12 @@ class LanguageModel:
         found = self._last_step(batch, ("token_nll", "preds"))
         nats = found["token_nll"].cpu().double().sum(-1).tolist()
         wrong = ((found["preds"] != batch["labels"]) & (batch["labels"] != IGNORE_LABEL_ID)).any(-1)
-        return list(zip(nats, (~wrong).tolist(), strict=True))
+        return list(zip(nats, (~wrong).tolist(), strict=True))[: len(pairs)]
+
+    @property
+    def _one_shape(self) -> bool:
+        """XLA compiles a program for every shape, which takes minutes for a real model."""
+        return self.device.type == "xla"
 
     def _last_step(self, batch: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
         """Outputs of the loss head after all ACT steps."""
@@ -242,6 +250,11 @@ class LanguageModel:
         **options: Any,
     ) -> list[Written]:
         """Continues all prompts at once, on this rank; `options` go to `generation.write`."""
+        if self._one_shape:
+            raise UserError(
+                "texts are not written on XLA, which would compile a program for each length; "
+                "write them from a checkpoint with device_type=cpu or cuda"
+            )
         named = self._index(identifier)
         identifiers = torch.full((len(prompts),), named, device=self.device)
         decoder = Decoder(
@@ -284,11 +297,10 @@ class LanguageModel:
         batches = list(batches_of(lengths, self.rows * self.window))
         own: list[tuple[int, Any]] = []
         world = self.backend.world_size
-        hidden = not self.backend.is_main or not sys.stderr.isatty()
         # compiled blocks would be compiled anew for every length
         with (
             torch.compiler.set_stance("force_eager"),
-            tqdm(total=len(lengths), unit="text", leave=False, disable=hidden) as bar,
+            Progress(len(lengths), "ask the model, text", "text", self.backend.is_main) as bar,
         ):
             for begin in range(0, len(batches), world):
                 self.between()

@@ -1,24 +1,28 @@
 """Language models from checkpoints, and from a run that is under way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from dataset.common import DatasetMetadata, UserError
 from dataset.tokenization import TextTokenizer
 from evaluators.guard import Group
+from models.anchor import Anchor
 from models.language_model import LanguageModel
 from models.layers import CastedLinear
 from models.losses import ACTLossHead
-from models.train_state import create_model, load_into
+from models.train_state import create_model, load_into, match_identifiers
 from utils.backend import Backend
 from utils.backend.cpu import CPUBackend
-from utils.checkpoint import Checkpoint, load_weights
-from utils.config import load_config
+from utils.checkpoint import Checkpoint, checkpoint_in, load_weights
+from utils.config import PretrainConfig, load_config
 from utils.corpora import Corpora
+from utils.data import Data
 from utils.functions import load_class
 
 
@@ -120,11 +124,12 @@ def build_model(
     refinement: int | None = None,
     forward_dtype: str | None = None,
     device: str = "cpu",
+    metadata: DatasetMetadata | None = None,
 ) -> tuple[ACTLossHead, DatasetMetadata]:
     """The model that a checkpoint's own config and corpus describe, its weights not yet loaded.
 
     steps: ACT steps of every evaluation; None: as configured, and the most where the rows decide.
-    refinement: passes after them; None: as configured.
+    refinement: passes after them; None: as configured. metadata: of another corpus to use it on.
     """
     raw = yaml.safe_load(opened.text("config.yaml"))
     # How the run divided its batch over ranks need not work for the one process here.
@@ -132,7 +137,7 @@ def build_model(
     raw["arch"] |= _depth(raw["arch"], steps, refinement)
     if forward_dtype is not None:
         raw["arch"]["forward_dtype"] = forward_dtype
-    metadata = DatasetMetadata.model_validate_json(opened.text("dataset.json"))
+    metadata = metadata or DatasetMetadata.model_validate_json(opened.text("dataset.json"))
     loss = raw["arch"]["loss"]
     head = create_model(
         load_config(raw),
@@ -142,6 +147,74 @@ def build_model(
         device=device,
     )
     return head, metadata
+
+
+def fitting_weights(
+    key: str,
+    path: str,
+    which: str,
+    identifiers: Sequence[str],
+    tokenizer: Path | None,
+) -> tuple[dict[str, Tensor], Checkpoint | None]:
+    """As `checkpoint.load_weights`, with a row for each of the corpora's identifiers.
+
+    UserError, in which `key` names the path, where they were trained with another tokenizer.
+    """
+    weights, opened = load_weights(path, which)
+    old = None
+    if opened is not None:
+        old = opened.json("identifiers.json")
+        known = opened.text("tokenizer.json") if "tokenizer.json" in opened else None
+        if tokenizer is not None and known is not None and known != tokenizer.read_text():
+            raise UserError(
+                f"{key}={path} was trained with another tokenizer than {tokenizer}; build the "
+                "corpus with the checkpoint's tokenizer.json"
+            )
+    match_identifiers(weights, old, identifiers)
+    return weights, opened
+
+
+KL_TO = "arch.loss.kl_to"
+
+
+def settle_anchor(config: PretrainConfig, backend: Backend) -> None:
+    """Puts the very checkpoint in place of a run's folder or a link to one, so that a run which is
+    resumed stays near the same weights. A collective."""
+    loss = config.arch.loss
+    if (named := loss.options.get("kl_to")) is None:
+        return
+
+    def settled() -> str:
+        path = Path(named)
+        if not path.is_dir() and not config.eval_only:  # which has no use for it
+            raise UserError(f"{KL_TO}={path} is not a folder; name a checkpoint or a run")
+        try:
+            path = checkpoint_in(path)
+        except UserError as error:
+            raise UserError(f"{KL_TO}={named}: {error}") from None
+        return str(path.parent / path.readlink() if path.is_symlink() else path)
+
+    loss.kl_to = backend.from_main(settled)  # type: ignore[attr-defined]
+
+
+def load_anchor(config: PretrainConfig, data: Data, device: torch.device) -> Anchor | None:
+    """The model that `arch.loss.kl_to` names, for the corpora of this run; None without one, and
+    where nothing is trained."""
+    path = config.arch.loss.options.get("kl_to")
+    if path is None or config.eval_only:
+        return None
+    weights, opened = fitting_weights(
+        KL_TO, path, config.load_weights, data.train.identifiers, data.tokenizer
+    )
+    assert opened is not None  # settle_anchor has seen a folder
+    steps = yaml.safe_load(opened.text("config.yaml"))["arch"].get("halt_max_steps")
+    head, _ = build_model(opened, steps, refinement=0, metadata=data.train.metadata)
+    try:
+        load_into(head.model, weights)
+    except UserError as error:
+        raise UserError(f"{KL_TO}={path} does not fit the corpora: {error}") from None
+    cast_weights(head)
+    return Anchor(head.model.to(device), head.loss.softmax_logits)
 
 
 def _depth(arch: dict[str, Any], steps: int | None, refinement: int | None) -> dict[str, Any]:

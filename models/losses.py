@@ -11,10 +11,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from dataset.common import IGNORE_LABEL_ID
+from models.anchor import Anchor, kl_divergence
 from models.layers import at_least_float32
 
 # Temporaries of the loss stay below this many elements (256 MB in float32).
@@ -149,6 +150,12 @@ class ACTLossConfig(BaseModel):
     )
     plateau_threshold: float = Field(0.01, description="nats; a step that gains less is a plateau")
     reasoning_loss_weight: float = Field(0.0, ge=0, description="weight of the z_L decoder's loss")
+    kl_to: str | None = Field(
+        None, description="stay near the model of this checkpoint, see load_weights"
+    )
+    kl_weight: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="weight of the divergence from that model"
+    )
 
     @field_validator("loss_type")
     @classmethod
@@ -157,12 +164,22 @@ class ACTLossConfig(BaseModel):
             raise ValueError(f"loss_type={value!r} is unknown; choose one of {', '.join(LOSSES)}")
         return value
 
+    @model_validator(mode="after")
+    def _kl_is_whole(self):
+        if (self.kl_to is None) != (self.kl_weight == 0):
+            raise ValueError(
+                f"kl_to={self.kl_to or 'null'} and kl_weight={self.kl_weight:g} clash: give both, "
+                "a checkpoint and a weight above 0, or neither"
+            )
+        return self
+
 
 class ACTLossHead(nn.Module):
     """The model with its losses.
 
-    total = lm_loss + 0.5 · (q_halt_loss + q_continue_loss) + weight · reasoning_loss, each the
-    sum over rows of a per-row mean. Rows without a real label enter neither loss nor metric.
+    total = lm_loss + 0.5 · (q_halt_loss + q_continue_loss) + reasoning_loss_weight ·
+    reasoning_loss + kl_weight · kl_loss, each the sum over rows of a per-row mean. Rows without a
+    real label enter neither loss nor metric. kl_loss exists in training, where `anchor` is set.
     """
 
     Config = ACTLossConfig
@@ -172,9 +189,21 @@ class ACTLossHead(nn.Module):
         self.model: Any = model
         self.config = ACTLossConfig(loss_type=loss_type, **options)
         self.loss = LOSSES[loss_type]
+        self.anchor: Anchor | None = None
 
     def initial_carry(self, batch: dict[str, Tensor]):
-        return self.model.initial_carry(batch)
+        return self.adopted(self.model.initial_carry(batch), steps=0)
+
+    def adopted(self, carry: Any, steps: int | None = None) -> Any:
+        """A carry of the model, perhaps out of a checkpoint, with what training needs besides.
+
+        steps: that no row of it has done more than; None: any number.
+        """
+        return carry if self._anchor_here is None else self._anchor_here.catch_up(carry, steps)
+
+    @property
+    def _anchor_here(self) -> Anchor | None:
+        return self.anchor if self.training else None
 
     def forward(
         self, return_keys: Sequence[str], carry: Any, batch: dict[str, Tensor]
@@ -187,7 +216,11 @@ class ACTLossHead(nn.Module):
         without smoothing, unrefined_token_nll, per row (B,) valid, steps, row_loss, row_accuracy,
         row_exact, row_halt_target, and anything of the rows' own data.
         """
-        carry, outputs = self.model(carry=carry, batch=batch)
+        base_logits = None
+        if (anchor := self._anchor_here) is not None:
+            carry, outputs, base_logits = anchor.beside(self.model, carry, batch)
+        else:
+            carry, outputs = self.model(carry=carry, batch=batch)
         data, logits = carry.current_data, outputs["logits"]
         labels = data["labels"]
         mask = labels != IGNORE_LABEL_ID
@@ -223,6 +256,11 @@ class ACTLossHead(nn.Module):
                 outputs, data["reasoning_labels"], valid
             )
             total = total + self.config.reasoning_loss_weight * losses["reasoning_loss"]
+        if anchor is not None and base_logits is not None:
+            maps = (self.loss.softmax_logits, anchor.softmax_logits)
+            token_kl = torch.where(mask, kl_divergence(logits, base_logits, *maps), 0)
+            losses["kl_loss"] = (token_kl.sum(-1) / divisor).sum()
+            total = total + self.config.kl_weight * losses["kl_loss"]
 
         with torch.no_grad():
             metrics = self._metrics(carry, outputs, valid, correct, exact, divisor, halt_target)

@@ -13,12 +13,12 @@ import yaml
 from dataset.common import UserError
 from evaluators.guard import FAILURES
 from models import cost
+from models.loading import fitting_weights
 from models.losses import ACTLossHead
 from models.train_state import (
     TrainState,
     carry_rows,
     load_into,
-    match_identifiers,
     source_files,
 )
 from utils import checkpoint
@@ -35,8 +35,8 @@ HARMLESS = frozenset(
     "evaluators eval_interval min_eval_interval eval_batch_size eval_max_batches eval_only "
     "eval_save_outputs early_stopping best_metric best_mode project_name run_name checkpoint_path "
     "checkpoint_every_eval checkpoint_interval keep_checkpoints checkpoint_carry resume "
-    "resume_allow load_checkpoint load_weights device_type parallel compile dry_run logger "
-    "log_interval max_nonfinite slow_step_factor step_timeout deterministic".split()
+    "resume_allow load_checkpoint load_weights device_type parallel compile dry_run lr_find "
+    "profile logger log_interval max_nonfinite slow_step_factor step_timeout deterministic".split()
 )
 FORMAT = 2  # of a checkpoint's files; 2: optimizers know parameters by name
 
@@ -274,10 +274,12 @@ def check_unchanged(config: PretrainConfig, saved: dict[str, Any]) -> None:
     """UserError that lists the keys which changed and would change the result."""
     old, new = flat(saved), flat(resolved(config))
     allowed = set(config.resume_allow)
+    # a base model that the run stays near is read anew, so it must be of the same weights
+    harmless = HARMLESS - {"load_weights"} if config.arch.loss.options.get("kl_to") else HARMLESS
     changed = []
     for key in sorted(old.keys() | new.keys()):
         top = key.split(".")[0]
-        if old.get(key) == new.get(key) or top in HARMLESS or {key, top} & allowed:
+        if old.get(key) == new.get(key) or top in harmless or {key, top} & allowed:
             continue
         changed.append(f"{key} (was {old.get(key)}, is {new.get(key)})")
     if changed:
@@ -372,17 +374,9 @@ def load_pretrained(
     Returns what they are, in words, and the step that they were saved at (0 if not known).
     """
     assert config.load_checkpoint is not None
-    weights, opened = checkpoint.load_weights(config.load_checkpoint, config.load_weights)
-    old = None
-    if opened is not None:
-        old = opened.json("identifiers.json")
-        known = opened.text("tokenizer.json") if "tokenizer.json" in opened else None
-        if tokenizer is not None and known is not None and known != tokenizer.read_text():
-            raise UserError(
-                f"load_checkpoint={config.load_checkpoint} was trained with another tokenizer "
-                f"than {tokenizer}; build the corpus with the checkpoint's tokenizer.json"
-            )
-    match_identifiers(weights, old, identifiers)
+    weights, opened = fitting_weights(
+        "load_checkpoint", config.load_checkpoint, config.load_weights, identifiers, tokenizer
+    )
     load_into(model.model, weights)
     if opened is None:
         return f"weights of {config.load_checkpoint}", 0

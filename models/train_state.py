@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dataset.common import BLANK_IDENTIFIER, DatasetMetadata, UserError
+from models.anchor import row_data
 from models.ema import EMA
 from models.losses import ACTLossHead
 from models.recursive_reasoning.athena_trm import Carry, InnerCarry
@@ -157,6 +158,24 @@ class TrainState:
         limit = math.inf if max_norm is None else max_norm
         return scalar(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
 
+    def update(self, factor: float) -> None:
+        """One update of the weights by their gradients, at `factor` times the base rates."""
+        for optimizer, base in zip(self.optimizers, self.base_lrs, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = base * factor
+            optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
+        self.nonfinite_in_a_row = 0
+
+    def free_broken_rows(self) -> Tensor:
+        """Rows whose latents are no longer finite make room; who has halted by now, (rows,)."""
+        for carry in self.carries:
+            z = carry.inner_carry
+            broken = ~(z.z_H.isfinite().all(2).all(1) & z.z_L.isfinite().all(2).all(1))
+            carry.halted = carry.halted | broken
+        return torch.cat([carry.halted for carry in self.carries])
+
     def adopt_rule(self, rule: EarlyStoppingConfig | None) -> None:
         """After a resume: figures of another metric mean nothing, and patience may have grown."""
         if rule is None or self.stopping_rule not in (None, f"{rule.mode} {rule.metric}"):
@@ -251,7 +270,7 @@ class TrainState:
         """Held rows of all this replica's slots, split into its micro-batches."""
         split = {k: v.chunk(micro_batches) for k, v in rows.items()}
         self.carries = [
-            carry_from_rows({k: v[i].to(self.device) for k, v in split.items()})
+            self.model.adopted(carry_from_rows({k: v[i].to(self.device) for k, v in split.items()}))
             for i in range(micro_batches)
         ]
 
@@ -368,7 +387,7 @@ def carry_rows(carries: Sequence[Carry]) -> dict[str, Tensor]:
             "steps": carry.steps,
             "halted": carry.halted,
             "last_loss": carry.last_loss,
-            **{f"data/{k}": v for k, v in carry.current_data.items()},
+            **{f"data/{k}": v for k, v in row_data(carry).items()},
         }
 
     parts = [flat(carry) for carry in carries]

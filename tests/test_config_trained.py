@@ -1,5 +1,7 @@
 """eval_only=true load_checkpoint=… alone: what the checkpoint was trained as need not be said."""
 
+from training_tools import altered
+
 from utils.config import compose_config, load_config
 from utils.config_trained import as_trained
 
@@ -23,7 +25,24 @@ def test_a_checkpoint_brings_its_own_architecture_and_corpus(text_run, text_corp
     assert config("debug=default", f"data_paths=[{text_corpus}]").arch.options["hidden_size"] > 32
 
 
-def test_training_takes_nothing_from_a_checkpoint_but_its_weights(text_run, text_corpus):
-    given = [f"load_checkpoint={text_run}", f"data_paths=[{text_corpus}]"]
-    composed = compose_config(given)
-    assert as_trained(composed, given) is composed
+def test_training_further_takes_the_architecture_alone(text_run, text_corpus, tmp_path):
+    def config(checkpoint, *overrides: str):
+        given = [f"load_checkpoint={checkpoint}", f"data_paths=[{text_corpus}]", *overrides]
+        return load_config(as_trained(compose_config(given), given))
+
+    found, plain = config(text_run), config("weights.pt")
+    assert found.arch.options["hidden_size"] == 32
+    found.arch, found.load_checkpoint = plain.arch, plain.load_checkpoint
+    assert found == plain
+    assert config(text_run, "arch=athena_trm_small").arch.options["hidden_size"] > 32
+    near = altered(text_run, tmp_path / "near", arch={"loss": {
+        "name": "losses@ACTLossHead", "loss_type": "softmax_cross_entropy",
+        "kl_to": "elsewhere", "kl_weight": 0.5, "label_smoothing": 0.1,
+    }})  # fmt: skip
+    whole = config(near, "arch.loss={label_smoothing: 0.3}")
+    assert whole.arch.loss.options["label_smoothing"] == 0.3
+    assert whole.arch.loss.options["loss_type"] == "softmax_cross_entropy"
+    changed = config(near, "arch.loss.label_smoothing=0.2", "arch.loss.halt_target=exact")
+    assert changed.arch.loss.options.get("kl_to") is None
+    assert changed.arch.loss.options["label_smoothing"] == 0.2
+    assert changed.arch.options["hidden_size"] == 32

@@ -147,14 +147,45 @@ def _min_iterations(c: Context) -> Iterator[str]:
         yield f"min_iterations {least} is more than arch.halt_max_steps {most}: lower it"
 
 
+@_reads("iteration_curriculum", "epochs", "max_steps", "max_seconds", "lr_find", "arch")
+def _iteration_curriculum(c: Context) -> Iterator[str]:
+    if c.config.iteration_curriculum is None or c.config.lr_find:
+        return
+    if c.config.epochs is None and c.config.max_steps is None:
+        yield (
+            "iteration_curriculum follows epochs or max_steps, which are both null (max_seconds "
+            "would make every run another one): give one of the two"
+        )
+    if c.config.max_seconds is not None:
+        yield (
+            "iteration_curriculum does not follow max_seconds, which may end the run while budgets "
+            "are small: give max_seconds=null with epochs or max_steps"
+        )
+    if c.arch and "halt_max_steps" not in c.arch:
+        yield (
+            f"iteration_curriculum lets budgets of ACT steps grow, but {c.config.arch.name} has "
+            "one step: use null"
+        )
+
+
+@_reads("arch")
+def _near_a_base(c: Context) -> Iterator[str]:
+    refined = c.arch.get("post_refinement_steps") and c.arch.get("post_refinement_train")
+    if c.loss.get("kl_to") and refined:
+        yield (
+            "arch.loss.kl_to compares answers before refinement, but post_refinement_train=true "
+            "trains those after it: use arch.post_refinement_train=false"
+        )
+
+
 # --- the length of the run and its evaluations --------------------------------------------
 
 
-@_reads("epochs", "max_steps", "max_seconds", "dry_run", "eval_only")
+@_reads("epochs", "max_steps", "max_seconds", "dry_run", "eval_only", "lr_find")
 def _length(c: Context) -> Iterator[str]:
     config = c.config
     limits = (config.epochs, config.max_steps, config.max_seconds)
-    if limits == (None, None, None) and not (config.dry_run or config.eval_only):
+    if limits == (None, None, None) and not (config.dry_run or config.eval_only or config.lr_find):
         yield "epochs, max_steps and max_seconds are all null: the run would never end, give one"
 
 
@@ -181,6 +212,29 @@ def _early_stopping(c: Context) -> Iterator[str]:
         yield (
             "early_stopping needs evaluations during the run, but eval_interval is null: "
             "give it in epochs, e.g. eval_interval=0.1"
+        )
+
+
+@_reads("lr_find", "profile", "lr", "dry_run", "eval_only", "resume", "freeze_weights")
+def _lr_find(c: Context) -> Iterator[str]:
+    config = c.config
+    for key in ("lr_find", "profile"):
+        if getattr(config, key) and (config.eval_only or config.dry_run):
+            other = "eval_only" if config.eval_only else "dry_run"
+            yield f"{key} needs training and {other}=true trains nothing: give one of the two"
+    if (rule := config.lr_find) is None:
+        return
+    if rule.low >= rule.high:
+        yield f"lr_find.low {rule.low:g} must be below lr_find.high {rule.high:g}"
+    if config.resume not in ("auto", "none"):
+        yield (
+            f"lr_find starts a run of its own, resume='{config.resume}' goes on with one: use "
+            "load_checkpoint to start from its weights"
+        )
+    if config.lr == 0 or config.freeze_weights:
+        yield (
+            "lr_find sweeps lr, which has no part in this run: give lr above 0 and "
+            "freeze_weights=false"
         )
 
 

@@ -190,7 +190,7 @@ def _refuse_unknown(overrides: list[str], groups: set[str]) -> None:
     """For --cfg, which prints the config without a check of it."""
     keys = list(PretrainConfig.model_fields)
     for match in filter(None, map(_ASSIGNMENT.fullmatch, overrides)):
-        key = match["key"].split(".")[0]
+        key = _full(match["key"]).split(".")[0]
         if key not in (*keys, *groups, "hydra"):
             raise UserError(f"unknown key '{key}': {did_you_mean(key, keys, keys)}")
 
@@ -204,6 +204,11 @@ def _unknown_flag(flag: str, value: str) -> str:
     return f"unknown flag '{flag}': {advice}"
 
 
+def _full(key: str) -> str:
+    """`loss.kl_to` is short for `arch.loss.kl_to`."""
+    return f"arch.{key}" if key.startswith("loss.") else key
+
+
 def _normalised(overrides: list[str], groups: set[str]) -> list[str]:
     """`key=value`, `+key=value` -> `++key=value`; `+group=preset` -> `group=preset`.
 
@@ -212,7 +217,7 @@ def _normalised(overrides: list[str], groups: set[str]) -> list[str]:
     found = []
     for override in overrides:
         match = _ASSIGNMENT.fullmatch(override)
-        key = match["key"] if match else ""
+        key = _full(match["key"]) if match else ""
         if match is None or key.split(".")[0] == "hydra":
             found.append(override)  # hydra/..., ~key, group@package: Hydra's own
         elif key not in groups:

@@ -82,6 +82,34 @@ class EarlyStoppingConfig(pydantic.BaseModel):
     mode: Literal["min", "max"] = Field("min", description="whether less or more is better")
 
 
+class LRFindConfig(pydantic.BaseModel):
+    """The sweep of the learning rate that `lr_find` asks for."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    low: PositiveFloat = Field(1e-6, description="learning rate of the first step")
+    high: PositiveFloat = Field(1.0, description="learning rate of the last step")
+    steps: Annotated[Int, Field(ge=10)] = Field(120, description="optimizer steps between them")
+
+
+def _bare_flag(value: Any) -> Any:
+    """`lr_find=true` asks for the defaults of that sweep, `lr_find=false` for none."""
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
+class IterationCurriculumConfig(pydantic.BaseModel):
+    """How iteration budgets grow over a run."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    start: Annotated[Float, Field(gt=0, lt=1)] = Field(
+        0.25, description="share of its budget that a row gets at the beginning"
+    )
+    until: Annotated[Float, Field(gt=0, le=1)] = Field(
+        0.5, description="share of the run from which budgets are whole"
+    )
+
+
 class PretrainConfig(pydantic.BaseModel):
     """The whole configuration of a run, as `load_config` returns it."""
 
@@ -98,6 +126,9 @@ class PretrainConfig(pydantic.BaseModel):
     )
     min_iterations: PositiveInt | None = Field(
         None, description="lifts every iteration budget below it, in ACT steps"
+    )
+    iteration_curriculum: IterationCurriculumConfig | None = Field(
+        None, description="{start, until}: budgets grow from a share of them; null: whole always"
     )
     feed: Literal["consume", "present"] = Field(
         "consume", description="consume: freed slots take the next example; present: as TRM"
@@ -208,7 +239,7 @@ class PretrainConfig(pydantic.BaseModel):
         None, description="start a new run from the weights of this checkpoint"
     )
     load_weights: Literal["ema", "raw"] = Field(
-        "ema", description="which weights load_checkpoint takes"
+        "ema", description="which weights load_checkpoint and arch.loss.kl_to take"
     )
 
     # Machine
@@ -228,6 +259,10 @@ class PretrainConfig(pydantic.BaseModel):
     )
     compile: bool = Field(False, description="torch.compile the model")
     dry_run: bool = Field(False, description="build the model, print its cost, and end")
+    lr_find: Annotated[LRFindConfig | None, BeforeValidator(_bare_flag)] = Field(
+        None, description="true, or {low, high, steps}: sweep the learning rate, plot, and end"
+    )
+    profile: bool = Field(False, description="trace steps 10 to 15, and list what costs most")
 
     # Logging
     logger: list[Literal["wandb", "tensorboard", "jsonl"]] = Field(

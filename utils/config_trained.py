@@ -1,4 +1,4 @@
-"""Evaluating a checkpoint: what it was trained as need not be said again."""
+"""Evaluating a checkpoint or training it further: what it was trained as need not be repeated."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,26 +6,29 @@ from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from utils.checkpoint import checkpoint_in
 
-# What an evaluation takes from the checkpoint, unless the command line says otherwise.
+# What is taken from the checkpoint, unless the command line says otherwise: by an evaluation, and
+# by a run that starts from its weights.
 AS_TRAINED = (
     "arch", "data_paths", "data_paths_test", "min_iterations", "global_batch_size",
     "eval_batch_size", "evaluators", "feed", "seed",
 )  # fmt: skip
+TRAINED_FURTHER = ("arch",)
 
 
 def as_trained(cfg: DictConfig, overrides: Sequence[str] | None = None) -> DictConfig:
-    """For `eval_only=true load_checkpoint=FOLDER`, the config with the checkpoint's own values of
-    AS_TRAINED where no override names the key; else the config as it is.
+    """For `load_checkpoint=FOLDER`, the config with the checkpoint's own values of AS_TRAINED (with
+    `eval_only=true`; else of its architecture alone) where no override names the key.
 
     overrides: those of the command line; None asks Hydra. One that chooses a preset of whole keys
     (experiment=, debug=) is taken as the whole config.
     """
     path = cfg.get("load_checkpoint")
-    if not cfg.get("eval_only") or not path or not Path(str(path)).is_dir():
+    if not path or not Path(str(path)).is_dir():
         return cfg
     file = checkpoint_in(Path(str(path))) / "config.yaml"
     if overrides is None:
@@ -35,11 +38,18 @@ def as_trained(cfg: DictConfig, overrides: Sequence[str] | None = None) -> DictC
         return cfg
     trained = yaml.safe_load(file.read_text("utf-8"))
     now: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-    for key in AS_TRAINED:
+    for key in AS_TRAINED if cfg.get("eval_only") else TRAINED_FURTHER:
         if key not in named and key in trained:
             now[key] = trained[key]
+            if key == "arch":  # what that run stayed near is no part of the model
+                for option in ("kl_to", "kl_weight"):
+                    now[key]["loss"].pop(option, None)
     changed = OmegaConf.create(now)
-    for name in named:
-        if "." in name and name.partition(".")[0] in AS_TRAINED:
-            OmegaConf.update(changed, name, OmegaConf.select(cfg, name), force_add=True)
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        name = override.key_or_group
+        if "." in name and name.partition(".")[0] in AS_TRAINED and not override.is_delete():
+            # of a dict what was said alone: the rest of cfg's is the default preset's
+            said = override.value() if isinstance(override.value(), dict) else None
+            value = OmegaConf.select(cfg, name) if said is None else said
+            OmegaConf.update(changed, name, value, merge=True, force_add=True)
     return changed

@@ -31,13 +31,16 @@ def build_text(tokenizer_json, tmp_path):
     return run
 
 
-def test_rows_score_the_response_alone(build_text, tmp_path, rng, tokenizer_json):
+@pytest.mark.parametrize("keys", [("prompt", "response"), ("question", "answer")])
+def test_rows_score_the_response_alone(build_text, tmp_path, rng, tokenizer_json, keys):
+    asked, answered = keys
     examples = [
-        {"prompt": random_text(rng, rng.randrange(1, 9)), "response": random_text(rng, 5)}
+        {asked: random_text(rng, rng.randrange(1, 9)), answered: random_text(rng, 5)}
         for _ in range(30)
     ]
     path = write_examples(tmp_path / "qa.jsonl", examples)
     options = "--max-context-tokens 60 --max-response-tokens 70 --train-ratio 1"
+    options += f" --prompt-key {asked} --response-key {answered}"
     corpus = build_text(path, f"{options} --dedup none")
     data = read_split(corpus, "train")
     verify_arrays(corpus / "train" / "all", data.metadata)
@@ -46,15 +49,15 @@ def test_rows_score_the_response_alone(build_text, tmp_path, rng, tokenizer_json
     lengths = token_byte_lengths(tokenizer_json)
     eos, ignored = data.metadata.eos_id, data.metadata.ignore_label_id
     for example, inputs, labels in zip(examples, data.inputs, data.labels, strict=True):
-        prompt = tokenizer.encode(example["prompt"], add_special_tokens=False).ids
-        response = tokenizer.encode(example["response"], add_special_tokens=False).ids
+        prompt = tokenizer.encode(example[asked], add_special_tokens=False).ids
+        response = tokenizer.encode(example[answered], add_special_tokens=False).ids
         row = prompt + response + [eos]
         assert inputs[: len(row)].tolist() == row
         assert (inputs[len(row) :] == data.metadata.pad_id).all()
         assert np.flatnonzero(labels != ignored).tolist() == [*range(len(prompt) - 1, len(row) - 1)]
         assert labels[labels != ignored].tolist() == [*response, eos]
-        assert lengths[labels[labels != ignored]].sum() == len(example["response"].encode())
-    expected = sum(len(example["response"].encode()) for example in examples)
+        assert lengths[labels[labels != ignored]].sum() == len(example[answered].encode())
+    expected = sum(len(example[answered].encode()) for example in examples)
     assert data.metadata.scored_bytes == expected
     assert data.metadata.documents == 30
 
@@ -138,7 +141,10 @@ def test_one_prompt_lands_in_one_split(build_text, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"question": "q", "response": "r"}, "no key 'prompt' (keys there: question, response)"),
+        (
+            {"question": "q", "response": "r"},
+            "no key 'prompt' (keys there: question, response; see --prompt-key)",
+        ),
         ({"prompt": "p", "response": ""}, "key 'response' holds an empty text"),
         ({"prompt": "p", "response": 3}, "key 'response' holds no text"),
         ({"prompt": "p", "response": "r", "meta": 3}, "key 'meta' holds no object"),
@@ -164,6 +170,7 @@ def test_bad_examples_are_named_or_skipped(build_text, tmp_path, fails, record, 
         ("--domain-weights qa=-1", "'qa=-1' is not NAME=WEIGHT"),
         ("--max-context-tokens 0", "--max-context-tokens is 0"),
         ("--train-ratio 2", "--train-ratio is 2.0"),
+        ("--prompt-key x --response-key x", "--prompt-key and --response-key are both 'x'"),
     ],
 )
 def test_mistakes_end_in_one_sentence(build_text, tmp_path, fails, options, message):
