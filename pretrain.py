@@ -19,7 +19,6 @@ import torch
 import yaml
 from omegaconf import DictConfig
 from torch import Tensor
-from tqdm import tqdm
 
 from dataset.common import UserError, warnings_as_notes
 from dataset.tokenization import TextTokenizer
@@ -28,11 +27,11 @@ from evaluators.interface import Evaluator
 from evaluators.loop import create_evaluators, evaluate
 from models import cost, persistence
 from models.dry_run import dry_run
-from models.loading import examined, open_tokenizer
+from models.loading import examined, load_anchor, open_tokenizer, settle_anchor
 from models.persistence import Saver, resolved
 from models.train_state import TrainState, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
-from utils import checkpoint
+from utils import checkpoint, lr_finder
 from utils.backend import Backend, select_backend
 from utils.config import PretrainConfig, check_ranks, hydra_entry, load_config
 from utils.config_trained import as_trained
@@ -40,7 +39,17 @@ from utils.data import Data, open_data
 from utils.feed_ahead import PresentAhead
 from utils.logging import Loggers
 from utils.metrics import added
-from utils.reporting import Clock, announce, evaluation_table, prefetched, tell, ticking
+from utils.profiling import StepProfiler
+from utils.reporting import (
+    Clock,
+    Progress,
+    announce,
+    ending,
+    evaluation_table,
+    prefetched,
+    tell,
+    ticking,
+)
 from utils.run_folder import RunFolder
 from utils.schedule import Schedule
 from utils.training_log import TrainingLog
@@ -65,6 +74,7 @@ class Run(NamedTuple):
     """Read at the start: in the days of a run its file may go."""
     clock: Clock
     watchdog: Watchdog
+    profiler: StepProfiler
     received: Sequence[int] = ()
     """Numbers of the signals that ask the run to stop."""
 
@@ -87,6 +97,8 @@ FAILED_IN_PART = 3  # exit status: the run is over, but a warning tells of somet
 def launch(cfg: DictConfig) -> None:
     """Checks everything that can be checked, then runs on the device that was asked for."""
     config = load_config(as_trained(cfg), world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    if config.lr_find:
+        config = lr_finder.settled(config)
     if config.dry_run:
         return dry_run(config)
     backend, reason = select_backend(config.device_type)
@@ -154,10 +166,13 @@ def build(
 ) -> tuple[Run, TrainState]:
     """Everything that a run needs, where its last checkpoint left it if it has one."""
     rows = config.rows_per_rank(backend.world_size)
+    settle_anchor(config, backend)
     resumed = persistence.find_resume(config, folder, backend)
     labels = data.reasoning_ids() if config.arch.loss.options.get("reasoning_loss_weight") else 0
     with backend.taking_turns():
+        anchor = load_anchor(config, data, backend.device)
         model = create_model(config, data.train.metadata, batch_size=rows, reasoning_ids=labels)
+        model.anchor = anchor
     loaded_step = 0
     if config.load_checkpoint and resumed is None:
         loaded, loaded_step = persistence.load_pretrained(
@@ -178,7 +193,7 @@ def build(
         persistence.restore(config, state, stream, backend, resumed, folder, micro_batches)
     elif config.eval_only:
         state.step = loaded_step
-    schedule = Schedule(config, stream)
+    schedule = (lr_finder.Sweep if config.lr_find else Schedule)(config, stream)
     names = config.logger if backend.is_main else []
     place = None if config.eval_only else state.step
     loggers = Loggers(names, folder, resolved(config), place)
@@ -189,7 +204,8 @@ def build(
         schedule,
         row_tokens=data.train.metadata.seq_len,
         rows=config.global_batch_size,
-        flops_per_token=cost.measure(model.model).train_flops,
+        flops_per_token=cost.measure(model.model).train_flops
+        + (cost.measure(anchor.model).forward_flops if anchor else 0),
         peak_flops=None if peak is None else peak * backend.world_size,
     )
     saver = Saver(config, state, stream, backend, folder, data.train, data.tokenizer)
@@ -202,6 +218,7 @@ def build(
     run = Run(
         config, backend, data, stream, folder, micro_batches, schedule, loggers, log, saver,
         create_evaluators(config.evaluators, data), tokenizer, clock, watchdog,
+        StepProfiler(folder if config.profile else None, backend, state.step),
     )  # fmt: skip
     return run, state
 
@@ -211,7 +228,12 @@ def train_loop(run: Run, state: TrainState) -> int:
     began = state.step
     with run.log.progress(state), run.watchdog:
         try:
-            take_steps(run, state)
+            with run.profiler:
+                take_steps(run, state)
+            if run.config.lr_find:
+                if run.backend.is_main:
+                    tell(lr_finder.conclude(run.folder, run.config.lr_find))
+                return 0
             with run.clock.paused():
                 patience = min(600, (run.config.step_timeout or math.inf) / 2)
                 if not run.saver.finish(patience, run.received):
@@ -221,25 +243,8 @@ def train_loop(run: Run, state: TrainState) -> int:
                     evaluate_and_save(run, state)
         except Interrupted as interrupted:
             return leave(run, state, interrupted.signal)
-    say(run, ending(run, state, began))
+    say(run, ending(checkpoint.step_folder(run.folder, state.step), state, began))
     return FAILED_IN_PART if state.failed_evaluations else 0
-
-
-def ending(run: Run, state: TrainState, began: int) -> str:
-    """One sentence for a run that is over."""
-    last = checkpoint.step_folder(run.folder, state.step)
-    if state.step > began:
-        return f"finished at step {state.step:,}: {last}"
-    if state.stopped:
-        return (
-            f"nothing is left to train: the run stopped early at step {state.step:,}, {last}; "
-            "early_stopping=null trains on"
-        )
-    return (
-        f"nothing is left to train: the run is at step {state.step:,} already, {last}; to train "
-        "on, raise epochs or max_steps and allow that, e.g. resume_allow=[max_steps]; "
-        "eval_only=true evaluates it again"
-    )
 
 
 def take_steps(run: Run, state: TrainState) -> None:
@@ -262,6 +267,7 @@ def take_steps(run: Run, state: TrainState) -> None:
         run.watchdog.beat(state.step)
         run.log.add(state, metrics)
         run.backend.end_step()
+        run.profiler.step()
         if state.step % config.log_interval == 0 or state.step == 1:
             run.log.write(state)
         run.saver.check(flags.save_failed)
@@ -280,6 +286,9 @@ def take_steps(run: Run, state: TrainState) -> None:
 def leave(run: Run, state: TrainState, stop: int) -> int:
     """Saves on a signal; the exit status."""
     name = signal.Signals(stop).name
+    if run.config.lr_find:
+        say(run, f"stopped by {name}; a sweep keeps no weights, begin it again")
+        return 128 + stop
     again = f"go on with the same command and run_name={run.config.run_name}"
     if not run.saver.finish(patience=5):
         say(run, f"stopped by {name}, but step {state.step} could not be saved; {again}")
@@ -321,7 +330,7 @@ def train_batch(
     state.step += 1
     flags = share_flags(run, state, finite)
     if flags.finite:
-        apply_update(run, state)
+        state.update(run.schedule.learning_rate_factor(state))
     else:
         skip_update(run, state)
     for optimizer in state.optimizers:
@@ -343,26 +352,11 @@ def share_flags(run: Run, state: TrainState, finite: Tensor) -> Flags:
     return Flags(bool(table[:, -4].all()), int(table[:, -2].max()), bool(table[:, -1].any()))
 
 
-def apply_update(run: Run, state: TrainState) -> None:
-    factor = run.schedule.learning_rate_factor(state)
-    for optimizer, base in zip(state.optimizers, state.base_lrs, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = base * factor
-        optimizer.step()
-    if state.ema is not None:
-        state.ema.update()
-    state.nonfinite_in_a_row = 0
-
-
 def skip_update(run: Run, state: TrainState) -> None:
     """Leaves the weights alone and frees the rows whose latents are no longer finite."""
     state.nonfinite += 1
     state.nonfinite_in_a_row += 1
-    for carry in state.carries:
-        z = carry.inner_carry
-        broken = ~(z.z_H.isfinite().all(2).all(1) & z.z_L.isfinite().all(2).all(1))
-        carry.halted = carry.halted | broken
-    own = torch.cat([carry.halted for carry in state.carries])
+    own = state.free_broken_rows()
     state.halted = run.backend.to_host(run.backend.all_gather(own.int())).astype(bool)
     say(run, f"step {state.step}: loss or gradient is not finite, update skipped")
     if state.nonfinite_in_a_row >= run.config.max_nonfinite:
@@ -401,8 +395,7 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
         ranks = dict(rank=backend.rank, world_size=backend.world_size)
         arch = state.model.model.config
         stream = EvalStream.from_config(run.data.test, config, arch, rows, **ranks)
-    bar = tqdm(total=len(stream), desc="evaluate", unit="batch", leave=False,
-               disable=not backend.is_main or not sys.stderr.isatty())  # fmt: skip
+    bar = Progress(len(stream), "evaluate, batch", "batch", shown=backend.is_main)
     with bar, state.averaged():
         results = evaluate(
             state.model,

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from dataset.common import UserError
-from utils.config_schema import PretrainConfig
+from utils.config_schema import IterationCurriculumConfig, PretrainConfig
 from utils.corpora import Corpora, did_you_mean
 from utils.example_order import EXPLORE, RELABEL, ExampleOrder, Examples, Position
 from utils.permutation import hash64
 from utils.read_ahead import InPlace, ReadAhead
 from utils.row_reader import Batch, RowReader, document_starts, relabel
+from utils.schedule import grown
 
 __all__ = ["Corpora", "EvalStream", "TrainStream", "document_starts", "exploration", "relabel"]
 
@@ -81,6 +82,8 @@ class TrainStream:
         explore_prob, explore_max: see `exploration`.
         document_starts: whether batches tell where documents begin (if the corpora have an eos).
         max_draws: end after this many groups, if that is earlier.
+        curriculum: budgets of rows that enter early are smaller, never below `least_iterations`;
+            how early is told by `progress`, or by the step over `max_steps` if that is further.
         num_workers: threads that read the next examples ahead of `next`; 0 reads them in it.
             What `next` returns, and where the stream stands, does not depend on it.
 
@@ -106,6 +109,9 @@ class TrainStream:
         explore_max: int = 1,
         document_starts: bool = True,
         max_draws: int | None = None,
+        curriculum: IterationCurriculumConfig | None = None,
+        least_iterations: int = 1,
+        max_steps: int | None = None,
         num_workers: int = 0,
     ):
         if feed not in ("consume", "present"):
@@ -116,6 +122,13 @@ class TrainStream:
         self._corpora, self._seed, self._feed = corpora, seed, feed
         self._size, self._micro_batches = global_batch_size, micro_batches
         self._explore = (explore_prob, explore_max)
+        self._curriculum, self._max_steps = curriculum, max_steps
+        self._least = max(1, least_iterations, min_iterations or 1)
+        if curriculum is not None and not corpora.has_targets:
+            raise UserError(
+                "iteration_curriculum lets iteration budgets grow, but no corpus in data_paths has "
+                "iteration_targets.npy; build one with budgets, or use null."
+            )
 
         self.total_groups, self.total_steps = self._totals(epochs, max_draws)
         limit = self.total_groups if feed == "consume" else None
@@ -179,6 +192,9 @@ class TrainStream:
             max_iterations=steps,
             explore_prob=getattr(arch, "halt_exploration_prob", 0.0),
             explore_max=steps or 1,
+            curriculum=config.iteration_curriculum,
+            least_iterations=getattr(arch, "force_min_steps", 1),
+            max_steps=config.max_steps,
             **options,
         )
 
@@ -208,14 +224,19 @@ class TrainStream:
         """This rank's micro-batches for optimizer step `step`; None when the run is over.
 
         Args:
-            step: any number that no other step has; explorations are drawn from it.
+            step: the optimizer step, from 1; explorations are drawn from it.
             halted: (G,) bool, the flags of all slots of all ranks; all True at the start.
         """
         halted = np.asarray(halted, dtype=bool)
         assert halted.shape == (self._size,), f"halted is {halted.shape}, not ({self._size},)"
+        done = max(self.progress, (step - 1) / self._max_steps if self._max_steps else 0.0)
         parts = self._feed_all(halted) if self._feed == "present" else self._feed_freed(halted)
         if parts is None:
             return None
+        if self._curriculum is not None:
+            for _, rows in parts:
+                whole = rows["iteration_targets"]
+                rows["iteration_targets"] = grown(whole, self._curriculum, done, self._least)
         batch = self._reader.spread(parts, self._slots.stop - self._slots.start)
         if self._explore[0] > 0:
             batch["explore"] = exploration(self._seed, step, self._size, *self._explore)[

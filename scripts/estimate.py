@@ -189,7 +189,7 @@ def advice(
     options: Options, overrides: Sequence[str], p: Plan, settings: Sequence[list[str]], gain: str
 ) -> str:
     """The settings that help, each counted anew on the same tokens."""
-    helpful = []
+    helpful: dict[tuple[float, ...], str] = {}
     recursive = hasattr(p.model.config, "H_cycles")
     for extra in settings:
         if not recursive and any(setting.startswith("arch=") for setting in extra):
@@ -206,14 +206,16 @@ def advice(
         }[gain]
         if better and other.counted.parameters <= p.counted.parameters:
             room = "" if other.fits else ", which does not fit"
-            helpful.append(
+            counted = (other.total, other.counted.parameters, other.seconds)
+            helpful.setdefault(  # a preset may say no more than a single key before it
+                counted,
                 f"\n    {' '.join(extra)}: {size(other.total)}{room}, "
                 f"{number(other.counted.parameters)} parameters, {duration(other.seconds)}, "
-                f"{dollars(other.money)}"
+                f"{dollars(other.money)}",
             )
     if not helpful:
         return "; no single preset here changes that: take more or larger devices, or fewer tokens"
-    return "; with" + "".join(helpful[:3])
+    return "; with" + "".join(list(helpful.values())[:3])
 
 
 # --- the command ---------------------------------------------------------------------------

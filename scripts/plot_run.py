@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.common import UserError, run_cli
+from utils.plotting import with_slack
 
 METRICS = "metrics.jsonl"
 # What an evaluation is judged by: the first of these that a run has.
@@ -136,14 +137,6 @@ def summary(run: RunMetrics) -> str:
         values = "  ".join(f"{step}: {value:.4f}" for step, value in steps.items())
         lines.append(f"  by ACT step          {values}")
     return "\n".join(lines)
-
-
-def with_slack(axes: Any) -> None:
-    """Widens a narrow y axis: a difference of a thousandth must not look like a cliff."""
-    low, high = axes.get_ylim()
-    slack = 0.02 * max(abs(low), abs(high)) - (high - low)
-    if slack > 0:
-        axes.set_ylim(low - slack / 2, high + slack / 2)
 
 
 def draw(runs: Sequence[RunMetrics], output: Path) -> None:

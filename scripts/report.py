@@ -152,8 +152,8 @@ def notes(runs: Sequence[Run]) -> list[str]:
         if skipped := last.get("train/nonfinite"):
             said.append(f"{run.name}: {skipped:,} updates were skipped, not finite.")
         if failed := run.last_evaluation.get("eval/evaluators_failed"):
-            said.append(f"{run.name}: {failed} evaluators failed in the last evaluation; their "
-                        "figures are missing.")  # fmt: skip
+            said.append(f"{run.name}: {failed} evaluator{'s' * (failed > 1)} failed in the last "
+                        "evaluation; the figures are missing.")  # fmt: skip
         if run.abandoned:
             said.append(f"{run.name}: went on from an older checkpoint; {len(run.abandoned)} log "
                         "lines of steps that were trained again are left out.")  # fmt: skip

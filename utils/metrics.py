@@ -12,6 +12,7 @@ DENOMINATORS = {
     "q_halt_loss": "rows",
     "q_continue_loss": "rows",
     "reasoning_loss": "rows",
+    "kl_loss": "rows",
     "z_H_norm": "slots",
     "z_L_norm": "slots",
     "grad_norm": "updates",

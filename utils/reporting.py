@@ -5,14 +5,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from utils.backend import Backend
 from utils.config import PretrainConfig, config_warnings
+from utils.schedule import Counters
 
 T = TypeVar("T")
+
+LINE_SECONDS = 20.0  # between two lines where there is no terminal for a bar
 
 
 def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
@@ -49,6 +53,23 @@ class Clock:
             self._paused_at = None
 
 
+def ending(last: Path, state: Counters, began: int) -> str:
+    """One sentence for a run that is over: where its last checkpoint lies, or why nothing was left
+    to train."""
+    if state.step > began:
+        return f"finished at step {state.step:,}: {last}"
+    if state.stopped:
+        return (
+            f"nothing is left to train: the run stopped early at step {state.step:,}, {last}; "
+            "early_stopping=null trains on"
+        )
+    return (
+        f"nothing is left to train: the run is at step {state.step:,} already, {last}; to train "
+        "on, raise epochs or max_steps and allow that, e.g. resume_allow=[max_steps]; "
+        "eval_only=true evaluates it again"
+    )
+
+
 def tell(sentence: str) -> None:
     """Prints beside a progress bar without breaking it, at once."""
     tqdm.write(sentence)
@@ -74,6 +95,26 @@ def ticking(items: Iterable[T], *ticks: Callable[[], object]) -> Iterator[T]:
         yield item
         for tick in ticks:
             tick()
+
+
+class Progress(tqdm):
+    """A bar on a terminal; elsewhere a line every LINE_SECONDS, because a bar makes a log file hard
+    to read. Nothing at all where `shown` is false."""
+
+    def __init__(self, total: int, desc: str, unit: str, shown: bool):
+        self._lines = shown and not sys.stderr.isatty()
+        self._done, self._whole, self._name = 0, total, desc
+        self._told_at = time.monotonic()
+        super().__init__(
+            total=total, desc=desc, unit=unit, leave=False, disable=not shown or self._lines
+        )
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self._done += int(n or 0)
+        if self._lines and time.monotonic() - self._told_at >= LINE_SECONDS:
+            self._told_at = time.monotonic()
+            print(f"{self._name} {self._done:,} of {self._whole:,}", flush=True)
+        return super().update(n)
 
 
 def evaluation_table(results: dict[str, Any], step: int) -> str:

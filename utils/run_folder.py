@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dataset.common import UserError
+from utils import lr_finder
 from utils.backend import Backend
 from utils.config_schema import PretrainConfig
 from utils.functions import random_run_name
@@ -27,6 +28,8 @@ class RunFolder:
         )
         default = Path("checkpoints") / config.project_name / config.run_name
         self.path = Path(config.checkpoint_path or default)
+        if config.lr_find:
+            self.path /= lr_finder.FOLDER
         self._lock: TextIO | None = None
         token = backend.from_main(lambda: self._open(config))
         if not config.eval_only and not _sees(self.path, token):

@@ -13,9 +13,8 @@ from tqdm import tqdm
 from utils.backend import Backend
 from utils.logging import Loggers
 from utils.metrics import MetricSums, means
+from utils.reporting import LINE_SECONDS
 from utils.schedule import Schedule
-
-LINE_SECONDS = 20.0  # between two lines where there is no terminal for a bar
 
 
 class TrainingLog:

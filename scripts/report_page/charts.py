@@ -25,7 +25,7 @@ from matplotlib.ticker import (
     NullFormatter,
 )
 
-from scripts.plot_run import with_slack
+from utils.plotting import with_slack
 
 COLOURS = 8
 MARKERS, SIGNS = "os^DvPX*", "●■▲◆▼✚✖★"

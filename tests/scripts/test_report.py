@@ -236,7 +236,7 @@ def test_trouble_is_told(tmp_path):
         {"step": 2, "eval/evaluators_failed": 1, "eval/text/bits_per_byte": None},
     )
     page = page_of(run)
-    assert "3 updates were skipped" in page.text and "1 evaluators failed" in page.text
+    assert "3 updates were skipped" in page.text and "1 evaluator failed" in page.text
     assert page.rows["bits per byte"][0][0]["text"] == "not finite"
     assert page.chart("Loss")["lines"][0]["y"] == [3.0]
 

@@ -1,0 +1,294 @@
+r"""Search settings with Optuna: each trial is a training run, and hopeless ones end early.
+
+    pip install -r requirements-sweep.txt
+    python scripts/sweep_optuna.py --trials 20 data_paths="[data/my_corpus]" \
+        arch=athena_trm_small max_seconds=600 eval_interval=0.1 \
+        'lr=tag(log, interval(1e-4, 1e-2))' 'arch.L_layers=range(1, 4)' optimizer=adamw,muon
+
+Keys are those of pretrain.py, and sweeps are written as Hydra writes them: choices `a,b`,
+`range(start, stop)`, `interval(low, high)`, `tag(log, interval(low, high))`. A trial that is worse
+at an evaluation than half of the earlier ones were there is ended (Optuna's MedianPruner), so give
+an eval_interval. The study is kept in --folder: the same command goes on with it.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.errors import HydraException
+
+from dataset.common import UserError, command_parser, run_cli
+from scripts.plot_run import METRICS, RunMetrics, read_records
+
+try:
+    import optuna
+except ImportError as error:
+    print(f"error: the package {error.name} is missing: pip install -r requirements-sweep.txt",
+          file=sys.stderr)  # fmt: skip
+    sys.exit(2)
+
+PRETRAIN = Path(__file__).resolve().parents[1] / "pretrain.py"
+GIVEN_BY_TRIALS = ("run_name", "checkpoint_path")
+
+
+def sweeps_and_fixed(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
+    """The keys that trials vary, and the other arguments as they are."""
+    try:
+        overrides = OverridesParser.create().parse_overrides(list(arguments))
+    except HydraException as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    for override in overrides:
+        if override.key_or_group in GIVEN_BY_TRIALS:
+            raise UserError(f"{override.key_or_group} is each trial's own: use --folder")
+    varied = [override for override in overrides if override.is_sweep_override()]
+    if not varied:
+        raise UserError(
+            "no key is varied: give one a sweep, such as 'lr=tag(log, interval(1e-4, 1e-2))'"
+        )
+    return varied, [str(o.input_line) for o in overrides if not o.is_sweep_override()]
+
+
+def suggested(trial: optuna.Trial, override: Override) -> str:
+    """`key=value` with a value that the study wants to know about."""
+    key, sweep = override.key_or_group, override.value()
+    log = "log" in getattr(sweep, "tags", ())
+    value: Any
+    if isinstance(sweep, IntervalSweep):
+        assert sweep.start is not None and sweep.end is not None
+        suggest: Any = trial.suggest_float
+        if isinstance(sweep.start, int) and isinstance(sweep.end, int):
+            suggest = trial.suggest_int
+        value = suggest(key, sweep.start, sweep.end, log=log)
+    elif isinstance(sweep, RangeSweep) and all(
+        isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step)
+    ):
+        numbers = range(sweep.start, sweep.stop, sweep.step)  # type: ignore[arg-type]
+        value = trial.suggest_int(key, numbers[0], numbers[-1], step=numbers.step)
+    else:
+        value = trial.suggest_categorical(key, list(override.sweep_string_iterator()))
+    return f"{key}={value}"
+
+
+def check_sweep(override: Override) -> None:
+    """UserError for a sweep that holds no value, before anything is trained."""
+    try:
+        suggested(optuna.create_study().ask(), override)
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{override.input_line} holds no value to try: {error}") from None
+
+
+class Search:
+    """Runs trials; `objective` is what Optuna calls."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.folder: Path = args.folder
+        self.metric: str | None = args.metric
+        self.higher = args.direction == "maximize"
+        try:
+            self.command = [*shlex.split(args.launcher or sys.executable), str(PRETRAIN)]
+        except ValueError as error:
+            raise UserError(f"--launcher {args.launcher}: {error}") from None
+        if shutil.which(self.command[0]) is None:
+            raise UserError(f"--launcher {args.launcher}: there is no such command")
+        self.varied, self.fixed = sweeps_and_fixed(args.overrides)
+        self.began = False
+        """Some trial came so far that it logged."""
+        self.said = {
+            "keys": [str(o.input_line) for o in self.varied] + self.fixed,
+            "metric": self.metric,
+            "direction": args.direction,
+        }
+        for override in self.varied:
+            check_sweep(override)
+
+    def objective(self, trial: optuna.Trial) -> float:
+        run = self.folder / f"trial_{trial.number}"
+        chosen = [suggested(trial, override) for override in self.varied]
+        print(f"trial {trial.number}: {' '.join(chosen)}", flush=True)
+        command = [*self.command, *self.fixed, *chosen, f"checkpoint_path={run}"]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"trial_{trial.number}.log").open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            figure = None
+            try:
+                for step, figure in self._evaluations(process, run):
+                    trial.report(figure, step)
+                    if process.poll() is None and trial.should_prune():
+                        print(f"  step {step}: {figure:.4f}, ended early", flush=True)
+                        raise optuna.TrialPruned
+            finally:
+                status = _ended(process)
+        self.began |= (run / METRICS).is_file() and (run / METRICS).stat().st_size > 0
+        if status not in (0, 3) and not self.began:  # a mistake that every trial would repeat
+            raise UserError(_last_line(log.name))
+        if status == 0 and figure is None:
+            raise UserError(
+                f"trial {trial.number} was never evaluated, see {log.name}; name corpora with a "
+                "test split in data_paths_test"
+            )
+        if status not in (0, 3) or figure is None:
+            said = f"{_last_line(log.name)} (all of it in {log.name})"
+            print(f"  failed: {said}", flush=True)
+            raise RuntimeError(said)
+        print(f"  {figure:.4f}", flush=True)
+        return figure
+
+    def _evaluations(
+        self, process: subprocess.Popen[bytes], run: Path
+    ) -> Iterator[tuple[int, float]]:
+        """(step, figure) of each evaluation, as the run logs them."""
+        done = 0
+        while True:
+            running = process.poll() is None
+            records: list[dict[str, Any]] = []
+            with suppress(UserError):  # nothing is written yet
+                records = read_records(run)
+            found = list(self._figures(run, records))
+            yield from found[done:]
+            done = len(found)
+            if not running:
+                return
+            time.sleep(0.5)
+
+    def _figures(self, run: Path, records: list[dict[str, Any]]) -> Iterator[tuple[int, float]]:
+        evaluated = [record for record in records if any(k.startswith("eval/") for k in record)]
+        if not evaluated:
+            return
+        if self.metric is None:
+            headline = RunMetrics(run).headline
+            assert headline is not None
+            self.metric = headline.key
+            if self.higher != (headline.better == "higher"):
+                raise UserError(
+                    f"of {self.metric} {headline.better} is better: use --direction "
+                    f"{'maximize' if headline.better == 'higher' else 'minimize'}"
+                )
+        for record in evaluated:
+            if self.metric not in record:
+                known = ", ".join(sorted(k for k in record if k.startswith("eval/")))
+                raise UserError(f"--metric {self.metric} was not evaluated; there are {known}")
+            if record[self.metric] is not None:
+                yield record["step"], record[self.metric]
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """The exit status of a trial, which is told to leave if it still runs."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def _last_line(log: str) -> str:
+    lines = Path(log).read_text("utf-8", "replace").split("\n")
+    said = [line for line in lines if line.startswith("error: ")] or [s for s in lines if s.strip()]
+    return said[-1].removeprefix("error: ") if said else "the run ended without a word"
+
+
+def run(args: argparse.Namespace) -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if args.startup_trials < 0:
+        raise UserError(f"--startup-trials is {args.startup_trials}; it must be at least 0")
+    search = Search(args)
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--folder {args.folder}: {error.strerror}") from None
+    study = optuna.create_study(
+        study_name=args.folder.name,
+        storage=f"sqlite:///{args.folder / 'study.db'}",
+        direction=args.direction,
+        sampler=optuna.samplers.TPESampler(seed=args.seed),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=args.startup_trials),
+        load_if_exists=True,
+    )
+    before = study.user_attrs.get("search", search.said)
+    if before != search.said:
+        changed = [key for key in before if before[key] != search.said[key]]
+        raise UserError(
+            f"{args.folder} holds a search with other {' and '.join(changed)} "
+            f"({'; '.join(str(before[key]) for key in changed)}): give those, or another --folder"
+        )
+    study.set_user_attr("search", search.said)
+    over = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    done = len(study.get_trials(deepcopy=False, states=over))
+    if done:
+        print(f"going on with {args.folder}: {done} of {args.trials} trials are there")
+    try:
+        study.optimize(search.objective, n_trials=max(0, args.trials - done), catch=(RuntimeError,))
+    finally:
+        write_trials(study, args)
+    told(study, args)
+
+
+def best_first(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    trials = [t for t in study.get_trials() if t.state.is_finished()]
+    sign = -1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
+    return sorted(trials, key=lambda t: (t.state.name != "COMPLETE", sign * (t.value or 0)))
+
+
+def write_trials(study: optuna.Study, args: argparse.Namespace) -> None:
+    with (args.folder / "trials.jsonl").open("w") as file:
+        for t in best_first(study):
+            line = {"trial": t.number, "state": t.state.name, "value": t.value, **t.params}
+            file.write(json.dumps(line) + "\n")
+
+
+def told(study: optuna.Study, args: argparse.Namespace) -> None:
+    """Prints the trials, best first."""
+    trials = best_first(study)
+    complete = [t for t in trials if t.state.name == "COMPLETE"]
+    if not complete:
+        raise UserError(f"no trial was finished; what they said is in {args.folder}/trial_*.log")
+    for t in trials[:10]:
+        value = f"{t.value:.4f}" if t.value is not None else t.state.name.lower()
+        print(f"  trial {t.number:<4} {value:<10} {_keys(t)}")
+    names = " ".join(str(args.folder / f"trial_{t.number}") for t in complete[:3])
+    print(f"best: {_keys(complete[0])}\ncompare: python scripts/report.py {names}")
+
+
+def _keys(trial: optuna.trial.FrozenTrial) -> str:
+    return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+                    for k, v in trial.params.items())  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command_parser("python scripts/sweep_optuna.py", __doc__)
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="key=value", help="keys of pretrain.py, some with sweeps")
+    add("--trials", type=int, default=20, help="trials in all, over all calls (default: 20)")
+    add("--folder", type=Path, default=Path("checkpoints/sweeps/optuna"), metavar="DIR",
+        help="of the study and its runs (default: %(default)s)")  # fmt: skip
+    add("--metric", metavar="NAME", help="of a run's last evaluation, e.g. eval/all/accuracy "
+        "(default: bits per byte, exact accuracy or loss, whichever there is)")  # fmt: skip
+    add("--direction", choices=["minimize", "maximize"], default="minimize",
+        help="whether less or more of it is better (default: minimize)")  # fmt: skip
+    add("--launcher", default=sys.executable, metavar="COMMAND",
+        help="of pretrain.py: 'torchrun --nproc-per-node 4' (default: this Python)")  # fmt: skip
+    add("--startup-trials", type=int, default=5,
+        help="trials that are never ended early (default: 5)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the search (default: 0)")
+    args = parser.parse_intermixed_args(argv)
+    run_cli(lambda: run(args))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    main()

@@ -1,0 +1,97 @@
+"""A search over real runs: values lie where the sweeps say, it goes on, and mistakes end it."""
+
+import json
+import re
+
+import pytest
+from training_tools import TINY
+
+pytest.importorskip("optuna")
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from optuna.trial import FixedTrial
+
+from scripts.sweep_optuna import main, suggested
+
+SWEEP = "tag(log, interval(1e-4, 1e-1))"
+
+
+def trials_of(folder):
+    lines = (folder / "trials.jsonl").read_text().splitlines()
+    return {line["trial"]: line for line in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "value", "given"),
+    [
+        ("lr=interval(0.1, 2)", 0.5, "lr=0.5"),
+        ("seed=interval(1, 9)", 7, "seed=7"),
+        ("seed=range(1, 9, 3)", 4, "seed=4"),
+        ("optimizer=adamw,muon", "muon", "optimizer=muon"),
+        ("arch=choice(trm, transformer)", "trm", "arch=trm"),
+        ("data_paths=[a],[b,c]", "[b,c]", "data_paths=[b,c]"),
+    ],
+)
+def test_sweeps_are_those_of_hydra(sweep, value, given):
+    (override,) = OverridesParser.create().parse_overrides([sweep])
+    assert suggested(FixedTrial({override.key_or_group: value}), override) == given
+
+
+def test_a_search_finds_and_goes_on(text_corpus, tmp_path, capsys):
+    folder = tmp_path / "study"
+    given = [
+        "--folder", str(folder), "--startup-trials", "1", *TINY,
+        f"data_paths=[{text_corpus}]", "max_steps=6", "epochs=9", "eval_interval=0.1",
+        f"lr={SWEEP}", "optimizer=adamw,adam_atan2",
+    ]  # fmt: skip
+    main([*given, "--trials", "2"])
+    out = capsys.readouterr().out
+    first = trials_of(folder)
+    assert sorted(first) == [0, 1] and re.search(r"^best: lr=\S+ optimizer=\S+$", out, re.M)
+    for number, trial in first.items():
+        assert 1e-4 <= trial["lr"] <= 1e-1 and trial["optimizer"] in ("adamw", "adam_atan2")
+        config = (folder / f"trial_{number}" / "config.yaml").read_text()
+        assert f"optimizer: {trial['optimizer']}" in config
+        if trial["state"] == "COMPLETE":
+            logged = (folder / f"trial_{number}" / "metrics.jsonl").read_text().splitlines()
+            evaluated = [json.loads(line) for line in logged if "eval/text/bits_per_byte" in line]
+            assert trial["value"] == evaluated[-1]["eval/text/bits_per_byte"]
+    main([*given, "--trials", "3"])
+    out = capsys.readouterr().out
+    assert "2 of 3 trials are there" in out
+    with pytest.raises(SystemExit):
+        main([*given, "--trials", "4", "optimizer=adamw,muon"])
+    assert "holds a search with other keys" in capsys.readouterr().err
+    assert trials_of(folder).keys() == {0, 1, 2} and first.items() <= trials_of(folder).items()
+
+
+def test_a_trial_that_blows_up_is_one_trial(text_corpus, tmp_path, capsys):
+    folder = tmp_path / "study"
+    main([
+        "--folder", str(folder), *TINY, f"data_paths=[{text_corpus}]", "max_steps=20", "epochs=9",
+        "max_nonfinite=1", "optimizer=adamw", "lr=1e-3,1e30", "--trials", "4", "--seed", "1",
+    ])  # fmt: skip
+    out = capsys.readouterr().out
+    states = {trial["lr"]: trial["state"] for trial in trials_of(folder).values()}
+    assert states["0.001"] == "COMPLETE" and "best: lr=0.001" in out
+    assert states["1e+30"] == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["lr=1e-3"], "no key is varied: give one a sweep"),
+        (["lr=interval(1,0.1)"], "lr=interval(1,0.1) holds no value to try"),
+        (["lr=tag(log,interval(0,1))"], "lr=tag(log,interval(0,1)) holds no value to try"),
+        (["arch.L_layers=range(3,1)"], "holds no value to try"),
+        (["lr=1,2", "--launcher", "nonexistent"], "--launcher nonexistent: there is no such"),
+        (["lr=interval(1,"], "at input 'interval(1,'"),
+        (["run_name=a,b"], "run_name is each trial's own: use --folder"),
+        (["lrr=1,2"], "unknown key 'lrr': did you mean 'lr'?"),
+    ],
+)
+def test_mistakes_end_the_search(text_corpus, tmp_path, arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--folder", str(tmp_path / "s"), *arguments, f"data_paths=[{text_corpus}]"])
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert said.startswith("error: ") and sentence in said and said.count("\n") == 1

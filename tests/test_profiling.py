@@ -1,0 +1,45 @@
+"""profile=true: a trace that names its steps, and a table; training is as without."""
+
+import gzip
+import json
+import re
+
+import torch
+from training_tools import TEXT, contents, finish, start
+
+
+def test_each_rank_traces_its_steps_and_trains_as_ever(text_corpus, tmp_path):
+    given = [
+        *TEXT, f"data_paths=[{text_corpus}]", "device_type=cpu", "global_batch_size=8",
+        "max_steps=18", "epochs=9", "evaluators=[]", "seed=3", "checkpoint_interval=4",
+    ]  # fmt: skip
+    for name, more in (("plain", []), ("traced", ["profile=true"])):
+        code, out, err = finish(start(*given, *more, f"checkpoint_path={tmp_path / name}", ranks=2))
+        assert code == 0, out + err
+    assert "costliest operations, CPU time of their own in a step" in out
+    assert re.search(r"ms +\d+\.\d% +[\d.]+ x +aten::\w+", out)
+    folder = tmp_path / "traced" / "profile"
+    names = {f"steps_10_to_15_rank_{rank}.{end}" for rank in (0, 1) for end in ("json.gz", "txt")}
+    assert {path.name for path in folder.iterdir()} == names
+    for rank in (0, 1):
+        with gzip.open(folder / f"steps_10_to_15_rank_{rank}.json.gz") as file:
+            trace = json.load(file)
+        events = {event.get("name", "") for event in trace["traceEvents"]}
+        steps = {name for name in events if name.startswith("ProfilerStep")}
+        assert steps == {f"ProfilerStep#{step}" for step in range(10, 16)}
+        assert "aten::mm" in events
+        assert "aten::mm" in (folder / f"steps_10_to_15_rank_{rank}.txt").read_text()
+    one, other = (contents(tmp_path / name / "step_18") for name in ("plain", "traced"))
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_a_run_that_is_too_short_says_so(text_corpus, run_training, capfd):
+    for steps in (4, 9):  # before step 9 nothing is recorded, after it all is ready
+        options = [f"max_steps={steps}", "epochs=9", "profile=true", "evaluators=[]"]
+        run = run_training(text_corpus, f"short_{steps}", *options)
+        said = f"profile=true traces steps 10 to 15, but the run took only {steps}"
+        assert said in capfd.readouterr().out
+        assert not (run / "profile").exists() and (run / f"step_{steps}").exists()
+    run_training(text_corpus, "half", "max_steps=12", "epochs=9", "profile=true", "evaluators=[]")
+    names = {path.name for path in (run.parent / "half" / "profile").iterdir()}
+    assert names == {"steps_10_to_12_rank_0.json.gz", "steps_10_to_12_rank_0.txt"}
