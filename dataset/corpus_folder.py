@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,6 +198,10 @@ def clear_leftovers(output_dir: Path) -> None:
     target = output_dir.expanduser().resolve()
     building = target.with_name(f".{target.name}.building")
     if not (building / "journal.sqlite").is_file():
+        for left in building.glob("journal.sqlite-*"):  # its removal was cut short
+            left.unlink(missing_ok=True)
+        with suppress(OSError):
+            building.rmdir()
         return
     try:
         journal = Journal(building / "journal.sqlite")

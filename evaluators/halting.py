@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dataset.common import DatasetMetadata
 from evaluators.interface import Batch, Examined
+from utils.plotting import with_slack
 from utils.reporting import tell
 
 BINS = 10  # of the halting head's probability
@@ -192,6 +193,8 @@ def draw(path: Path, curves: dict[str, np.ndarray], sums: dict[str, np.ndarray])
         panels[5].plot(said, right, marker="o")
         panels[5].set(title="calibration of the halting head", xlabel="probability that it gives",
                       ylabel="share that should halt")  # fmt: skip
+    for axes in (panels[0], panels[2]):
+        with_slack(axes)
     for axes in panels:
         axes.set_visible(axes.has_data())
     figure.savefig(path, dpi=110)

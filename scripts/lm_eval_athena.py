@@ -8,23 +8,26 @@ All arguments are lm_eval's. --model_args takes checkpoint (a checkpoint, or a r
 newest), weights (ema | raw), steps (ACT steps per token), post_refinement_steps, identifier, and
 max_gen_toks (tokens of a continuation where the task does not say). Probabilities are those of the
 model's own loss. Before a text that has nothing before it stands a line break, because no label in
-training follows an end-of-document token.
+training follows an end-of-document token. With --use_cache FILE an interrupted evaluation goes on
+where it was.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from pydantic import ValidationError
 
 from dataset.common import UserError, run_cli
 from models.language_model import LanguageModel
 from models.loading import load_language_model
-from utils.backend import select_backend
+from utils.backend import BACKENDS, Backend, select_backend
 from utils.functions import nearest
 from utils.sampling import Sampling
 
@@ -41,6 +44,10 @@ except ImportError as error:
 
 KEYS = ("checkpoint", "weights", "steps", "post_refinement_steps", "identifier", "max_gen_toks")
 PASSED_ON = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+_ROUND = 32  # batches between two entries in the harness' cache
+
+
+T = TypeVar("T")
 
 
 @register_model("athena")
@@ -69,12 +76,15 @@ class AthenaLM(LM):
             raise UserError("--model_args needs checkpoint=<a checkpoint, or a run's folder>")
         if weights not in ("ema", "raw"):
             raise UserError(f"--model_args: weights={weights}: choose ema or raw")
-        kind = (device or "auto").partition(":")[0]
-        if kind == "cuda" and not torch.cuda.is_available():
-            kind = "auto"  # the harness says cuda:0 where its user says nothing
-        backend, _ = select_backend(kind)
-        rows = int(batch_size) if str(batch_size).isdigit() else 16  # auto
-        self.max_gen_toks, self.checkpoint = int(max_gen_toks), checkpoint
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("the harness asks one process alone: start it without torchrun")
+        backend = _backend(device or "auto")
+        rows = _rows(batch_size)
+        try:
+            self.max_gen_toks = int(max_gen_toks)
+        except (TypeError, ValueError):
+            raise UserError(f"--model_args: max_gen_toks={max_gen_toks!r} is no number") from None
+        self.round = _ROUND * rows
         self.model: LanguageModel = load_language_model(
             checkpoint,
             weights,
@@ -84,15 +94,20 @@ class AthenaLM(LM):
             identifier=identifier,
             rows=rows,
         )
+        assert self.model.checkpoint is not None
+        self.opened = self.model.checkpoint
 
     @property
     def tokenizer_name(self) -> str:
-        return f"{self.checkpoint}/tokenizer.json"
+        return f"{self.opened.folder}/tokenizer.json"
 
     def get_model_info(self) -> dict[str, Any]:
         """What the results file says of the model."""
         model = self.model.model
+        state = self.opened.json("state.json")
         return {
+            "checkpoint": str(self.opened.folder),
+            "checkpoint_step": state["counters"]["step"],
             "model_num_parameters": sum(p.numel() for p in model.parameters()),
             "model_dtype": self.model.config.forward_dtype,
             "act_steps": self.model.steps,
@@ -104,12 +119,19 @@ class AthenaLM(LM):
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether it is the likeliest) of each request."""
-        texts = [request.args for request in requests]
-        scores = self.model.score([self.model.encode_pair(*pair) for pair in texts])
-        found = [(-score.nats, score.greedy) for score in scores]
-        for pair, result in zip(texts, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood", pair, result)
+        found: list[tuple[float, bool]] = []
+        for texts in _rounds([request.args for request in requests], self.round):
+            for pair, score in zip(
+                texts, self.model.score([self._pair(*pair) for pair in texts]), strict=True
+            ):
+                found.append((-score.nats, score.greedy))
+                self.cache_hook.add_partial("loglikelihood", pair, found[-1])
         return found
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """White space at a context's end belongs to what follows, as in the harness' own models."""
+        kept = context.rstrip() or context
+        return self.model.encode_pair(kept, context[len(kept) :] + continuation)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in the windows that the harness prescribes: one
@@ -137,15 +159,13 @@ class AthenaLM(LM):
         """A continuation of each request's text, which ends before its stop strings."""
         found = [""] * len(requests)
         for options, numbers in _alike(requests):
-            kwargs = dict(normalize_gen_kwargs(options, self.max_gen_toks))
-            stop = [text for text in kwargs.pop("until") if text]
-            how = _sampling(kwargs)
-            prompts = [
-                self.model.encode(requests[i].args[0]) or self.model.opening() for i in numbers
-            ]
-            for i, written in zip(numbers, self.model.write_all(prompts, how, stop), strict=True):
-                found[i] = written.text
-                self.cache_hook.add_partial("generate_until", requests[i].args, written.text)
+            stop, how = _sampling(options, self.max_gen_toks)
+            for some in _rounds(numbers, self.round):
+                asked = [requests[i].args[0] for i in some]
+                prompts = [self.model.encode(text) or self.model.opening() for text in asked]
+                for i, written in zip(some, self.model.write_all(prompts, how, stop), strict=True):
+                    found[i] = written.text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, written.text)
         return found
 
 
@@ -160,9 +180,59 @@ def _alike(requests: Any) -> Iterator[tuple[dict[str, Any], list[int]]]:
         yield requests[numbers[0]].args[1], numbers
 
 
-def _sampling(kwargs: dict[str, Any]) -> Sampling:
-    """The harness' options of a continuation as ours; UserError for what is not known here."""
+def _rounds(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _backend(device: str) -> Backend:
+    """Of the harness' --device: cuda, cuda:1, cpu, mps, xla."""
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and not torch.cuda.is_available():
+        # the harness says cuda:0 where its user says nothing
+        print(f"note: there is no CUDA device for {device}; another is taken", file=sys.stderr)
+        kind = "auto"
+    elif kind == "cuda" and number:
+        if not number.isdigit() or int(number) >= torch.cuda.device_count():
+            there = torch.cuda.device_count()
+            raise UserError(f"--device {device}: choose one of cuda:0 .. cuda:{there - 1}")
+        torch.cuda.set_device(int(number))
+    if kind not in ("auto", *BACKENDS):
+        raise UserError(f"--device {device} is unknown; choose one of {', '.join(BACKENDS)}")
+    return select_backend(kind)[0]
+
+
+def _rows(batch_size: int | str) -> int:
+    """Of the harness' --batch_size, a number, or auto."""
+    if str(batch_size).partition(":")[0] == "auto":
+        return 16
+    if not str(batch_size).isdigit() or int(batch_size) < 1:
+        raise UserError(f"--batch_size {batch_size}: give a whole number from 1, or auto")
+    return int(batch_size)
+
+
+def _sampling(options: dict[str, Any], most_tokens: int) -> tuple[list[str], Sampling]:
+    """The harness' options of a continuation as stop strings and ours; UserError for what is wrong
+    or not known here."""
+    try:
+        kwargs = dict(normalize_gen_kwargs(options, most_tokens))
+        stop = kwargs.pop("until")
+        if not all(isinstance(text, str) for text in stop):
+            raise UserError(f"generation_kwargs: until={stop!r} must be texts")
+        return [text for text in stop if text], _known(kwargs)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"generation_kwargs: {where}={first['input']!r}: {first['msg'].lower()}"
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"generation_kwargs {options}: {error}") from None
+
+
+def _known(kwargs: dict[str, Any]) -> Sampling:
     sample = kwargs.pop("do_sample", False)
+    if kwargs.pop("num_beams", 1) != 1:
+        raise UserError("generation_kwargs: num_beams must be 1, there is no beam search here")
     chosen = {key: kwargs.pop(key) for key in PASSED_ON if key in kwargs}
     new = kwargs.pop("max_gen_toks")
     if kwargs:

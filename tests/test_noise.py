@@ -91,6 +91,9 @@ def test_a_text_preset_learns_nothing_from_noise(loss_type, depth):
 def test_this_test_sees_a_model_that_looks_ahead(loss_type):
     changes = dict(causal=False, document_mask=False, puzzle_emb_ndim=0, rope_theta=100.0)
     head = head_of(loss_type, **SHALLOW, **changes)
-    train_on_noise(head, updates=300)
-    mean, _ = mean_and_error(held_out(head, batches=5)[-1])
+    for _ in range(6):  # some initial weights take longer to find it
+        train_on_noise(head, updates=300)
+        mean, _ = mean_and_error(held_out(head, batches=5)[-1])
+        if mean < math.log(SYMBOLS) - 1:
+            break
     assert mean < math.log(SYMBOLS) - 1

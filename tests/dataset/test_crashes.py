@@ -161,3 +161,14 @@ def test_a_remote_input_that_changed_is_not_gone_on_with(arguments, tmp_path, fa
     source.write_bytes(b"".join(reversed(lines)))  # of the same size
     line = fails(lambda: build_corpus_dataset.main([*options, "--resume"]))
     assert "was begun otherwise" in line and "input files" in line
+
+
+def test_a_cleaning_up_that_was_killed_is_finished(arguments, tmp_path):
+    """The corpus is there; of the folder that it was built in, some of the journal's files are."""
+    assert run(BUILD, *arguments("corpus")).returncode == 0
+    left = tmp_path / ".corpus.building"
+    left.mkdir()
+    (left / "journal.sqlite-wal").touch()
+    done = run(BUILD, *arguments("corpus", "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert not left.exists()

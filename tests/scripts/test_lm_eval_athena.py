@@ -166,9 +166,50 @@ def test_texts_are_the_likeliest_and_end_before_a_stop(harness, model):
 def test_results_say_which_model_it_was(harness, model):
     config = harness[1]["config"]
     assert config["act_steps"] == model.steps and config["window"] == model.window
+    assert config["checkpoint"].endswith("step_3") and config["checkpoint_step"] == 3
 
 
-def test_mistakes_are_named(text_run, tmp_path):
+@pytest.mark.parametrize("end", ["", " ", "\n", " \n\n", "\n "])
+def test_pairs_are_split_where_the_harness_splits_them(model, text_run, end):
+    """Against the harness' own rule, which its models for other libraries inherit."""
+    from lm_eval.api.model import TemplateLM
+
+    from scripts.lm_eval_athena import AthenaLM
+
+    class Reference(AthenaLM, TemplateLM):
+        def tok_encode(self, string, **kwargs):
+            return self.model.encode(string)
+
+        eot_token_id = _loglikelihood_tokens = None
+
+    reference = Reference(checkpoint=str(text_run), device="cpu")
+    for after in ("abc", " abc", "fgh ab cd"):
+        expected = TemplateLM._encode_pair(reference, f"ab cde{end}", after)
+        before, following = reference._pair(f"ab cde{end}", after)
+        assert before + following == expected[0] + expected[1]
+        assert following == expected[1]
+
+
+def test_options_of_continuations_are_known_or_named():
+    from scripts.lm_eval_athena import _sampling
+
+    stop, how = _sampling({"until": "\n", "num_beams": 1, "max_gen_toks": 3}, 9)
+    assert (stop, how.max_new_tokens, how.temperature) == (["\n"], 3, 0)
+    stop, how = _sampling({"until": [], "do_sample": True, "temperature": 0.5, "top_p": 0.9}, 9)
+    assert (stop, how.max_new_tokens, how.temperature, how.top_p) == ([], 9, 0.5, 0.9)
+    for options, says in (
+        ({"num_beams": 4}, "num_beams must be 1"),
+        ({"min_p": 0.1}, "min_p is unknown here"),
+        ({"until": [3]}, "must be texts"),
+        ({"max_gen_toks": "many"}, "many"),
+        ({"max_gen_toks": 0}, "max_new_tokens=0"),
+        ({"do_sample": True, "temperature": -1}, "temperature=-1"),
+    ):
+        with pytest.raises(UserError, match=f"generation_kwargs.*{says}"):
+            _sampling(options, 9)
+
+
+def test_mistakes_are_named(text_run, tmp_path, monkeypatch):
     from scripts.lm_eval_athena import AthenaLM
 
     for arguments, says in (
@@ -176,10 +217,17 @@ def test_mistakes_are_named(text_run, tmp_path):
         ({"checkpoint": str(tmp_path)}, "is not a checkpoint"),
         ({"checkpoint": str(text_run), "identifier": "poem"}, "did you mean 'poems'"),
         ({"checkpoint": str(text_run), "weights": "both"}, "choose ema or raw"),
+        ({"checkpoint": str(text_run), "batch_size": "0"}, "--batch_size 0"),
+        ({"checkpoint": str(text_run), "batch_size": "many"}, "--batch_size many"),
+        ({"checkpoint": str(text_run), "max_gen_toks": "x"}, "max_gen_toks='x' is no number"),
+        ({"checkpoint": str(text_run), "device": "gpu"}, "--device gpu is unknown"),
         ({}, "needs checkpoint="),
     ):
         with pytest.raises(UserError, match=says):
-            AthenaLM(**arguments, device="cpu")
+            AthenaLM(**{"device": "cpu"} | arguments)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without torchrun"):
+        AthenaLM(checkpoint=str(text_run))
 
 
 def test_a_mistake_ends_the_command_in_a_sentence(harness_folder):

@@ -1,5 +1,8 @@
 """The real training on one XLA device, in this process, against the plain CPU of the same torch."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from test_training import PUZZLES
@@ -7,9 +10,12 @@ from training_tools import contents, metrics_of
 from xla_tools import REPLICA, TEXT, apart, compiled, differences, fallbacks, run_on, unequal
 
 import pretrain
+from dataset.common import UserError
+from models.loading import load_language_model
 from models.sparse_embedding import CastedSparseEmbedding, SparseEmbeddingSignSGD
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint import Checkpoint
+from utils.sampling import Sampling
 
 CASES = {
     "text, float32": ("text_corpus", 1e-5, ["optimizer=adamw"]),
@@ -53,6 +59,37 @@ def test_losses_and_weights_are_those_of_the_cpu(case, request, tmp_path):
     assert fallbacks() == []
 
 
+def questions(folder: Path) -> Path:
+    """Of very different length, and not a whole number of batches."""
+    lines = [
+        {"question": "ab cde " * (1 + i % 4), "choices": ["fgh", "ab " * i, "c"], "answer": i % 3}
+        for i in range(1, 12)
+    ]
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_texts_are_scored_as_on_the_cpu_by_one_program(text_corpus, tmp_path):
+    run = run_on(
+        CPUBackend(), text_corpus, tmp_path, *TEXT, "max_steps=2", "arch.forward_dtype=float64",
+        "evaluators=[]", "arch.hidden_size=48",
+    )  # fmt: skip
+    one, other = (
+        load_language_model(run, backend=backend, rows=3) for backend in (CPUBackend(), REPLICA)
+    )
+    words = [torch.randint(300, (n,)).tolist() for n in torch.randint(1, 60, (20,))]
+    pairs = list(zip(words[::2], words[1::2], strict=True))
+    found, programs = other.score(pairs[:2]), compiled()
+    found += other.score(pairs[2:])
+    assert compiled() == programs > 0
+    expected = one.score(pairs)
+    assert [s.greedy for s in found] == [s.greedy for s in expected]
+    assert [s.nats for s in found] == pytest.approx([s.nats for s in expected], rel=1e-9)
+    with pytest.raises(UserError, match="not written on XLA"):
+        other.write_all([words[0]], Sampling())
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_nothing_is_compiled_after_the_second_step(
     micro_batches, text_corpus, tmp_path, monkeypatch
@@ -75,9 +112,10 @@ def test_nothing_is_compiled_after_the_second_step(
 
     monkeypatch.setattr(pretrain, "train_batch", train_batch)
     monkeypatch.setattr(pretrain, "run_evaluation", run_evaluation)
+    tasks = f"{{name: tasks@MultipleChoiceEvaluator, path: {questions(tmp_path)}}}"
     run_on(
         REPLICA, text_corpus, tmp_path, *TEXT, f"grad_accum_steps={micro_batches}", "max_steps=12",
-        "log_interval=5", "eval_interval=0.1", "evaluators=[text@PerplexityEvaluator]",
+        "log_interval=5", "eval_interval=0.1", f"evaluators=[text@PerplexityEvaluator, {tasks}]",
         "eval_max_batches=2", "arch.post_refinement_steps=1",
         f"arch.hidden_size={64 * micro_batches}",  # no program of another test fits
     )  # fmt: skip
@@ -86,6 +124,28 @@ def test_nothing_is_compiled_after_the_second_step(
     assert steps[0] < steps[1] < steps[2], "compiled programs are not counted"
     assert steps[2:] == [steps[2]] * 10
     assert evaluations[0] > 0 and evaluations[1:] == [0] * len(evaluations[1:])
+
+
+def test_a_run_near_a_base_needs_no_more_programs_and_goes_on(text_corpus, tmp_path, monkeypatch):
+    """The base takes its steps inside the same programs; numbers are those of the CPU."""
+    base = run_on(CPUBackend(), text_corpus, tmp_path / "base", *TEXT, "max_steps=2", "epochs=1")
+    options = [*TEXT, f"loss.kl_to={base}", "loss.kl_weight=0.5", "max_steps=8", "seed=1",
+               "arch.forward_dtype=float64", "checkpoint_interval=4"]  # fmt: skip
+    on_cpu = run_on(CPUBackend(), text_corpus, tmp_path / "cpu", *options)
+    steps: list[int] = []
+    real_batch = pretrain.train_batch
+
+    def train_batch(*args):
+        steps.append(compiled())
+        return real_batch(*args)
+
+    monkeypatch.setattr(pretrain, "train_batch", train_batch)
+    whole = run_on(REPLICA, text_corpus, tmp_path / "xla", *options)
+    assert steps[0] < steps[2] and steps[2:] == [steps[2]] * 6
+    parts = run_on(REPLICA, text_corpus, tmp_path / "parts", *options, f"resume={whole / 'step_4'}")
+    assert unequal(whole / "step_8", parts / "step_8") == []
+    losses = [metrics_of(run, "train/kl_loss") for run in (on_cpu, whole)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-7) and losses[0][-1] > 0
 
 
 @pytest.mark.parametrize("feed", ["consume", "present"])
