@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 from training_tools import ROOT
 
-DOCUMENTS = ("README.md", "docs/data.md", "docs/running.md", "docs/evaluation.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/data.md",
+    "docs/running.md",
+    "docs/evaluation.md",
+    "docs/further.md",
+)
 # Sizes for seconds on a CPU: what a command says, and what it is run with.
 SMALLER = {
     "--vocab-size 32000": "--vocab-size 400",
@@ -28,6 +34,11 @@ SMALLER = {
     "max_new_tokens=200": "max_new_tokens=8 device_type=cpu",
     "--tasks lambada_openai": "--tasks athena_words --include_path .",
     "epochs=2": "epochs=0.4",
+    "max_steps=200": "max_steps=3",
+    "--trials 20": "--trials 2",
+    "lr_find=true": "'lr_find={steps: 10}'",
+    "lr=1.0e-3,2.0e-3,4.0e-3": "lr=1.0e-3,2.0e-3",
+    "global_batch_size=32": "global_batch_size=8",
 }
 # For every training that is not only planned: what the command leaves to its defaults.
 TRAINING = (
@@ -66,11 +77,12 @@ def small(command: str) -> list[str]:
         command = command.replace(said, run)
     words = shlex.split(command.partition(" > ")[0])
     planned = "dry_run=true" in command
-    if "pretrain.py" in words and not planned:
+    trains = not planned and {"pretrain.py", "scripts/sweep_optuna.py"} & {*words}
+    if trains:
         words = ["arch=athena_trm_tiny" if w == "arch=athena_trm_large" else w for w in words]
-    if "pretrain.py" in words and "eval_only=true" not in words and not planned:
+    if trains and "eval_only=true" not in words:
         given = {word.lstrip("+").partition("=")[0] for word in words}
-        words += [] if any(w.startswith("arch=") for w in words) else ["arch=athena_trm_tiny"]
+        words += [] if given & {"arch", "load_checkpoint"} else ["arch=athena_trm_tiny"]
         words += [key for key in TRAINING + SHORT if key.partition("=")[0] not in given]
     if words[0] == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
@@ -86,9 +98,10 @@ def reader(tmp_path_factory) -> Path:
     for path in ROOT.iterdir():
         if path.name not in ("data", "checkpoints", ".git", ".venv"):
             (home / path.name).symlink_to(path)
-    words = (ROOT / "docs" / "running.md").read_text("utf-8").split()
+    words = " ".join(path.read_text("utf-8") for path in (ROOT / "docs").glob("*.md")).split()
     (home / "my_text").mkdir()
-    pieces = [" ".join(words[i : i + 60]) for i in range(0, len(words) - 60, 20)]
+    # without overlap, and so many that some are in the test split
+    pieces = [" ".join(words[i : i + 12]) for i in range(0, len(words) - 12, 12)]
     for number in range(3):
         text = "\n".join(pieces[number::3])
         (home / "my_text" / f"{number}.txt").write_text(text)
@@ -98,6 +111,9 @@ def reader(tmp_path_factory) -> Path:
         file.write(lines.encode())
     with gzip.open(home / "github.txt.gz", "wb") as file:
         file.write("\n".join(pieces[::2]).encode())
+    pairs = [{"question": piece[:20], "answer": piece[20:]} for piece in pieces]
+    with zstd.open(home / "gsm8k.jsonl.zst", "wb") as file:
+        file.write("".join(json.dumps(pair) + "\n" for pair in pairs).encode())
     (home / "prompts.txt").write_text("It was\nThe\n")
     pair = {"sentence_good": "The run goes on.", "sentence_bad": "Run the on goes.", "field": "x"}
     with zstd.open(home / "blimp.jsonl.zst", "wb") as file:
