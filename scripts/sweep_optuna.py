@@ -32,7 +32,11 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
 from dataset.common import UserError, command_parser, run_cli
+from evaluators.loop import create_evaluators
 from scripts.plot_run import METRICS, RunMetrics, read_records
+from utils.config import compose_config, load_config
+from utils.config_trained import as_trained
+from utils.data import open_data
 
 try:
     import optuna
@@ -54,6 +58,7 @@ def sweeps_and_fixed(arguments: Sequence[str]) -> tuple[list[Override], list[str
     for override in overrides:
         if override.key_or_group in GIVEN_BY_TRIALS:
             raise UserError(f"{override.key_or_group} is each trial's own: use --folder")
+    overrides = list({o.key_or_group: o for o in overrides}.values())  # the last word on a key
     varied = [override for override in overrides if override.is_sweep_override()]
     if not varied:
         raise UserError(
@@ -114,6 +119,19 @@ class Search:
         }
         for override in self.varied:
             check_sweep(override)
+        self._check_evaluated()
+
+    def _check_evaluated(self) -> None:
+        """UserError where a trial would end without a figure: not after it was trained."""
+        ask = optuna.create_study().ask()
+        keys = [*self.fixed, *(suggested(ask, override) for override in self.varied)]
+        config = load_config(as_trained(compose_config(keys), keys))
+        data = open_data(config)
+        if data.test is None and not create_evaluators(config.evaluators, data):
+            raise UserError(
+                f"data_paths={','.join(config.data_paths)} has no test split, or an empty one, so "
+                "nothing says how good a trial is: name corpora that have one in data_paths_test"
+            )
 
     def objective(self, trial: optuna.Trial) -> float:
         run = self.folder / f"trial_{trial.number}"
@@ -137,8 +155,8 @@ class Search:
             raise UserError(_last_line(log.name))
         if status == 0 and figure is None:
             raise UserError(
-                f"trial {trial.number} was never evaluated, see {log.name}; name corpora with a "
-                "test split in data_paths_test"
+                f"trial {trial.number} was never evaluated, see {log.name}; eval_interval and "
+                "max_steps say when a run is"
             )
         if status not in (0, 3) or figure is None:
             said = f"{_last_line(log.name)} (all of it in {log.name})"
@@ -286,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="trials that are never ended early (default: 5)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the search (default: 0)")
     args = parser.parse_intermixed_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and the trial ends
     run_cli(lambda: run(args))
 
 

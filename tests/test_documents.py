@@ -24,6 +24,7 @@ DOCUMENTS = (
 # Sizes for seconds on a CPU: what a command says, and what it is run with.
 SMALLER = {
     "--vocab-size 32000": "--vocab-size 400",
+    "--output-dir data/athena_base": "--output-dir data/athena_base --train-ratio 0.9",
     "--vocab-size 4096": "--vocab-size 400",
     "--seq-len 2048 --stride 2048": "--seq-len 32 --stride 32",
     "--seq-len 256": "--seq-len 32",
@@ -98,9 +99,11 @@ def reader(tmp_path_factory) -> Path:
     for path in ROOT.iterdir():
         if path.name not in ("data", "checkpoints", ".git", ".venv"):
             (home / path.name).symlink_to(path)
-    words = " ".join(path.read_text("utf-8") for path in (ROOT / "docs").glob("*.md")).split()
+    words = " ".join(
+        path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
+    ).split()
     (home / "my_text").mkdir()
-    # without overlap, and so many that some are in the test split
+    # without overlap: duplicates are left out
     pieces = [" ".join(words[i : i + 12]) for i in range(0, len(words) - 12, 12)]
     for number in range(3):
         text = "\n".join(pieces[number::3])

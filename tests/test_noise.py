@@ -90,10 +90,12 @@ def test_a_text_preset_learns_nothing_from_noise(loss_type, depth):
 @pytest.mark.parametrize("loss_type", ["stablemax_cross_entropy", "softmax_cross_entropy"])
 def test_this_test_sees_a_model_that_looks_ahead(loss_type):
     changes = dict(causal=False, document_mask=False, puzzle_emb_ndim=0, rope_theta=100.0)
-    head = head_of(loss_type, **SHALLOW, **changes)
-    for _ in range(6):  # some initial weights take longer to find it
+    means = []
+    for round_ in range(12):
+        if round_ % 3 == 0:  # one of fifty initial weights takes thousands of updates to find it
+            head = head_of(loss_type, **SHALLOW, **changes)
         train_on_noise(head, updates=300)
-        mean, _ = mean_and_error(held_out(head, batches=5)[-1])
-        if mean < math.log(SYMBOLS) - 1:
-            break
-    assert mean < math.log(SYMBOLS) - 1
+        means.append(mean_and_error(held_out(head, batches=5)[-1])[0])
+        if means[-1] < math.log(SYMBOLS) - 1:
+            return
+    pytest.fail(f"means of {means} nats")

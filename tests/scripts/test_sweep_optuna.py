@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from training_tools import TINY
@@ -95,3 +96,15 @@ def test_mistakes_end_the_search(text_corpus, tmp_path, arguments, sentence, cap
     said = capsys.readouterr().err
     assert exit_.value.code == 2
     assert said.startswith("error: ") and sentence in said and said.count("\n") == 1
+
+
+def test_a_corpus_without_a_test_split_is_refused_before_anything_is_trained(
+    text_corpus, tmp_path, capsys
+):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(text_corpus, corpus)
+    shutil.rmtree(corpus / "test")
+    with pytest.raises(SystemExit):
+        main(["--folder", str(tmp_path / "s"), "lr=1,2", f"data_paths=[{corpus}]"])
+    assert f"data_paths={corpus} has no test split" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
