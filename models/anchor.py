@@ -19,8 +19,8 @@ LATENTS = ("anchor_z_H", "anchor_z_L")
 """The base's latents of a held row, among the row's data. Checkpoints leave them out: they follow
 from the row."""
 
-# Temporaries of the divergence: some six of this many elements (64 MB each in float32).
-_CHUNK_ELEMENTS = 1 << 24
+# Temporaries of the divergence: some five of this many elements (64 MB each in float32).
+CHUNK_ELEMENTS = 1 << 24
 
 SoftmaxLogits = Callable[[Tensor], Tensor]  # of `models.losses.LossType`
 
@@ -100,7 +100,7 @@ def kl_divergence(
         log_p, log_q = own(x).log_softmax(-1), of_base(y).log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 
-    tokens = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    tokens = max(1, CHUNK_ELEMENTS // logits.shape[-1])
     parts = [
         _Recomputed.apply(of_tokens, x, y)
         for x, y in zip(

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from models import anchor
 from models.backbone import BackboneConfig
 from models.layers import SwiGLU
 from models.losses import _CHUNK_ELEMENTS
@@ -238,6 +239,13 @@ def _loss_bytes(config: Any, n: _Sizes, loss_type: str, elements: int) -> int:
     return n.item * (2 * elements - chunk) + widened + 3 * n.wide * chunk + chunk
 
 
+def _beside_bytes(n: _Sizes, latents: int, micro_rows: int, elements: int) -> int:
+    """What a step takes for answering beside a base: its new latents, its logits, and how far they
+    are from the model's."""
+    chunk = min(elements, anchor.CHUNK_ELEMENTS)
+    return micro_rows * latents + n.item * elements + 5 * n.wide * chunk
+
+
 def _update_bytes(counted: Cost, wide: int, optimizer: str, device: str) -> int:
     """Temporaries of the update: most go one weight after the other."""
     if optimizer == "adamw" and device == "cuda":
@@ -311,6 +319,7 @@ def memory(
 
     micro_rows: rows at once. device: its type, e.g. `cuda`. `activations` holds all that does not
     last; where gradients are not yet whole at the worst moment, what they still lack is taken off.
+    `base`, with `loss.kl_to`: the model that the run stays near, taken to be one of its own kind.
     """
     config = config_of(model)
     counted = counted or measure(model)
@@ -325,7 +334,8 @@ def memory(
     # latents in the forward dtype, and the rows' data, once held and once newly arrived
     latents = 2 * n.item * n.row * config.hidden_size if hasattr(config, "H_cycles") else 0
     data = 2 * _TOKEN_ARRAYS * _INTEGER * config.seq_len
-    return {
+    near = run.arch.loss.options.get("kl_to") is not None
+    parts = {
         # FSDP keeps a part, and whole weights and gradients through the backward pass
         "weights": weights + buffers + (weights // sharded if sharded > 1 else 0),
         "gradients": weights,
@@ -343,6 +353,13 @@ def memory(
             gradients_stay=ranks > 1 or rows > micro_rows,
         ),
     }
+    if near:
+        mapped = counted.core_parameters + counted.head_parameters
+        parts["base"] = n.item * mapped + n.wide * counted.embedding_parameters
+        parts["base"] += buffers + rows * latents
+        elements = micro_rows * config.vocab_size * config.seq_len
+        parts["activations"] += _beside_bytes(n, latents, micro_rows, elements)
+    return parts
 
 
 def checkpoint_bytes(model: nn.Module, run: PretrainConfig) -> int:

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from dataset.common import DatasetMetadata, run_cli
+from models.anchor import Anchor
+from models.loading import cast_weights
 from models.train_state import TrainState, create_model, create_train_state
 from utils.backend import Backend, select_backend
 from utils.config import PretrainConfig, compose_config, load_config
@@ -41,6 +43,10 @@ def make_step(
         num_puzzle_identifiers=1, mean_puzzle_examples=1, total_puzzles=1,
     )  # fmt: skip
     model = create_model(config, metadata, batch_size=rows).to(backend.device).train()
+    if config.arch.loss.options.get("kl_to"):  # random too, and of the same kind
+        base = create_model(config, metadata, batch_size=rows)
+        cast_weights(base)
+        model.anchor = Anchor(base.model.to(backend.device), base.loss.softmax_logits)
     state = create_train_state(config, model, backend=backend)
     micro_rows = micro_rows or rows
     tokens = torch.randint(vocab, (rows, length), dtype=torch.int32, device=backend.device)

@@ -14,6 +14,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from dataset.common import UserError
+from models.anchor import LATENTS, row_data
 from models.train_state import TrainState
 from scripts.benchmark_train import make_step
 from utils.backend import Backend
@@ -60,7 +61,11 @@ def held(state: TrainState) -> tuple[dict[str, int], int, int]:
     }
     inner = (carry.inner_carry for carry in state.carries)
     latents = _bytes(z for carry in inner for z in (carry.z_H, carry.z_L))
-    data = _bytes(v for carry in state.carries for v in carry.current_data.values())
+    data = _bytes(v for carry in state.carries for v in row_data(carry).values())
+    if (near := state.model.anchor) is not None:
+        own = [*near.model.parameters(), *near.model.buffers()]
+        own += [carry.current_data[name] for carry in state.carries for name in LATENTS]
+        parts["base"] = _bytes(own)
     return parts, latents, data
 
 

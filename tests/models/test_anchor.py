@@ -34,7 +34,7 @@ def test_the_divergence_and_its_gradient_are_those_of_the_probabilities(own, of_
     """The two models may have been trained with different losses; chunks change nothing."""
     x, y = (5 * torch.randn(4, 5, 11, dtype=torch.float64) for _ in range(2))
     given, free = x.clone().requires_grad_(), x.clone().requires_grad_()
-    monkeypatch.setattr(anchor, "_CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr(anchor, "CHUNK_ELEMENTS", 40)
     maps = [LOSSES[name].softmax_logits for name in (own, of_base)]
     found = kl_divergence(given, y, *maps)
     p, q = reference_probabilities(own, free), reference_probabilities(of_base, y)

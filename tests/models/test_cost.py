@@ -116,6 +116,7 @@ def test_expected_steps_are_those_of_the_halting_rule():
 
 
 WIDE = "arch.hidden_size=192 arch.num_heads=6 arch.puzzle_emb_ndim=192 vocab_size=1000 seq_len=96"
+NEAR = "arch.loss.kl_to=base arch.loss.kl_weight=0.1"
 STEPS = {
     "athena, bfloat16": ("", "arch.forward_dtype=bfloat16"),
     "athena, at once": ("micro_batch_size=4",),
@@ -133,6 +134,9 @@ STEPS = {
     "decoder, at once": ("arch=transformer arch.num_layers=6 micro_batch_size=4", "ema=false"),
     "update": ("seq_len=4 vocab_size=9000", "optimizer=adamw global_batch_size=1"),
     "muon": ("optimizer=muon seq_len=32",),
+    "near a base": (NEAR, "arch.loss.loss_type=softmax_cross_entropy micro_batch_size=4"),
+    "near a base, many tokens": (NEAR, "vocab_size=9000", "arch.forward_dtype=bfloat16"),
+    "near a base, a decoder": (NEAR, "arch=transformer arch.num_layers=6 vocab_size=3000"),
 }  # fmt: skip
 
 
