@@ -10,6 +10,8 @@ from typing import Any
 from training_tools import ROOT, finish
 
 HERE = Path(__file__).resolve().parent
+# As it is before tests begin: those beside which processes start change it for themselves.
+ENVIRONMENT = dict(os.environ)
 Work = Callable[[Path, Path], Any]
 
 
@@ -46,7 +48,7 @@ def start(*command: str, **environment: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places} | environment,
+        env=ENVIRONMENT | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places} | environment,
     )
 
 
