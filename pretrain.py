@@ -213,8 +213,9 @@ def build(
     metadata, file = data.train.metadata, data.tokenizer
     tokenizer = None if file is None else open_tokenizer(file, metadata)
     watchdog = Watchdog(backend, clock, config.slow_step_factor, config.step_timeout)
-    if backend.is_main and not config.eval_only:
-        (folder / "config.yaml").write_text(yaml.safe_dump(resolved(config), sort_keys=False))
+    told = folder / "config.yaml"
+    if backend.is_main and not (config.eval_only and told.exists()):  # a training's own is kept
+        told.write_text(yaml.safe_dump(resolved(config), sort_keys=False))
     run = Run(
         config, backend, data, stream, folder, micro_batches, schedule, loggers, log, saver,
         create_evaluators(config.evaluators, data), tokenizer, clock, watchdog,

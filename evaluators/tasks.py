@@ -189,6 +189,7 @@ def read_item(where: str, record: dict[str, Any], config: MultipleChoiceEvaluato
         if not all(continuation.strip() for _, continuation in pairs):
             raise UserError("a choice or continuation is empty")
         group = "" if config.group_key is None else str(_value(record, config.group_key))
+        group = group.replace("/", "_")  # it becomes a part of a figure's name
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return Item(pairs, answer, group)

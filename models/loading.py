@@ -86,7 +86,8 @@ def load_language_model(
     if not head.model.config.causal:
         raise UserError(
             f"the model of {opened.folder} is not causal: it was trained to see the tokens after "
-            "the one it predicts, and cannot continue a text"
+            "the one it predicts, and cannot continue a text; pretrain.py eval_only=true evaluates "
+            "it, export_hf.py format=trm exports it"
         )
     if "tokenizer.json" not in opened:
         raise UserError(f"{opened.folder} has no tokenizer.json: it was not trained on text")

@@ -67,6 +67,7 @@ def export_hf(options: Options) -> None:
         steps=options.steps,
         refinement=options.post_refinement_steps,
         identifier=options.identifier,
+        forward_dtype=options.dtype,
         cast=False,
     )
     assert model.checkpoint is not None
