@@ -52,7 +52,7 @@ def read(model: LanguageModel, texts: list[list[int]], prompt: int, **options) -
     found = [reader.begin([text[:prompt] for text in texts])]
     for n in range(prompt, len(texts[0]) - 1):
         found.append(reader.extend([text[n] for text in texts]))
-    return torch.stack([logits.float().cpu() for logits in found], dim=1)
+    return torch.stack([logits.double().cpu() for logits in found], dim=1)
 
 
 def nats(logits: torch.Tensor, texts: list[list[int]], prompt: int) -> float:
@@ -92,14 +92,19 @@ def compare_speed(model: LanguageModel, texts: list[list[int]], prompt: int, rou
         print(f"| {name} | {size / 1e6:,.1f} MB | {rows} | {speed:,.1f} | {gain:.1f} x |")
 
 
-def compare_probabilities(model: LanguageModel, texts: list[list[int]], prompt: int) -> None:
-    """A table of what the true tokens cost, by outer cycles whose keys and values are kept."""
+def compare_probabilities(
+    model: LanguageModel, precise: LanguageModel, texts: list[list[int]], prompt: int
+) -> None:
+    """A table of what the true tokens cost, by outer cycles whose keys and values are kept.
+
+    precise: the model in float64, whose distance is that of the model's own rounding.
+    """
     recursion, cycle, _ = model.config.answer_passes(model.steps)
     reference = read(model, texts, prompt, cached=False)
     exact = nats(reference, texts, prompt)
     print("\n| outer cycles kept | memory of a text | nats per token | loss | largest difference |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    print(f"| none: computed again | | {exact:.4f} | | |")
+    print(f"| none: computed again | | {exact:.4f} | | of {reference.abs().max():.0f} |")
     total = recursion // cycle
     fewer = [2**n for n in range(total.bit_length()) if 2**n < total]
     for kept in (None, *reversed(fewer)):
@@ -108,6 +113,11 @@ def compare_probabilities(model: LanguageModel, texts: list[list[int]], prompt: 
         name = f"all {total}: exact" if kept is None else f"{kept}: shared"
         size = model.cache_bytes(1, kept) / 1e6
         print(f"| {name} | {size:,.1f} MB | {cost:.4f} | {cost - exact:+.4f} | {off:.1e} |")
+    truth = read(precise, texts, prompt, cached=False)
+    cost, off = nats(truth, texts, prompt), (truth - reference).abs().max()
+    print(f"| none, in float64 | | {cost:.4f} | {cost - exact:+.4f} | {off:.1e} |")
+    off = (read(precise, texts, prompt) - truth).abs().max()
+    print(f"| all, in float64, beside none in float64 | | | | {off:.1e} |")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -122,10 +132,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.prompt} tokens of each text given, {length - args.prompt} written or read; "
           f"{passes} passes of a block for a token; {backend.describe()}\n")  # fmt: skip
     compare_speed(model, texts, args.prompt, args.rounds)
-    model = load_language_model(
-        args.checkpoint, backend=backend, steps=args.steps, forward_dtype="float32"
+    model, precise = (
+        load_language_model(args.checkpoint, backend=backend, steps=args.steps, forward_dtype=dtype)
+        for dtype in ("float32", "float64")
     )
-    compare_probabilities(model, texts, args.prompt)
+    compare_probabilities(model, precise, texts, args.prompt)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
