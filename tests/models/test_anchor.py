@@ -123,15 +123,15 @@ def test_a_run_begins_at_its_base_and_the_weight_keeps_it_near(text_corpus, run_
     assert max(metrics_of(same, "train/kl_loss")) < 1e-6, "an unchanged model is at its base"
     far, close = (
         run_training(
-            text_corpus, name, *RUN, "max_steps=12", "lr=1e-2", f"load_checkpoint={base}",
+            text_corpus, name, *RUN, "max_steps=24", "lr=3e-3", f"load_checkpoint={base}",
             *near(base, weight),
         )
-        for name, weight in (("far", 1e-6), ("close", 10))
+        for name, weight in (("far", 1e-6), ("close", 100))
     )  # fmt: skip
     divergence = [metrics_of(run, "train/kl_loss") for run in (far, close)]
     assert divergence[0][0] == divergence[1][0] == pytest.approx(0, abs=1e-6)
     assert divergence[0][-1] > 5 * divergence[1][-1] > 0
-    saved = Checkpoint(close / "step_12")
+    saved = Checkpoint(close / "step_24")
     assert not any("anchor" in name for name in contents(saved.folder))
     plain = Checkpoint(base / "step_20")
     assert contents(saved.folder).keys() == contents(plain.folder).keys()
