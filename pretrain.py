@@ -27,7 +27,7 @@ from evaluators.interface import Evaluator
 from evaluators.loop import create_evaluators, evaluate
 from models import cost, persistence
 from models.dry_run import dry_run
-from models.loading import examined, load_anchor, open_tokenizer, settle_anchor
+from models.loading import examined, load_anchor, open_tokenizer
 from models.persistence import Saver, resolved
 from models.train_state import TrainState, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
@@ -166,7 +166,6 @@ def build(
 ) -> tuple[Run, TrainState]:
     """Everything that a run needs, where its last checkpoint left it if it has one."""
     rows = config.rows_per_rank(backend.world_size)
-    settle_anchor(config, backend)
     resumed = persistence.find_resume(config, folder, backend)
     labels = data.reasoning_ids() if config.arch.loss.options.get("reasoning_loss_weight") else 0
     with backend.taking_turns():

@@ -11,7 +11,7 @@ when run without a compiler; a compiled model takes less, and what PyTorch/XLA t
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -160,6 +160,14 @@ def measure(model: nn.Module, *, whole_square: bool = False) -> Cost:
         row_train_flops=train,
         row_refinement_flops=refinement + logits if refinement else 0,
     )
+
+
+def measure_run(model: nn.Module, run: PretrainConfig) -> Cost:
+    """As `measure`, with the answers of the base of `loss.kl_to`, taken to be of the same kind."""
+    counted = measure(model)
+    if run.arch.loss.options.get("kl_to") is None:
+        return counted
+    return replace(counted, row_train_flops=counted.row_train_flops + counted.row_forward_flops)
 
 
 def expected_steps(config: Any, budgets: Iterable[int]) -> float:

@@ -1,6 +1,7 @@
 """What a run would cost, told before anything real is built."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -8,6 +9,7 @@ from torch import nn
 
 from dataset.common import DatasetMetadata, UserError
 from models import cost
+from models.loading import KL_TO
 from models.losses import ACTLossHead
 from models.persistence import resolved
 from models.train_state import create_model
@@ -20,6 +22,9 @@ def dry_run(config: PretrainConfig) -> None:
     """Prints the resolved config and the cost of a run; reads at most the corpora's metadata."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     head, _ = planned_model(config, ranks)
+    near = config.arch.loss.options.get("kl_to")
+    if near is not None and not Path(near).is_dir():
+        raise UserError(f"{KL_TO}={near} is not a folder; name a checkpoint or a run")
     print(yaml.safe_dump(resolved(config), sort_keys=False))
     device, free = "cuda", None
     rows = micro_rows = config.rows_per_rank(ranks)
@@ -87,7 +92,7 @@ def step(
     model: nn.Module, config: PretrainConfig, *, ranks: int, micro_rows: int, device: str
 ) -> list[tuple[str, str]]:
     """An optimizer step and the memory that it takes, as (name, value)."""
-    counted, rows = cost.measure(model), config.rows_per_rank(ranks)
+    counted, rows = cost.measure_run(model, config), config.rows_per_rank(ranks)
     sizes: dict[str, Any] = dict(ranks=ranks, device=device)
     parts = cost.memory(model, config, micro_rows=micro_rows, **sizes)
     least = sum(cost.memory(model, config, micro_rows=1, **sizes).values())

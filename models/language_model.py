@@ -158,7 +158,7 @@ class LanguageModel:
         ids, begin = [*context, *after], len(context)
         while begin < len(ids):
             end = min(len(ids), begin + max(1, self.window // 2))
-            if len(ids) - begin < self.window:  # what is left, and a token before it, fits
+            if len(ids) - begin <= self.window:  # what is left, and a token before it, fits
                 end = len(ids)
             first = max(0, end - 1 - self.window)
             yield ids[first:begin], ids[begin:end]

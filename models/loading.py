@@ -178,22 +178,27 @@ def fitting_weights(
 KL_TO = "arch.loss.kl_to"
 
 
-def settle_anchor(config: PretrainConfig, backend: Backend) -> None:
+def settle_anchor(config: PretrainConfig, backend: Backend, saved: str | None) -> None:
     """Puts the very checkpoint in place of a run's folder or a link to one, so that a run which is
-    resumed stays near the same weights. A collective."""
+    resumed stays near the same weights: near `saved`, if that is what it began with and lies where
+    the config says. A collective."""
     loss = config.arch.loss
     if (named := loss.options.get("kl_to")) is None:
         return
 
     def settled() -> str:
         path = Path(named)
+        if saved is not None and Path(saved).is_dir():
+            began, place = Path(saved).resolve(), path.parent if path.is_symlink() else path
+            if path.resolve() == began or place.resolve() == began.parent:
+                return saved
         if not path.is_dir() and not config.eval_only:  # which has no use for it
             raise UserError(f"{KL_TO}={path} is not a folder; name a checkpoint or a run")
         try:
             path = checkpoint_in(path)
         except UserError as error:
             raise UserError(f"{KL_TO}={named}: {error}") from None
-        return str(path.parent / path.readlink() if path.is_symlink() else path)
+        return str(path.resolve())
 
     loss.kl_to = backend.from_main(settled)  # type: ignore[attr-defined]
 
@@ -210,6 +215,11 @@ def load_anchor(config: PretrainConfig, data: Data, device: torch.device) -> Anc
     assert opened is not None  # settle_anchor has seen a folder
     steps = yaml.safe_load(opened.text("config.yaml"))["arch"].get("halt_max_steps")
     head, _ = build_model(opened, steps, refinement=0, metadata=data.train.metadata)
+    if config.arch.options.get("causal", True) and not head.model.config.causal:
+        raise UserError(
+            f"{KL_TO}={path} is not causal: it would see the tokens that this run's model "
+            "predicts; name a causal base"
+        )
     try:
         load_into(head.model, weights)
     except UserError as error:

@@ -13,7 +13,7 @@ import yaml
 from dataset.common import UserError
 from evaluators.guard import FAILURES
 from models import cost
-from models.loading import fitting_weights
+from models.loading import fitting_weights, settle_anchor
 from models.losses import ACTLossHead
 from models.train_state import (
     TrainState,
@@ -215,9 +215,10 @@ class Saver:
 
 
 def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoint | None:
-    """The checkpoint to go on from, checked; None for a new run."""
+    """The checkpoint to go on from, checked; None for a new run. Settles what it stays near."""
     folder = backend.from_main(lambda: folder_to_resume(config, run))
     if folder is None:
+        settle_anchor(config, backend, None)
         if backend.is_main and not config.eval_only:
             checkpoint.forget_evaluation(run, after=-1)
         return None
@@ -229,7 +230,9 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
             f"{folder} was written by another version of Athena and cannot be gone on with; start "
             f"a new run from its weights with load_checkpoint={folder}"
         )
-    check_unchanged(config, yaml.safe_load(opened.text("config.yaml")))
+    saved = yaml.safe_load(opened.text("config.yaml"))
+    settle_anchor(config, backend, saved["arch"]["loss"].get("kl_to"))
+    check_unchanged(config, saved)
     if backend.is_main and not config.eval_only:
         checkpoint.set_aside(run, folder, opened.json("state.json")["counters"]["step"])
         checkpoint.note_start(run, config.resume)

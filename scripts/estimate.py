@@ -245,7 +245,7 @@ def compared(overrides: Sequence[str]) -> str:
     for name, (guess, real) in both.items():
         ratio = f"{guess / real:.2f}" if real else ""
         lines.append(f"  {name:<14}{size(guess):>12}{size(real):>12}{ratio:>8}")
-    spent = cost.measure(head.model).row_train_flops * config.global_batch_size
+    spent = cost.measure_run(head.model, config).row_train_flops * config.global_batch_size
     dtype = head.model.config.forward_dtype
     rate = cpu_rate(dtype) if device == "cpu" else backend.peak_flops(torch.bfloat16)
     share = f", utilisation={spent / seconds / rate:.2f}" if rate else ""

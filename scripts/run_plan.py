@@ -20,7 +20,9 @@ from utils.backend.base import free_host_memory
 from utils.backend.cuda import BF16_PEAK
 from utils.config import PretrainConfig, compose_config, load_config
 from utils.config_schema import PositiveFloat, PositiveInt
+from utils.config_trained import as_trained
 from utils.data import Data
+from utils.schedule import grown
 
 
 class Hardware(NamedTuple):
@@ -109,7 +111,7 @@ class Plan:
 
 def configure(overrides: Sequence[str], ranks: int) -> PretrainConfig:
     """The checked config; without a corpus, of sizes that are usual."""
-    composed = compose_config([*overrides, "dry_run=true"])
+    composed = as_trained(compose_config([*overrides, "dry_run=true"]), overrides)
     if not composed.data_paths:
         for key, usual in (("vocab_size", 32000), ("seq_len", 2048)):
             composed[key] = usual if composed[key] is None else composed[key]
@@ -122,7 +124,7 @@ def plan(options: Options, overrides: Sequence[str], tokens: float | None = None
     devices = options.devices or hardware.devices
     config = configure(overrides, devices)
     head, data = planned_model(config, devices)
-    model, counted = head.model, cost.measure(head.model)
+    model, counted = head.model, cost.measure_run(head.model, config)
     memory = hardware.memory or free_host_memory()
     sizes: dict[str, Any] = dict(ranks=devices, device=hardware.device)
     micro_rows = config.micro_rows(devices)
@@ -176,6 +178,12 @@ def steps_of_an_example(config: PretrainConfig, arch: Any, data: Data | None) ->
         why = f"the corpus' iteration_targets, up to halt_max_steps={most}"
     else:
         return float(most), "the corpus has no budgets, and the halting head is not foreseen"
+    if (rule := config.iteration_curriculum) is not None:
+        whole = np.array([min(b or most, most) for b in budgets])
+        lowest = max(1, arch.force_min_steps, config.min_iterations or 1)
+        moments = [(i + 0.5) / 20 for i in range(20)]
+        budgets = np.concatenate([grown(whole, rule, at, lowest) for at in moments]).tolist()
+        why += ", growing by iteration_curriculum"
     return cost.expected_steps(arch, budgets), why + ", and exploration"
 
 

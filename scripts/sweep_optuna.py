@@ -34,7 +34,7 @@ from hydra.errors import HydraException
 from dataset.common import UserError, command_parser, run_cli
 from evaluators.loop import create_evaluators
 from scripts.plot_run import METRICS, RunMetrics, read_records
-from utils.config import compose_config, load_config
+from utils.config import PretrainConfig, compose_config, load_config
 from utils.config_trained import as_trained
 from utils.data import open_data
 
@@ -123,9 +123,15 @@ class Search:
 
     def _check_evaluated(self) -> None:
         """UserError where a trial would end without a figure: not after it was trained."""
-        ask = optuna.create_study().ask()
-        keys = [*self.fixed, *(suggested(ask, override) for override in self.varied)]
-        config = load_config(as_trained(compose_config(keys), keys))
+        config = self._plausible()
+        for name in ("lr_find", "dry_run", "eval_only"):
+            if getattr(config, name):
+                raise UserError(f"{name}={getattr(config, name)} trains no trial: leave it out")
+        if "jsonl" not in config.logger:
+            raise UserError(
+                f"logger=[{','.join(config.logger)}] keeps no {METRICS}, which the search reads: "
+                "add jsonl"
+            )
         data = open_data(config)
         if data.test is None and not create_evaluators(config.evaluators, data):
             raise UserError(
@@ -133,17 +139,42 @@ class Search:
                 "nothing says how good a trial is: name corpora that have one in data_paths_test"
             )
 
+    def _plausible(self) -> PretrainConfig:
+        """A config that a trial may have. UserError if eight draws find none: a value that goes
+        with no other fails its own trials only."""
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        mistake = UserError("")
+        for _ in range(8):
+            ask = study.ask()
+            try:
+                return self._config([suggested(ask, override) for override in self.varied])
+            except UserError as error:
+                mistake = error
+        raise mistake
+
+    def _config(self, chosen: list[str]) -> PretrainConfig:
+        keys = [*self.fixed, *chosen]
+        return load_config(as_trained(compose_config(keys), keys))
+
     def objective(self, trial: optuna.Trial) -> float:
         run = self.folder / f"trial_{trial.number}"
         chosen = [suggested(trial, override) for override in self.varied]
         print(f"trial {trial.number}: {' '.join(chosen)}", flush=True)
+        try:
+            self._config(chosen)
+        except UserError as error:  # what was chosen does not go together
+            print(f"  failed: {error}", flush=True)
+            raise RuntimeError(str(error)) from None
         command = [*self.command, *self.fixed, *chosen, f"checkpoint_path={run}"]
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"trial_{trial.number}.log").open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-            figure = None
+            figure, evaluated = None, False
             try:
                 for step, figure in self._evaluations(process, run):
+                    evaluated = True
+                    if figure is None:
+                        continue
                     trial.report(figure, step)
                     if process.poll() is None and trial.should_prune():
                         print(f"  step {step}: {figure:.4f}, ended early", flush=True)
@@ -153,13 +184,15 @@ class Search:
         self.began |= (run / METRICS).is_file() and (run / METRICS).stat().st_size > 0
         if status not in (0, 3) and not self.began:  # a mistake that every trial would repeat
             raise UserError(_last_line(log.name))
-        if status == 0 and figure is None:
+        if status == 0 and not evaluated:
             raise UserError(
                 f"trial {trial.number} was never evaluated, see {log.name}; eval_interval and "
                 "max_steps say when a run is"
             )
         if status not in (0, 3) or figure is None:
-            said = f"{_last_line(log.name)} (all of it in {log.name})"
+            diverged = evaluated and figure is None
+            said = "the last evaluation is not finite" if diverged else _last_line(log.name)
+            said += f" (all of it in {log.name})"
             print(f"  failed: {said}", flush=True)
             raise RuntimeError(said)
         print(f"  {figure:.4f}", flush=True)
@@ -167,8 +200,8 @@ class Search:
 
     def _evaluations(
         self, process: subprocess.Popen[bytes], run: Path
-    ) -> Iterator[tuple[int, float]]:
-        """(step, figure) of each evaluation, as the run logs them."""
+    ) -> Iterator[tuple[int, float | None]]:
+        """(step, figure) of each evaluation, as the run logs them; None: it was not finite."""
         done = 0
         while True:
             running = process.poll() is None
@@ -182,7 +215,9 @@ class Search:
                 return
             time.sleep(0.5)
 
-    def _figures(self, run: Path, records: list[dict[str, Any]]) -> Iterator[tuple[int, float]]:
+    def _figures(
+        self, run: Path, records: list[dict[str, Any]]
+    ) -> Iterator[tuple[int, float | None]]:
         evaluated = [record for record in records if any(k.startswith("eval/") for k in record)]
         if not evaluated:
             return
@@ -199,8 +234,7 @@ class Search:
             if self.metric not in record:
                 known = ", ".join(sorted(k for k in record if k.startswith("eval/")))
                 raise UserError(f"--metric {self.metric} was not evaluated; there are {known}")
-            if record[self.metric] is not None:
-                yield record["step"], record[self.metric]
+            yield record["step"], record[self.metric]
 
 
 def _ended(process: subprocess.Popen[bytes]) -> int:
@@ -237,16 +271,16 @@ def run(args: argparse.Namespace) -> None:
         pruner=optuna.pruners.MedianPruner(n_startup_trials=args.startup_trials),
         load_if_exists=True,
     )
+    over = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    done = len(study.get_trials(deepcopy=False, states=over))
     before = study.user_attrs.get("search", search.said)
-    if before != search.said:
-        changed = [key for key in before if before[key] != search.said[key]]
+    changed = [key for key in before if before[key] != search.said[key]]
+    if changed and (done or "direction" in changed):  # else there is nothing to go on with
         raise UserError(
             f"{args.folder} holds a search with other {' and '.join(changed)} "
             f"({'; '.join(str(before[key]) for key in changed)}): give those, or another --folder"
         )
     study.set_user_attr("search", search.said)
-    over = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    done = len(study.get_trials(deepcopy=False, states=over))
     if done:
         print(f"going on with {args.folder}: {done} of {args.trials} trials are there")
     try:

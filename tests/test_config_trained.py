@@ -2,6 +2,7 @@
 
 from training_tools import altered
 
+from utils.checkpoint import checkpoints_of
 from utils.config import compose_config, load_config
 from utils.config_trained import as_trained
 
@@ -46,3 +47,19 @@ def test_training_further_takes_the_architecture_alone(text_run, text_corpus, tm
     assert changed.arch.loss.options.get("kl_to") is None
     assert changed.arch.loss.options["label_smoothing"] == 0.2
     assert changed.arch.options["hidden_size"] == 32
+
+
+def test_a_run_that_goes_on_has_its_own_architecture(text_run, text_corpus):
+    """Wherever the checkpoint is that it started from."""
+
+    def width(*overrides: str) -> int:
+        given = [f"data_paths=[{text_corpus}]", *overrides]
+        return load_config(as_trained(compose_config(given), given)).arch.options["hidden_size"]
+
+    newest = checkpoints_of(text_run)[-1]
+    assert width("load_checkpoint=gone", f"checkpoint_path={text_run}") == 32
+    assert width(f"resume={newest.name}", f"checkpoint_path={text_run}") == 32
+    assert width(f"resume={newest}") == width(f"resume={text_run}") == 32
+    assert width(f"checkpoint_path={text_run}") > 32, "which did not start from a checkpoint"
+    assert width("load_checkpoint=gone", "checkpoint_path=new") > 32
+    assert width(f"resume={newest}", "arch=athena_trm_small") > 32

@@ -9,7 +9,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from utils.checkpoint import checkpoint_in
+from utils.checkpoint import MANIFEST, checkpoint_in
+from utils.run_folder import folder_of
 
 # What is taken from the checkpoint, unless the command line says otherwise: by an evaluation, and
 # by a run that starts from its weights.
@@ -22,15 +23,15 @@ TRAINED_FURTHER = ("arch",)
 
 def as_trained(cfg: DictConfig, overrides: Sequence[str] | None = None) -> DictConfig:
     """For `load_checkpoint=FOLDER`, the config with the checkpoint's own values of AS_TRAINED (with
-    `eval_only=true`; else of its architecture alone) where no override names the key.
+    `eval_only=true`; else of its architecture alone) where no override names the key. A run that
+    has checkpoints of its own, or names one with `resume`, has the architecture of those.
 
     overrides: those of the command line; None asks Hydra. One that chooses a preset of whole keys
     (experiment=, debug=) is taken as the whole config.
     """
-    path = cfg.get("load_checkpoint")
-    if not path or not Path(str(path)).is_dir():
+    if (source := _source(cfg)) is None:
         return cfg
-    file = checkpoint_in(Path(str(path))) / "config.yaml"
+    file = source / "config.yaml"
     if overrides is None:
         overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     named = {override.lstrip("+~").partition("=")[0] for override in overrides}
@@ -53,3 +54,15 @@ def as_trained(cfg: DictConfig, overrides: Sequence[str] | None = None) -> DictC
             value = OmegaConf.select(cfg, name) if said is None else said
             OmegaConf.update(changed, name, value, merge=True, force_add=True)
     return changed
+
+
+def _source(cfg: DictConfig) -> Path | None:
+    """The checkpoint that a run goes on from, else the one that it starts from."""
+    load, resume = cfg.get("load_checkpoint"), str(cfg.get("resume") or "auto")
+    if not (cfg.get("eval_only") or cfg.get("lr_find")) and (load or resume != "auto"):
+        run = folder_of(cfg.get("checkpoint_path"), cfg.get("project_name"), cfg.get("run_name"))
+        places = [Path(resume), run and run / resume] if resume != "auto" else [run]
+        for place in places:
+            if place is not None and (found := checkpoint_in(place) / MANIFEST).is_file():
+                return found.parent
+    return checkpoint_in(Path(str(load))) if load and Path(str(load)).is_dir() else None

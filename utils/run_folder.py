@@ -26,8 +26,9 @@ class RunFolder:
         config.run_name = backend.broadcast_object(
             config.run_name or _drawn_name(backend.launch_number)
         )
-        default = Path("checkpoints") / config.project_name / config.run_name
-        self.path = Path(config.checkpoint_path or default)
+        path = folder_of(config.checkpoint_path, config.project_name, config.run_name)
+        assert path is not None
+        self.path = path
         if config.lr_find:
             self.path /= lr_finder.FOLDER
         self._lock: TextIO | None = None
@@ -55,6 +56,13 @@ class RunFolder:
     def close(self) -> None:
         if self._lock is not None:
             self._lock.close()
+
+
+def folder_of(checkpoint_path: str | None, project_name: str, run_name: str | None) -> Path | None:
+    """Where a run is kept; None before it has a name."""
+    if checkpoint_path or run_name:
+        return Path(checkpoint_path or Path("checkpoints") / project_name / str(run_name))
+    return None
 
 
 def _drawn_name(number: int) -> str:

@@ -1,7 +1,10 @@
 """A run that stays near a base model: the divergence against its formula, and whole runs."""
 
+import os
+
 import pytest
 import torch
+import yaml
 from test_losses import reference_probabilities
 from training_tools import (
     IDENTIFIERS,
@@ -111,6 +114,23 @@ RUN = ("evaluators=[]", "epochs=20", "ema_rate=0.9", *IDENTIFIERS)
 
 def near(base, weight: float = 0.3) -> list[str]:
     return [f"loss.kl_to={base}", f"loss.kl_weight={weight}"]
+
+
+def test_a_run_stays_near_the_checkpoint_that_it_began_near(text_corpus, run_training):
+    """However its path is written, and whatever the base's run has saved since."""
+    further = "resume_allow=[max_steps,epochs]"
+    base = run_training(text_corpus, "base", *RUN, "max_steps=2")
+    near_it = [f"load_checkpoint={base / 'step_2'}", *near(base)]
+    run_training(text_corpus, "tuned", *RUN, "max_steps=2", *near_it)
+    run_training(text_corpus, "base", *RUN, "max_steps=4", further)
+    tuned = run_training(text_corpus, "tuned", *RUN, "max_steps=4", further, *near_it)
+    relative = os.path.relpath(base / "step_2")
+    run_training(text_corpus, "tuned", *RUN, "max_steps=6", further, *near(relative))
+    for step in (2, 4, 6):
+        config = yaml.safe_load((tuned / f"step_{step}" / "config.yaml").read_text())
+        assert config["arch"]["loss"]["kl_to"] == str(base / "step_2")
+    with pytest.raises(UserError, match=r"kl_to .*step_2, is .*step_4"):
+        run_training(text_corpus, "tuned", *RUN, "max_steps=8", further, *near(base / "step_4"))
 
 
 def test_a_run_begins_at_its_base_and_the_weight_keeps_it_near(text_corpus, run_training):

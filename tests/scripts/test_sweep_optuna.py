@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import pytest
 from training_tools import TINY
@@ -87,6 +88,8 @@ def test_a_trial_that_blows_up_is_one_trial(text_corpus, tmp_path, capsys):
         (["lr=1,2", "--launcher", "nonexistent"], "--launcher nonexistent: there is no such"),
         (["lr=interval(1,"], "at input 'interval(1,'"),
         (["run_name=a,b"], "run_name is each trial's own: use --folder"),
+        (["lr=1,2", "logger=[tensorboard]"], "keeps no metrics.jsonl"),
+        (["lr=1,2", "lr_find=true"], "trains no trial"),
         (["lrr=1,2"], "unknown key 'lrr': did you mean 'lr'?"),
     ],
 )
@@ -108,3 +111,41 @@ def test_a_corpus_without_a_test_split_is_refused_before_anything_is_trained(
         main(["--folder", str(tmp_path / "s"), "lr=1,2", f"data_paths=[{corpus}]"])
     assert f"data_paths={corpus} has no test split" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+def test_a_mistake_can_be_corrected_and_one_bad_value_fails_its_own_trials(
+    text_corpus, tmp_path, capsys
+):
+    folder = tmp_path / "s"
+    given = ["--folder", str(folder), *TINY, f"data_paths=[{text_corpus}]", "max_steps=2"]
+    given += ["epochs=9", "arch.num_heads=2,3", "--seed", "1"]
+    with pytest.raises(SystemExit):
+        main([*given, "--trials", "6", "--metric", "eval/all/nope"])
+    assert "--metric eval/all/nope was not evaluated; there are" in capsys.readouterr().err
+    main([*given, "--trials", "3", "--metric", "eval/all/lm_loss"])
+    states = {(t["arch.num_heads"], t["state"]) for t in trials_of(folder).values()}
+    assert states <= {("2", "COMPLETE"), ("2", "FAIL"), ("3", "FAIL"), ("2", "PRUNED")}
+    assert ("2", "COMPLETE") in states
+    with pytest.raises(SystemExit):
+        main([*given, "--trials", "4", "--metric", "eval/all/accuracy"])
+    assert "holds a search with other metric" in capsys.readouterr().err
+
+
+def test_a_trial_that_diverges_at_its_end_has_no_figure(text_corpus, tmp_path, capsys):
+    """The launcher stands for a run whose last evaluation is not finite."""
+    script = tmp_path / "run.py"
+    script.write_text("""import json, pathlib, sys
+keys = dict(word.split("=", 1) for word in sys.argv[2:])
+run = pathlib.Path(keys["checkpoint_path"])
+run.mkdir(parents=True)
+figures = [2.0, None] if float(keys["lr"]) > 0.5 else [4.0, 3.0]
+lines = [json.dumps({"step": i, "eval/all/lm_loss": f}) for i, f in enumerate(figures)]
+(run / "metrics.jsonl").write_text("\\n".join(lines) + "\\n")
+""")
+    main([
+        "--folder", str(tmp_path / "s"), *TINY, f"data_paths=[{text_corpus}]", "lr=0.1,1.0",
+        "--trials", "2", "--metric", "eval/all/lm_loss", "--launcher", f"{sys.executable} {script}",
+    ])  # fmt: skip
+    trials = trials_of(tmp_path / "s").values()
+    assert {(t["lr"], t["state"]) for t in trials} <= {("0.1", "COMPLETE"), ("1.0", "FAIL")}
+    assert all(t["value"] == 3.0 for t in trials if t["state"] == "COMPLETE")
