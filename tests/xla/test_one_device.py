@@ -44,13 +44,20 @@ def test_losses_and_weights_are_those_of_the_cpu(case, request, tmp_path):
     )
     found = differences(one, other, 20)
     print(f"\n{case}: {found}")
+    own = dict.fromkeys(found, 0.0)
     if (
         "float32" in case
     ):  # Adam magnifies the rounding of gradients near 0: see float64 for weights
         found = {
             k: v for k, v in found.items() if k.endswith("_loss") or k in ("steps", "examples")
         }
-    assert {name: value for name, value in found.items() if not value <= limit} == {}
+        # The carry magnifies it too, on few corpora to more than the limit: by how much, the CPU
+        # tells that adds the same rows in another order.
+        halves = run_on(CPUBackend(), corpus, tmp_path / "halves", *overrides, "grad_accum_steps=2")
+        own = differences(one, halves, 20)
+        print(f"the CPU in another order: {own}")
+        assert own["steps"] == own["examples"] == 0
+    assert {k: v for k, v in found.items() if not v <= limit + 10 * own[k]} == {}
     assert len(set(metrics_of(one, "train/steps"))) > 2, "rows should halt at different steps"
     table = contents(other / "step_20")["model/model.inner.puzzle_emb.weights"]
     assert table.any(), "the identifier embedding was never trained"
@@ -145,7 +152,8 @@ def test_a_run_near_a_base_needs_no_more_programs_and_goes_on(text_corpus, tmp_p
     parts = run_on(REPLICA, text_corpus, tmp_path / "parts", *options, f"resume={whole / 'step_4'}")
     assert unequal(whole / "step_8", parts / "step_8") == []
     losses = [metrics_of(run, "train/kl_loss") for run in (on_cpu, whole)]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-7) and losses[0][-1] > 0
+    # logged in float32
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6, abs=1e-7) and losses[0][-1] > 0
 
 
 @pytest.mark.parametrize("feed", ["consume", "present"])
