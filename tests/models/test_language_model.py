@@ -50,6 +50,13 @@ def test_what_is_longer_than_the_window_is_scored_in_parts(trained):
     assert trained.score([(text[:1], text[1:])])[0].nats == pytest.approx(nats, rel=1e-4)
 
 
+def test_a_window_after_one_token_is_one_part(trained):
+    """As windows of rolling log-likelihoods are; each part is a row to compute."""
+    first, after = random_ids(trained, 1), random_ids(trained, 25)
+    assert len(list(trained._in_windows(first, after[:24]))) == 1
+    assert len(list(trained._in_windows(first, after))) == 2
+
+
 def test_words_get_the_tokens_of_running_text(trained):
     before, after = trained.encode_pair("abc def ", "gh")
     assert before == trained.encode("abc def")

@@ -6,7 +6,7 @@ import pytest
 
 from dataset.common import UserError
 from scripts import estimate
-from scripts.run_plan import plan
+from scripts.run_plan import Plan, plan
 
 
 def printed(capsys, *arguments: str) -> str:
@@ -53,6 +53,23 @@ def test_a_corpus_brings_its_sizes_and_budgets(text_corpus, capsys):
     lifted = plan(options, [*overrides, "min_iterations=7"])
     assert lifted.act_steps == 7
     assert "iteration_targets" in printed(capsys, *given)
+
+
+def test_what_changes_the_work_of_a_run_is_counted(text_run):
+    """The base of kl_to, budgets that grow, the architecture of the checkpoint it starts from."""
+
+    def planned(*keys: str) -> Plan:
+        options, overrides = estimate.parse(["hardware=cpu", "tokens=1e6", *keys])
+        return plan(options, overrides)
+
+    tiny = ["arch=athena_trm_tiny", "vocab_size=300", "seq_len=64", "global_batch_size=8"]
+    plain = planned(*tiny)
+    near = planned(*tiny, "loss.kl_to=base", "loss.kl_weight=1")
+    base = plain.counted.forward_flops
+    assert near.counted.train_flops == pytest.approx(plain.counted.train_flops + base)
+    growing = planned(*tiny, "iteration_curriculum={start: 0.5, until: 1}", "min_iterations=1")
+    assert 1 < growing.act_steps < 0.85 * planned(*tiny, "min_iterations=1").act_steps
+    assert planned(f"load_checkpoint={text_run}", *tiny[1:]).model.config.hidden_size == 32
 
 
 def test_presets_side_by_side(capsys):
