@@ -27,7 +27,7 @@ CORPUS := data/quickstart
 RUNS := checkpoints/athena
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart compare sudoku smoke test test-xla xla-venv notebook lint types clean
+.PHONY: help venv quickstart compare sudoku smoke test test-all test-nightly test-xla xla-venv notebook lint types clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -95,8 +95,15 @@ sudoku: $(BASE) data/sudoku6/identifiers.json  ## train on 6 x 6 sudokus
 smoke: $(BASE)  ## build, train and evaluate a tiny model, in seconds
 	$(PY) scripts/smoke_test.py --run-training
 
-test: $(DEV)  ## run all tests
-	$(PY) -m pytest
+test: $(DEV)  ## run the tests that take minutes
+	$(PY) -m pytest -m "not slow and not nightly"
+
+test-all: $(DEV)  ## run all tests but the nightly ones
+	$(PY) -m pytest -m "not nightly"
+
+# Another seed every time; a failure prints the line that repeats it.
+test-nightly: $(DEV)  ## run everything, with a seed drawn anew
+	ATHENA_TEST_SEED=$${ATHENA_TEST_SEED:-$$(date +%s)} $(PY) -m pytest
 
 # Under another name until it is whole; it is only ever called as `python -m`, which needs no paths.
 $(XLA):

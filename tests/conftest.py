@@ -1,5 +1,72 @@
-"""Fixtures that the tests of training share."""
+"""What all tests share: seeds, tiers, and the fixtures of training.
 
+Every test draws from a seed of its own, which follows from ATHENA_TEST_SEED (0 where it is unset)
+and the test's name. A failure prints the line that repeats it.
+
+Tiers: tests without a mark run within the process, in `make test`. `canary`: starts processes and
+runs in `make test` all the same; there are three. `slow`: starts processes or takes seconds, in
+`make test-all`. `nightly`: long runs and whole matrices, in `make test-nightly`.
+"""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from seeds import BASE_SEED, SEED_VARIABLE, seed_for
 from training_tools import puzzle_corpus, run_training, text_corpus, text_run
 
 __all__ = ["puzzle_corpus", "run_training", "text_corpus", "text_run"]
+
+TIERS = ("canary", "slow", "nightly")
+
+_started: list[str] = []
+"""Python processes that the present test started."""
+
+
+def pytest_report_header() -> str:
+    return f"{SEED_VARIABLE}={BASE_SEED}"
+
+
+def _note_process(event: str, arguments: tuple) -> None:
+    if event == "subprocess.Popen":
+        command = arguments[1] if isinstance(arguments[1], list | tuple) else [arguments[1]]
+        if Path(str(os.fsdecode(command[0]))).name.startswith(
+            ("python", "torchrun", "bash", "make")
+        ):
+            _started.append(" ".join(map(str, command))[:100])
+
+
+sys.addaudithook(_note_process)
+
+
+@pytest.fixture(autouse=True)
+def seed(request) -> int:
+    """Seed all global generators, and return the seed."""
+    value = seed_for(request.node.nodeid)
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        repeat = f"{SEED_VARIABLE}={BASE_SEED} python -m pytest '{item.nodeid}'"
+        report.sections.append(("to repeat", repeat))
+    return report
+
+
+@pytest.fixture(autouse=True)
+def tier(request):
+    """Fail a test of `make test` that starts Python: such tests belong into a slower tier."""
+    del _started[:]
+    yield
+    marks = {mark.name for mark in request.node.iter_markers()}
+    if _started and not marks & set(TIERS):
+        pytest.fail(f"starts processes without the mark slow: {_started[0]}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from seeds import draw_rng
 
 from dataset.common import IGNORE_LABEL_ID, UserError
 from sequence_dataset import (
@@ -69,7 +70,7 @@ def test_identifiers_and_domains_join_by_name(tmp_path):
     assert corpora.domains == corpora.metadata.domains == ["p", "q", "s"]
     assert corpora.metadata.num_puzzle_identifiers == 4
     assert corpora.metadata.total_groups == corpora.num_groups == 50
-    order = np.random.default_rng().permutation(50)
+    order = draw_rng().permutation(50)
     rows = corpora.rows(order)
     np.testing.assert_array_equal(rows["inputs"], np.concatenate([first, second])[order])
     for key, name, stored, joined_names in (
@@ -195,7 +196,7 @@ def test_a_large_corpus_is_hashed_on_request_only(tmp_path, monkeypatch):
 
 
 def test_reasoning_labels_are_read_where_a_corpus_has_them(tmp_path):
-    stored = np.random.default_rng().integers(0, 9, (10, 3)).astype(np.uint8)
+    stored = draw_rng().integers(0, 9, (10, 3)).astype(np.uint8)
     stored[4] = 255
     write_corpus(tmp_path / "a", 10)
     write_corpus(tmp_path / "b", 10)

@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from seeds import draw_rng
 
 from sequence_dataset import Corpora
 from tests.stream_tools import (
@@ -23,7 +24,7 @@ from utils.permutation import QuotaSchedule, hash64, permute
 @pytest.mark.parametrize("groups, domains", [(1, 1), (511, 2), (512, 3), (513, 3), (9000, 5)])
 def test_select_equals_a_listing(groups, domains, monkeypatch):
     monkeypatch.setattr("utils.domain_index._BLOCKS_AT_ONCE", 3)
-    rng = np.random.default_rng()
+    rng = draw_rng()
     of_group = rng.integers(0, domains, groups)
     of_group[of_group == 1] = 0  # one that no group has
     if groups > 4000:
@@ -56,7 +57,7 @@ def listed_visits(of_group: np.ndarray, seed: int, weights: list[float], places:
 
 @pytest.mark.parametrize("kind", ["npy", "stream", "joined", "trm"])
 def test_weighted_order_is_that_of_a_listing(tmp_path, kind):
-    rng, rows = np.random.default_rng(), 1500
+    rng, rows = draw_rng(), 1500
     if kind == "trm":
         sizes = [[int(n) for n in rng.integers(1, 3, rng.integers(1, 3))] for _ in range(rows)]
         arrays = write_trm(tmp_path / "c", sizes, domains=["p", "q"])
@@ -88,7 +89,7 @@ def test_weighted_order_is_that_of_a_listing(tmp_path, kind):
 
 @pytest.mark.parametrize("layout", ["npy", "stream"])
 def test_shares_are_exact_and_no_cycle_repeats_an_order(tmp_path, layout):
-    windows = random_windows(np.random.default_rng(), 700)
+    windows = random_windows(draw_rng(), 700)
     domain_ids = np.repeat([0, 1, 2], [600, 70, 30]).astype(np.uint8)
     write_windows(
         tmp_path / "c", windows, layout, domains=("p", "q", "r"), arrays={"domain_ids": domain_ids}
@@ -109,7 +110,7 @@ def test_shares_are_exact_and_no_cycle_repeats_an_order(tmp_path, layout):
 
 @pytest.mark.parametrize("layout", ["npy", "stream"])
 def test_an_epoch_visits_every_row_once(tmp_path, layout):
-    windows = random_windows(np.random.default_rng(), 97)
+    windows = random_windows(draw_rng(), 97)
     write_windows(tmp_path / "c", windows, layout)
     corpora, read = Corpora([tmp_path / "c"]), []
     rows = corpora.rows

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from seeds import draw_rng
 from training_tools import contents, make_config, metrics_of
 
 from dataset.common import UserError
@@ -19,7 +20,7 @@ RULE = IterationCurriculumConfig(start=0.25, until=0.5)
 
 @pytest.fixture
 def corpus(tmp_path):
-    write_corpus(tmp_path / "c", 97, seed=np.random.SeedSequence().entropy)
+    write_corpus(tmp_path / "c", 97, seed=int(draw_rng().integers(1 << 31)))
     return Corpora([str(tmp_path / "c")])
 
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from seeds import draw_rng
 from training_tools import TEXT, TINY, finish, make_config, metrics_of, start
 
 from dataset.common import UserError
@@ -22,7 +23,7 @@ def test_findings_are_those_of_a_known_curve():
     assert np.log10(found.steepest) == pytest.approx(-3, abs=0.15)
     assert np.log10(found.lowest) == pytest.approx(-1, abs=0.25)
     assert lr_finder.findings(rates, np.linspace(5, 6, 600)) is None
-    values = np.random.default_rng().normal(size=20)
+    values = draw_rng().normal(size=20)
     mean = total = 0.0
     for value, expected in zip(values, lr_finder.running_mean(values), strict=True):
         mean, total = 0.9 * mean + 0.1 * value, 0.9 * total + 0.1

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from seeds import draw_rng
 
 from dataset.common import UserError
 from sequence_dataset import Corpora, TrainStream
@@ -54,7 +55,7 @@ def test_resuming_anywhere_on_any_world_with_any_workers(tmp_path, kind, feed):
     while batches := run([whole], flags, first=len(expected), steps=1):
         expected += batches
         states.append(json.dumps(whole.state_dict()))
-    stops = np.random.default_rng()
+    stops = draw_rng()
     for world in (1, 2, 4, 8):
         for workers in (0, 1, 4):
             stop = int(stops.integers(0, len(expected) + 1))

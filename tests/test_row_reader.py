@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from seeds import draw_rng
 
 from dataset.common import IGNORE_LABEL_ID, UserError
 from sequence_dataset import (
@@ -38,7 +39,7 @@ def test_budgets_are_lifted_and_capped_with_one_warning(corpus, tmp_path):
 
 
 def test_relabelling_is_a_bijection_applied_to_inputs_and_labels_alike():
-    rng = np.random.default_rng()
+    rng = draw_rng()
     inputs = rng.integers(0, 20, (50, 200)).astype(np.int32)
     labels = np.where(rng.random(inputs.shape) < 0.5, inputs, IGNORE_LABEL_ID).astype(np.int32)
     new_inputs, new_labels = inputs.copy(), labels.copy()
@@ -101,7 +102,7 @@ def naive_starts(inputs, labels, eos, pad):
 
 @pytest.mark.parametrize("eos, pad", [(1, 0), (0, 0), (2, 3)])
 def test_document_starts_equal_a_plain_loop(eos, pad):
-    rng = np.random.default_rng()
+    rng = draw_rng()
     inputs = rng.integers(0, 5, (300, 10))
     labels = np.where(rng.random((300, 10)) < 0.3, IGNORE_LABEL_ID, 4)
     for row, length in enumerate(rng.integers(0, 11, 300)):

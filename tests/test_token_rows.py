@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from seeds import draw_rng
 
 from dataset.common import IGNORE_LABEL_ID, UserError
 from sequence_dataset import Corpora, TrainStream
@@ -32,7 +33,7 @@ LAYOUTS = ("npy", "stream")
 @pytest.mark.parametrize("pad, eos", [(PAD, EOS), (EOS, EOS), (7, EOS)])
 @pytest.mark.parametrize("feed", ["present", "consume"])
 def test_both_layouts_give_the_same_rows_and_batches(tmp_path, pad, eos, feed):
-    windows = random_windows(np.random.default_rng(), 150, eos=eos)
+    windows = random_windows(draw_rng(), 150, eos=eos)
     inputs, labels = rows_of(windows, pad=pad, eos=eos)
     batches, weights = {}, {"p": 2, "q": 1}
     for layout in LAYOUTS:
@@ -40,7 +41,7 @@ def test_both_layouts_give_the_same_rows_and_batches(tmp_path, pad, eos, feed):
             tmp_path / layout, windows, layout, pad=pad, eos=eos, domains=("p", "q"), names=("x",)
         )
         corpora = Corpora([tmp_path / layout])
-        order = np.random.default_rng().permutation(150)
+        order = draw_rng().permutation(150)
         rows = corpora.rows(order)
         np.testing.assert_array_equal(rows["inputs"], inputs[order])
         np.testing.assert_array_equal(rows["labels"], labels[order])
@@ -58,7 +59,7 @@ def test_both_layouts_give_the_same_rows_and_batches(tmp_path, pad, eos, feed):
 
 
 def test_label_starts_may_be_absent(tmp_path):
-    windows = random_windows(np.random.default_rng(), 30)
+    windows = random_windows(draw_rng(), 30)
     windows = windows._replace(label_starts=np.zeros(30, int))
     write_windows(tmp_path / "c", windows, "stream", arrays={"label_starts": None})
     rows = Corpora([tmp_path / "c"]).rows(np.arange(30))
@@ -76,7 +77,7 @@ def test_uint16_serves_a_vocabulary_of_65536(tmp_path):
 
 
 def test_layouts_join(tmp_path):
-    rng, parts = np.random.default_rng(), []
+    rng, parts = draw_rng(), []
     for number, layout in enumerate(("stream", "npy", "stream")):
         windows = random_windows(rng, 20 + number)
         write_windows(tmp_path / str(number), windows, layout, seed=number)
@@ -185,7 +186,7 @@ def test_a_file_cut_off_under_a_run_is_named(tmp_path, layout, name):
 
 @pytest.mark.parametrize("change", [lambda a: a.astype(">u2"), np.asfortranarray])
 def test_other_byte_and_memory_orders_are_read_alike(tmp_path, change):
-    windows = random_windows(np.random.default_rng(), 30)
+    windows = random_windows(draw_rng(), 30)
     expected = rows_of(windows, pad=PAD, eos=EOS)
     for layout, names in (("npy", ("inputs", "labels")), ("stream", ("tokens",))):
         write_windows(tmp_path / layout, windows, layout)
@@ -202,10 +203,10 @@ def test_other_byte_and_memory_orders_are_read_alike(tmp_path, change):
 def test_rows_that_are_in_memory_wholly_partly_or_not_are_read_alike(
     tmp_path, monkeypatch, layout, supported
 ):
-    windows = random_windows(np.random.default_rng(), 40)
+    windows = random_windows(draw_rng(), 40)
     expected = rows_of(windows, pad=PAD, eos=EOS)
     write_windows(tmp_path / "c", windows, layout)
-    corpora, rng, preadv = Corpora([tmp_path / "c"]), np.random.default_rng(), os.preadv
+    corpora, rng, preadv = Corpora([tmp_path / "c"]), draw_rng(), os.preadv
     waited = 0
 
     def partly(file, buffers, offset, flags=0):

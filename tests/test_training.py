@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from seeds import draw_rng
 from training_tools import IDENTIFIERS, TEXT, contents, finish, make_config, metrics_of, start
 
 from dataset.common import UserError
@@ -223,7 +224,7 @@ def test_reasoning_labels_train_their_head(text_corpus, tmp_path, run_training):
     corpus = Path(shutil.copytree(text_corpus, tmp_path / "corpus"))
     for split in ("train", "test"):
         rows = len(np.load(corpus / split / "all" / "labels.npy"))
-        labels = np.random.default_rng().integers(0, 10, (rows, 3)).astype(np.int32)
+        labels = draw_rng().integers(0, 10, (rows, 3)).astype(np.int32)
         np.save(corpus / split / "all" / "reasoning_labels.npy", labels)
     labels[-1, -1] = 10
     np.save(corpus / "test" / "all" / "reasoning_labels.npy", labels)

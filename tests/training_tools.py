@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from seeds import rng_for, seed_for
 
 from dataset.build_corpus_dataset import main as build_corpus
 from dataset.build_sudoku_dataset import main as build_sudoku
@@ -119,9 +120,7 @@ def sealed(checkpoint: Path) -> Path:
 def text_corpus(tmp_path_factory) -> Path:
     """Rows of 24 tokens of two domains, budgets 1..4, with a test split."""
     folder = tmp_path_factory.mktemp("text")
-    files = [
-        str(f) for f in write_texts(folder, seed=np.random.SeedSequence().entropy, documents=60)
-    ]
+    files = [str(f) for f in write_texts(folder, seed=seed_for("text_corpus"), documents=60)]
     tokenizer = folder / "tok.json"
     train_tokenizer(["--input-files", *files, "--vocab-size", "300", "--output", str(tokenizer)])
     corpus = folder / "corpus"
@@ -140,7 +139,7 @@ def puzzle_corpus(tmp_path_factory) -> Path:
     build_sudoku(
         "--size 4 --num-train 64 --num-test 16 --blanks 6 --output-dir".split() + [str(corpus)]
     )
-    rng = np.random.default_rng()
+    rng = rng_for("puzzle_corpus")
     for split in ("train", "test"):
         path = corpus / split / "all__puzzle_identifiers.npy"
         np.save(path, rng.integers(0, 5, len(np.load(path))).astype(np.int32))

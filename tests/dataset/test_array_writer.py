@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+from seeds import draw_rng
 
 from dataset.array_writer import ArrayWriter
 from dataset.common import UserError
@@ -13,7 +14,7 @@ from dataset.corpus_folder import corpus_folder
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
 @pytest.mark.parametrize("row_shape", [(), (3,)])
 def test_blocks_become_one_array(tmp_path, dtype, row_shape):
-    generator = np.random.default_rng()
+    generator = draw_rng()
     blocks = [generator.integers(0, 200, (n, *row_shape)) for n in (0, 1, 700, 13)]
     writer = ArrayWriter(tmp_path / "a.npy", dtype, row_shape)
     for block in blocks:

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from seeds import draw_rng
 
 from dataset import best_fit
 from dataset.best_fit import BestFitPacker
@@ -48,7 +49,7 @@ def small_buffers(monkeypatch):
 
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 32])
 def test_documents_that_fit_stay_whole_and_all_labels_are_there(seq_len):
-    generator = np.random.default_rng()
+    generator = draw_rng()
     lengths = generator.integers(2, 4 * seq_len + 3, 200).tolist()
     documents = documents_of(lengths, generator)
     blocks = pack(documents, seq_len)
@@ -67,7 +68,7 @@ def test_documents_that_fit_stay_whole_and_all_labels_are_there(seq_len):
 
 
 def test_how_the_stream_is_handed_in_does_not_matter():
-    generator = np.random.default_rng()
+    generator = draw_rng()
     documents = documents_of(generator.integers(2, 90, 300).tolist(), generator)
     whole = [window.tolist() for window in windows(pack(documents, 32))]
     for pieces in (2, 7, 300):
@@ -76,7 +77,7 @@ def test_how_the_stream_is_handed_in_does_not_matter():
 
 def test_padding_is_small(monkeypatch):
     monkeypatch.undo()
-    generator = np.random.default_rng()
+    generator = draw_rng()
     lengths = np.clip(generator.lognormal(5.5, 1.2, 6000), 2, 20_000).astype(int).tolist()
     blocks = pack(documents_of(lengths, generator), 512)
     rows = sum(len(block.inputs) for block in blocks)

@@ -70,7 +70,7 @@ def test_puzzles_have_exactly_one_solution(tmp_path, size, blanks, count):
 
 def test_the_forced_cell_check_is_exact():
     """Digging stops only at cells that truly open a second solution."""
-    sudoku, rng = build_sudoku_dataset.Sudoku(4), random.Random()
+    sudoku, rng = build_sudoku_dataset.Sudoku(4), random.Random(random.getrandbits(32))
     for _ in range(20):
         puzzle, dug = sudoku.dig(sudoku.random_solution(rng), 16, rng)
         grid = np.array([bit.bit_length() for bit in puzzle]).reshape(4, 4)

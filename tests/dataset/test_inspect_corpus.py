@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import random_text, write_jsonl
+from seeds import draw_rng
 from tokenizers import Tokenizer
 
 from dataset import build_text_dataset, corpus_statistics
@@ -130,7 +131,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch):
 
 
 def test_quantiles_are_values_that_occur():
-    values = np.random.default_rng().integers(1, 500, 997)
+    values = draw_rng().integers(1, 500, 997)
     shares = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
     expected = np.quantile(values, shares, method="inverted_cdf").tolist()
     assert quantiles(Counter(values.tolist()), shares) == expected

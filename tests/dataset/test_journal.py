@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from seeds import draw_rng
 
 from dataset.common import UserError
 from dataset.journal import Journal
@@ -21,7 +22,7 @@ def test_digests_are_told_apart_by_kind(tmp_path):
 
 def test_values_survive_with_their_arrays(tmp_path):
     journal = Journal(tmp_path / "j")
-    array = np.random.default_rng().integers(0, 99, (3, 4)).astype(np.uint16)
+    array = draw_rng().integers(0, 99, (3, 4)).astype(np.uint16)
     assert journal["state"] is None
     journal.commit(state={"tokens": array, "list": [1, None, {"x": "ä"}], "empty": array[:0]})
     journal.close()

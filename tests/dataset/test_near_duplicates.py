@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from seeds import draw_rng
 
 from dataset import near_duplicates
 from dataset.common import UserError
@@ -69,7 +70,7 @@ def mixed_documents(generator: np.random.Generator, count: int) -> list[np.ndarr
 )
 @pytest.mark.parametrize("target", [0.35, 0.5, 0.6, 0.7, 0.8, 0.9])
 def test_pairs_are_found_as_often_as_the_formula_says(pair, tokens, target, tmp_path):
-    generator = np.random.default_rng()
+    generator = draw_rng()
     hits, expected, pairs = 0, [], 125
     for seed in range(16):
         firsts, seconds = zip(*(pair(generator, tokens, target) for _ in range(pairs)), strict=True)
@@ -86,7 +87,7 @@ def test_pairs_are_found_as_often_as_the_formula_says(pair, tokens, target, tmp_
 
 @pytest.mark.parametrize("tokens", [0, 1, 4, 5, 6, 40, 3000, 70_000])
 def test_identical_documents_are_always_found(tokens, tmp_path):
-    generator = np.random.default_rng()
+    generator = draw_rng()
     document = generator.integers(0, 2**16, tokens).astype(np.uint16)
     other = generator.integers(0, 2**16, 50)
     answer = found(
@@ -100,7 +101,7 @@ def test_identical_documents_are_always_found(tokens, tmp_path):
 
 def test_unrelated_documents_are_never_found(tmp_path):
     # A false find needs two equal keys of 64 bits: 14 * 3000^2 / 2 / 2^64 < 10^-11 in all.
-    generator = np.random.default_rng()
+    generator = draw_rng()
     documents = [generator.integers(0, 2**40, n) for n in generator.integers(2, 300, 3000)]
     assert not found(tmp_path, 0, documents).any()
 
@@ -111,12 +112,12 @@ def test_documents_shorter_than_an_n_gram_differ_by_every_token(tmp_path):
 
 
 def test_order_of_tokens_matters(tmp_path):
-    document = np.random.default_rng().permutation(200)
+    document = draw_rng().permutation(200)
     assert found(tmp_path, 0, [document, document[::-1]]).tolist() == [False, False]
 
 
 def test_batches_and_block_sizes_do_not_matter(tmp_path, monkeypatch):
-    generator = np.random.default_rng()
+    generator = draw_rng()
     documents = mixed_documents(generator, 80)
     documents[40] = generator.integers(0, 9, 80_000)
     expected = found(tmp_path / "whole", 5, documents)
@@ -133,7 +134,7 @@ def test_batches_and_block_sizes_do_not_matter(tmp_path, monkeypatch):
 
 
 def test_going_on_after_a_crash_equals_never_having_stopped(tmp_path):
-    documents = mixed_documents(np.random.default_rng(), 60)
+    documents = mixed_documents(draw_rng(), 60)
     expected = found(tmp_path / "whole", 5, documents)
 
     near = NearDuplicates(tmp_path / "crashed", 5)
@@ -154,7 +155,7 @@ def test_going_on_after_a_crash_equals_never_having_stopped(tmp_path):
 
 
 def test_what_is_torn_is_written_anew(tmp_path):
-    documents = mixed_documents(np.random.default_rng(), 60)
+    documents = mixed_documents(draw_rng(), 60)
     expected = found(tmp_path / "whole", 5, documents)
     NearDuplicates(tmp_path / "torn", 5).add(documents[:30])
     for path, lost in zip(sorted((tmp_path / "torn").iterdir()), (3, 0, 17), strict=False):
@@ -179,7 +180,7 @@ def test_a_crash_before_the_first_document(tmp_path):
 
 @pytest.mark.parametrize("sort_keys", [5, 64, 199, 200])
 def test_little_memory_gives_the_same_answer(sort_keys, tmp_path, monkeypatch):
-    documents = mixed_documents(np.random.default_rng(), 200)
+    documents = mixed_documents(draw_rng(), 200)
     documents[50:110] = [documents[3]] * 60  # one key in more documents than are sorted at once
     keys = BandKeys(1).of(documents)
     seen: set[tuple[int, int]] = set()

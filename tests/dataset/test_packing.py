@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from seeds import draw_rng
 
 from dataset.common import iteration_target
 from dataset.packing import PackOptions, WindowPacker, iteration_targets
@@ -38,7 +39,7 @@ def pack(stream, seq_len, stride, score_once, pieces=1) -> SimpleNamespace:
 
 @pytest.mark.parametrize("seq_len", [1, 4, 7])
 def test_windows_hold_the_stream_and_labels_are_shifted(seq_len):
-    generator = np.random.default_rng()
+    generator = draw_rng()
     for length in range(2, 40):
         stream = random_stream(generator, length)
         rows = pack(stream, seq_len, seq_len, score_once=False)
@@ -58,7 +59,7 @@ def test_windows_hold_the_stream_and_labels_are_shifted(seq_len):
 
 
 def test_overlapping_test_windows_score_each_token_once():
-    generator = np.random.default_rng()
+    generator = draw_rng()
     for seq_len in (1, 2, 5, 8):
         for stride in range(1, seq_len + 1):
             for length in (2, 3, 9, 17, 31):
@@ -83,7 +84,7 @@ def test_training_windows_keep_overlapping_labels():
 
 
 def test_pieces_do_not_matter(monkeypatch):
-    stream = random_stream(np.random.default_rng(), 500)
+    stream = random_stream(draw_rng(), 500)
     for stride in (3, 8):
         whole = pack(stream, 8, stride, score_once=True)
         for pieces in (2, 37, 500):
@@ -94,7 +95,7 @@ def test_pieces_do_not_matter(monkeypatch):
 
 
 def test_iteration_targets_match_unique_row_by_row():
-    generator = np.random.default_rng()
+    generator = draw_rng()
     lengths = generator.integers(1, 33, 200)
     inputs = generator.integers(0, 20, (200, 32)).astype(np.uint16)
     inputs[np.arange(32) >= lengths[:, None]] = 7  # padding may equal a real token

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from seeds import rng_for
 from training_tools import finish, metrics_of, next_probabilities, start
 
 from dataset.build_text_dataset import main as build_text
@@ -23,7 +24,7 @@ SHOTS = 2
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     """A file of each kind of task, of words that the corpus knows and does not know."""
-    folder, rng = tmp_path_factory.mktemp("tasks"), np.random.default_rng()
+    folder, rng = tmp_path_factory.mktemp("tasks"), rng_for("tasks")
 
     def words(count: int) -> str:
         return " ".join("".join(rng.choice(list("abcdefgh"), 3)) for _ in range(count))

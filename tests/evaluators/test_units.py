@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from seeds import draw_rng
 
 from dataset.common import DatasetMetadata, UserError
 from evaluators.examples import read_json_lines, spread
@@ -131,7 +132,7 @@ def test_evaluators_are_found_by_the_names_that_the_documents_give():
 def test_every_view_can_be_undone():
     for options in ({"geometry": "dihedral"}, {"geometry": "flips", "grid": [2, 8]}, {}):
         views = ExactMatchEvaluator("", metadata(), views=3, **options).views
-        rows = np.random.default_rng().integers(0, 11, (5, 16))
+        rows = draw_rng().integers(0, 11, (5, 16))
         assert np.array_equal(views[0].show(rows), rows)
         shown = [view.show(rows) for view in views]
         assert all(np.array_equal(v.undo(s), rows) for v, s in zip(views, shown, strict=True))
@@ -182,7 +183,7 @@ class Alone:
 def test_the_answer_of_most_views_wins():
     """Blanks (id 0) stand for the id 2, which no renaming may touch here."""
     evaluator = ExactMatchEvaluator("", metadata(relabel_ids=(3, 11)), views=5)
-    inputs = torch.from_numpy(np.random.default_rng().choice([0, 4, 5, 6], (6, 16)))
+    inputs = torch.from_numpy(draw_rng().choice([0, 4, 5, 6], (6, 16)))
     labels = torch.where(inputs == 0, 2, inputs)
     labels[:, 5] = -100  # not asked for
     preds = labels.clone()

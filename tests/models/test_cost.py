@@ -1,9 +1,9 @@
 """The cost model against real steps: FLOPs as torch counts them, memory as it was allocated."""
 
-import numpy as np
 import pytest
 import torch
 import yaml
+from seeds import draw_rng
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,7 +100,7 @@ def test_attention_counts_the_pairs_that_the_mask_allows(causal):
 
 def test_expected_steps_are_those_of_the_halting_rule():
     model = build(dict(halt_max_steps=9, halt_exploration_prob=0.9, force_min_steps=2))
-    budgets = torch.from_numpy(np.random.default_rng().integers(0, 12, 40_000))
+    budgets = torch.from_numpy(draw_rng().integers(0, 12, 40_000))
     budgets[budgets == 11] = 0  # none
     targets = torch.where(budgets == 0, 99, budgets)
     q = torch.full(budgets.shape, -5.0)

@@ -2,9 +2,9 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
+from seeds import draw_rng
 from training_tools import altered, next_probabilities
 
 from dataset.common import UserError
@@ -21,7 +21,7 @@ def trained(text_run) -> LanguageModel:
 
 
 def random_ids(model: LanguageModel, length: int) -> list[int]:
-    return np.random.default_rng().integers(2, model.metadata.vocab_size, length).tolist()
+    return draw_rng().integers(2, model.metadata.vocab_size, length).tolist()
 
 
 def test_scores_are_those_of_a_naive_loop(trained):

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from seeds import draw_rng
 from test_golden import GOLDEN, Golden, assert_matches
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -87,7 +87,7 @@ def load(folder: Path, **options: Any) -> Any:
 
 
 def random_ids(rows: int, length: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng().integers(2, 256, (rows, length)))
+    return torch.from_numpy(draw_rng().integers(2, 256, (rows, length)))
 
 
 @torch.no_grad()

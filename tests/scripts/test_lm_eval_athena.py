@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from seeds import rng_for
 from training_tools import ROOT, next_probabilities
 
 from dataset.common import UserError
@@ -64,7 +65,7 @@ def harness_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def harness(text_run, harness_folder) -> tuple[list[dict], dict, dict[str, list[dict]]]:
     """Documents, the results by task, and the harness' record of every request."""
-    folder, rng = harness_folder, np.random.default_rng()
+    folder, rng = harness_folder, rng_for("harness")
 
     def words(count: int) -> str:
         return " ".join("".join(rng.choice(list("abcdefgh"), 3)) for _ in range(count))

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
+from seeds import draw_rng
 from training_tools import make_config
 
 from pretrain import train
@@ -263,7 +263,7 @@ def test_where_the_time_went(tmp_path):
 
 
 def test_long_logs_stay_small_and_keep_their_extremes(tmp_path):
-    rng = np.random.default_rng()
+    rng = draw_rng()
     names = "lm_loss accuracy lr grad_norm tokens_per_s flops_per_s z_H_norm memory_bytes".split()
     spike = int(rng.integers(2000, 8000))
     folders = []
