@@ -1,8 +1,11 @@
-"""Every command that README and docs show is run, in the order in which a reader meets them, in a
-folder that holds the project and a little text. Sizes are made small; nothing else is changed.
+"""Every command that README and docs show can be read by the program that it names; and all are
+run, in the order in which a reader meets them, in a folder that holds the project and a little
+text. Sizes are made small; nothing else is changed.
 """
 
+import argparse
 import gzip
+import importlib
 import json
 import os
 import re
@@ -13,6 +16,9 @@ from pathlib import Path
 
 import pytest
 from training_tools import ROOT
+
+from utils.config import compose_config, load_config
+from utils.key_values import parse_key_values
 
 DOCUMENTS = (
     "README.md",
@@ -131,6 +137,67 @@ def reader(tmp_path_factory) -> Path:
     return home
 
 
+class Parsed(BaseException):
+    """Ends a command that has read its arguments; nothing catches it on the way."""
+
+
+def read_config(words: list[str]) -> None:
+    """Compose and check what pretrain.py would; of a sweep the first value of each key."""
+    if "-m" in words:
+        words = [w if "[" in w else w.split(",")[0] for w in words if w != "-m"]
+    config = compose_config(words)
+    if config.load_checkpoint is None:  # else the checkpoint decides what is allowed
+        load_config(config)
+
+
+def read_arguments(program: str, words: list[str], monkeypatch) -> None:
+    """Have a program read its arguments and do nothing else."""
+    if program == "pretrain.py":
+        return read_config(words)
+    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    options = getattr(module, "Options", None)
+    if program == "scripts/estimate.py":
+        own = options.model_fields
+        return read_config(
+            ["data_paths=[x]", *(w for w in words if w.partition("=")[0] not in own)]
+        )
+    if options is not None:
+        parse_key_values(options, words)
+        return None
+
+    def parse(self, arguments=None, namespace=None):
+        _, rest = self.parse_known_args(arguments, namespace)
+        raise Parsed(rest)
+
+    for method in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, method, parse)
+    with pytest.raises(Parsed) as parsed:
+        module.main(words)
+    assert parsed.value.args == ([],), "arguments that it does not know"
+
+
+def shown() -> list[tuple[str, str]]:
+    """(document, command), each command once."""
+    found = {
+        command: document for document in reversed(DOCUMENTS) for command in commands(document)
+    }
+    return [(document, command) for command, document in found.items()]
+
+
+@pytest.mark.parametrize(("document", "command"), shown(), ids=lambda text: text[:60])
+def test_every_command_can_be_read(document, command, monkeypatch):
+    words = shlex.split(command.partition(" > ")[0])
+    if words[0] in ("make", "pip"):
+        return  # the tests of targets and of requirements look at these
+    if "-m" in words[:2]:
+        return read_arguments(words[2].replace(".", "/"), words[3:], monkeypatch)
+    program = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    assert (ROOT / words[program]).is_file(), words[program]
+    if words[program] != "scripts/lm_eval_athena.py":  # reads them by lm-evaluation-harness
+        read_arguments(words[program], words[program + 1 :], monkeypatch)
+
+
+@pytest.mark.slow
 def test_every_command_runs_as_printed(reader):
     """One after the other: what one writes, the next reads."""
     ran = 0
