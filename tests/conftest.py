@@ -8,6 +8,7 @@ runs in `make test` all the same; there are three. `slow`: starts processes or t
 `make test-all`. `nightly`: long runs and whole matrices, in `make test-nightly`.
 """
 
+import gc
 import os
 import random
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from leftovers import children, files_below, threads, wait_for_none
 from seeds import BASE_SEED, SEED_VARIABLE, seed_for
 from training_tools import puzzle_corpus, run_training, text_corpus, text_run
 
@@ -23,6 +25,7 @@ __all__ = ["puzzle_corpus", "run_training", "text_corpus", "text_run"]
 
 TIERS = ("canary", "slow", "nightly")
 
+FAILED = pytest.StashKey[bool]()
 _started: list[str] = []
 """Python processes that the present test started."""
 
@@ -53,9 +56,15 @@ def seed(request) -> int:
     return value
 
 
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # collecting the garbage of a test need not look at all modules
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
+    item.stash[FAILED] = report.failed
     if report.failed:
         repeat = f"{SEED_VARIABLE}={BASE_SEED} python -m pytest '{item.nodeid}'"
         report.sections.append(("to repeat", repeat))
@@ -70,3 +79,20 @@ def tier(request):
     marks = {mark.name for mark in request.node.iter_markers()}
     if _started and not marks & set(TIERS):
         pytest.fail(f"starts processes without the mark slow: {_started[0]}")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request):
+    """Fail a test that leaves threads or processes of Athena, or open files of its own folder."""
+    before = threads(), children()
+    folders = [request.getfixturevalue("tmp_path")] if "tmp_path" in request.fixturenames else []
+    yield
+    if not Path("/proc/self/fd").is_dir():
+        return
+    request.node.funcargs.clear()  # what fixtures returned is held by nobody else
+    left = wait_for_none(lambda: threads() - before[0])
+    left |= wait_for_none(lambda: children() - before[1])
+    for folder in folders:
+        left |= files_below(folder)
+    if left and not request.node.stash.get(FAILED, False):  # else its traceback may hold them
+        pytest.fail(f"left behind: {', '.join(sorted(map(str, left)))}")

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import ExitStack, closing
 
 import numpy as np
 import pytest
@@ -82,11 +83,17 @@ def corpus(tmp_path):
     return Corpora([tmp_path / "c"])
 
 
-def test_held_rows_restart_with_workers_too(corpus):
+@pytest.fixture
+def opened():
+    """Open streams that are closed at the end of the test."""
+    with ExitStack() as stack:
+        yield lambda *args, **options: stack.enter_context(closing(stream_of(*args, **options)))
+
+
+def test_held_rows_restart_with_workers_too(corpus, opened):
     flags = halting(3, 8)
-    stream = stream_of(corpus, num_workers=2)
+    stream, *fresh = (opened(corpus, num_workers=workers) for workers in (2, 0, 2))
     run([stream], flags, steps=6)
-    fresh = [stream_of(corpus, num_workers=workers) for workers in (0, 2)]
     for other in fresh:
         other.load_state_dict(stream.state_dict(), restart_held=True)
     again = [other.next(6, np.ones(8, bool)) for other in fresh]
