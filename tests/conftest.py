@@ -26,24 +26,28 @@ __all__ = ["puzzle_corpus", "run_training", "text_corpus", "text_run"]
 TIERS = ("canary", "slow", "nightly")
 
 FAILED = pytest.StashKey[bool]()
-_started: list[str] = []
-"""Python processes that the present test started."""
+_in_process = False  # whether the present test may start no Python
 
 
 def pytest_report_header() -> str:
     return f"{SEED_VARIABLE}={BASE_SEED}"
 
 
-def _note_process(event: str, arguments: tuple) -> None:
-    if event == "subprocess.Popen":
+def pytest_runtest_setup(item) -> None:
+    global _in_process
+    _in_process = not {mark.name for mark in item.iter_markers()} & set(TIERS)
+
+
+def _watch_processes(event: str, arguments: tuple) -> None:
+    """Refuse Python processes to tests of `make test`: such tests belong in a slower tier."""
+    if event == "subprocess.Popen" and _in_process:
         command = arguments[1] if isinstance(arguments[1], list | tuple) else [arguments[1]]
-        if Path(str(os.fsdecode(command[0]))).name.startswith(
-            ("python", "torchrun", "bash", "make")
-        ):
-            _started.append(" ".join(map(str, command))[:100])
+        program = Path(os.fsdecode(command[0])).name
+        if program.startswith(("python", "torchrun", "bash", "make")):
+            pytest.fail(f"starts a process, but has no mark slow: {program}")
 
 
-sys.addaudithook(_note_process)
+sys.addaudithook(_watch_processes)
 
 
 @pytest.fixture(autouse=True)
@@ -69,16 +73,6 @@ def pytest_runtest_makereport(item, call):
         repeat = f"{SEED_VARIABLE}={BASE_SEED} python -m pytest '{item.nodeid}'"
         report.sections.append(("to repeat", repeat))
     return report
-
-
-@pytest.fixture(autouse=True)
-def tier(request):
-    """Fail a test of `make test` that starts Python: such tests belong into a slower tier."""
-    del _started[:]
-    yield
-    marks = {mark.name for mark in request.node.iter_markers()}
-    if _started and not marks & set(TIERS):
-        pytest.fail(f"starts processes without the mark slow: {_started[0]}")
 
 
 @pytest.fixture(autouse=True)

@@ -70,22 +70,26 @@ def refused(result: subprocess.CompletedProcess) -> str:
     return result.stderr.removeprefix("error: ").strip()
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_working_directory_alone(command):
     result = command("data_paths=[x]", "+run_name=x", "lr=1e-3", "hydra.verbose=false")
     assert (result.returncode, result.stdout, result.stderr) == (0, "lr 0.001 run x\n", "")
     assert list(command.cwd.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_typo_on_the_command_line(command):
     sentence = refused(command("lrr=1", DATA))
     assert sentence == "unknown key 'lrr': did you mean 'lr'?"
 
 
+@pytest.mark.slow
 def test_a_bug_keeps_its_traceback(command):
     bug = command("seed=14")
     assert bug.returncode == 1 and "RuntimeError: a bug" in bug.stderr and "launch" in bug.stderr
 
 
+@pytest.mark.slow
 def test_sweeps_still_work(command):
     result = command("run_name=x", "-m", "lr=1e-3,2e-3")
     assert result.stdout.splitlines() == ["lr 0.001 run x", "lr 0.002 run x"], result

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 from test_faults import run_with
 from test_restarts import damage
 from training_tools import contents, finish, metrics_of, start
@@ -60,6 +61,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(
     assert list(run.glob("abandoned_step_4_*")) and names(run) == ["step_2", "step_4"]
 
 
+@pytest.mark.slow
 def test_a_restart_by_the_launcher_goes_on_and_does_not_begin_again(text_corpus, tmp_path):
     """It repeats `resume=step_8`; what came after that in the same launch is not abandoned."""
     run = tmp_path / "run"
@@ -101,6 +103,7 @@ def test_another_metric_begins_its_own_comparison(text_corpus, run_training):
     assert (run / "best").resolve().name == f"step_{steps[-1]}"
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_keeps_of_other_files_may_go_meanwhile(text_corpus, tmp_path):
     corpus, run = tmp_path / "corpus", tmp_path / "run"
     shutil.copytree(text_corpus, corpus)
@@ -112,6 +115,7 @@ def test_what_a_checkpoint_keeps_of_other_files_may_go_meanwhile(text_corpus, tm
     ).read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_under_torchrun_makes_a_run_of_each_job(text_corpus, tmp_path):
     code, out, err = finish(
         start(
@@ -126,6 +130,7 @@ def test_a_sweep_under_torchrun_makes_a_run_of_each_job(text_corpus, tmp_path):
         contents(tmp_path / rate / "step_3")
 
 
+@pytest.mark.slow
 def test_a_watchdog_that_nobody_listens_to_still_ends_the_run(text_corpus, tmp_path):
     """Standard output is a pipe that is full: whatever is printed waits for ever."""
     script = tmp_path / "full.py"

@@ -184,6 +184,7 @@ def test_dry_run_counts_the_large_preset(capsys):
     assert re.search(r"^rows at once +\d+ of 768, .* GB free", printed, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_entry_point_in_a_process_of_its_own(tmp_path):
     """As typed, from another folder; torch must not be needed for the answer to be quick."""
     result = subprocess.run(

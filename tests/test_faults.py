@@ -11,6 +11,8 @@ from training_tools import TEXT, contents, finish, metrics_of, start
 
 from utils.checkpoint import checkpoints_of
 
+pytestmark = pytest.mark.slow
+
 FAULT = """
 import os, shutil, sys
 from pathlib import Path

@@ -15,6 +15,8 @@ from training_tools import ROOT, TEXT, contents, finish, metrics_of, start
 
 from utils.checkpoint import checkpoints_of
 
+pytestmark = pytest.mark.slow
+
 
 def options(corpus: Path, run: Path, *more: str) -> list[str]:
     return [

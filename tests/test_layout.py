@@ -119,6 +119,7 @@ def test_devices_are_known_to_the_backends_alone():
     assert not violations, "\n".join(violations)
 
 
+@pytest.mark.slow
 def test_builders_run_without_torch():
     """Corpora are built on machines that have no torch: nothing that dataset/ loads may load it."""
     modules = [f"dataset.{path.stem}" for path in (ROOT / "dataset").glob("[!_]*.py")]

@@ -30,6 +30,7 @@ def test_findings_are_those_of_a_known_curve():
         assert expected == pytest.approx(mean / total)
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_the_rates_it_names_and_keeps_nothing(text_corpus, tmp_path):
     """As a user: a run is there already, of the same name; the sweep has nothing to do with it."""
     given = [*TINY, f"data_paths=[{text_corpus}]", f"checkpoint_path={tmp_path}", "max_steps=2"]
@@ -47,6 +48,7 @@ def test_a_sweep_takes_the_rates_it_names_and_keeps_nothing(text_corpus, tmp_pat
     assert left == before
 
 
+@pytest.mark.slow
 def test_ranks_sweep_alike(text_corpus, tmp_path):
     losses = []
     for ranks in (1, 2):

@@ -4,10 +4,12 @@ import gzip
 import json
 import re
 
+import pytest
 import torch
 from training_tools import TEXT, contents, finish, start
 
 
+@pytest.mark.slow
 def test_each_rank_traces_its_steps_and_trains_as_ever(text_corpus, tmp_path):
     given = [
         *TEXT, f"data_paths=[{text_corpus}]", "device_type=cpu", "global_batch_size=8",

@@ -50,6 +50,7 @@ def second_corpus(first: Path, folder: Path) -> Path:
     return folder / "beads"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parallel", "ranks"), [("ddp", 4), ("fsdp", 2)])
 def test_ranks_with_mixed_corpora_and_workers_go_on_bit_for_bit(
     text_corpus, tmp_path, parallel, ranks
@@ -323,6 +324,7 @@ pretrain.main()
 """
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on_with_the_same_examples(text_corpus, tmp_path):
     """1 rank, then 2, then 4 that share the weights, then 1, in the middle of an epoch.
 

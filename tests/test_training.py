@@ -105,6 +105,7 @@ def test_all_loggers_write(text_corpus, run_training, monkeypatch):
     assert metrics_of(run, "train/lm_loss")
 
 
+@pytest.mark.slow
 def test_ranks_stop_together_when_the_time_is_up(text_corpus, tmp_path):
     """The learning rate follows the clock; two clocks would train two models."""
     run, script = tmp_path / "run", tmp_path / "clocks.py"
@@ -198,6 +199,7 @@ def test_a_small_test_split_is_not_padded_to_the_training_batch(text_corpus, run
     assert "ended at step 1 of 5 in its warm-up" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compiled_blocks_leave_names_and_numbers_alone(text_corpus, run_training):
     """Checkpoints of compiled and plain runs are the same files, and go on as one another."""
     if CPUBackend().cannot_compile():

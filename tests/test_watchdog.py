@@ -19,6 +19,7 @@ import time
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_reads_slowly_is_named_with_the_place(text_corpus, tmp_path):
     fault = f"""{IMPATIENT}
 def slow(self, *args):
@@ -37,6 +38,7 @@ real, TrainStream._feed_freed = TrainStream._feed_freed, slow
     )
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_back_ends_the_run(text_corpus, tmp_path):
     fault = f"""{IMPATIENT}
 def stuck(run, state):
@@ -63,6 +65,7 @@ real, evaluators.loop.run_batch = evaluators.loop.run_batch, stuck
     assert code != 0 and f"exitcode: {STALLED}" in out and "rank 1 holds up" in out, out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_frozen_rank_is_told_by_the_others(frozen, text_corpus, tmp_path):
     script, pids = tmp_path / "pids.py", tmp_path / "pids"

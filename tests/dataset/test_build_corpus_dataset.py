@@ -395,6 +395,7 @@ def test_a_second_run_refuses_unless_told(build, tmp_path, fails):
     assert documents_of(tmp_path / "corpus", "train") == {"a": ["three four five"]}
 
 
+@pytest.mark.slow
 def test_the_documented_command(tmp_path, tokenizer_json, rng):
     from backports import zstd
 

@@ -161,6 +161,7 @@ def test_run_cli_shows_only_user_errors(capsys):
     assert run_cli(lambda: 3) == 3
 
 
+@pytest.mark.slow
 def test_builders_never_import_torch():
     modules = "common build_corpus_dataset build_text_dataset build_sudoku_dataset train_tokenizer"
     code = "import sys\n" + "".join(f"import dataset.{name}\n" for name in modules.split())

@@ -66,6 +66,7 @@ def left_beside(corpus: Path) -> list[Path]:
     return list(corpus.parent.glob(f".{corpus.name}*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("then", ["--resume", "", "--overwrite", "--resume --overwrite"])
 @pytest.mark.parametrize("deleted", [False, True])
 def test_killed_after_the_last_rename(arguments, tmp_path, whole, fails, then, deleted):
@@ -81,6 +82,7 @@ def test_killed_after_the_last_rename(arguments, tmp_path, whole, fails, then, d
     assert file_bytes(corpus) == whole and not left_beside(corpus)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renames", [0, 1])
 def test_killed_while_replacing_a_corpus(arguments, tmp_path, whole, renames):
     corpus = tmp_path / "corpus"
@@ -91,6 +93,7 @@ def test_killed_while_replacing_a_corpus(arguments, tmp_path, whole, renames):
     assert file_bytes(corpus) == whole and not left_beside(corpus)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", ["", "--layout stream --pack bestfit", "--dedup near"])
 def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(arguments, tmp_path, more):
     build_corpus_dataset.main(arguments("whole", *more.split()))
@@ -112,6 +115,7 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(arguments, tmp_path, m
     assert file_bytes(tmp_path / "cut") == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["shorter", "missing", "no database"])
 def test_a_damaged_unfinished_build_is_named(arguments, tmp_path, whole, fails, damage):
     code = BUILD.replace("3000", "3000; build_corpus_dataset.Build.finish = lambda *a: 1 / 0")
@@ -131,6 +135,7 @@ def test_a_damaged_unfinished_build_is_named(arguments, tmp_path, whole, fails, 
     assert file_bytes(tmp_path / "corpus") == whole
 
 
+@pytest.mark.slow
 def test_builds_that_begin_at_once(arguments, tmp_path, whole):
     root = Path(build_corpus_dataset.__file__).parents[1]
     builds = [
@@ -150,6 +155,7 @@ def test_builds_that_begin_at_once(arguments, tmp_path, whole):
     assert file_bytes(tmp_path / "corpus") == whole
 
 
+@pytest.mark.slow
 def test_a_remote_input_that_changed_is_not_gone_on_with(arguments, tmp_path, fails, monkeypatch):
     pytest.importorskip("fsspec")
     monkeypatch.setenv("ATHENA_CACHE", str(tmp_path / "cache"))
@@ -163,6 +169,7 @@ def test_a_remote_input_that_changed_is_not_gone_on_with(arguments, tmp_path, fa
     assert "was begun otherwise" in line and "input files" in line
 
 
+@pytest.mark.slow
 def test_a_cleaning_up_that_was_killed_is_finished(arguments, tmp_path):
     """The corpus is there; of the folder that it was built in, some of the journal's files are."""
     assert run(BUILD, *arguments("corpus")).returncode == 0

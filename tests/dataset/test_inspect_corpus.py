@@ -217,6 +217,7 @@ def test_a_corpus_behind_a_url(corpus: Path, shows, tmp_path: Path, monkeypatch)
     assert output.startswith(f"file://{corpus}\n") and str(tmp_path / "cache") in output
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough(corpus: Path):
     command = f"{sys.executable} -m dataset.inspect_corpus {corpus} --rows 500"
     done = subprocess.run(

@@ -31,6 +31,7 @@ def test_values_survive_with_their_arrays(tmp_path):
     assert state["list"] == [1, None, {"x": "ä"}] and state["empty"].shape == (0, 4)
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_its_last_commit(tmp_path):
     code = """if True:
         import os, signal

@@ -77,6 +77,7 @@ def test_a_token_is_stored_once(build, tmp_path, rng):
     assert len(tokens) == report["splits"]["train"]["total"]["tokens"]
 
 
+@pytest.mark.slow
 def test_more_domains_than_16_bits_tell_apart(build, tmp_path, monkeypatch):
     """A folder of files makes a domain of each."""
     path = write_jsonl(tmp_path / "a.jsonl", ["some text"])

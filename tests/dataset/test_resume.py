@@ -56,6 +56,7 @@ def arguments(tmp_path: Path, tokenizer_json: Path, rng: random.Random):
     return options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more", ["", "--pack bestfit --layout stream", "--dedup near --stride 32"], ids=str
 )
@@ -93,6 +94,7 @@ def stopped_build(arguments, tmp_path: Path) -> None:
     assert build.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_what_must_not_change_before_resuming(arguments, tmp_path, fails):
     stopped_build(arguments, tmp_path)
     run = build_corpus_dataset.main
@@ -121,6 +123,7 @@ def test_an_error_keeps_what_was_built(arguments, tmp_path, fails, monkeypatch):
     assert "b.txt.gz is cut off" in line
 
 
+@pytest.mark.slow
 def test_two_builds_of_one_folder(arguments, tmp_path, fails):
     first = start(arguments("corpus"))
     while not (tmp_path / ".corpus.building/corpus/tokenizer.json").exists():

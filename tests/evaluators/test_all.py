@@ -17,6 +17,8 @@ from models.language_model import LanguageModel
 from models.loading import load_language_model
 from sequence_dataset import Corpora, EvalStream
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("sacrebleu")
 SHOTS = 2
 

@@ -51,6 +51,7 @@ def test_perplexity_is_that_of_the_models_own_loss(text_corpus, run_training, lo
     assert logged["step_1/nats_per_token"] == pytest.approx(nats[0] / count, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_all_ranks(text_corpus, run_training, tmp_path):
     """Two ranks see half the rows each and report what one rank reports, whatever the rest row."""
     run = run_training(text_corpus, "run", "max_steps=3")

@@ -183,6 +183,7 @@ def test_another_base_may_be_allowed_on_the_way(text_corpus, run_training):
     assert [path.name for path in checkpoints_of(run)][-1] == "step_6"
 
 
+@pytest.mark.slow
 def test_ranks_and_micro_batches_are_held_alike(text_corpus, tmp_path, run_training):
     """The base is another architecture here, on a corpus whose identifiers it knows by name."""
     base = run_training(text_corpus, "base", *RUN, "max_steps=3", "arch.halt_max_steps=2",

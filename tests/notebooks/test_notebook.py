@@ -7,6 +7,8 @@ from training_tools import ROOT
 
 from scripts import build_notebook
 
+pytestmark = pytest.mark.slow
+
 TINY = """SECONDS = 8
 MY_TEXT = None
 PROMPT = "HAMLET."

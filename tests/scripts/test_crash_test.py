@@ -7,6 +7,7 @@ from dataset.common import UserError
 from scripts import crash_test, one_curve
 
 
+@pytest.mark.nightly
 def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(tmp_path, capsys):
     crash_test.main(["--kills", "6", "--steps", "300", "--output-dir", str(tmp_path / "crash")])
     out = capsys.readouterr().out
@@ -22,12 +23,14 @@ def test_a_single_different_number_is_seen():
         crash_test.compare(one, {"ema/b": one["ema/b"]})
 
 
+@pytest.mark.nightly
 def test_all_ways_of_this_machine_give_one_curve(tmp_path, capsys):
     one_curve.main(["--output-dir", str(tmp_path / "curve")])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| cpu")]
     assert len(rows) == 5
 
 
+@pytest.mark.nightly
 def test_a_way_that_trains_otherwise_is_seen(tmp_path, monkeypatch, capsys):
     ways = {"cpu x 1": one_curve.Way("cpu"), "other": one_curve.Way("cpu", ("lr=1.001e-3",))}
     monkeypatch.setattr(one_curve, "ways", lambda xla_python: ways)

@@ -249,6 +249,7 @@ print(json.dumps({"text": text, "lengths": lengths, "files": [f for f in files i
 """
 
 
+@pytest.mark.slow
 def test_it_works_where_athena_is_not(exported, tmp_path):
     """Another process, another folder, and nothing of this repository is ever imported."""
     (tmp_path / "modules").mkdir()

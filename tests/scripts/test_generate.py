@@ -73,6 +73,7 @@ def test_a_stop_string_ends_the_text(text_run, capsys):
     assert generate.parse(["checkpoint=x", "prompt=a", r"stop=\n"]).stop == ["\n"]
 
 
+@pytest.mark.slow
 def test_interactive_answers_line_by_line(text_run):
     """A real process and a real pipe: the answer to the first line comes before the second."""
     command = [sys.executable, "scripts/generate.py", f"checkpoint={text_run}", "interactive=true"]

@@ -17,6 +17,8 @@ from dataset.common import UserError
 from models.language_model import LanguageModel
 from models.loading import load_language_model
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("lm_eval")
 
 TASKS = {

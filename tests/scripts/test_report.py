@@ -314,6 +314,7 @@ def test_one_run_gets_its_report_in_its_folder(tmp_path, capsys):
     assert "twice" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 def test_in_a_real_browser_a_pointer_reads_values(runs, page, tmp_path):
     """The toggle shows another axis, the pointer the logged value, and no script fails."""

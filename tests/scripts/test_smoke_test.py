@@ -23,6 +23,7 @@ def texts_in(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_help():
     done = command("--help")
     assert done.returncode == 0
@@ -30,6 +31,7 @@ def test_help():
         assert option in done.stdout
 
 
+@pytest.mark.slow
 def test_without_training_it_plans(tmp_path):
     """From any folder, with nothing but what is installed."""
     done = command("--output-dir", "here", cwd=tmp_path)
@@ -37,6 +39,13 @@ def test_without_training_it_plans(tmp_path):
     assert "FLOPs per token" in done.stdout and "planned, not trained" in done.stdout
     assert (tmp_path / "here" / "corpus" / "train" / "all" / "inputs.npy").is_file()
     assert not (tmp_path / "here" / "run").exists()
+
+
+@pytest.mark.canary
+def test_it_trains_and_evaluates(tmp_path):
+    """The whole path as a user has it: tokenizer, corpus, training, evaluation."""
+    done = command("--run-training", "--output-dir", str(tmp_path / "smoke"))
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_falls_back_to_the_standard_library(tmp_path, monkeypatch, capsys):

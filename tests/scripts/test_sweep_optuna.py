@@ -14,6 +14,8 @@ from optuna.trial import FixedTrial
 
 from scripts.sweep_optuna import main, suggested
 
+pytestmark = pytest.mark.slow
+
 SWEEP = "tag(log, interval(1e-4, 1e-1))"
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = str(ROOT / "scripts" / "tpu_pod.sh")
 POD = ["--tpu", "my-pod", "--zone", "us-east5-a"]

@@ -211,6 +211,7 @@ def test_secrets_in_a_url_are_not_written_down(site: Site, cache: Path):
 # --- several processes --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_processes_that_ask_at_once_download_once(site: Site):
     site.files |= {"/corpus/inputs.npy": BODY, "/corpus/labels.npy": BODY[::-1]}
     site.pause = 0.05
@@ -223,6 +224,7 @@ def test_processes_that_ask_at_once_download_once(site: Site):
     assert site.gets("/corpus/inputs.npy") == site.gets("/corpus/labels.npy") == 1
 
 
+@pytest.mark.slow
 def test_a_killed_download_leaves_nothing_that_is_taken_for_whole(site: Site, cache: Path):
     site.files |= {"/corpus/a": BODY, "/corpus/b": BODY}
     site.pause = 0.2
