@@ -7,11 +7,18 @@ from dataset.common import UserError
 from scripts import crash_test, one_curve
 
 
-@pytest.mark.nightly
-def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(tmp_path, capsys):
-    crash_test.main(["--kills", "6", "--steps", "300", "--output-dir", str(tmp_path / "crash")])
+@pytest.mark.parametrize(
+    ("kills", "steps"),
+    [
+        pytest.param(2, 150, marks=pytest.mark.slow),
+        pytest.param(100, 4000, marks=pytest.mark.nightly),
+    ],
+)
+def test_a_run_that_is_killed_ends_like_one_that_was_not(kills, steps, seed, tmp_path, capsys):
+    options = {"--kills": kills, "--steps": steps, "--seed": seed, "--output-dir": tmp_path / "out"}
+    crash_test.main([str(word) for pair in options.items() for word in pair])
     out = capsys.readouterr().out
-    assert "6 kills" in out and ": 0 differ" in out
+    assert f"{kills} kills" in out and ": 0 differ" in out
 
 
 def test_a_single_different_number_is_seen():
