@@ -166,7 +166,7 @@ def fitting_weights(
     if opened is not None:
         old = opened.json("identifiers.json")
         known = opened.text("tokenizer.json") if "tokenizer.json" in opened else None
-        if tokenizer is not None and known is not None and known != tokenizer.read_text():
+        if tokenizer is not None and known is not None and known != tokenizer.read_text("utf-8"):
             raise UserError(
                 f"{key}={path} was trained with another tokenizer than {tokenizer}; build the "
                 "corpus with the checkpoint's tokenizer.json"
