@@ -103,7 +103,7 @@ def load_language_model(
 
 def open_tokenizer(path: Path, metadata: DatasetMetadata) -> TextTokenizer:
     """The tokenizer of a corpus, with the corpus' eos and pad."""
-    known = Tokenizer.from_file(str(path))
+    known = Tokenizer.from_str(path.read_text("utf-8"))
     eos = None if metadata.eos_id is None else known.id_to_token(metadata.eos_id)
     return TextTokenizer(path, eos, known.id_to_token(metadata.pad_id))
 

@@ -168,7 +168,10 @@ class Search:
         command = [*self.command, *self.fixed, *chosen, f"checkpoint_path={run}"]
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"trial_{trial.number}.log").open("w", encoding="utf-8") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            environment = os.environ | {"PYTHONIOENCODING": "utf-8:backslashreplace"}
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
             figure, evaluated = None, False
             try:
                 for step, figure in self._evaluations(process, run):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dataset.common import UserError
+from utils.functions import has_utf8_name
 from utils.reporting import tell
 
 MANIFEST = "manifest.json"
@@ -208,7 +209,9 @@ class Checkpoint:
         """The held rows of a range of slots, wherever ranks stored them; None if not saved."""
         parts = []
         for name in sorted(n for n in self.files if re.fullmatch(r"carry_\d+\.pt", n)):
-            shard = torch.load(self.folder / name, map_location="cpu", weights_only=True, mmap=True)
+            path = self.folder / name
+            mapped = has_utf8_name(path)  # torch maps no other
+            shard = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             low, high = shard["slots"]
             start, stop = max(low, slots.start), min(high, slots.stop)
             if start < stop:

@@ -91,9 +91,14 @@ class TensorBoardLogger:
             raise UserError(
                 "logger=[tensorboard] needs the package tensorboard: pip install tensorboard"
             ) from None
-        self.writer = SummaryWriter(
-            str(run / "tensorboard"), purge_step=None if step is None else step + 1
-        )
+        place = run / "tensorboard"
+        try:
+            self.writer = SummaryWriter(str(place), purge_step=None if step is None else step + 1)
+        except OSError as error:  # also where it takes the name of a folder for UTF-8
+            raise UserError(
+                f"logger=[tensorboard] cannot write to {place} ({error.strerror or error}); name "
+                "another folder with checkpoint_path, or leave tensorboard out"
+            ) from None
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         for name, value in metrics.items():
