@@ -214,7 +214,7 @@ def build(
     watchdog = Watchdog(backend, clock, config.slow_step_factor, config.step_timeout)
     told = folder / "config.yaml"
     if backend.is_main and not (config.eval_only and told.exists()):  # a training's own is kept
-        told.write_text(yaml.safe_dump(resolved(config), sort_keys=False))
+        told.write_text(yaml.safe_dump(resolved(config), sort_keys=False), "utf-8")
     run = Run(
         config, backend, data, stream, folder, micro_batches, schedule, loggers, log, saver,
         create_evaluators(config.evaluators, data), tokenizer, clock, watchdog,

@@ -6,11 +6,13 @@ nothing else of the project, so that builders, the stream, the model and the scr
 
 import argparse
 import hashlib
+import io
 import json
 import math
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -81,9 +83,27 @@ def warnings_as_notes(shown: bool = True) -> Iterator[None]:
         yield
 
 
+def escape_unprintable() -> None:
+    """Print characters that the locale's encoding lacks as escapes, instead of failing there."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def check_decoded(texts: Iterable[str]) -> None:
+    """Raise UserError for an argument or file name whose bytes the locale's encoding lacks."""
+    for text in texts:
+        if any("\udc80" <= char <= "\udcff" for char in text):  # as Python keeps such bytes
+            encoding = sys.getfilesystemencoding()
+            advice = "rename it" if encoding == "utf-8" else "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+            shown = os.fsencode(text).decode("utf-8", "backslashreplace")
+            raise UserError(f"{shown!r} cannot be read in the encoding {encoding}; {advice}")
+
+
 def run_cli(fn: Callable[[], T]) -> T:
     """Call a command's body; a `UserError` ends in one line on stderr and exit code 2."""
+    escape_unprintable()
     try:
+        check_decoded(sys.argv)
         with warnings_as_notes():
             return fn()
     except UserError as error:

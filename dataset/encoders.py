@@ -220,7 +220,7 @@ SELF_TEST = (
 def resident_memory() -> int:
     """Bytes of memory that this process has now; 0 where the system does not tell."""
     try:
-        pages = Path("/proc/self/statm").read_text().split()[1]
+        pages = Path("/proc/self/statm").read_text("utf-8").split()[1]
     except OSError:
         return 0
     return int(pages) * os.sysconf("SC_PAGE_SIZE")

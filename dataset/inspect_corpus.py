@@ -8,7 +8,6 @@ code 1. Everything is read in chunks, in whichever layout the corpus has.
 """
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -62,7 +61,7 @@ class Tokenizer:
         import tokenizers
 
         kind = json.loads(path.read_bytes()).get("model", {}).get("type", "unknown kind")
-        loaded = tokenizers.Tokenizer.from_file(str(path))
+        loaded = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
         return cls(
             f"{kind}, {len(byte_lengths):,} ids",
             lambda ids: loaded.decode(ids, skip_special_tokens=False),
@@ -379,8 +378,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--png", type=Path, metavar="FILE", help="draw the figures there")
     add("--no-verify", action="store_true", help="do not compare files with their checksums")
     args = parser.parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a corpus may hold what a terminal cannot show
-        sys.stdout.reconfigure(errors="replace")
     try:
         run_cli(lambda: inspect(args))
         sys.stdout.flush()

@@ -1,10 +1,12 @@
 """Reading one text column of a Parquet file, a few rows at a time; needs the optional pyarrow."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from dataset.common import UserError
 from dataset.text_sources import Source
+from utils.functions import has_utf8_name
 
 _ROWS = 256
 _BUFFER = 1 << 20
@@ -20,9 +22,13 @@ def parquet_records(
     pq, arrow_error = _pyarrow()
     try:
         # Buffered: otherwise a whole row group is held, which may be gigabytes.
-        with pq.ParquetFile(
-            source.path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
-        ) as file:
+        own = has_utf8_name(source.path)  # Arrow opens no other
+        with (
+            nullcontext(source.path) if own else source.path.open("rb") as place,
+            pq.ParquetFile(
+                place, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
+            ) as file,
+        ):
             _check_column(source, file.schema_arrow, column)
             total, first = file.metadata.num_rows, 0
             groups: list[int] = []

@@ -9,7 +9,7 @@ import glob
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.common import UserError
+from dataset.common import UserError, check_decoded
 from utils.remote import expand, fetch, is_remote
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
@@ -162,6 +162,7 @@ def _expand(argument: str) -> list[Path]:
 
 
 def _source(path: Path, given_format: str | None, url: str | None = None) -> Source:
+    check_decoded([str(path)])
     if path == STDIN:
         label, kind, compression = "stdin", given_format, None
     else:

@@ -99,10 +99,8 @@ class TextTokenizer:
 
     def save(self, path: Path) -> None:
         """Write the tokenizer with its eos and pad."""
-        try:
-            self.tokenizer.save(str(path))
-        except Exception as error:  # tokenizers raises bare Exception, for a full disk too
-            raise OSError(f"cannot write {path}: {error}") from error
+        # tokenizers' own reading and writing takes every file name for UTF-8
+        path.write_bytes(self.tokenizer.to_str(pretty=True).encode())
 
     def _special_token(self, named: str | None, usual: tuple[str, ...], option: str) -> str:
         token = named or next((t for t in usual if self.tokenizer.token_to_id(t) is not None), None)

@@ -103,7 +103,7 @@ def load_language_model(
 
 def open_tokenizer(path: Path, metadata: DatasetMetadata) -> TextTokenizer:
     """The tokenizer of a corpus, with the corpus' eos and pad."""
-    known = Tokenizer.from_file(str(path))
+    known = Tokenizer.from_str(path.read_text("utf-8"))
     eos = None if metadata.eos_id is None else known.id_to_token(metadata.eos_id)
     return TextTokenizer(path, eos, known.id_to_token(metadata.pad_id))
 
@@ -166,7 +166,7 @@ def fitting_weights(
     if opened is not None:
         old = opened.json("identifiers.json")
         known = opened.text("tokenizer.json") if "tokenizer.json" in opened else None
-        if tokenizer is not None and known is not None and known != tokenizer.read_text():
+        if tokenizer is not None and known is not None and known != tokenizer.read_text("utf-8"):
             raise UserError(
                 f"{key}={path} was trained with another tokenizer than {tokenizer}; build the "
                 "corpus with the checkpoint's tokenizer.json"

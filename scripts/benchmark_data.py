@@ -98,7 +98,7 @@ class Bench:
 
     def run(self, task: str, arguments: list[str]) -> dict[str, float]:
         command = [sys.executable, __file__, "--task", task, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
         if done.returncode:
             raise UserError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
         return json.loads(done.stdout.splitlines()[-1])
@@ -222,7 +222,7 @@ def short_document_rows(bench: Bench) -> Iterable[Row]:
     runs = []
     for number in (500_000, 3_000_000):
         path = bench.folder / f"short{number}.txt"
-        with open(path, "w") as file:
+        with open(path, "w", encoding="utf-8") as file:
             file.writelines(
                 f"{n} {' '.join(chooser.choices(words, k=12))}\n" for n in range(number)
             )
@@ -244,7 +244,7 @@ def long_document_rows(bench: Bench) -> Iterable[Row]:
         seconds = {}
         for millions in (5, 20):
             path = bench.folder / f"long{millions}.txt"
-            path.write_text(everything[: int(millions * 4.1e6)])
+            path.write_text(everything[: int(millions * 4.1e6)], "utf-8")
             options = ("--documents", "file", "--train-ratio", "1", "--tokenizer-library", library)
             runs = [bench.build(path, "long", *options) for _ in range(1 if millions > 5 else 2)]
             seconds[millions] = min(run["seconds"] for run in runs)

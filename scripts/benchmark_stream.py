@@ -94,7 +94,9 @@ def _drop_from_cache(path: Path) -> None:
 
 def _bytes_read() -> int:
     """Bytes that this process has had read from disks."""
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    fields = dict(
+        line.split(": ") for line in Path("/proc/self/io").read_text("utf-8").splitlines()
+    )
     return int(fields["read_bytes"])
 
 

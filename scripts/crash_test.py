@@ -67,7 +67,7 @@ def start(overrides: Sequence[str], phases: Path, log: Path) -> subprocess.Popen
     shutil.rmtree(phases, ignore_errors=True)
     phases.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    with log.open("a") as out:
+    with log.open("a", encoding="utf-8") as out:
         return subprocess.Popen(
             [*command, __file__, *overrides], cwd=ROOT, stdout=out, stderr=out,
             env=os.environ | {"ATHENA_CRASH_TEST": str(phases), "OMP_NUM_THREADS": "1"},
@@ -77,7 +77,7 @@ def start(overrides: Sequence[str], phases: Path, log: Path) -> subprocess.Popen
 def descendants(pid: int) -> list[int]:
     """Processes below `pid`, the nearest first."""
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split()
     except OSError:
         return []
     found = [int(child) for child in children]
@@ -131,7 +131,7 @@ def crash_test(args: argparse.Namespace) -> None:
 
     begun = time.monotonic()
     whole = run_to_end([f"checkpoint_path={output / 'whole'}", *overrides], output, args.steps)
-    lines = (output / "whole" / "metrics.jsonl").read_text().splitlines()
+    lines = (output / "whole" / "metrics.jsonl").read_text("utf-8").splitlines()
     loop = json.loads(lines[-1])["time"] - json.loads(lines[0])["time"]
     total = time.monotonic() - begun
     print(

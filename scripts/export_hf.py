@@ -23,6 +23,7 @@ from models.export.hugging_face import difference, write_folder
 from models.loading import build_model, load_language_model
 from models.train_state import load_into
 from utils.checkpoint import load_weights
+from utils.functions import has_utf8_name
 from utils.key_values import key_value_help, parse_key_values
 from utils.sampling import PositiveInt
 
@@ -100,6 +101,12 @@ def run(options: Options) -> None:
     if options.output.exists():
         raise UserError(f"output={options.output} exists; name another, or remove it first")
     try:
+        if options.format == "hf" and not has_utf8_name(options.output.absolute()):
+            raise UserError(
+                f"output={options.output}: safetensors and transformers need paths in UTF-8, but "
+                f"this locale's are {sys.getfilesystemencoding()}; name a folder in ASCII letters, "
+                "or set LC_ALL=C.UTF-8"
+            )
         {"hf": export_hf, "trm": export_trm}[options.format](options)
     except OSError as error:
         raise UserError(f"output={options.output} cannot be written: {error}") from error

@@ -10,6 +10,7 @@ batch is done. Notes go to standard error. Every token is computed with the same
 steps; keys and values of earlier tokens are kept, for every pass of the recursion.
 """
 
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -184,11 +185,18 @@ def talk(options: Options, model: LanguageModel) -> None:
             write_one(options, model, prompt)
 
 
+def _standard_input() -> str:
+    """Standard input as UTF-8, as prompts in a file are."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8")
+    return sys.stdin.read()
+
+
 def prompts_of(path: Path) -> Iterator[str]:
     """The prompts of a file, empty lines left out."""
     name = "standard input" if str(path) == "-" else str(path)
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text("utf-8")
+        text = _standard_input() if str(path) == "-" else path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts_file={path} cannot be read: {error}") from None
     for number, line in enumerate(text.splitlines(), 1):
@@ -207,6 +215,8 @@ def write_many(options: Options, model: LanguageModel, prompts: list[str]) -> No
     """A JSON line {prompt, text, ended} for each, in order."""
     ids = [encode(model, prompt) for prompt in prompts]
     numbers = iter(range(len(prompts)))
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")  # as JSON is
     with tqdm(total=len(prompts), unit="text", disable=None) as bar:
         while rows := list(islice(numbers, options.batch_size)):
             done = model.write([ids[i] for i in rows], rows=rows, **settings(options))

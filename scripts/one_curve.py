@@ -80,12 +80,14 @@ def run(way: Way, overrides: Sequence[str], folder: Path) -> Curve:
     command += ["pretrain.py", f"device_type={way.device_type}", f"checkpoint_path={folder}",
                 "run_name=one_curve", *overrides, *way.overrides]  # fmt: skip
     log = folder.with_suffix(".log")
-    with log.open("w") as out:
+    with log.open("w", encoding="utf-8") as out:
         env = os.environ | {"OMP_NUM_THREADS": "1"} | dict(way.env)
         status = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, env=env).returncode
     if status:
         raise UserError(f"`{' '.join(command)}` ended with status {status}; see {log}")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
 
     def values(name: str) -> list[float]:
         return [line[name] for line in lines if name in line]

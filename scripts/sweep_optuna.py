@@ -167,8 +167,11 @@ class Search:
             raise RuntimeError(str(error)) from None
         command = [*self.command, *self.fixed, *chosen, f"checkpoint_path={run}"]
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"trial_{trial.number}.log").open("w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        with (self.folder / f"trial_{trial.number}.log").open("w", encoding="utf-8") as log:
+            environment = os.environ | {"PYTHONIOENCODING": "utf-8:backslashreplace"}
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
             figure, evaluated = None, False
             try:
                 for step, figure in self._evaluations(process, run):
@@ -297,7 +300,7 @@ def best_first(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def write_trials(study: optuna.Study, args: argparse.Namespace) -> None:
-    with (args.folder / "trials.jsonl").open("w") as file:
+    with (args.folder / "trials.jsonl").open("w", encoding="utf-8") as file:
         for t in best_first(study):
             line = {"trial": t.number, "state": t.state.name, "value": t.value, **t.params}
             file.write(json.dumps(line) + "\n")

@@ -21,8 +21,15 @@ def children() -> set[str]:
     for task in Path("/proc/self/task").glob("*/children"):
         for pid in task.read_text().split():
             try:
-                status = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0]
-                command = Path("/proc", pid, "cmdline").read_text().replace("\0", " ")
+                status = (
+                    Path("/proc", pid, "stat")
+                    .read_text(encoding="utf-8")
+                    .rpartition(")")[2]
+                    .split()[0]
+                )
+                command = (
+                    Path("/proc", pid, "cmdline").read_text(encoding="utf-8").replace("\0", " ")
+                )
             except OSError:  # it has ended meanwhile
                 continue
             if status != "Z":
@@ -45,7 +52,7 @@ def _files_below(folder: Path) -> set[str]:
             found.add(os.readlink(descriptor))
         except OSError:
             continue
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         found.add(line.partition("/")[1] + line.partition("/")[2])
     return {path for path in found if Path(path).is_relative_to(folder)}
 

@@ -17,7 +17,7 @@ def write_split(folder: Path, arrays: dict, prefix: str = "", **metadata) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
         np.save(folder / f"{prefix}{name}.npy", array)
-    (folder / "dataset.json").write_text(json.dumps(metadata))
+    (folder / "dataset.json").write_text(json.dumps(metadata), "utf-8")
 
 
 def write_corpus(
@@ -52,7 +52,7 @@ def write_corpus(
         "domains": list(domains),
     } | changes
     write_split(root / split / "all", arrays, **metadata)
-    (root / "identifiers.json").write_text(json.dumps(["<blank>", *names]))
+    (root / "identifiers.json").write_text(json.dumps(["<blank>", *names]), "utf-8")
     return arrays.get("inputs", inputs)
 
 
@@ -84,7 +84,7 @@ def write_trm(root: Path, group_sizes, split="train", sets=("all",), seed=0, **c
     for name in sets:
         write_split(root / split, arrays, prefix=f"{name}__", **metadata)
     names = ["<blank>"] + [f"puzzle{i}" for i in range(num_puzzles)]
-    (root / "identifiers.json").write_text(json.dumps(names))
+    (root / "identifiers.json").write_text(json.dumps(names), "utf-8")
     return arrays
 
 

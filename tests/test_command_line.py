@@ -45,7 +45,7 @@ def command(tmp_path):
     (tmp_path / "program").mkdir()
     (tmp_path / "cwd").mkdir()
     program = tmp_path / "program" / "pretrain.py"
-    program.write_text(PROGRAM.format(root=str(ROOT)))
+    program.write_text(PROGRAM.format(root=str(ROOT)), "utf-8")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HYDRA", "LOCAL_"))}
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -54,7 +54,7 @@ def command(tmp_path):
             cwd=tmp_path / "cwd",
             env=environment,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=60,
         )
 

@@ -231,7 +231,7 @@ def evaluator(tmp_path, monkeypatch):
     import evaluators
 
     (tmp_path / "plugin_for_test.py").write_text(
-        "class Plugin:\n    def __init__(self, data_path, eval_metadata, depth=1): pass\n"
+        "class Plugin:\n    def __init__(self, data_path, eval_metadata, depth=1): pass\n", "utf-8"
     )
     monkeypatch.setattr(evaluators, "__path__", [*evaluators.__path__, str(tmp_path)])
     yield "plugin_for_test@Plugin"
@@ -433,8 +433,8 @@ def test_a_class_is_found_by_module_and_name():
 def test_a_missing_package_is_named_and_a_bug_is_not_hidden(tmp_path, monkeypatch):
     import evaluators
 
-    (tmp_path / "needs.py").write_text("import surely_not_installed\n")
-    (tmp_path / "buggy.py").write_text("import models.surely_not_there\n")
+    (tmp_path / "needs.py").write_text("import surely_not_installed\n", "utf-8")
+    (tmp_path / "buggy.py").write_text("import models.surely_not_there\n", "utf-8")
     monkeypatch.setattr(evaluators, "__path__", [*evaluators.__path__, str(tmp_path)])
     with pytest.raises(UserError, match="'surely_not_installed', which is not installed"):
         load_class("needs@X", "evaluators.")

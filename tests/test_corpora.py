@@ -51,14 +51,14 @@ def test_as_many_groups_as_rows_are_not_yet_a_row_a_group(tmp_path):
 def test_metadata_names_of_older_corpora(tmp_path):
     write_corpus(tmp_path / "c", 9, names=("x", "y"))
     path = tmp_path / "c/train/all/dataset.json"
-    text = path.read_text()
+    text = path.read_text("utf-8")
     for new, old in (
         ("num_puzzle_identifiers", "num_sequence_identifiers"),
         ("mean_puzzle_examples", "mean_examples_per_group"),
         ("total_puzzles", "total_sequences"),
     ):
         text = text.replace(new, old)
-    path.write_text(text)
+    path.write_text(text, "utf-8")
     assert Corpora([tmp_path / "c"]).metadata.num_puzzle_identifiers == 3
 
 
@@ -126,10 +126,10 @@ def _save(name: str, change):
 
 def _checksum(root: Path) -> None:
     folder = root / "train/all"
-    meta = json.loads((folder / "dataset.json").read_text())
+    meta = json.loads((folder / "dataset.json").read_text("utf-8"))
     data = (folder / "labels.npy").read_bytes()
     meta["checksums"] = {"labels.npy": hashlib.sha256(data).hexdigest()}
-    (folder / "dataset.json").write_text(json.dumps(meta))
+    (folder / "dataset.json").write_text(json.dumps(meta), "utf-8")
     (folder / "labels.npy").write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
 
 
@@ -157,7 +157,10 @@ def _put(value):
         (_save("puzzle_identifiers", _put(2)), r"puzzle_identifiers\.npy holds 2, .* 2 names"),
         (_save("domain_ids", lambda a: a[:-1]), r"domain_ids\.npy has shape"),
         (_checksum, r"labels\.npy.*checksum"),
-        (lambda root: (root / "identifiers.json").write_text('["<blank>"]'), "must list 2 names"),
+        (
+            lambda root: (root / "identifiers.json").write_text('["<blank>"]', "utf-8"),
+            "must list 2 names",
+        ),
     ],
 )
 def test_damage_is_named_with_its_file(tmp_path, damage, message):

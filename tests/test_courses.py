@@ -98,7 +98,11 @@ def test_another_metric_begins_its_own_comparison(text_corpus, run_training):
     )  # fmt: skip
     run_training(text_corpus, "run", *options, "max_steps=60", rule.format("all/lm_loss", "min"))
     losses = metrics_of(run, "eval/all/lm_loss")
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open() if "eval/" in line]
+    steps = [
+        json.loads(line)["step"]
+        for line in (run / "metrics.jsonl").open(encoding="utf-8")
+        if "eval/" in line
+    ]
     assert losses[-1] == min(losses), "training should help"
     assert (run / "best").resolve().name == f"step_{steps[-1]}"
 
@@ -110,9 +114,9 @@ def test_what_a_checkpoint_keeps_of_other_files_may_go_meanwhile(text_corpus, tm
     fault = f"at[10] = lambda *_: os.unlink({str(corpus / 'tokenizer.json')!r})\n"
     code, out = run_with(fault, run, corpus, tmp_path)
     assert code == 0, out
-    assert (run / "step_40" / "tokenizer.json").read_text() == (
+    assert (run / "step_40" / "tokenizer.json").read_text("utf-8") == (
         text_corpus / "tokenizer.json"
-    ).read_text()
+    ).read_text("utf-8")
 
 
 @pytest.mark.slow
@@ -142,7 +146,8 @@ def test_a_watchdog_that_nobody_listens_to_still_ends_the_run(text_corpus, tmp_p
         "    while state.step == 5:\n"
         "        os.write(1, bytes(65536))\n"
         "    return real(run, state, *args)\n"
-        "pretrain.train_batch = train_batch\npretrain.main()\n"
+        "pretrain.train_batch = train_batch\npretrain.main()\n",
+        "utf-8",
     )
     process = start(
         f"data_paths=[{text_corpus}]", f"checkpoint_path={tmp_path / 'run'}", "device_type=cpu",

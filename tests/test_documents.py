@@ -113,7 +113,7 @@ def reader(tmp_path_factory) -> Path:
     pieces = [" ".join(words[i : i + 12]) for i in range(0, len(words) - 12, 12)]
     for number in range(3):
         text = "\n".join(pieces[number::3])
-        (home / "my_text" / f"{number}.txt").write_text(text)
+        (home / "my_text" / f"{number}.txt").write_text(text, "utf-8")
     zstd = pytest.importorskip("backports.zstd")
     lines = "".join(json.dumps({"text": piece}) + "\n" for piece in pieces)
     with zstd.open(home / "c4.jsonl.zst", "wb") as file:
@@ -123,16 +123,17 @@ def reader(tmp_path_factory) -> Path:
     pairs = [{"question": piece[:20], "answer": piece[20:]} for piece in pieces]
     with zstd.open(home / "gsm8k.jsonl.zst", "wb") as file:
         file.write("".join(json.dumps(pair) + "\n" for pair in pairs).encode())
-    (home / "prompts.txt").write_text("It was\nThe\n")
+    (home / "prompts.txt").write_text("It was\nThe\n", "utf-8")
     pair = {"sentence_good": "The run goes on.", "sentence_bad": "Run the on goes.", "field": "x"}
     with zstd.open(home / "blimp.jsonl.zst", "wb") as file:
         file.write((json.dumps(pair) + "\n").encode() * 3)
     task = {"context": "The run goes", "word": "on"}
-    (home / "words.jsonl").write_text((json.dumps(task) + "\n") * 3)
+    (home / "words.jsonl").write_text((json.dumps(task) + "\n") * 3, "utf-8")
     (home / "words.yaml").write_text(
         "task: athena_words\ndataset_path: json\ntest_split: train\n"
         f"dataset_kwargs: {{data_files: {home / 'words.jsonl'}}}\noutput_type: loglikelihood\n"
-        'doc_to_text: "{{context}}"\ndoc_to_target: " {{word}}"\nmetric_list: [{metric: acc}]\n'
+        'doc_to_text: "{{context}}"\ndoc_to_target: " {{word}}"\nmetric_list: [{metric: acc}]\n',
+        "utf-8",
     )
     return home
 
@@ -209,7 +210,7 @@ def test_every_command_runs_as_printed(reader):
             if "build_corpus_dataset" in command:
                 words.append("--overwrite")
             done = subprocess.run(
-                words, cwd=reader, capture_output=True, text=True, timeout=200, input="",
+                words, cwd=reader, capture_output=True, encoding="utf-8", timeout=200, input="",
                 env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             )  # fmt: skip
             assert done.returncode == 0, f"{document}: {command}\n{done.stdout}\n{done.stderr}"

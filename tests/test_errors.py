@@ -74,7 +74,7 @@ def copied(text_corpus, tmp_path) -> Path:
 @pytest.fixture
 def build_other(text_corpus, tmp_path) -> Path:
     """A corpus of the same tokenizer with a domain, and so an identifier, more."""
-    (tmp_path / "other.txt").write_text("some other lines\nand more of them\n" * 40)
+    (tmp_path / "other.txt").write_text("some other lines\nand more of them\n" * 40, "utf-8")
     options = [
         *("--tokenizer-json", str(text_corpus / "tokenizer.json")),
         *("--input-files", str(tmp_path / "other.txt"), "--dedup", "none"),
@@ -112,15 +112,15 @@ def test_a_missing_array(copied):
 
 def test_a_tokenizer_that_does_not_belong_to_the_corpus(copied):
     path = copied / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
+    tokenizer = json.loads(path.read_text("utf-8"))
     tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 999, "content": "<x>"})
-    path.write_text(json.dumps(tokenizer))
+    path.write_text(json.dumps(tokenizer), "utf-8")
     assert "tokenizer.json has 301 token ids" in opening(copied)
 
 
 def test_two_corpora_with_different_tokenizers(text_corpus, copied):
     path = copied / "tokenizer.json"
-    path.write_text(path.read_text() + "\n")
+    path.write_text(path.read_text("utf-8") + "\n", "utf-8")
     with pytest.raises(UserError, match="differ"):
         open_data(make_config(text_corpus, f"data_paths_test=[{copied}]"))
 
@@ -189,7 +189,7 @@ def test_the_entry_point_in_a_process_of_its_own(tmp_path):
     """As typed, from another folder; torch must not be needed for the answer to be quick."""
     result = subprocess.run(
         [sys.executable, str(ROOT / "pretrain.py"), "lrr=1"],
-        capture_output=True, text=True, cwd=tmp_path,
+        capture_output=True, encoding="utf-8", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 2
     assert "did you mean 'lr'?" in result.stderr and "Traceback" not in result.stderr

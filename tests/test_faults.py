@@ -37,7 +37,7 @@ def run_with(fault: str, run: Path, corpus: Path, tmp_path: Path, *options: str,
              max_restarts: int = 0) -> tuple[int, str]:  # fmt: skip
     """A run to whose 40 steps `fault` does something; its exit status and what it printed."""
     script = tmp_path / "fault.py"
-    script.write_text(f"{FAULT}\n{fault}\npretrain.main()\n")
+    script.write_text(f"{FAULT}\n{fault}\npretrain.main()\n", "utf-8")
     process = start(
         f"data_paths=[{corpus}]", f"checkpoint_path={run}", "run_name=x", "device_type=cpu", *TEXT,
         "epochs=null", "max_steps=40", "lr_warmup_steps=0", "global_batch_size=8", "log_interval=1",
@@ -133,7 +133,7 @@ def test_a_folder_that_vanishes_comes_back(text_corpus, tmp_path):
     code, out = run_with(fault, run, text_corpus, tmp_path)
     assert code == 0, out
     assert f"{run / 'metrics.jsonl'} had vanished" in out
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open(encoding="utf-8")]
     assert steps[0] == 18 and steps[-1] == 40
     contents(run / "step_40")
 

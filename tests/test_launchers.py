@@ -34,7 +34,7 @@ def free_port() -> int:
 
 def wait_for_steps(run: Path, steps: int, process: subprocess.Popen) -> None:
     log, deadline = run / "metrics.jsonl", time.monotonic() + 120
-    while not (log.is_file() and log.read_text().count("\n") >= steps):
+    while not (log.is_file() and log.read_text("utf-8").count("\n") >= steps):
         assert time.monotonic() < deadline and process.poll() is None, finish(process)
         time.sleep(0.05)
 
@@ -55,7 +55,7 @@ def ended(child: int) -> int:
 
 def ranks_of(launcher: subprocess.Popen) -> list[int]:
     path = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
-    return [int(pid) for pid in path.read_text().split()]
+    return [int(pid) for pid in path.read_text("utf-8").split()]
 
 
 def test_two_nodes_meet_and_train_as_one_rank_would(text_corpus, tmp_path):
@@ -68,7 +68,7 @@ def test_two_nodes_meet_and_train_as_one_rank_would(text_corpus, tmp_path):
             [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
              "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test",
              str(ROOT / "pretrain.py"), *options(text_corpus, two)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         for _ in range(2)
@@ -89,7 +89,7 @@ def test_a_dead_rank_is_restarted_and_the_run_goes_on_under_its_name(text_corpus
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          "--max-restarts=1", str(ROOT / "pretrain.py"), *names, "max_steps=400",
          "checkpoint_interval=5"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -144,7 +144,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_leaves(text_corpus, tmp_path):
         command = [sys.executable, "pretrain.py", *options(text_corpus, run, "max_steps=100000")]
         os.execve(sys.executable, command, os.environ | {"OMP_NUM_THREADS": "1"})
     log, deadline = run / "metrics.jsonl", time.monotonic() + 120
-    while not (log.is_file() and log.read_text().count("\n") >= 5):
+    while not (log.is_file() and log.read_text("utf-8").count("\n") >= 5):
         assert time.monotonic() < deadline
         if select.select([terminal], [], [], 0.05)[0]:
             os.read(terminal, 1 << 16)  # or the child waits for a reader
@@ -159,7 +159,7 @@ def test_nohup_lets_a_run_go_on(text_corpus, tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen(
         ["nohup", sys.executable, "pretrain.py", *options(text_corpus, run, "max_steps=60")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     wait_for_steps(run, 3, process)
@@ -179,7 +179,8 @@ def test_a_signal_in_an_evaluation_ends_the_run_without_waiting_for_it(
         "def slow(*args):\n"
         f"    Path({str(tmp_path / 'evaluating')!r}).touch()\n"
         "    time.sleep(1)\n    return real(*args)\n"
-        "loop.run_batch = slow\npretrain.main()\n"
+        "loop.run_batch = slow\npretrain.main()\n",
+        "utf-8",
     )
     more = ("eval_max_batches=100", "eval_batch_size=2", "max_steps=4")
     process = start(*options(text_corpus, run)[:-1], *more, script=str(script))

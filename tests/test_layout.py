@@ -127,7 +127,9 @@ def test_builders_run_without_torch():
         "import sys; sys.modules['torch'] = None\n"  # any import of it now fails
         f"import {', '.join(modules)}"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -137,6 +139,56 @@ def test_files_stay_small(path: Path):
     assert lines <= MOST_LINES, f"{lines} lines: which concept hides in {name_of(path)}?"
 
 
+TEXT_MODES = {"read_text": 1, "write_text": 2}  # arguments up to the encoding
+RUNS = {"run", "Popen", "check_output", "check_call"}
+
+
+def without_encoding(call: ast.Call) -> bool:
+    """Whether `call` reads or writes text in whatever encoding the locale has.
+
+    Unlike ruff's PLW1514, which needs to know the type of a path, this goes by the name alone.
+    """
+    words = {keyword.arg: keyword.value for keyword in call.keywords}
+    if "encoding" in words:
+        return False
+    method = isinstance(call.func, ast.Attribute)
+    name = getattr(call.func, "attr" if method else "id", "")
+    owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
+    if name in TEXT_MODES:
+        return method and len(call.args) < TEXT_MODES[name]
+    if name in RUNS:
+        return bool({"text", "universal_newlines"} & words.keys())
+    if name == "open" and owner not in ("os", "gzip", "zstd"):
+        before = 0 if method else 1
+        mode = words.get("mode", call.args[before] if len(call.args) > before else None)
+        constants = isinstance(mode, ast.Constant | None)
+        return constants and "b" not in str(getattr(mode, "value", "r"))
+    return False
+
+
+def test_the_encoding_rule_itself():
+    def refused(text: str) -> bool:
+        return without_encoding(ast.parse(text, mode="eval").body)
+
+    for text in ("p.read_text()", "p.write_text(x)", "p.open('w')", "open(p)", "open(p, 'a')"):
+        assert refused(text), text
+    assert refused("subprocess.run(command, text=True)")
+    for text in ("p.read_text('utf-8')", "p.open('rb')", "open(p, 'wb')", "os.open(p, flags)"):
+        assert not refused(text), text
+    assert not refused("open(p, encoding='utf-8')")
+
+
+def test_text_is_read_and_written_in_a_named_encoding():
+    """On Windows, and in locales like ja_JP.EUC-JP, the default is not UTF-8."""
+    violations = [
+        f"{name_of(path)}:{node.lineno} {ast.unparse(node)[:60]}"
+        for path in source_files()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and without_encoding(node)
+    ]
+    assert not violations, "\n".join(violations)
+
+
 # --- requirements ------------------------------------------------------------------------------
 
 
@@ -144,7 +196,7 @@ def requirements(*names: str) -> dict[str, str]:
     """Package -> version part, of requirement files and what they include."""
     found: dict[str, str] = {}
     for name in names:
-        for line in (ROOT / name).read_text().splitlines():
+        for line in (ROOT / name).read_text("utf-8").splitlines():
             line = line.partition("#")[0].partition(";")[0].strip()
             if line.startswith("-r"):
                 found |= requirements(line.removeprefix("-r").strip())

@@ -70,11 +70,13 @@ def test_a_sweep_ends_where_the_loss_is_no_longer_finite(tmp_path):
         {"step": i + 1, "train/lr": rate, "train/lm_loss": 5 - 0.1 * i if i < 40 else None}
         for i, rate in enumerate([*rates[:40], rates[39]])
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), "utf-8"
+    )
     rule = LRFindConfig(low=1e-5, high=1, steps=60)
     said = lr_finder.conclude(tmp_path, rule)
     assert f"no longer finite after lr {rates[39]:.2g}" in said and "lowest" in said
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[-1]) + "\n")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[-1]) + "\n", "utf-8")
     assert "did not fall" in lr_finder.conclude(tmp_path, rule)
 
 

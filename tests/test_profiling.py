@@ -30,7 +30,7 @@ def test_each_rank_traces_its_steps_and_trains_as_ever(text_corpus, tmp_path):
         steps = {name for name in events if name.startswith("ProfilerStep")}
         assert steps == {f"ProfilerStep#{step}" for step in range(10, 16)}
         assert "aten::mm" in events
-        assert "aten::mm" in (folder / f"steps_10_to_15_rank_{rank}.txt").read_text()
+        assert "aten::mm" in (folder / f"steps_10_to_15_rank_{rank}.txt").read_text("utf-8")
     one, other = (contents(tmp_path / name / "step_18") for name in ("plain", "traced"))
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 

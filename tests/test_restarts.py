@@ -41,7 +41,7 @@ def test_n_plus_n_steps_equal_2n_steps_bit_for_bit(text_corpus, run_training, op
 def second_corpus(first: Path, folder: Path) -> Path:
     """Another corpus of the same tokenizer."""
     lines = [f"{i} beads {'ab' * (i % 7)} and {i * i} more" for i in range(200)]
-    (folder / "beads.txt").write_text("\n".join(lines))
+    (folder / "beads.txt").write_text("\n".join(lines), "utf-8")
     build_corpus(
         ["--tokenizer-json", str(first / "tokenizer.json"), "--input-files",
          str(folder / "beads.txt"), "--output-dir", str(folder / "beads")]
@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(
     whole = run_training(text_corpus, "whole", *options, "max_steps=6")
     run = run_training(text_corpus, "run", *options, "max_steps=6")
     damage(run / "step_6" / "model.pt")
-    (run / "step_4" / "manifest.json").write_text("{")
+    (run / "step_4" / "manifest.json").write_text("{", "utf-8")
     capsys.readouterr()
     run_training(text_corpus, "run", *options, "max_steps=6")
     out = capsys.readouterr().out
@@ -159,7 +159,7 @@ def test_load_checkpoint_starts_from_the_averages_and_matches_identifiers(
         text_corpus, "seen", *options[1:], "eval_only=true", f"load_checkpoint={run}"
     )
     assert f"starting from the averaged weights of {run / 'step_3'}" in capsys.readouterr().out
-    (line,) = (seen / "metrics.jsonl").read_text().splitlines()
+    (line,) = (seen / "metrics.jsonl").read_text("utf-8").splitlines()
     assert json.loads(line)["step"] == 3, "an evaluation belongs to the step of its weights"
     loss = "eval/all/lm_loss"
     assert metrics_of(seen, loss) == metrics_of(run, loss)
@@ -220,21 +220,23 @@ def test_an_evaluation_that_is_done_is_not_repeated(text_corpus, run_training, c
     options = ["epochs=50", "eval_interval=0.1", "keep_checkpoints=null", "checkpoint_interval=3"]
     options += ["eval_max_batches=1"]
     run = run_training(text_corpus, "run", *options, "max_steps=20")
-    lines = (run / "metrics.jsonl").read_text()
+    lines = (run / "metrics.jsonl").read_text("utf-8")
     assert "finished at step 20" in capsys.readouterr().out
     run_training(text_corpus, "run", *options, "max_steps=20")
-    assert (run / "metrics.jsonl").read_text() == lines
+    assert (run / "metrics.jsonl").read_text("utf-8") == lines
     assert "nothing is left to train: the run is at step 20" in capsys.readouterr().out
     evaluated = [json.loads(line)["step"] for line in lines.splitlines() if "eval/" in line]
     assert len(evaluated) == len(set(evaluated)) > 2
     # going back before it, the same evaluations come again
     run_training(text_corpus, "run", *options, "max_steps=20", f"resume=step_{evaluated[-3]}")
-    again = (run / "metrics.jsonl").read_text()
+    again = (run / "metrics.jsonl").read_text("utf-8")
     assert [json.loads(line)["step"] for line in again.splitlines() if "eval/" in line][-2:] == (
         evaluated[-2:]
     )
     run_training(text_corpus, "run", *options, "max_steps=20", "eval_only=true")
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(again.splitlines()) + 1
+    assert (
+        len((run / "metrics.jsonl").read_text("utf-8").splitlines()) == len(again.splitlines()) + 1
+    )
 
 
 def test_two_micro_batches_are_chosen_again_on_resume(text_corpus, run_training):
@@ -332,7 +334,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_examples(text_corpus, tmp
     texts adds up to more than 1e-5 in the loss, and would hide a small mistake on all.
     """
     script = tmp_path / "recording.py"
-    script.write_text(RECORDING)
+    script.write_text(RECORDING, "utf-8")
     options = [
         f"data_paths=[{text_corpus}]", *TEXT, "run_name=x", "device_type=cpu", "epochs=1",
         "global_batch_size=8", "lr=1e-3", "lr_warmup_steps=0", "log_interval=1", "ema_rate=0.9",
@@ -355,7 +357,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_examples(text_corpus, tmp
     entered = [
         tuple(json.loads(line))
         for file in tmp_path.glob("entered.*")
-        for line in file.read_text().splitlines()
+        for line in file.read_text("utf-8").splitlines()
     ]
     corpora = Corpora([str(text_corpus)], "train")
     rows = corpora.rows(np.arange(corpora.num_rows))["inputs"]
@@ -380,10 +382,10 @@ def test_the_best_checkpoint_is_kept_besides_the_newest(text_corpus, run_trainin
     assert [p.name for p in checkpoints_of(run)] == [f"step_{best}", "step_40"]
     new = run_training(text_corpus, "new", "max_steps=1", f"load_checkpoint={run / 'best'}")
     assert checkpoints_of(new)
-    lines = (run / "metrics.jsonl").read_text()
+    lines = (run / "metrics.jsonl").read_text("utf-8")
     run_training(text_corpus, "run", *options, "eval_only=true", f"resume={run / 'best'}",
                  "resume_allow=[max_steps]")  # fmt: skip
-    assert (run / "metrics.jsonl").read_text().startswith(lines), "an evaluation adds, only"
+    assert (run / "metrics.jsonl").read_text("utf-8").startswith(lines), "an evaluation adds, only"
     run_training(text_corpus, "run", *options, "max_steps=40", f"resume={run / 'best'}",
                  "resume_allow=[max_steps]")  # fmt: skip
     assert list(run.glob("abandoned_step_40_*"))
@@ -444,12 +446,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(text_corpus, run_trainin
 def test_lines_of_steps_that_are_trained_again_stand_there_once(text_corpus, run_training):
     options = ["epochs=20", "evaluators=[]", "keep_checkpoints=null", "checkpoint_interval=2"]
     run = run_training(text_corpus, "run", *options, "max_steps=5")
-    with (run / "metrics.jsonl").open("a") as file:
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 6, "train/lm_l')  # as a kill leaves it
     run_training(text_corpus, "run", *options, "max_steps=5", f"resume={run / 'step_2'}")
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open(encoding="utf-8")]
     assert [step for step in steps if step <= 5][:5] == [1, 2, 3, 4, 5]
-    aside = (run / "metrics_abandoned.jsonl").read_text()
+    aside = (run / "metrics_abandoned.jsonl").read_text("utf-8")
     assert '{"step": 3' in aside and '{"step": 6, "train/lm_l' in aside
 
 

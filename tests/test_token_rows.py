@@ -235,7 +235,7 @@ def _cold(path: Path) -> None:
 
 
 def _bytes_from_disk() -> int:
-    text = Path("/proc/self/io").read_text()
+    text = Path("/proc/self/io").read_text("utf-8")
     return int(text.partition("\nread_bytes:")[2].split()[0])
 
 

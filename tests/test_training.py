@@ -112,7 +112,8 @@ def test_ranks_stop_together_when_the_time_is_up(text_corpus, tmp_path):
     script.write_text(
         "import os\nfrom utils.reporting import Clock\nimport pretrain\n"
         "real, ahead = Clock.seconds.fget, 100 * int(os.environ['RANK'])\n"
-        "Clock.seconds = property(lambda self: real(self) + ahead)\npretrain.main()\n"
+        "Clock.seconds = property(lambda self: real(self) + ahead)\npretrain.main()\n",
+        "utf-8",
     )
     process = start(
         f"data_paths=[{text_corpus}]", f"checkpoint_path={run}", "run_name=x", *TEXT,
@@ -161,7 +162,9 @@ def test_the_weights_that_a_corpus_was_built_with_are_the_default(
 ):
     corpus = Path(shutil.copytree(text_corpus, tmp_path / "corpus"))
     path = corpus / "train" / "all" / "dataset.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"domain_weights": {"poems": 3}}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text("utf-8")) | {"domain_weights": {"poems": 3}}), "utf-8"
+    )
     own, given = {"poems": 0.75, "lists": 0.25}, {"poems": 0.5, "lists": 0.5}
     by_option = {"null": own, "{}": None, "{poems: 1, lists: 1}": given}
     for i, (option, weights) in enumerate(by_option.items()):

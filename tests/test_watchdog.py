@@ -73,7 +73,8 @@ def test_a_frozen_rank_is_told_by_the_others(frozen, text_corpus, tmp_path):
     script.write_text(
         f"{IMPATIENT}import os, pathlib, pretrain\n"
         f"pathlib.Path({str(pids)!r}, os.environ['RANK']).write_text(str(os.getpid()))\n"
-        "pretrain.main()\n"
+        "pretrain.main()\n",
+        "utf-8",
     )
     run = tmp_path / "run"
     process = start(
@@ -82,10 +83,10 @@ def test_a_frozen_rank_is_told_by_the_others(frozen, text_corpus, tmp_path):
         "log_interval=1", "evaluators=[]", "step_timeout=6", ranks=2, script=str(script),
     )  # fmt: skip
     log, deadline = run / "metrics.jsonl", time.monotonic() + 120
-    while not (log.is_file() and log.read_text().count("\n") >= 10):
+    while not (log.is_file() and log.read_text("utf-8").count("\n") >= 10):
         assert time.monotonic() < deadline and process.poll() is None, finish(process)
         time.sleep(0.1)
-    victim = int((pids / str(frozen)).read_text())
+    victim = int((pids / str(frozen)).read_text("utf-8"))
     os.kill(victim, signal.SIGSTOP)
     assert process.stdout is not None
     told = ""

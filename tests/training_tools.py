@@ -60,7 +60,7 @@ def write_texts(folder: Path, seed: int, documents: int) -> list[Path]:
             for _ in range(documents)
         ]
         files.append(folder / f"{name}.txt")
-        files[-1].write_text("\n".join(lines))
+        files[-1].write_text("\n".join(lines), "utf-8")
     return files
 
 
@@ -99,11 +99,11 @@ def altered(run: Path, target: Path, **changes) -> Path:
     """A copy of a run's checkpoint with changes to its config; `arch` is merged, unless it names
     another architecture."""
     shutil.copytree(checkpoints_of(run)[-1], target)
-    config = yaml.safe_load((target / "config.yaml").read_text())
+    config = yaml.safe_load((target / "config.yaml").read_text("utf-8"))
     arch = changes.get("arch", {})
     changes["arch"] = arch if "name" in arch else config["arch"] | arch
     config |= changes
-    (target / "config.yaml").write_text(yaml.safe_dump(config))
+    (target / "config.yaml").write_text(yaml.safe_dump(config), "utf-8")
     return sealed(target)
 
 
@@ -112,7 +112,7 @@ def sealed(checkpoint: Path) -> Path:
     (checkpoint / MANIFEST).unlink()
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     digests = {str(path.relative_to(checkpoint)): sha256(path) for path in files}
-    (checkpoint / MANIFEST).write_text(json.dumps(digests))
+    (checkpoint / MANIFEST).write_text(json.dumps(digests), "utf-8")
     return checkpoint
 
 
@@ -147,8 +147,8 @@ def puzzle_corpus(tmp_path_factory) -> Path:
         np.save(path.with_name("all__iteration_targets.npy"), targets)
         meta = corpus / split / "dataset.json"
         changes = {"num_puzzle_identifiers": 5, "checksums": {}}
-        meta.write_text(json.dumps(json.loads(meta.read_text()) | changes))
-    (corpus / "identifiers.json").write_text('["<blank>", "a", "b", "c", "d"]')
+        meta.write_text(json.dumps(json.loads(meta.read_text("utf-8")) | changes), "utf-8")
+    (corpus / "identifiers.json").write_text('["<blank>", "a", "b", "c", "d"]', "utf-8")
     return corpus
 
 
@@ -191,7 +191,7 @@ def start(
         [*command, str(ROOT / script), *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {}),
     )
@@ -209,7 +209,7 @@ def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str, s
 
 def metrics_of(run: Path, name: str) -> list[float]:
     """Every logged value of one metric, in order."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     return [line[name] for line in lines if name in line]
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dataset.common import UserError
+from utils.functions import has_utf8_name
 from utils.reporting import tell
 
 MANIFEST = "manifest.json"
@@ -64,14 +65,14 @@ def note_evaluation(run: Path, counters: dict[str, Any]) -> None:
     Beside the checkpoint of the step, which was whole before the evaluation began.
     """
     part = run / ".evaluated.part"
-    part.write_text(json.dumps(counters))
+    part.write_text(json.dumps(counters), "utf-8")
     part.replace(run / EVALUATED)
 
 
 def noted_evaluation(run: Path, step: int) -> dict[str, Any] | None:
     """What `note_evaluation` was given last, if that was at `step`."""
     try:
-        counters = json.loads((run / EVALUATED).read_text())
+        counters = json.loads((run / EVALUATED).read_text("utf-8"))
         return counters if counters["step"] == step else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -80,7 +81,7 @@ def noted_evaluation(run: Path, step: int) -> dict[str, Any] | None:
 def forget_evaluation(run: Path, after: int) -> None:
     """That of a step later than `after` belongs to a course which the run gives up."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        if json.loads((run / EVALUATED).read_text())["step"] > after:
+        if json.loads((run / EVALUATED).read_text("utf-8"))["step"] > after:
             (run / EVALUATED).unlink()
 
 
@@ -88,7 +89,7 @@ def note_start(run: Path, resume: str) -> None:
     """Remembers that this launch has found the checkpoint that `resume` names."""
     if launch := os.environ.get("TORCHELASTIC_RUN_ID"):
         with suppress(OSError):
-            (run / ".launch").write_text(f"{launch} {resume}")
+            (run / ".launch").write_text(f"{launch} {resume}", "utf-8")
 
 
 def is_restart(run: Path, resume: str) -> bool:
@@ -97,7 +98,9 @@ def is_restart(run: Path, resume: str) -> bool:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
     with suppress(OSError):
-        return (run / ".launch").read_text() == f"{os.environ['TORCHELASTIC_RUN_ID']} {resume}"
+        return (run / ".launch").read_text(
+            "utf-8"
+        ) == f"{os.environ['TORCHELASTIC_RUN_ID']} {resume}"
     return False
 
 
@@ -168,7 +171,7 @@ class Checkpoint:
                 + (f"runs below it: {advice}" if below else advice)
             )
         try:
-            self.files: dict[str, str] = json.loads(manifest.read_text())
+            self.files: dict[str, str] = json.loads(manifest.read_text("utf-8"))
         except ValueError:
             raise UserError(
                 f"checkpoint {self.folder} is damaged: {MANIFEST} cannot be read; go on from an "
@@ -197,7 +200,7 @@ class Checkpoint:
         return {k: v for stem in stems for k, v in _leaves(self.tensors(stem), stem).items()}
 
     def text(self, name: str) -> str:
-        return (self.folder / name).read_text()
+        return (self.folder / name).read_text("utf-8")
 
     def json(self, name: str) -> Any:
         return json.loads(self.text(name))
@@ -206,7 +209,9 @@ class Checkpoint:
         """The held rows of a range of slots, wherever ranks stored them; None if not saved."""
         parts = []
         for name in sorted(n for n in self.files if re.fullmatch(r"carry_\d+\.pt", n)):
-            shard = torch.load(self.folder / name, map_location="cpu", weights_only=True, mmap=True)
+            path = self.folder / name
+            mapped = has_utf8_name(path)  # torch maps no other
+            shard = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             low, high = shard["slots"]
             start, stop = max(low, slots.start), min(high, slots.stop)
             if start < stop:

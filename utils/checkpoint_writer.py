@@ -150,7 +150,7 @@ class CheckpointWriter:
             _fsync(folder / name)
         digests = {name: sha256(folder / name) for name in names}
         part = folder / f".written_{rank}.part"
-        part.write_text(json.dumps(digests))
+        part.write_text(json.dumps(digests), "utf-8")
         part.rename(_marker(folder, rank))
 
     def _commit(
@@ -169,9 +169,11 @@ class CheckpointWriter:
                 raise OSError("parts of other ranks are missing")
         manifest: dict[str, str] = {}
         for marker in markers:
-            manifest |= json.loads(marker.read_text())
+            manifest |= json.loads(marker.read_text("utf-8"))
             marker.unlink()
-        (folder / MANIFEST).write_text(json.dumps(dict(sorted(manifest.items())), indent=1))
+        (folder / MANIFEST).write_text(
+            json.dumps(dict(sorted(manifest.items())), indent=1), "utf-8"
+        )
         for path in (folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder):
             _fsync(path)
         place = step_folder(self.run, step)

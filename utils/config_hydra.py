@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic_core import PydanticUndefined
 
-from dataset.common import UserError
+from dataset.common import UserError, check_decoded, escape_unprintable
 from utils.config_errors import did_you_mean, expected, show
 from utils.config_schema import PretrainConfig
 from utils.functions import load_class, nearest
@@ -89,7 +89,9 @@ def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
 
     @functools.wraps(fn)
     def main() -> Any:
+        escape_unprintable()
         try:
+            check_decoded(sys.argv)
             arguments = _arguments(sys.argv[1:])
             if any(flag in arguments for flag in ("--help", "-h")):
                 print(help_text(Path(sys.argv[0]).name))

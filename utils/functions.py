@@ -9,6 +9,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import os
 import random
 import re
 import sys
@@ -153,3 +154,8 @@ def random_run_name(rng: random.Random | None = None) -> str:
     """
     rng = rng or random.SystemRandom()
     return f"{rng.choice(_ADJECTIVES)}-{rng.choice(_NOUNS)}"
+
+
+def has_utf8_name(path: Path) -> bool:
+    """Whether the path is stored as UTF-8, as libraries in C++ and Rust take it to be."""
+    return os.fsencode(path) == str(path).encode("utf-8", "replace")

@@ -37,12 +37,12 @@ class JSONLLogger:
         self.path = run / "metrics.jsonl"
         if step is not None:
             _cut_back(self.path, run / "metrics_abandoned.jsonl", step)
-        self.file = self.path.open("a", buffering=1)
+        self.file = self.path.open("a", buffering=1, encoding="utf-8")
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         if not self._is_there():  # the folder vanished: lines would go nowhere
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a", buffering=1)
+            self.file = self.path.open("a", buffering=1, encoding="utf-8")
             tell(f"warning: {self.path} had vanished; it begins again")
         # JSON has no NaN: a reader would choke on the very line that tells of trouble
         finite = {
@@ -67,7 +67,7 @@ def _cut_back(path: Path, aside: Path, step: int) -> None:
         return
     kept: list[str] = []
     moved: list[str] = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text("utf-8").splitlines(keepends=True):
         try:
             (kept if json.loads(line)["step"] <= step and line.endswith("\n") else moved).append(
                 line
@@ -76,10 +76,10 @@ def _cut_back(path: Path, aside: Path, step: int) -> None:
             moved.append(line)
     if not moved:
         return
-    with aside.open("a") as file:
+    with aside.open("a", encoding="utf-8") as file:
         file.writelines(moved)
     part = path.with_suffix(".part")
-    part.write_text("".join(kept))
+    part.write_text("".join(kept), "utf-8")
     part.replace(path)
 
 
@@ -91,9 +91,14 @@ class TensorBoardLogger:
             raise UserError(
                 "logger=[tensorboard] needs the package tensorboard: pip install tensorboard"
             ) from None
-        self.writer = SummaryWriter(
-            str(run / "tensorboard"), purge_step=None if step is None else step + 1
-        )
+        place = run / "tensorboard"
+        try:
+            self.writer = SummaryWriter(str(place), purge_step=None if step is None else step + 1)
+        except OSError as error:  # also where it takes the name of a folder for UTF-8
+            raise UserError(
+                f"logger=[tensorboard] cannot write to {place} ({error.strerror or error}); name "
+                "another folder with checkpoint_path, or leave tensorboard out"
+            ) from None
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         for name, value in metrics.items():
@@ -125,7 +130,7 @@ class WandbLogger:
         self.histogram = wandb.Histogram
         known = run / "wandb_id"
         if not known.is_file():
-            known.write_text(secrets.token_hex(4))
+            known.write_text(secrets.token_hex(4), "utf-8")
         options: dict[str, Any] = dict(
             project=config["project_name"],
             name=config["run_name"],
@@ -134,7 +139,7 @@ class WandbLogger:
             settings=wandb.Settings(silent=True),
         )
         try:
-            same = known.read_text().strip() if step is not None else secrets.token_hex(4)
+            same = known.read_text("utf-8").strip() if step is not None else secrets.token_hex(4)
             self.run = wandb.init(mode=mode, id=same, resume="allow", **options)
         except Exception as error:  # whatever an unreachable server makes of it
             tell(

@@ -82,7 +82,9 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 def conclude(folder: Path, rule: LRFindConfig) -> str:
     """Reads the log of a sweep, draws `lr_find.png` beside it, and says what it shows."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
     # a step whose update was skipped logs the rate of the one before it
     points = [(rate_at(line["step"], rule), line["train/lm_loss"]) for line in lines]
     rates, losses = np.array([p for p in points if None not in p], dtype=float).reshape(-1, 2).T

@@ -83,7 +83,7 @@ class StepProfiler:
         on_device = any(event.self_device_time_total for event in events)
         order = "self_device_time_total" if on_device else "self_cpu_time_total"
         table = events.table(sort_by=order, row_limit=-1, max_name_column_width=80)
-        (folder / f"{name}.txt").write_text(table)
+        (folder / f"{name}.txt").write_text(table, "utf-8")
         if self._backend.is_main:
             tell(costliest(events, order, last - FIRST + 1) + f"\n  trace: {trace}")
 

@@ -111,7 +111,7 @@ def _lock(home: Path) -> Iterator[None]:
     """Only one process at a time downloads into `home`; the kernel unlocks where one is killed."""
     try:
         home.mkdir(parents=True, exist_ok=True)
-        file = open(home / "lock", "a")  # noqa: SIM115  closed below
+        file = open(home / "lock", "a", encoding="utf-8")  # noqa: SIM115  closed below
     except OSError as error:
         raise _cache_fault(error) from error
     with file:

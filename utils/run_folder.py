@@ -78,7 +78,7 @@ def _holder() -> str:
 
 def _locked(path: Path) -> TextIO:
     """The lock file, held until it is closed or the process ends, however it ends."""
-    file = (path / LOCK).open("a+")
+    file = (path / LOCK).open("a+", encoding="utf-8")
     deadline, told = time.monotonic() + _WAIT, False
     while True:
         try:
@@ -111,7 +111,7 @@ def _sees(path: Path, token: str) -> bool:
     deadline = time.monotonic() + 4 * _WAIT  # network storage may remember for a minute
     while True:
         try:
-            if (path / LOCK).read_text() == token:
+            if (path / LOCK).read_text("utf-8") == token:
                 return True
         except OSError:
             pass

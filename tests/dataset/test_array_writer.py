@@ -34,8 +34,8 @@ def test_no_rows_still_make_an_array(tmp_path):
 
 def fill(folder, content="x"):
     (folder / "train").mkdir()
-    (folder / "train" / "dataset.json").write_text(content)
-    (folder / "identifiers.json").write_text("[]")
+    (folder / "train" / "dataset.json").write_text(content, "utf-8")
+    (folder / "identifiers.json").write_text("[]", "utf-8")
 
 
 def test_folder_appears_at_the_end_only(tmp_path):
@@ -44,7 +44,7 @@ def test_folder_appears_at_the_end_only(tmp_path):
         fill(folder)
         assert not target.exists()
         assert folder.parent == target.parent
-    assert (target / "train" / "dataset.json").read_text() == "x"
+    assert (target / "train" / "dataset.json").read_text("utf-8") == "x"
     assert os.listdir(target.parent) == ["corpus"]
 
 
@@ -59,7 +59,7 @@ def test_failure_leaves_what_was_there(tmp_path):
         if not target.exists():
             with corpus_folder(target, overwrite=False) as folder:
                 fill(folder, "old")
-    assert (target / "train" / "dataset.json").read_text() == "old"
+    assert (target / "train" / "dataset.json").read_text("utf-8") == "old"
 
 
 def test_overwrite_rules(tmp_path):
@@ -71,19 +71,19 @@ def test_overwrite_rules(tmp_path):
         corpus_folder(target, overwrite=False).__enter__()
     with corpus_folder(target, overwrite=True) as folder:
         fill(folder, "second")
-        assert (target / "train" / "dataset.json").read_text() == "first"
-    assert (target / "train" / "dataset.json").read_text() == "second"
+        assert (target / "train" / "dataset.json").read_text("utf-8") == "first"
+    assert (target / "train" / "dataset.json").read_text("utf-8") == "second"
     assert os.listdir(tmp_path) == ["corpus"]
 
-    (target / "notes.txt").write_text("mine")
+    (target / "notes.txt").write_text("mine", "utf-8")
     with pytest.raises(UserError, match=r"also holds notes\.txt"):
         corpus_folder(target, overwrite=True).__enter__()
     other = tmp_path / "other"
     other.mkdir()
-    (other / "thesis.tex").write_text("mine")
+    (other / "thesis.tex").write_text("mine", "utf-8")
     for overwrite in (False, True):
         with pytest.raises(UserError, match="holds no finished corpus"):
             corpus_folder(other, overwrite).__enter__()
         with pytest.raises(UserError, match="is a file"):
             corpus_folder(other / "thesis.tex", overwrite).__enter__()
-    assert (other / "thesis.tex").read_text() == "mine"
+    assert (other / "thesis.tex").read_text("utf-8") == "mine"

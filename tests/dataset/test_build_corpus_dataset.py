@@ -62,8 +62,8 @@ def test_files_and_metadata(build, tmp_path, rng, tokenizer_json):
         options="--seq-len 20 --train-ratio 0.6 --min-iterations 3 --max-iterations 31",
     )
     lengths = token_byte_lengths(corpus / "tokenizer.json")
-    report = json.loads((corpus / "build_report.json").read_text())
-    assert json.loads((corpus / "identifiers.json").read_text()) == ["<blank>", "a"]
+    report = json.loads((corpus / "build_report.json").read_text("utf-8"))
+    assert json.loads((corpus / "identifiers.json").read_text("utf-8")) == ["<blank>", "a"]
     for split in ("train", "test"):
         data = read_split(corpus, split)
         metadata, rows = data.metadata, len(data.inputs)
@@ -176,7 +176,7 @@ def test_identifiers(build, tmp_path, rng, kind):
     path = write_jsonl(tmp_path / "a.jsonl", distinct_texts(rng, 60))
     corpus = build(path, options=f"--seq-len 16 --train-ratio 0.6 --identifiers {kind}")
     train, test = read_split(corpus, "train"), read_split(corpus, "test")
-    names = json.loads((corpus / "identifiers.json").read_text())
+    names = json.loads((corpus / "identifiers.json").read_text("utf-8"))
     assert set(test.puzzle_identifiers) == {0}
     rows = len(train.inputs)
     expected = [0] * rows if kind == "none" else list(range(1, rows + 1))
@@ -194,7 +194,7 @@ def test_duplicates_are_left_out_and_counted(build, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["one two", "three", "one two", " ", "one two"])
     corpus = build(path, options="--seq-len 8 --train-ratio 1")
     assert documents_of(corpus, "train") == {"a": ["one two", "three"]}
-    skipped = json.loads((corpus / "build_report.json").read_text())["skipped"]
+    skipped = json.loads((corpus / "build_report.json").read_text("utf-8"))["skipped"]
     assert (skipped["duplicates"], skipped["blank_documents"]) == (2, 1)
 
 
@@ -202,7 +202,7 @@ def test_lines_taken_for_documents_are_pointed_out(build, tmp_path, capsys):
     """The default cuts a text file into lines and drops the repeated ones: one must be told."""
     for ending, text in ((".txt", "one\ntwo\n"), (".jsonl", '{"text": "one two"}\n')):
         path = tmp_path / f"a{ending}"
-        path.write_text(text)
+        path.write_text(text, "utf-8")
         for documents in ("line", "file"):
             options = f"--seq-len 8 --train-ratio 1 --documents {documents} --overwrite"
             build(path, options=options)
@@ -214,7 +214,7 @@ def test_documents_are_filtered_by_length(build, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["a", "bb", "ccc", "dddd"])
     corpus = build(path, options="--seq-len 8 --train-ratio 1 --min-chars 2 --max-chars 3")
     assert documents_of(corpus, "train") == {"a": ["bb", "ccc"]}
-    report = json.loads((corpus / "build_report.json").read_text())
+    report = json.loads((corpus / "build_report.json").read_text("utf-8"))
     assert report["skipped"]["documents_by_length"] == 2
 
 
@@ -359,10 +359,10 @@ def test_mistakes_end_in_one_sentence(build, tmp_path, fails, options, message):
 def test_a_bad_last_line_leaves_nothing_behind(build, tmp_path, fails, rng):
     path = tmp_path / "a.jsonl"
     good = [json.dumps({"text": text}) + "\n" for text in distinct_texts(rng, 100)]
-    path.write_text("".join(good))
+    path.write_text("".join(good), "utf-8")
     corpus = build(path, options="--seq-len 8")
     before = file_bytes(tmp_path / "corpus")
-    path.write_text("".join([*good, "{"]))
+    path.write_text("".join([*good, "{"]), "utf-8")
     fails(lambda: build(path, options="--seq-len 8 --overwrite"))
     assert file_bytes(corpus) == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.jsonl", "corpus"]
@@ -419,7 +419,7 @@ def test_the_documented_command(tmp_path, tokenizer_json, rng):
         cwd=tmp_path,
         env=environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1
 

@@ -113,7 +113,7 @@ def test_files_are_trms(tmp_path):
         assert load(folder, split, "puzzle_identifiers").tolist() == [0] * rows
         for name in ("puzzle_indices", "group_indices"):
             assert load(folder, split, name).tolist() == list(range(rows + 1))
-    assert json.loads((folder / "identifiers.json").read_text()) == ["<blank>"]
+    assert json.loads((folder / "identifiers.json").read_text("utf-8")) == ["<blank>"]
 
 
 def test_the_seed_decides(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from tests.dataset.conftest import file_bytes, random_text, read_split
 
 
 def write_examples(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
     return path
 
 
@@ -76,7 +76,7 @@ def test_long_texts_are_cut_and_counted(build_text, tmp_path, tokenizer_json, ca
     ignored = data.metadata.ignore_label_id
     # A response that is cut does not end, so no eos is scored.
     assert data.labels[0].tolist() == [ignored, ignored, *ids[:4], ignored]
-    report = json.loads((corpus / "build_report.json").read_text())
+    report = json.loads((corpus / "build_report.json").read_text("utf-8"))
     assert (report["truncated_prompts"], report["truncated_responses"]) == (1, 1)
     assert "1 truncated prompts" in capsys.readouterr().out
 
@@ -111,8 +111,12 @@ def test_budgets_domains_and_weights(build_text, tmp_path):
     assert data.metadata.domains == ["maths", "qa"]
     assert data.puzzle_identifiers.tolist() == (data.domain_ids + 1).tolist()
     assert data.metadata.domain_weights == {"maths": 2.0}
-    assert json.loads((corpus / "identifiers.json").read_text()) == ["<blank>", "maths", "qa"]
-    assert json.loads((corpus / "build_report.json").read_text())["clipped_budgets"] == 2
+    assert json.loads((corpus / "identifiers.json").read_text("utf-8")) == [
+        "<blank>",
+        "maths",
+        "qa",
+    ]
+    assert json.loads((corpus / "build_report.json").read_text("utf-8"))["clipped_budgets"] == 2
 
 
 def test_one_prompt_lands_in_one_split(build_text, tmp_path, monkeypatch):
@@ -131,7 +135,7 @@ def test_one_prompt_lands_in_one_split(build_text, tmp_path, monkeypatch):
         prompts[split] = {text.split("answer")[0] for text in texts}
     assert not prompts["train"] & prompts["test"]
     assert len(prompts["train"] | prompts["test"]) == 40
-    report = json.loads((corpus / "build_report.json").read_text())
+    report = json.loads((corpus / "build_report.json").read_text("utf-8"))
     assert report["skipped"]["duplicates"] == 1
 
     monkeypatch.setattr(build_text_dataset, "BATCH_CHARS", 50)

@@ -48,7 +48,7 @@ def test_dtype_leaves_room_for_the_ignored_label(vocab_size, dtype):
 def test_metadata_of_trm_and_of_the_prototype(tmp_path):
     (tmp_path / "train").mkdir()
     path = tmp_path / "train" / "dataset.json"
-    path.write_text(json.dumps(TRM))
+    path.write_text(json.dumps(TRM), "utf-8")
     metadata = load_metadata(find_split(tmp_path, "train"))
     assert (metadata.total_puzzles, metadata.format_version, metadata.domains) == (3, 0, [])
 
@@ -56,7 +56,7 @@ def test_metadata_of_trm_and_of_the_prototype(tmp_path):
     older["num_sequence_identifiers"] = older.pop("num_puzzle_identifiers") + 6
     older["mean_examples_per_group"] = older.pop("mean_puzzle_examples") + 1
     older["total_sequences"] = older.pop("total_puzzles") + 4
-    path.write_text(json.dumps(older))
+    path.write_text(json.dumps(older), "utf-8")
     metadata = load_metadata(find_split(tmp_path, "train"))
     assert metadata.num_puzzle_identifiers == 7
     assert metadata.mean_puzzle_examples == 2
@@ -72,10 +72,10 @@ def test_bad_metadata_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*dataset.json"):
         load_metadata(tmp_path)
     path = tmp_path / "dataset.json"
-    path.write_text('{"pad_id": 0')
+    path.write_text('{"pad_id": 0', "utf-8")
     with pytest.raises(UserError, match=r"dataset\.json is not valid JSON"):
         load_metadata(tmp_path)
-    path.write_text(json.dumps({**TRM, "seq_len": "long", "vocab_size": 0}))
+    path.write_text(json.dumps({**TRM, "seq_len": "long", "vocab_size": 0}), "utf-8")
     with pytest.raises(UserError, match=r"vocab_size: .*seq_len: "):
         load_metadata(tmp_path)
     with pytest.raises(UserError, match="has no split 'test'"):
@@ -136,7 +136,7 @@ def test_byte_lengths_of_a_metaspace_tokenizer(tmp_path):
 
 
 def test_byte_lengths_refuse_what_is_no_tokenizer(tmp_path):
-    (tmp_path / "tok.json").write_text("{}")
+    (tmp_path / "tok.json").write_text("{}", "utf-8")
     with pytest.raises(UserError, match=r"tok\.json is not a tokenizer"):
         token_byte_lengths(tmp_path / "tok.json")
 

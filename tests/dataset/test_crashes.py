@@ -38,7 +38,7 @@ BUILD = """if True:
 def run(code: str, *arguments: str, **options) -> subprocess.CompletedProcess:
     root = Path(build_corpus_dataset.__file__).parents[1]
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=root, **options)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=root, **options)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_builds_that_begin_at_once(arguments, tmp_path, whole):
         subprocess.Popen(
             [sys.executable, "-c", BUILD, *arguments("corpus")],
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             cwd=root,
         )
         for _ in range(4)

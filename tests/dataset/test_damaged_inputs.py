@@ -196,7 +196,9 @@ def test_reading_goes_on_anywhere(tmp_path, rng, kind, ending):
     path = tmp_path / f"a.{ending}"
     if ending == "txt":
         parts = (rng.choice(("\n", "\r\n", "\n\n", "\n \n", " ")) for _ in range(60))
-        path.write_text("".join(random_text(rng, 3) + part for part in parts), newline="")
+        path.write_text(
+            "".join(random_text(rng, 3) + part for part in parts), newline="", encoding="utf-8"
+        )
     else:
         write_jsonl(path, [rng.choice(("", " ", random_text(rng, 4))) + str(n) for n in range(40)])
     source = find_sources([str(path)])[0][0]

@@ -25,4 +25,4 @@ def test_plays_are_copied_as_they_are(tmp_path):
     assert len(list((tmp_path / "train").iterdir())) == 35
     sizes = [path.stat().st_size for path in (tmp_path / "test").iterdir()]
     assert sum(sizes) == 448_847  # 448,851 when the three are joined by blank lines
-    assert (tmp_path / "test" / "hamlet.txt").read_text().startswith("# Hamlet\n")
+    assert (tmp_path / "test" / "hamlet.txt").read_text("utf-8").startswith("# Hamlet\n")

@@ -93,7 +93,7 @@ def test_figures_are_those_of_the_arrays(corpus: Path):
 def test_answers_that_were_cut_off_are_not_documents(tokenizer_json: Path, tmp_path: Path):
     examples = [{"prompt": "the fox", "response": "jumps " * n} for n in (1, 2, 3, 80, 90)]
     file = tmp_path / "qa.jsonl"
-    file.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    file.write_text("".join(json.dumps(example) + "\n" for example in examples), "utf-8")
     build_text_dataset.main(
         [
             *("--tokenizer-json", str(tokenizer_json), "--input-files", str(file)),
@@ -173,7 +173,9 @@ def test_no_rows_are_wanted(corpus: Path, shows, fails):
 
 def test_puzzles_in_the_layout_of_trm(tmp_path: Path, shows):
     write_trm(tmp_path / "p", [[2, 3], [4]], sets=("all", "hard"))
-    (tmp_path / "p" / "identifiers.json").write_text(json.dumps(["<blank>", "x", "y", "z"]))
+    (tmp_path / "p" / "identifiers.json").write_text(
+        json.dumps(["<blank>", "x", "y", "z"]), "utf-8"
+    )
     output = shows(tmp_path / "p", "--png", tmp_path / "p.png")
     assert "no eos" in output and "all 9, hard 9" in output and "labels" in output
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
@@ -185,7 +187,7 @@ def test_what_the_builder_noted(corpus: Path, shows):
     report["skipped"] = {"duplicates": 1234, "filters": {"too_short": 5}, "none": 0, "x": "y"}
     report["seconds"] = {"reading": 1.25, "parts": {"tokenizing": 2}}
     report["options"]["something_new"] = [1, 2]
-    path.write_text(json.dumps(report))
+    path.write_text(json.dumps(report), "utf-8")
     output = shows(corpus)
     assert "1,234 duplicates, 5 filters.too short" in output
     assert "reading 1.2" in output and "parts.tokenizing 2.0" in output
@@ -200,7 +202,7 @@ def test_any_report_will_do(corpus: Path, shows, report):
     path = corpus / "build_report.json"
     path.unlink()
     if report is not None:
-        path.write_text(json.dumps(report))
+        path.write_text(json.dumps(report), "utf-8")
     assert "\ntrain: " in shows(corpus)
 
 
@@ -226,7 +228,7 @@ def test_a_reader_that_has_seen_enough(corpus: Path):
         executable="/bin/bash",
         cwd=Path(__file__).resolve().parents[2],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{corpus}\n", "")
 

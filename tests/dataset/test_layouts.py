@@ -56,7 +56,7 @@ def test_prompts_and_responses_in_both_layouts(tmp_path, tokenizer_json, rng):
         for _ in range(80)
     ]  # fmt: skip
     path = tmp_path / "qa.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     for layout in ("npy", "stream"):
         build_text_dataset.main(
             [

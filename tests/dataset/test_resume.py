@@ -30,7 +30,7 @@ def start(arguments: list[str]) -> subprocess.Popen:
         [sys.executable, "-c", RUN, *arguments, "--save-every", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         cwd=Path(build_corpus_dataset.__file__).parents[1],
     )
 
@@ -40,7 +40,7 @@ def arguments(tmp_path: Path, tokenizer_json: Path, rng: random.Random):
     """Options of a build of two domains, one of them compressed, with copies and bad lines."""
     texts = [random_text(rng, rng.randrange(1, 400)) for _ in range(150)]
     write_jsonl(tmp_path / "a.jsonl", texts + texts[:20])
-    with open(tmp_path / "a.jsonl", "a") as file:
+    with open(tmp_path / "a.jsonl", "a", encoding="utf-8") as file:
         file.write("no json\n")
     paragraphs = "\n\n".join(random_text(rng, 60) for _ in range(400))
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(paragraphs.encode()))

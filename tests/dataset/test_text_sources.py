@@ -48,7 +48,7 @@ def test_formats_and_compressions_agree(tmp_path, rng, kind, ending):
 
 def test_a_name_that_tells_nothing_needs_a_format(tmp_path):
     path = tmp_path / "part-0001"
-    path.write_text('{"text": "a"}\n')
+    path.write_text('{"text": "a"}\n', "utf-8")
     with pytest.raises(UserError, match=r"part-0001 .*--format"):
         read(path)
     assert read(path, given_format="jsonl") == ["a"]
@@ -106,11 +106,11 @@ def test_bad_json_lines(tmp_path):
     bad = ['{"text": ', "[1]", '{"body": "x", "id": 3}', '{"text": null}', '{"text": "\\ud800"}']
     expected = ["not valid JSON", "holds a list", "keys there: body, id", "holds null", "surrogate"]
     for line, fault in zip(bad, expected, strict=True):
-        path.write_text('{"text": "good"}\n\n' + line + "\n")
+        path.write_text('{"text": "good"}\n\n' + line + "\n", "utf-8")
         with pytest.raises(UserError, match=rf"a\.jsonl, line 3: .*{fault}"):
             read(path)
         assert read(path, max_bad_lines=1) == ["good"]
-    path.write_text('{"text": "good"}\n' + "\n".join(bad))
+    path.write_text('{"text": "good"}\n' + "\n".join(bad), "utf-8")
     with pytest.raises(UserError, match=r"line 5: .*one more than --max-bad-lines 3"):
         read(path, max_bad_lines=3)
     assert read(path, max_bad_lines=5) == ["good"]
@@ -118,7 +118,7 @@ def test_bad_json_lines(tmp_path):
 
 def test_text_key(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"body": "x", "id": 3}\n')
+    path.write_text('{"body": "x", "id": 3}\n', "utf-8")
     assert read(path, text_key="body") == ["x"]
     with pytest.raises(UserError, match=r"no key 'text' \(keys there: body, id"):
         read(path)
@@ -137,10 +137,10 @@ def test_invalid_utf8_is_placed(tmp_path):
 def test_globs_folders_and_repeats(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b.txt", "a.txt", "sub/c.md", "sub/.hidden.txt", "picture.png"):
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text(name, "utf-8")
     assert read(tmp_path) == ["a.txt", "b.txt", "sub/c.md"]
     assert read(f"{tmp_path}/*.txt", f"{tmp_path}/**/*.md") == ["a.txt", "b.txt", "sub/c.md"]
-    (tmp_path / "[odd].txt").write_text("odd")
+    (tmp_path / "[odd].txt").write_text("odd", "utf-8")
     assert read(tmp_path / "[odd].txt") == ["odd"]
     with pytest.raises(UserError, match=r"a\.txt is named twice"):
         read(tmp_path / "a.txt", tmp_path)
@@ -156,7 +156,7 @@ def test_globs_folders_and_repeats(tmp_path):
 
 def test_standard_input(monkeypatch):
     def pipe(data: bytes) -> None:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
 
     pipe(b"one\ntwo\n")
     assert read("-", given_format="text") == ["one", "two"]

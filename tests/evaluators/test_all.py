@@ -43,7 +43,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     found = {}
     for name, make in kinds.items():
         found[name] = folder / f"{name}.jsonl"
-        found[name].write_text("".join(json.dumps(make()) + "\n" for _ in range(9)))
+        found[name].write_text("".join(json.dumps(make()) + "\n" for _ in range(9)), "utf-8")
     return found
 
 
@@ -63,7 +63,8 @@ def evaluated(files, qa_corpus, text_run, tmp_path_factory) -> dict[int, Path]:
     """The run folders of the same evaluation on one rank and, as FSDP, on two."""
     home = tmp_path_factory.mktemp("home")
     (home / "rewards.py").write_text(
-        "def length(prompts, texts, references):\n    return [len(text) for text in texts]\n"
+        "def length(prompts, texts, references):\n    return [len(text) for text in texts]\n",
+        "utf-8",
     )
     task = "{name: tasks@MultipleChoiceEvaluator, path: %s}"
     named = ", ".join([
@@ -98,7 +99,7 @@ def figure(run: Path, name: str) -> float:
 
 def test_two_ranks_report_what_one_reports(evaluated):
     one, two = (
-        json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        json.loads((folder / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
         for folder in evaluated.values()
     )
     kinds = ("text", "halting", "tasks", "generation")
@@ -107,7 +108,7 @@ def test_two_ranks_report_what_one_reports(evaluated):
     for name in names:
         assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-5), name
     samples = [
-        (folder / "evaluation_step_3" / "samples.jsonl").read_text()
+        (folder / "evaluation_step_3" / "samples.jsonl").read_text("utf-8")
         for folder in evaluated.values()
     ]
     assert samples[0] == samples[1]
@@ -127,7 +128,7 @@ def nats(model: LanguageModel, context: str, continuation: str) -> tuple[float, 
 
 
 def records(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def test_choices_are_those_of_a_naive_loop(evaluated, trained, files):
@@ -270,7 +271,7 @@ def test_puzzles_are_voted_on_in_a_run(puzzle_corpus, run_training):
 def test_a_failing_request_ends_one_evaluator_and_not_the_run(text_corpus, run_training, capsys):
     """Identifiers that do not exist, told as a sentence; the others report."""
     task = text_corpus.parent / "task.jsonl"
-    task.write_text(json.dumps({"text": "ab cd"}) + "\n")
+    task.write_text(json.dumps({"text": "ab cd"}) + "\n", "utf-8")
     broken = f"{{name: tasks@MultipleChoiceEvaluator, path: {task}, identifier: poem}}"
     more = ("max_steps=2", f"evaluators=[text@PerplexityEvaluator, {broken}]")
     run = run_training(text_corpus, "run", *more, "arch.puzzle_emb_ndim=32", status=3)

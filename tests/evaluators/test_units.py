@@ -25,7 +25,7 @@ def metadata(**changes) -> DatasetMetadata:
 
 def lines(folder, *records, name="task.jsonl") -> str:
     path = folder / name
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
     return str(path)
 
 
@@ -96,10 +96,10 @@ def test_files_may_be_compressed_and_must_be_json(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a b"}\n\n{"text": "c d"}'))
     found = read_json_lines(str(tmp_path / "a.jsonl.gz"))
     assert [record["text"] for _, record in found] == ["a b", "c d"]
-    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n[1]\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n[1]\n', "utf-8")
     with pytest.raises(UserError, match="line 2: no JSON object"):
         read_json_lines(str(tmp_path / "b.jsonl"))
-    (tmp_path / "c.jsonl").write_text("\n")
+    (tmp_path / "c.jsonl").write_text("\n", "utf-8")
     with pytest.raises(UserError, match="holds no example"):
         read_json_lines(str(tmp_path / "c.jsonl"))
 

@@ -127,7 +127,7 @@ def test_a_run_stays_near_the_checkpoint_that_it_began_near(text_corpus, run_tra
     relative = os.path.relpath(base / "step_2")
     run_training(text_corpus, "tuned", *RUN, "max_steps=6", further, *near(relative))
     for step in (2, 4, 6):
-        config = yaml.safe_load((tuned / f"step_{step}" / "config.yaml").read_text())
+        config = yaml.safe_load((tuned / f"step_{step}" / "config.yaml").read_text("utf-8"))
         assert config["arch"]["loss"]["kl_to"] == str(base / "step_2")
     with pytest.raises(UserError, match=r"kl_to .*step_2, is .*step_4"):
         run_training(text_corpus, "tuned", *RUN, "max_steps=8", further, *near(base / "step_4"))
@@ -227,7 +227,7 @@ def test_a_base_that_cannot_serve_is_refused(text_corpus, run_training, tmp_path
     with pytest.raises(UserError, match=r"kl_to=nowhere is not a folder"):
         run_training(text_corpus, "run", "max_steps=1", *near("nowhere"))
     base = run_training(text_corpus, "base", "max_steps=1", "evaluators=[]")
-    (base / "step_1" / "tokenizer.json").write_text("{}")
+    (base / "step_1" / "tokenizer.json").write_text("{}", "utf-8")
     sealed(base / "step_1")
     with pytest.raises(
         UserError, match=r"arch\.loss\.kl_to=\S+ was trained with another tokenizer"

@@ -196,7 +196,7 @@ def test_generate_writes_what_generate_py_writes(exported, tmp_path, capsys):
 
     prompts = ["ab cd", "a", "hg fe dc b"]
     lines = tmp_path / "prompts.txt"
-    lines.write_text("\n".join(prompts))
+    lines.write_text("\n".join(prompts), "utf-8")
     source = [f"checkpoint={exported.parent / 'checkpoint'}", f"prompts_file={lines}"]
     how = ["identifier=poems", "device_type=cpu", "max_new_tokens=9", "temperature=0"]
     generate.main([*source, *how])
@@ -257,8 +257,9 @@ def test_it_works_where_athena_is_not(exported, tmp_path):
     folder.symlink_to(exported)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-I", "-c", ELSEWHERE, str(folder), "ab cd"], cwd=tmp_path, text=True,
-        env=env | {"HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}, capture_output=True,
+        [sys.executable, "-I", "-c", ELSEWHERE, str(folder), "ab cd"], cwd=tmp_path,
+        env=env | {"HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"},
+        capture_output=True, encoding="utf-8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -371,7 +372,9 @@ def test_an_architecture_of_one_s_own_takes_its_source_along(tmp_path, monkeypat
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
     for name, line in (("mine", "from models.common import trunc_normal_init_"),
                        ("greedy", "from utils.optim import AdamATan2")):  # fmt: skip
-        (tmp_path / f"{name}.py").write_text(f"def late():\n    {line}\n\nclass Mine: ...\n")
+        (tmp_path / f"{name}.py").write_text(
+            f"def late():\n    {line}\n\nclass Mine: ...\n", "utf-8"
+        )
     source = remote_code(importlib.import_module("models.mine").Mine)
     assert "from .mine import Mine as Architecture\n" in source["modeling_athena.py"]
     named = re.findall(r"^from \.(\w+) import", source["modeling_athena.py"], re.M)

@@ -47,9 +47,9 @@ def test_the_memory_of_the_cache_is_stated_and_refused(text_run, capsys, monkeyp
 def test_prompts_of_a_file_are_continued_in_order(text_run, tmp_path, capsys):
     prompts = ["ab cd ef", "gh", "a b c d e f g h", "ba", "cd: 'x' \\n"]
     lines = tmp_path / "prompts.txt"
-    lines.write_text("\n".join(prompts) + "\n\n")
+    lines.write_text("\n".join(prompts) + "\n\n", "utf-8")
     objects = tmp_path / "prompts.jsonl"
-    objects.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    objects.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts), "utf-8")
     found = []
     for path, rows in ((lines, 2), (objects, 3)):
         generate.main(
@@ -79,7 +79,7 @@ def test_interactive_answers_line_by_line(text_run):
     command = [sys.executable, "scripts/generate.py", f"checkpoint={text_run}", "interactive=true"]
     with subprocess.Popen(
         [*command, *CPU], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        encoding="utf-8", cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
     ) as process:  # fmt: skip
         assert process.stdin and process.stdout
         process.stdin.write("ab cd\n")
@@ -111,7 +111,7 @@ def test_refusals(text_run, tmp_path, capsys):
     assert "empty text" in fails(capsys, here, "prompt=a", 'stop=["a", ""]')
     assert "cannot be read" in fails(capsys, here, f"prompts_file={tmp_path / 'none.txt'}")
     broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    broken.write_text('{"prompt": "a"}\n{"question": "b"}\n', "utf-8")
     assert "broken.jsonl, line 2" in fails(capsys, here, f"prompts_file={broken}")
     assert "did you mean 'poems'" in fails(capsys, here, "prompt=a", "identifier=poem")
     assert "not a folder" in fails(capsys, f"checkpoint={tmp_path / 'none'}", "prompt=a")
@@ -122,5 +122,5 @@ def test_refusals(text_run, tmp_path, capsys):
 
 def test_a_damaged_checkpoint_is_refused(text_run, tmp_path, capsys):
     folder = altered(text_run, tmp_path / "damaged")
-    (folder / "dataset.json").write_text(json.dumps({}))
+    (folder / "dataset.json").write_text(json.dumps({}), "utf-8")
     assert "damaged" in fails(capsys, f"checkpoint={folder}", "prompt=a")

@@ -54,7 +54,7 @@ metric_list: [{metric: exact_match}]
 def lm_eval(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "lm_eval_athena.py"), *arguments],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, encoding="utf-8", timeout=300,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -78,11 +78,12 @@ def harness(text_run, harness_folder) -> tuple[list[dict], dict, dict[str, list[
         for _ in range(5)
     ]  # fmt: skip
     data = folder / "documents.jsonl"
-    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    data.write_text("".join(json.dumps(document) + "\n" for document in documents), "utf-8")
     for name, rest in TASKS.items():
         (folder / f"{name}.yaml").write_text(
             f"task: athena_{name}\ndataset_path: json\ndataset_kwargs: {{data_files: {data}}}\n"
-            f"test_split: train\n{rest}"
+            f"test_split: train\n{rest}",
+            "utf-8",
         )
     done = lm_eval(
         "--model", "athena", "--model_args", f"checkpoint={text_run},identifier=poems",
@@ -90,12 +91,12 @@ def harness(text_run, harness_folder) -> tuple[list[dict], dict, dict[str, list[
         "--output_path", str(folder / "out"), "--log_samples", "--device", "cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads(next((folder / "out").rglob("results_*.json")).read_text())
+    results = json.loads(next((folder / "out").rglob("results_*.json")).read_text("utf-8"))
     samples = {
         name: [
             json.loads(line)
             for line in next((folder / "out").rglob(f"samples_athena_{name}_*.jsonl"))
-            .read_text()
+            .read_text("utf-8")
             .splitlines()
         ]
         for name in TASKS

@@ -11,7 +11,7 @@ from scripts import plot_run
 def write_run(folder: Path, *records: dict, tail: str = "") -> Path:
     folder.mkdir(parents=True)
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "metrics.jsonl").write_text(lines + tail)
+    (folder / "metrics.jsonl").write_text(lines + tail, "utf-8")
     return folder
 
 
@@ -85,7 +85,7 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
 @pytest.mark.parametrize("content", [None, ""])
 def test_nothing_to_plot_is_told(tmp_path, capsys, content):
     if content is not None:
-        (tmp_path / "metrics.jsonl").write_text(content)
+        (tmp_path / "metrics.jsonl").write_text(content, "utf-8")
     with pytest.raises(SystemExit) as end:
         plot_run.main([str(tmp_path)])
     assert end.value.code == 2

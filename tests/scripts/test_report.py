@@ -89,7 +89,7 @@ def page_of(*runs: Path, output: Path | None = None) -> Page:
 def write_run(folder: Path, *records: dict, tail: str = "") -> Path:
     folder.mkdir(parents=True)
     lines = "".join(json.dumps({"time": 100.0, **record}) + "\n" for record in records)
-    (folder / "metrics.jsonl").write_text(lines + tail)
+    (folder / "metrics.jsonl").write_text(lines + tail, "utf-8")
     return folder
 
 
@@ -120,7 +120,7 @@ def runs(tmp_path_factory, text_corpus) -> list[Path]:
             "text": f"{run.name} {HOSTILE}",
         }
         (last / "samples.jsonl").write_text(
-            json.dumps(line | {"reference": "the right one"}) + "\n"
+            json.dumps(line | {"reference": "the right one"}) + "\n", "utf-8"
         )
     return made
 
@@ -136,7 +136,7 @@ def page(runs) -> Page:
 
 
 def log_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
 def test_figures_are_those_of_the_logs(runs, page):
@@ -253,7 +253,7 @@ def test_where_the_time_went(tmp_path):
     )
     given_up = [training(30, 30.0, 137.0), training(40, 40.0, 147.0)]
     lines = "".join(json.dumps(line) + "\n" for line in given_up)
-    (run / "metrics_abandoned.jsonl").write_text(lines + '{"step": 5')
+    (run / "metrics_abandoned.jsonl").write_text(lines + '{"step": 5', "utf-8")
     page = page_of(run)
     [facts] = [{label: cells[0][0]["text"] for label, cells in page.rows.items() if cells[0]}]
     assert facts["training time"] == "60.0 s" and facts["evaluation time"] == "7.0 s"
@@ -329,11 +329,11 @@ def test_in_a_real_browser_a_pointer_reads_values(runs, page, tmp_path):
         document.title = `${hidden} ${frame.height > 50} ${told}`;
     </script>"""
     path = tmp_path / "probe.html"
-    path.write_text(page.source.replace("</body>", probe + "</body>"))
+    path.write_text(page.source.replace("</body>", probe + "</body>"), "utf-8")
     done = subprocess.run(
         [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
          f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, encoding="utf-8", timeout=120,
     )  # fmt: skip
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)[1]
     assert "CONSOLE" not in done.stderr, done.stderr

@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 def command(*arguments: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "smoke_test.py"), *arguments],
-        capture_output=True, text=True, **options,
+        capture_output=True, encoding="utf-8", **options,
     )  # fmt: skip
 
 
 def texts_in(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    return [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
 
 
 @pytest.mark.slow
@@ -79,7 +79,8 @@ def test_a_data_set_is_read_from_its_text_column(tmp_path, monkeypatch, rows, te
     (tmp_path / "datasets.py").write_text(
         "def load_dataset(path, name, split, streaming):\n"
         "    assert (path, name, split, streaming) == ('some/data', 'small', 'train', True)\n"
-        f"    return {rows!r}\n"
+        f"    return {rows!r}\n",
+        "utf-8",
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "datasets", raising=False)
@@ -90,7 +91,7 @@ def test_a_data_set_is_read_from_its_text_column(tmp_path, monkeypatch, rows, te
 
 def test_a_failing_step_is_named(tmp_path, capfd):
     broken = tmp_path / "tok.json"
-    broken.write_text("{}")
+    broken.write_text("{}", "utf-8")
     with pytest.raises(SystemExit) as end:
         smoke_test.main(["--tokenizer-json", str(broken), "--output-dir", str(tmp_path / "out")])
     assert end.value.code == 2

@@ -20,7 +20,7 @@ SWEEP = "tag(log, interval(1e-4, 1e-1))"
 
 
 def trials_of(folder):
-    lines = (folder / "trials.jsonl").read_text().splitlines()
+    lines = (folder / "trials.jsonl").read_text("utf-8").splitlines()
     return {line["trial"]: line for line in map(json.loads, lines)}
 
 
@@ -53,10 +53,10 @@ def test_a_search_finds_and_goes_on(text_corpus, tmp_path, capsys):
     assert sorted(first) == [0, 1] and re.search(r"^best: lr=\S+ optimizer=\S+$", out, re.M)
     for number, trial in first.items():
         assert 1e-4 <= trial["lr"] <= 1e-1 and trial["optimizer"] in ("adamw", "adam_atan2")
-        config = (folder / f"trial_{number}" / "config.yaml").read_text()
+        config = (folder / f"trial_{number}" / "config.yaml").read_text("utf-8")
         assert f"optimizer: {trial['optimizer']}" in config
         if trial["state"] == "COMPLETE":
-            logged = (folder / f"trial_{number}" / "metrics.jsonl").read_text().splitlines()
+            logged = (folder / f"trial_{number}" / "metrics.jsonl").read_text("utf-8").splitlines()
             evaluated = [json.loads(line) for line in logged if "eval/text/bits_per_byte" in line]
             assert trial["value"] == evaluated[-1]["eval/text/bits_per_byte"]
     main([*given, "--trials", "3"])
@@ -136,14 +136,17 @@ def test_a_mistake_can_be_corrected_and_one_bad_value_fails_its_own_trials(
 def test_a_trial_that_diverges_at_its_end_has_no_figure(text_corpus, tmp_path, capsys):
     """The launcher stands for a run whose last evaluation is not finite."""
     script = tmp_path / "run.py"
-    script.write_text("""import json, pathlib, sys
+    script.write_text(
+        """import json, pathlib, sys
 keys = dict(word.split("=", 1) for word in sys.argv[2:])
 run = pathlib.Path(keys["checkpoint_path"])
 run.mkdir(parents=True)
 figures = [2.0, None] if float(keys["lr"]) > 0.5 else [4.0, 3.0]
 lines = [json.dumps({"step": i, "eval/all/lm_loss": f}) for i, f in enumerate(figures)]
 (run / "metrics.jsonl").write_text("\\n".join(lines) + "\\n")
-""")
+""",
+        "utf-8",
+    )
     main([
         "--folder", str(tmp_path / "s"), *TINY, f"data_paths=[{text_corpus}]", "lr=0.1,1.0",
         "--trials", "2", "--metric", "eval/all/lm_loss", "--launcher", f"{sys.executable} {script}",

@@ -35,7 +35,7 @@ def pod(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [SCRIPT, *arguments],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env=os.environ | environment,
         timeout=60,
     )
@@ -54,7 +54,7 @@ def test_a_dry_run_prints_commands_that_a_shell_reads_back(command):
     assert done.returncode == 0, done.stderr
     shown = done.stdout.replace("gcloud ", "show gcloud ")
     program = "show() { printf '%s\\0' \"$@\"; }\n" + shown
-    words = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+    words = subprocess.run(["bash", "-c", program], capture_output=True, encoding="utf-8")
     words = words.stdout.split("\0")
     assert words[:4] == ["gcloud", "compute", "tpus", "tpu-vm"]
     assert {"--zone=us-east5-a", "--project=mine"} <= set(words)
@@ -87,7 +87,7 @@ def worker(tmp_path) -> dict[str, str]:
     for path, text in ((tmp_path / "bin/gcloud", GCLOUD),
                        (tmp_path / "athena/.venv-tpu/bin/python", PYTHON)):  # fmt: skip
         path.parent.mkdir(parents=True)
-        path.write_text(text)
+        path.write_text(text, "utf-8")
         path.chmod(0o755)
     return {"HOME": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
 
@@ -98,10 +98,10 @@ def test_a_run_starts_with_its_arguments_and_ends_when_told(command, fate, worke
     arguments = ["data_paths=[/mnt/a b/c]", "run_name=it's", "logger=[jsonl,wandb]"]
     done = pod(*POD, "run", *arguments, **worker)
     assert "started" in done.stdout, done.stderr
-    process = int((folder / "tpu_run.pid").read_text())
+    process = int((folder / "tpu_run.pid").read_text("utf-8"))
     try:
         wait_until((folder / "arguments").exists)
-        seen = (folder / "arguments").read_text().splitlines()
+        seen = (folder / "arguments").read_text("utf-8").splitlines()
         assert seen == ["TPU", "pretrain.py", "device_type=tpu", *arguments]
         assert "alive already" in pod(*POD, "run", **worker).stdout
         assert "alive" in pod(*POD, "status", **worker).stdout

@@ -49,7 +49,7 @@ def start_fetch(url: str) -> subprocess.Popen[str]:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     )
 
 
@@ -340,7 +340,7 @@ def test_a_storage_that_nobody_knows():
 
 def test_a_cache_that_cannot_be_written(site: Site, tmp_path: Path, monkeypatch):
     site.files["/x.txt"] = b"x"
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", "utf-8")
     monkeypatch.setenv("ATHENA_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="ATHENA_CACHE"):
         fetch(site.url + "/x.txt")

@@ -46,7 +46,7 @@ def start(*command: str, **environment: str) -> subprocess.Popen:
         [sys.executable, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         cwd=ROOT,
         env=ENVIRONMENT | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places} | environment,
     )

@@ -17,7 +17,7 @@ def programs(folder: Path, operation: str) -> int:
     files = list(folder.glob("*after_optimizations.txt"))
     assert files, "XLA wrote no program down"
     found = re.compile(rf" {operation}(-start)?\(")
-    return sum(found.search(path.read_text()) is not None for path in files)
+    return sum(found.search(path.read_text("utf-8")) is not None for path in files)
 
 
 def written_down(folder: Path) -> str:

@@ -23,7 +23,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(text_corpus, tmp_path):
     command = ["pretrain.py", *OPTIONS, f"data_paths=[{text_corpus}]", f"checkpoint_path={run}"]
     process = start(*command, "max_steps=100000")
     deadline, log = time.monotonic() + 150, run / "metrics.jsonl"
-    while not (log.is_file() and log.read_text().count("\n") >= 3):
+    while not (log.is_file() and log.read_text("utf-8").count("\n") >= 3):
         assert time.monotonic() < deadline and process.poll() is None, finish(process)
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -98,7 +98,7 @@ if __name__ == "__main__":
 @in_background
 def test_what_becomes_of_replicas_reaches_the_parent(text_corpus, tmp_path):
     script = tmp_path / "fates.py"
-    script.write_text(FATES)
+    script.write_text(FATES, "utf-8")
     code, out, err = finish(start(str(script), CPU_NUM_DEVICES="2"))
     assert code == 0, out + err
     value, status, sentence, bug, death = out.splitlines()
@@ -132,15 +132,15 @@ if __name__ == "__main__":
 def test_a_second_interrupt_ends_the_run_at_once(text_corpus, tmp_path):
     """The first is told to the replicas, even where Ctrl-C reaches their processes too."""
     script = tmp_path / "stubborn.py"
-    script.write_text(STUBBORN)
+    script.write_text(STUBBORN, "utf-8")
     process = start(str(script), str(tmp_path))
     deadline = time.monotonic() + 90
     wait_for(tmp_path / "ready", deadline)
-    child = int((tmp_path / "ready").read_text())
+    child = int((tmp_path / "ready").read_text("utf-8"))
     os.kill(child, signal.SIGINT)
     process.send_signal(signal.SIGINT)
     wait_for(tmp_path / "told", deadline)
-    assert (tmp_path / "told").read_text() == str(int(signal.SIGINT))
+    assert (tmp_path / "told").read_text("utf-8") == str(int(signal.SIGINT))
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process, timeout=20)
     assert code != 0 and "KeyboardInterrupt" in err
@@ -149,7 +149,7 @@ def test_a_second_interrupt_ends_the_run_at_once(text_corpus, tmp_path):
 
 
 def wait_for(path: Path, deadline: float) -> None:
-    while not path.exists() or not path.read_text():
+    while not path.exists() or not path.read_text("utf-8"):
         assert time.monotonic() < deadline, f"{path.name} never came"
         time.sleep(0.1)
 

@@ -73,7 +73,7 @@ def questions(folder: Path) -> Path:
         for i in range(1, 12)
     ]
     path = folder / "questions.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     return path
 
 

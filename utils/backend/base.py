@@ -316,11 +316,11 @@ def free_host_memory() -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    fields = dict(line.split(":", 1) for line in meminfo.read_text("utf-8").splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
     limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, max(0, int(text) - int(used.read_text())))
+    if limit.is_file() and (text := limit.read_text("utf-8").strip()).isdigit():
+        free = min(free, max(0, int(text) - int(used.read_text("utf-8"))))
     return free
 
 

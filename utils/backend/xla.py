@@ -72,7 +72,8 @@ def no_tpu() -> str | None:
             [sys.executable, "-c", _PROBE],
             env=os.environ | _ONE_CHIP | {"PJRT_DEVICE": "TPU"},
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=PROBE_SECONDS,
         )
     except subprocess.TimeoutExpired:

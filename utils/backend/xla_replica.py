@@ -54,7 +54,7 @@ class SignalFile(Sequence[int]):
         return int(self.path.exists())
 
     def __getitem__(self, index):
-        return [int(path.read_text()) for path in [self.path] if path.exists()][index]
+        return [int(path.read_text("utf-8")) for path in [self.path] if path.exists()][index]
 
 
 class Replica(Backend):
