@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +40,7 @@ ARRAY_NAMES = (
 )
 
 METADATA_NAME = "dataset.json"
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 _FAST = "xxh3_128:"
 BLANK_IDENTIFIER = "<blank>"
 
@@ -251,6 +253,11 @@ def byte_alphabet() -> dict[str, int]:
     return alphabet
 
 
+def is_byte_token(token: str) -> bool:
+    """Return whether a token is spelled as byte fallback spells a byte, such as <0x0A>."""
+    return _BYTE_TOKEN.fullmatch(token) is not None
+
+
 def token_byte_lengths(tokenizer_json_path: str | Path) -> np.ndarray:
     """Bytes of text that each token id stands for: (V,) int32, V = highest id + 1.
 
@@ -318,8 +325,8 @@ def _decoded_length(tokenizer: Any) -> Callable[[str, int], int]:
     before = len(tokenizer.decode(prefix, skip_special_tokens=False).encode())
 
     def length(token: str, index: int) -> int:
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return 1  # byte fallback: alone it would decode to a replacement character
+        if is_byte_token(token):
+            return 1  # alone it would decode to a replacement character
         return len(tokenizer.decode([*prefix, index], skip_special_tokens=False).encode()) - before
 
     return length

@@ -5,18 +5,21 @@ is computed with the same number of ACT steps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
+from dataset.common import is_byte_token
 from models.key_value_cache import KeyValueCache
 from models.layers import SequenceInfo
 from models.losses import ACTLossHead
 from utils.sampling import Sampling
+
+REPLACEMENT = "\ufffd"
 
 
 class Decoder:
@@ -157,33 +160,64 @@ class Written(NamedTuple):
 class Writer:
     """One text as it grows: turns ids into text, in pieces that can be shown at once.
 
-    Holds back half a character, and what may be the beginning of a stop string; the text ends
-    before the first stop string in it.
+    All pieces together are what decoding prompt and continuation at once adds to the prompt.
+    Held back is what later ids may change: the bytes of an unfinished character, a run of byte
+    tokens (a decoder replaces all of it for one wrong byte), and what may be the beginning of a
+    stop string; the text ends before the first stop string in it. Bytes that form no character are
+    U+FFFD in the end. A character that the prompt's last bytes only begin belongs to the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
-        # Decoding begins with the prompt, because some tokenizers write a text's first word without
-        # a space; but not with one that ends within a character, which would be written again.
-        whole = not tokenizer.decode(list(prompt), skip_special_tokens=False).endswith("\ufffd")
-        self.stream, self.tokenizer = DecodeStream(list(prompt) if whole else []), tokenizer
-        self.stop = tuple(stop)
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.ids: list[int] = []
         self.text = ""
         self.shown = 0
         self.ended = False
+        # Decoding begins before the first new id, because some tokenizers write a text's first word
+        # without a space.
+        self._recent = list(prompt)
+        self._context = self._decode(self._recent)
+        self._final = 0
 
     def add(self, token: int) -> str:
         """Takes one id; the text that can be shown now."""
         self.ids.append(token)
-        self.text += self.stream.step(self.tokenizer, token) or ""
-        places = [place for s in self.stop if (place := self.text.find(s)) >= 0]
-        if places:
-            self.text, self.ended = self.text[: min(places)], True
-        return self._show(len(self.text) - (0 if self.ended else self._doubtful()))
+        self._recent.append(token)
+        whole = self._decode(self._recent)
+        self.text = self.text[: self._final] + self._new(whole)
+        self._end_at_stop(len(self.text.rstrip(REPLACEMENT)))
+        if self.ended:
+            return self._show(len(self.text))
+        name = self.tokenizer.id_to_token(token)
+        if whole.endswith(REPLACEMENT) or (name is not None and is_byte_token(name)):
+            return ""
+        self._final = len(self.text)
+        self._recent, self._context = [token], self._decode([token])
+        return self._show(len(self.text) - self._doubtful())
 
     def finish(self) -> str:
         """The rest of the text, where nothing more comes."""
+        self._end_at_stop(len(self.text))
         return self._show(len(self.text))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _new(self, whole: str) -> str:
+        """What the recent ids, `whole` as text, add to their context."""
+        if whole.startswith(self._context):
+            return whole[len(self._context) :]
+        pairs = zip(self._context, whole, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        changed = self._context[same:]
+        # Wrong bytes after the prompt's last ones have each of those replaced, too; a character
+        # that the prompt began is completed instead.
+        return whole[same + (0 if REPLACEMENT in changed else len(changed.encode())) :]
+
+    def _end_at_stop(self, until: int) -> None:
+        places = [place for s in self.stop if (place := self.text.find(s, 0, until)) >= 0]
+        if places:
+            self.text, self.ended = self.text[: min(places)], True
 
     def _doubtful(self) -> int:
         """Characters at the end of the text with which a stop string begins."""

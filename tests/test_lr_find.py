@@ -1,6 +1,7 @@
 """A sweep of the learning rate: its rates, what it says, and that it leaves runs alone."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -78,6 +79,22 @@ def test_a_sweep_ends_where_the_loss_is_no_longer_finite(tmp_path):
     assert f"no longer finite after lr {rates[39]:.2g}" in said and "lowest" in said
     (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[-1]) + "\n", "utf-8")
     assert "did not fall" in lr_finder.conclude(tmp_path, rule)
+
+
+@pytest.mark.parametrize("turn", [1e-3, 1e-2, 3e-2, 0.1, 1.0])
+def test_the_advice_never_exceeds_its_own_limit(tmp_path, turn):
+    """A loss that falls with the logarithm of the rate, faster until `turn` and then up."""
+    rates = np.geomspace(1e-5, 0.1, 120)
+    with (tmp_path / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for i, rate in enumerate(rates):
+            loss = 5 - (rate / 0.1) ** 0.5 + max(0.0, rate - turn) * 100
+            file.write(json.dumps({"step": i + 1, "train/lm_loss": loss}) + "\n")
+    said = lr_finder.conclude(tmp_path, LRFindConfig(low=1e-5, high=0.1, steps=120))
+    advised = float(re.search(r"try lr=([\d.e+-]+)", said)[1])
+    lowest = float(re.search(r"lowest at ([\d.e+-]+)", said)[1])
+    limit = re.search(r"at most ([\d.e+-]+)", said)
+    assert advised <= lowest / 2.9 and (limit is None or advised < float(limit[1]))
+    assert ("raise lr_find.high (now 0.1)" in said) == (turn >= 0.1)
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,13 @@ def conclude(folder: Path, rule: LRFindConfig) -> str:
             f"the loss did not fall between lr {rule.low:g} and {rule.high:g}{ended}: lower "
             f"lr_find.low, or give it more lr_find.steps (now {rule.steps}); see {picture}"
         )
+    # The loss is lowest just below the rates at which training diverges: keep a margin.
+    most = f"{found.lowest / 3:.1e}"
+    advised = min(most, f"{found.steepest:.1e}", key=float)
+    limit = "a third of the latter" if advised == most else f"and at most {most}"
     said = (
         f"the loss falls fastest at lr {found.steepest:.2g} and is lowest at {found.lowest:.2g}"
-        f"{ended}: try lr={found.steepest:.1e}, and at most {found.lowest / 3:.1e}; see {picture}"
+        f"{ended}: try lr={advised}, {limit}; see {picture}"
     )
     if found.lowest >= 0.9 * rule.high:
         said += f"; it still falls at the end: raise lr_find.high (now {rule.high:g})"

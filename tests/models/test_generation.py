@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from seeds import draw_rng
 from tokenizers import Tokenizer, decoders, models
 
 from models.generation import Decoder, Writer, draw, write
@@ -187,6 +188,99 @@ def test_a_stop_string_ends_the_text_before_it_wherever_tokens_part():
     assert shown == writer.text == "one\n\ntwo"
 
 
+BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
+
+
+def with_byte_fallback(strip: int = 1) -> Tokenizer:
+    """Build a tokenizer of Llama 2's kind (strip=0: Gemma's); id N is byte N."""
+    vocabulary = BYTES | {"▁": 256, "▁a": 257, "b": 258, "日": 259, "▁▁": 260, "\ufffd": 261}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="b"))
+    stripped = [decoders.Strip(" ", strip, 0)] if strip else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *stripped]
+    )
+    return tokenizer
+
+
+def with_words(decoder=None) -> Tokenizer:
+    words = ["a", "##b", "▁c", "▁", "日本", "d</w>", "▁▁", ".", "é"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="a"))
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    return tokenizer
+
+
+KINDS = {
+    "byte level": (letters, 2),
+    "byte fallback, Llama's": (with_byte_fallback, 0),
+    "byte fallback, Gemma's": (lambda: with_byte_fallback(0), 0),
+    "metaspace": (lambda: with_words(decoders.Metaspace()), None),
+    "word pieces": (lambda: with_words(decoders.WordPiece()), None),
+    "end of word": (lambda: with_words(decoders.BPEDecoder()), None),
+    "words": (with_words, None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_text_is_what_decoding_all_ids_at_once_gives(kind):
+    """Random ids, among them bytes that form no character or only begin one."""
+    make_tokenizer, first_byte = KINDS[kind]
+    tokenizer, rng = make_tokenizer(), draw_rng()
+    size = tokenizer.get_vocab_size()
+
+    def random_ids(most: int) -> list[int]:
+        ids: list[int] = []
+        for _ in range(rng.integers(most + 1)):
+            if first_byte is not None and rng.random() < 0.5:  # a character, perhaps cut
+                data = str(rng.choice(list("é日🎉\n\ufffd "))).encode()
+                ids += [first_byte + byte for byte in data[: rng.integers(1, 5)]]
+            else:
+                ids.append(int(rng.integers(size)))
+        return ids
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False)
+
+    exact = 0
+    for _ in range(400):
+        ids, cut = random_ids(12), int(rng.integers(6))
+        prompt, ids = ids[:cut], ids[cut:]
+        writer, before, whole = Writer(tokenizer, prompt), decode(prompt), decode([*prompt, *ids])
+        shown = "".join([writer.add(token) for token in ids]) + writer.finish()
+        assert shown == writer.text and writer.ids == ids and not writer.ended
+        assert whole.endswith(shown)
+        if whole.startswith(before):  # no character of the prompt is completed or broken by it
+            exact += 1
+            assert before + shown == whole
+    assert exact > 100
+
+
+def test_bytes_of_a_character_are_held_back_and_shown_as_replaced_at_the_end():
+    tokenizer = with_byte_fallback()
+    prompt = list("日は".encode())
+    writer = Writer(tokenizer, prompt)
+    assert [writer.add(token) for token in (*"今".encode(), 257)] == ["", "", "", "今 a"]
+    assert [writer.add(token) for token in "今".encode()[:2]] == ["", ""]
+    assert writer.finish() == "\ufffd\ufffd" and writer.text == "今 a\ufffd\ufffd"
+    # what the model adds to the prompt's last bytes costs the prompt nothing
+    writer = Writer(tokenizer, prompt)
+    assert [writer.add(0xE4), writer.add(258)] == ["", "\ufffdb"]
+    # a character that the prompt began belongs to the text
+    writer = Writer(letters(), ids_of("x🎉")[:-2])
+    assert "".join(map(writer.add, ids_of("🎉y")[2:])) == "🎉y"
+
+
+@pytest.mark.parametrize("make_tokenizer, first", [(with_byte_fallback, 0), (letters, 2)])
+def test_a_stop_string_in_bytes_ends_the_text_at_once(make_tokenizer, first):
+    writer, shown, taken = Writer(make_tokenizer(), [first + 65], ["\n\n", "本"]), "", 0
+    for byte in "今\n日本\n\n".encode():
+        shown += writer.add(first + byte)
+        taken += 1
+        if writer.ended:
+            break
+    assert shown + writer.finish() == writer.text == "今\n日" and taken == 10
+
+
 class CountsUp:
     """Stands for a decoder whose model always says the next number."""
 
@@ -210,6 +304,13 @@ def test_eos_ends_a_row_and_is_not_part_of_it():
                  Sampling(max_new_tokens=5), eos_id=ids_of("d")[0])  # fmt: skip
     assert [(row.text, row.ended) for row in rows] == [("bc", True), ("fghij", False),
                                                        ("rstuv", False)]  # fmt: skip
+
+
+def test_bytes_that_form_no_character_cost_the_other_texts_nothing():
+    """The first row goes on from the last byte of its prompt with bytes that can follow none."""
+    prompts = [list("今日は".encode()), [ord("a")], list("é".encode())]
+    rows = write(CountsUp(), prompts, with_byte_fallback(), Sampling(max_new_tokens=3), eos_id=None)
+    assert [row.text for row in rows] == ["\ufffd" * 3, "bcd", "\ufffd" * 3]
 
 
 @torch.no_grad()

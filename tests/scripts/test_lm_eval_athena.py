@@ -163,8 +163,7 @@ def test_texts_are_the_likeliest_and_end_before_a_stop(harness, model):
                 break
             written.append(int(p.argmax()))
         whole = model.decode([*ids, *written])[len(model.decode(ids)) :].partition("zz")[0]
-        text = sample["resps"][0][0]
-        assert whole.startswith(text) and set(whole[len(text) :]) <= {"\ufffd", "z"}
+        assert sample["resps"][0][0] == whole
 
 
 def test_results_say_which_model_it_was(harness, model):
