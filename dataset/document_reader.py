@@ -217,5 +217,11 @@ def _is_broken(value: Any) -> bool:
 def _json_type(value: Any) -> str:
     if isinstance(value, _Broken):
         return "half a surrogate pair"
-    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value"}
+    names = {
+        bytes: "bytes that are not UTF-8",
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "a truth value",
+    }
     return "null" if value is None else names.get(type(value), "a number")

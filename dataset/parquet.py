@@ -17,7 +17,8 @@ def parquet_records(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Row numbers (from 1) and `{column: value}` of the rows after the first `skip`.
 
-    `UserError` where the file is damaged, cut off, or has no such column of text.
+    Text may be stored as bytes; a value that is not UTF-8 is given as bytes. `UserError` where the
+    file is damaged, cut off, or has no such column of text.
     """
     pq, arrow_error = _pyarrow()
     try:
@@ -41,10 +42,10 @@ def parquet_records(
             reported, number = 0, first
             batches = file.iter_batches(_ROWS, groups, [column], use_threads=False)
             for batch in batches if groups else ():
-                for value in batch.column(0).to_pylist():
+                for value in _as_bytes(batch.column(0)).to_pylist():
                     number += 1
                     if number > skip:
-                        yield number, {column: value}
+                        yield number, {column: _as_text(value)}
                 now = source.size * number // max(1, total)
                 progress(now - reported)
                 reported = now
@@ -74,8 +75,46 @@ def _check_column(source: Source, schema: Any, column: str) -> None:
         raise UserError(
             f"{source} has no column {column!r} (columns: {there}); name one with --text-key."
         )
-    kind = schema.field(column).type
-    if pyarrow.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+    kind = _stored_type(schema.field(column).type)
+    names = (
+        "string", "large_string", "string_view", "binary", "large_binary", "binary_view",
+        "fixed_size_binary", "null",
+    )  # fmt: skip
+    # Older versions of pyarrow know fewer of them.
+    known = [getattr(pyarrow.types, f"is_{name}", None) for name in names]
+    if not any(is_kind(kind) for is_kind in known if is_kind is not None):
         raise UserError(f"column {column!r} of {source} holds {kind}, not text; see --text-key.")
+
+
+def _stored_type(kind: Any) -> Any:
+    """The type of the values themselves, without what encodes or renames them."""
+    import pyarrow
+
+    while True:
+        if isinstance(kind, pyarrow.BaseExtensionType):
+            kind = kind.storage_type
+        elif pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        else:
+            return kind
+
+
+def _as_bytes(array: Any) -> Any:
+    """Cast an array of text, in whichever encoding, to one of bytes or nulls."""
+    import pyarrow
+
+    while True:
+        if isinstance(array, pyarrow.ExtensionArray):
+            array = array.storage
+        elif isinstance(array, pyarrow.DictionaryArray):
+            array = array.dictionary_decode()
+        else:
+            return array.cast(pyarrow.large_binary())
+
+
+def _as_text(value: bytes | None) -> str | bytes | None:
+    """Decode a value; bytes that are not UTF-8 stay what they are."""
+    try:
+        return value if value is None else value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value
