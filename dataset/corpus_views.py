@@ -10,6 +10,7 @@ import numpy as np
 
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, UserError
 from dataset.corpus_statistics import SplitStatistics, real_tokens
+from utils.plotting import save_figure
 
 MOST_LINES = 14
 """Lines of a row that are shown; a longer one loses its middle."""
@@ -150,10 +151,7 @@ def draw(splits: dict[str, SplitStatistics], title: str, output: Path) -> None:
             panel.legend()
     figure.suptitle(title)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=110)
-    except (OSError, ValueError) as error:  # ValueError: an ending that is no image format
-        raise UserError(f"cannot write --png {output}: {error}") from error
+        save_figure(figure, output, f"--png {output}")
     finally:
         plt.close(figure)
 

@@ -8,7 +8,6 @@ can be encoded. The same input gives the same file.
 """
 
 import argparse
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from dataset.common import UserError, command_parser, run_cli
 from dataset.document_reader import DocumentReader, ReadOptions
 from dataset.text_sources import add_input_options, find_sources
+from utils.atomic import write_result
 
 SPECIAL_TOKENS = ("<|pad|>", "<|eos|>")
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
@@ -55,15 +55,8 @@ def run(args: argparse.Namespace) -> None:
         reader = DocumentReader(options, bar.update)
         texts = (text for source in sources for text in reader.texts(source))
         tokenizer = train_tokenizer(texts, args.vocab_size)
-    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        os.replace(temporary, output)
-    except OSError as error:
-        raise UserError(f"cannot write --output {output}: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_result(output, f"--output {output}") as part:
+        part.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     learned = tokenizer.get_vocab_size()
     if learned < args.vocab_size:
         print(f"The text gave only {learned} tokens of the {args.vocab_size} asked for.")

@@ -14,6 +14,7 @@ from pydantic import Field
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, UserError
 from evaluators.examples import read_json_lines, spread
 from evaluators.interface import Batch, Continued, Examined
+from utils.atomic import write_atomically
 from utils.reporting import tell
 from utils.sampling import Sampling
 
@@ -172,12 +173,14 @@ class GenerationEvaluator:
         if rank != 0:
             return None
         if save_path is not None and self.samples:
+            path = Path(save_path) / "samples.jsonl"
             try:
-                Path(save_path).mkdir(parents=True, exist_ok=True)
-                with (Path(save_path) / "samples.jsonl").open("ab") as file:
-                    file.writelines(orjson.dumps(line) + b"\n" for line in self.samples)
+                before = path.read_bytes() if path.is_file() else b""  # of another evaluator
+                with write_atomically(path) as part:
+                    lines = [orjson.dumps(line) + b"\n" for line in self.samples]
+                    part.write_bytes(before + b"".join(lines))
             except OSError as error:
-                tell(f"warning: {save_path}/samples.jsonl: {error.strerror or error}")
+                tell(f"warning: {path}: {error.strerror or error}")
         return {f"{self.config.prefix}/{name}": value for name, value in self.figures.items()}
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from dataset.common import DatasetMetadata
+from dataset.common import DatasetMetadata, UserError
 from evaluators.interface import Batch, Examined
-from utils.plotting import with_slack
+from utils.plotting import save_figure, with_slack
 from utils.reporting import tell
 
 BINS = 10  # of the halting head's probability
@@ -144,9 +144,8 @@ class HaltingEvaluator:
     ) -> None:
         """halting.png: quality by step and by FLOPs, latents, and the halting head."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             draw(folder / "halting.png", curves, sums)
-        except (OSError, ImportError) as error:
+        except (UserError, ImportError) as error:
             tell(f"warning: halting.png was not drawn ({error})")
 
 
@@ -197,4 +196,4 @@ def draw(path: Path, curves: dict[str, np.ndarray], sums: dict[str, np.ndarray])
         with_slack(axes)
     for axes in panels:
         axes.set_visible(axes.has_data())
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, str(path))

@@ -11,7 +11,9 @@ from torch import Tensor
 from dataset.common import IGNORE_LABEL_ID
 from evaluators.guard import FAILURES, Group, Guarded, interrupt_if_asked
 from evaluators.interface import Batch, Evaluator, Examined
+from utils.atomic import write_atomically
 from utils.backend import Backend
+from utils.checkpoint_writer import save_tensors
 from utils.data import Data
 from utils.functions import load_class
 from utils.reporting import tell
@@ -220,10 +222,9 @@ def run_all(
 def save_predictions(saved: dict[str, list[Tensor]], folder: Path, rank: int) -> None:
     path = folder / f"predictions_rank{rank}.pt"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save({name: torch.cat(parts) for name, parts in saved.items()}, path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        path.unlink(missing_ok=True)
+        with write_atomically(path) as part:
+            save_tensors({name: torch.cat(parts) for name, parts in saved.items()}, part)
+    except OSError as error:
         tell(f"warning: {path} could not be written ({error}); the run goes on without it")
 
 

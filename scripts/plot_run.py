@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.common import UserError, run_cli
-from utils.plotting import with_slack
+from utils.plotting import save_figure, with_slack
 
 METRICS = "metrics.jsonl"
 # What an evaluation is judged by: the first of these that a run has.
@@ -139,8 +139,8 @@ def summary(run: RunMetrics) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: Sequence[RunMetrics], output: Path) -> None:
-    """Six panels, one line a run in each; writes a PNG."""
+def draw(runs: Sequence[RunMetrics], output: Path, setting: str | None = None) -> None:
+    """Six panels, one line a run in each; writes a PNG. setting: see `write_result`."""
     try:
         import matplotlib
     except ImportError:
@@ -188,10 +188,7 @@ def draw(runs: Sequence[RunMetrics], output: Path) -> None:
         loss.legend()
     figure.suptitle(", ".join(run.name for run in runs))
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=110)
-    except (OSError, ValueError) as error:  # ValueError: an ending that is no image format
-        raise UserError(f"cannot write --output {output}: {error}") from error
+        save_figure(figure, output, setting or f"--output {output}")
     finally:
         plt.close(figure)
 

@@ -22,6 +22,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from dataset.common import UserError, command_parser, run_cli
 from scripts.report_page import charts, figures
 from scripts.report_page.runs import Run
+from utils.atomic import write_result
 from utils.checkpoint import checkpoints_of, step_of
 
 TEMPLATES = Path(__file__).resolve().parent / "report_page"
@@ -265,11 +266,8 @@ def run(args: argparse.Namespace) -> None:
     alone = runs[0].folder / "report.html"
     output: Path = args.output or (alone if len(runs) == 1 else Path("report.html"))
     text = page(runs)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write --output {output}: {error.strerror or error}") from None
+    with write_result(output, f"--output {output}") as part:
+        part.write_text(text, encoding="utf-8")
     print(f"wrote {output} ({len(text.encode()) / 1e6:.2f} MB)")
 
 

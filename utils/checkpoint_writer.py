@@ -138,10 +138,10 @@ class CheckpointWriter:
         rank, names = self.backend.rank, []
         for stem, value in contents.tensors.items():
             names.append(f"{stem}.pt")
-            _save(value, folder / names[-1])
+            save_tensors(value, folder / names[-1])
         if contents.shard is not None:
             names.append(f"carry_{rank}.pt")
-            _save(contents.shard, folder / names[-1])
+            save_tensors(contents.shard, folder / names[-1])
         for name, content in contents.files.items():
             names.append(name)
             (folder / name).parent.mkdir(exist_ok=True)
@@ -215,7 +215,8 @@ def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _save(value: Any, path: Path) -> None:
+def save_tensors(value: Any, path: Path) -> None:
+    """Call `torch.save`; raise OSError where the disk refuses."""
     try:
         torch.save(value, path)
     except RuntimeError as error:  # what torch makes of a write that failed

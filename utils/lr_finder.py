@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dataset.common import UserError
 from utils.config_schema import LRFindConfig, PretrainConfig
+from utils.plotting import save_figure
 from utils.schedule import Counters, Schedule
 
 FOLDER = "lr_find"
@@ -89,16 +91,14 @@ def conclude(folder: Path, rule: LRFindConfig) -> str:
     points = [(rate_at(line["step"], rule), line["train/lm_loss"]) for line in lines]
     rates, losses = np.array([p for p in points if None not in p], dtype=float).reshape(-1, 2).T
     found = findings(rates, losses) if len(rates) else None
-    picture = folder / "lr_find.png"
-    if len(rates):
-        draw(picture, rates, losses, found)
+    picture = _picture(folder / "lr_find.png", rates, losses, found)
     ended = ""
     if len(rates) < rule.steps:
         ended = f"; the loss was no longer finite after lr {rates[-1]:.2g}" if len(rates) else ""
     if found is None:
         return (
             f"the loss did not fall between lr {rule.low:g} and {rule.high:g}{ended}: lower "
-            f"lr_find.low, or give it more lr_find.steps (now {rule.steps}); see {picture}"
+            f"lr_find.low, or give it more lr_find.steps (now {rule.steps}){picture}"
         )
     # The loss is lowest just below the rates at which training diverges: keep a margin.
     most = f"{found.lowest / 3:.1e}"
@@ -106,11 +106,22 @@ def conclude(folder: Path, rule: LRFindConfig) -> str:
     limit = "a third of the latter" if advised == most else f"and at most {most}"
     said = (
         f"the loss falls fastest at lr {found.steepest:.2g} and is lowest at {found.lowest:.2g}"
-        f"{ended}: try lr={advised}, {limit}; see {picture}"
+        f"{ended}: try lr={advised}, {limit}{picture}"
     )
     if found.lowest >= 0.9 * rule.high:
         said += f"; it still falls at the end: raise lr_find.high (now {rule.high:g})"
     return said
+
+
+def _picture(path: Path, rates: np.ndarray, losses: np.ndarray, found: Findings | None) -> str:
+    """Draw the sweep if there is anything to draw, and return where it is or why it is not."""
+    if len(rates) == 0:
+        return ""
+    try:
+        draw(path, rates, losses, found)
+    except UserError as error:  # the findings themselves are worth more than the picture
+        return f"; {error}"
+    return f"; see {path}"
 
 
 def draw(path: Path, rates: np.ndarray, losses: np.ndarray, found: Findings | None) -> None:
@@ -133,4 +144,4 @@ def draw(path: Path, rates: np.ndarray, losses: np.ndarray, found: Findings | No
     axes.set_title(f"Sweep of the learning rate over {len(rates)} steps")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, str(path))

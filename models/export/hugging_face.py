@@ -13,38 +13,38 @@ from torch import Tensor
 from dataset.common import UserError
 from models import cost
 from models.export.source import MODEL, remote_code
-from models.generation import Decoder
 from models.language_model import LanguageModel
 
 _FILE = MODEL.rpartition(".")[2]
 
 
 def write_folder(model: LanguageModel, folder: Path, dtype: torch.dtype, weights: str) -> None:
-    """Writes a model that was loaded with its weights as they are (`cast=False`), in `dtype`.
+    """Write a model that was loaded with its weights as they are (`cast=False`), in `dtype`.
 
-    It appears whole or not at all; `folder` must not exist. weights: what these are, for the card.
+    folder: made here; it must not exist. weights: what these are, for the card.
     """
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise UserError(
             "exporting needs the package safetensors: pip install -r requirements-export.txt"
         ) from None
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     texts = remote_code(type(model.model))
     texts["config.json"] = _json(config_of(model, dtype))
     texts["generation_config.json"] = _json(generation_config(model))
     texts["tokenizer.json"] = _json(tokenizer_of(model))
     texts["tokenizer_config.json"] = _json(tokenizer_config(model))
     texts["README.md"] = card(model, dtype, weights)
+    folder.mkdir()
     for name, text in texts.items():
-        (part / name).write_text(text, "utf-8")
-    tensors = part / "model.safetensors"
-    save_file(_tensors(model, dtype), tensors, metadata={"format": "pt"})
-    shutil.copymode(part / "config.json", tensors)  # it is made for its owner alone
-    part.rename(folder)
+        (folder / name).write_text(text, "utf-8")
+    tensors = folder / "model.safetensors"
+    try:
+        save_file(_tensors(model, dtype), tensors, metadata={"format": "pt"})
+    except SafetensorError as error:  # what it makes of a write that failed
+        raise OSError(f"model.safetensors: {error}") from error
+    shutil.copymode(folder / "config.json", tensors)  # it is made for its owner alone
 
 
 def _json(value: Any) -> str:
@@ -114,25 +114,6 @@ def tokenizer_config(model: LanguageModel) -> dict[str, Any]:
         "split_special_tokens": True,  # a text that spells one is text, as in the corpus
         "model_input_names": ["input_ids", "attention_mask"],
     }
-
-
-@torch.no_grad()
-def difference(model: LanguageModel, folder: Path) -> float | None:
-    """Largest difference of the logits after a text of random tokens, between the model and what
-    `transformers` makes of `folder`; None where version 5 of that is not installed.
-
-    With the export's dtype and one ACT step, because all of them may take minutes.
-    """
-    try:
-        from transformers import AutoModelForCausalLM, PreTrainedConfig  # noqa: F401  of version 5
-    except ImportError:
-        return None
-    exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    text = torch.randint(model.metadata.vocab_size, (min(16, model.window),)).tolist()
-    identifiers = torch.tensor([model.identifier])
-    own = Decoder(model.head, identifiers, 1, cached=False).begin([text])[0]
-    found = exported(torch.tensor([text]), steps=1).logits[0, -1]
-    return float((own - found).abs().max())
 
 
 def card(model: LanguageModel, dtype: torch.dtype, weights: str) -> str:

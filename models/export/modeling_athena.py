@@ -3,6 +3,8 @@
 The layers are Athena's own files; this one places texts in them as `transformers` hands them over.
 """
 
+import dataclasses
+import inspect
 import warnings
 from typing import Any
 
@@ -17,6 +19,13 @@ from models.export.configuration_athena import AthenaConfig
 from models.layers import RotaryEmbedding, SequenceInfo
 from models.losses import LOSSES
 from models.recursive_reasoning.athena_trm import AthenaTRM as Architecture
+
+# transformers renamed it in 5.24
+_CACHE_FIELD = next(
+    field.name
+    for field in dataclasses.fields(CausalLMOutputWithPast)
+    if field.name in ("cache", "past_key_values")
+)
 
 
 class RecursionCache(DynamicCache):
@@ -101,6 +110,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache: RecursionCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """input_ids (B, S), of which the first tokens may be in the cache already and left out.
@@ -110,14 +120,30 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         each next token, those with label -100 left out, after the last ACT step alone.
         puzzle_identifiers: a row of the identifier embedding, its name, or (B,) rows; None: the
         config's. steps: ACT steps; None: the config's. logits_to_keep: only those of so many
-        last positions; 0: all. Further arguments are those of `transformers` and have no effect.
-        Raises ValueError for a text longer than the model's window.
+        last positions; 0: all. cache: another name of past_key_values, which `generate` uses from
+        transformers 5.24 on. Raises ValueError for a text longer than the model's window, and
+        TypeError for any other argument unless it is None or False.
         """
+        # early versions 5 of transformers pass it; later ones warn if it is a parameter
+        places_given = kwargs.pop("cache_position", None)
+        # ignored, they would change what is computed without notice; None and False ask for nothing
+        if unknown := [k for k, v in kwargs.items() if v is not None and v is not False]:
+            raise TypeError(
+                f"AthenaForCausalLM.forward has no argument {', '.join(unknown)}; it takes "
+                f"{', '.join(_ARGUMENTS)}"
+            )
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are the same argument: pass one of them")
         inner, steps = self.inner, steps or self.config.steps
-        cache = self._cache(past_key_values, use_cache, steps)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache, steps)
         past = 0 if cache is None else cache.get_seq_length()
         real = self._real(attention_mask, input_ids, past)
         length = input_ids.shape[1]
+        if places_given is not None and places_given.tolist() != [*range(past, past + length)]:
+            raise ValueError(
+                f"cache_position={places_given.tolist()}, but input_ids are the {length} tokens "
+                f"after the {past} that the cache holds"
+            )
         if real is None:
             places = torch.arange(past, past + length, device=input_ids.device).unsqueeze(0)
             longest = past + length
@@ -144,7 +170,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=None if labels is None else _loss(logits, labels, real, num_items_in_batch),
             logits=logits,
-            past_key_values=cache,
+            **{_CACHE_FIELD: cache},
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -155,13 +181,13 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
             cache = given
         else:
             raise ValueError(
-                f"past_key_values is a {type(given).__name__}, but every pass of the recursion "
+                f"the cache is a {type(given).__name__}, but every pass of the recursion "
                 "keeps keys of its own: say use_cache=True instead, and pass on what comes back"
             )
         if cache is not None:
             if cache.steps != steps:
                 raise ValueError(
-                    f"steps={steps}, but past_key_values were computed with {cache.steps}"
+                    f"steps={steps}, but what the cache holds was computed with {cache.steps}"
                 )
             cache.begin()
         return cache
@@ -238,6 +264,12 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         queries = keys[-length:].unsqueeze(1)
         # padding sees itself: a softmax over nothing is no number to some kernels
         return ((keys <= queries) & seen[:, None] | (keys == queries)).unsqueeze(1)
+
+
+_ARGUMENTS = [
+    name for name in inspect.signature(AthenaForCausalLM.forward).parameters
+    if name not in ("self", "kwargs")
+]  # fmt: skip
 
 
 def _loss(

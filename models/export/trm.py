@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from dataset.common import UserError
+from utils.atomic import write_result
+from utils.checkpoint_writer import save_tensors
 
 # How the network must be for TRM's code to compute the same from the same weights.
 _TRM = {
@@ -33,10 +35,8 @@ def write_file(model: nn.Module, file: Path) -> None:
         if not name.startswith("inner.reasoning_head."):
             dtype = config.dtype if name in ("inner.H_init", "inner.L_init") else torch.float32
             state[f"_orig_mod.model.{name}"] = value.to(dtype)
-    part = file.with_name(f".{file.name}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, part)
-    part.rename(file)
+    with write_result(file, f"output={file}") as part:
+        save_tensors(state, part)
 
 
 def options(config: Any) -> str:

@@ -1,6 +1,7 @@
 """Exported models compute what the checkpoint computes, and need nothing of Athena."""
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -157,8 +158,9 @@ def test_padding_changes_nothing(exported, side):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("argument", ["past_key_values", "cache"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_kept_keys_and_values_change_nothing(exported, padded):
+def test_kept_keys_and_values_change_nothing(exported, padded, argument):
     """In pieces of several tokens and of one, behind padding of different lengths."""
     model, ids = load(exported), random_ids(2, S - 4)
     mask = torch.ones_like(ids)
@@ -167,8 +169,8 @@ def test_kept_keys_and_values_change_nothing(exported, padded):
     whole = model(ids, attention_mask=mask).logits
     cache, begin = None, 0
     for end in (5, 6, 9, 10, S - 4):
-        piece = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache,
-                      use_cache=True)  # fmt: skip
+        given = {argument: cache, "attention_mask": mask[:, :end]}
+        piece = model(ids[:, begin:end], use_cache=True, **given)
         assert piece.past_key_values.get_seq_length() == end
         real = mask[:, begin:end].bool()
         assert (piece.logits - whole[:, begin:end])[real].abs().max() < OTHER_SHAPES
@@ -230,10 +232,12 @@ def test_steps_decide_the_depth(exported, tmp_path):
 
 ELSEWHERE = """
 import json, sys
+
+folder, prompt, libraries = sys.argv[1:]
+sys.path.insert(0, libraries)  # those of the installed transformers, as PYTHONPATH is ignored
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-folder, prompt = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 model.save_pretrained("again"), tokenizer.save_pretrained("again")
@@ -256,10 +260,11 @@ def test_it_works_where_athena_is_not(exported, tmp_path):
     folder = tmp_path / "my-model.v1"  # names that are none in Python
     folder.symlink_to(exported)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    spec = importlib.util.find_spec("transformers")
+    command = [sys.executable, "-I", "-c", ELSEWHERE, str(folder), "ab cd"]
     done = subprocess.run(
-        [sys.executable, "-I", "-c", ELSEWHERE, str(folder), "ab cd"], cwd=tmp_path,
-        env=env | {"HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"},
-        capture_output=True, encoding="utf-8",
+        [*command, str(Path(spec.origin).parents[1])], cwd=tmp_path, encoding="utf-8",
+        env=env | {"HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -343,6 +348,15 @@ def test_what_the_exported_model_cannot_do_it_says(exported):
     cache = model(ids[:, :3], use_cache=True, steps=1).past_key_values
     with pytest.raises(ValueError, match="computed with 1"):
         model(ids[:, 3:4], past_key_values=cache)
+    with pytest.raises(ValueError, match="cache and past_key_values"):
+        model(ids[:, 3:4], steps=1, past_key_values=cache, cache=cache)
+    for value in (torch.zeros(1, S), torch.zeros(1), 0, True, ""):
+        with pytest.raises(TypeError, match="position_ids"):
+            model(ids, position_ids=value)
+    model(ids, position_ids=None, output_attentions=False)  # what asks for nothing
+    model(ids, cache_position=torch.arange(S))
+    with pytest.raises(ValueError, match="cache_position"):
+        model(ids, cache_position=torch.arange(1, S + 1))
 
 
 def fails(capsys, *arguments: str) -> str:

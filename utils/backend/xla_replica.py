@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dataset.common import UserError
+from utils.atomic import write_atomically
 from utils.backend.base import Backend, Received, free_host_memory
 
 T = TypeVar("T")
@@ -39,9 +40,8 @@ _TURN = threading.Lock()  # replicas may be threads of one process
 
 def write_whole(path: Path, content: bytes) -> None:
     """Nobody reads half of it."""
-    unfinished = path.with_name(f"_{path.name}")
-    unfinished.write_bytes(content)
-    unfinished.rename(path)
+    with write_atomically(path) as part:
+        part.write_bytes(content)
 
 
 class SignalFile(Sequence[int]):
