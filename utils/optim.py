@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from utils.backend.state import local_part
+
 
 class AdamATan2(Optimizer):
     """Adam whose update is an arc tangent, free of epsilon (Everett et al. 2024, 2407.05872).
@@ -73,16 +75,43 @@ def create_optimizers(
     if name == "adamw":
         return [torch.optim.AdamW(groups, **options)]
     if device_type == "cuda" and importlib.util.find_spec("adam_atan2"):
-        try:  # the same numbers in one CUDA kernel
-            from adam_atan2 import AdamATan2 as Fused
-
-            return [Fused(groups, **options)]
+        try:
+            return [fused_adam_atan2()(groups, **options)]
         except (ImportError, OSError) as error:
             warnings.warn(
                 f"adam-atan2 is installed but does not load ({error}); plain PyTorch is used",
                 stacklevel=2,
             )
     return [AdamATan2(groups, **options)]
+
+
+def fused_adam_atan2() -> type[Optimizer]:
+    """Return `AdamATan2` as one CUDA kernel, from the package adam-atan2.
+
+    Raises ImportError or OSError where the package or its kernel cannot be loaded.
+    """
+    from adam_atan2 import AdamATan2 as Kernel
+
+    class FusedAdamATan2(Kernel):
+        """Add what torch expects of an optimizer: a closure, and parameters that are sharded."""
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            super().step()
+            return loss
+
+        def _init_group(self, group: dict, *lists: list[Tensor]) -> None:
+            """Collect parameters, gradients and moments, of sharded ones this rank's part: the
+            update is elementwise, and the kernel reads plain memory."""
+            super()._init_group(group, *lists)
+            for tensors in lists:
+                tensors[:] = map(local_part, tensors)
+
+    return FusedAdamATan2
 
 
 def _muon(model, lr, betas, weight_decay, decay_all) -> list[Optimizer]:

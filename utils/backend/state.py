@@ -79,6 +79,11 @@ def part_like(value: Tensor, reference: Tensor) -> Tensor:
     return value
 
 
+def local_part(value: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor, which shares its memory; others as they are."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def _options(model: nn.Module) -> StateDictOptions:
     sharded = is_sharded(model)
     return StateDictOptions(full_state_dict=sharded, cpu_offload=sharded)
