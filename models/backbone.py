@@ -207,10 +207,14 @@ class Backbone(nn.Module):
 
 
 def real_tokens(data: Batch) -> Tensor | None:
-    """(B, S) bool, False on padding; None where the batch does not tell (no document starts).
+    """(B, S) bool, False on padding; None where the batch does not tell.
 
-    Padding is marked by a document start behind the row.
+    Padding is marked by a document start behind the row. Rows of one text each give its `lengths`
+    (B,) instead: a causal model needs no mask then, because padding follows the text.
     """
+    if "lengths" in data:
+        places = torch.arange(data["inputs"].shape[1], device=data["inputs"].device)
+        return places < data["lengths"].unsqueeze(1)
     starts = data.get("document_starts")
     return None if starts is None else starts < starts.shape[1]
 

@@ -4,7 +4,7 @@ What scripts, evaluators and lm-evaluation-harness ask goes through here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -171,22 +171,20 @@ class LanguageModel:
         """The last input token is the one before the last scored one."""
         length = max(len(context) + len(after) - 1 for context, after in pairs)
         shape = (self.rows, self.window) if self._one_shape else (len(pairs), length)
-        length = shape[1]
         inputs = np.full(shape, self.metadata.pad_id, dtype=np.int32)
         labels = np.full(shape, IGNORE_LABEL_ID, dtype=np.int32)
-        starts = np.full(shape, length, dtype=np.int32)
+        lengths = np.zeros(shape[0], dtype=np.int32)
         for i, (context, after) in enumerate(pairs):
             ids = [*context, *after]
-            inputs[i, : len(ids) - 1] = ids[:-1]
-            labels[i, len(context) - 1 : len(ids) - 1] = after
-            starts[i, : len(ids) - 1] = 0
+            lengths[i] = len(ids) - 1
+            inputs[i, : lengths[i]] = ids[:-1]
+            labels[i, len(context) - 1 : lengths[i]] = after
         arrays = {
             "inputs": inputs,
             "labels": labels,
             "puzzle_identifiers": np.full(shape[0], identifier, dtype=np.int32),
+            "lengths": lengths,
         }
-        if self.config.document_mask:
-            arrays["document_starts"] = starts
         batch = self.backend.to_device(arrays)
         found = self._last_step(batch, ("token_nll", "preds"))
         nats = found["token_nll"].cpu().double().sum(-1).tolist()
@@ -215,14 +213,16 @@ class LanguageModel:
 
         @torch.no_grad()
         def compute(part: list[int]) -> list[tuple[np.ndarray, float]]:
-            moved = self.backend.to_device({name: array[part] for name, array in arrays.items()})
+            # of one shape, so that a compiled model is compiled once
+            padded = part + part[-1:] * (min(self.rows, rows) - len(part))
+            moved = self.backend.to_device({name: array[padded] for name, array in arrays.items()})
             found = self._last_step(moved, ("preds", "q_halt_logits"))
             preds = found["preds"].cpu().numpy()
-            sure = found.get("q_halt_logits", torch.zeros(len(part))).float().cpu().tolist()
-            return list(zip(preds, sure, strict=True))
+            sure = found.get("q_halt_logits", torch.zeros(len(padded))).float().cpu().tolist()
+            return list(zip(preds, sure, strict=True))[: len(part)]
 
         preds, sure = np.zeros((rows, self.window), dtype=np.int64), np.zeros(rows)
-        for i, (own, logit) in self._shared([self.window] * rows, compute):
+        for i, (own, logit) in self._shared([self.window] * rows, compute, one_shape=True):
             preds[i], sure[i] = own, logit
         return preds, sure
 
@@ -291,15 +291,22 @@ class LanguageModel:
         return [found[i] for i in range(len(prompts))]
 
     def _shared(
-        self, lengths: Sequence[int], compute: Callable[[list[int]], Sequence[Any]]
+        self,
+        lengths: Sequence[int],
+        compute: Callable[[list[int]], Sequence[Any]],
+        one_shape: bool = False,
     ) -> list[tuple[int, Any]]:
-        """(number, result) of every item, the batches divided over the ranks."""
+        """(number, result) of every item, the batches divided over the ranks.
+
+        one_shape: all batches have the same shape, so that a compiled model may run compiled.
+        """
         batches = list(batches_of(lengths, self.rows * self.window))
         own: list[tuple[int, Any]] = []
         world = self.backend.world_size
-        # compiled blocks would be compiled anew for every length
+        # compiled blocks would be compiled again for every length
+        stance = nullcontext() if one_shape else torch.compiler.set_stance("force_eager")
         with (
-            torch.compiler.set_stance("force_eager"),
+            stance,
             Progress(len(lengths), "ask the model, text", "text", self.backend.is_main) as bar,
         ):
             for begin in range(0, len(batches), world):

@@ -130,8 +130,12 @@ def test_without_document_starts_nothing_is_masked():
     assert (before != logits_by_step(model, batch)[0]).any(-1).all()
 
 
-def test_the_halting_head_ignores_padding():
+@pytest.mark.parametrize("by_lengths", [False, True])
+def test_the_halting_head_ignores_padding(by_lengths):
     model, batch = athena().eval(), random_batch(documents=True)
+    if by_lengths:
+        del batch["document_starts"]
+        batch["lengths"] = torch.full((B,), 11, dtype=torch.int32)
     _, before = model(carry=model.initial_carry(batch), batch=batch)
     batch["inputs"][:, 11:] = (batch["inputs"][:, 11:] + 1) % V
     _, after = model(carry=model.initial_carry(batch), batch=batch)

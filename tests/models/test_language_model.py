@@ -2,12 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from seeds import draw_rng
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from training_tools import altered, next_probabilities
 
-from dataset.common import UserError
+from dataset.common import IGNORE_LABEL_ID, UserError
 from models.language_model import LanguageModel
 from models.loading import build_model, load_language_model
 from models.train_state import load_into
@@ -124,3 +127,92 @@ def test_a_run_of_several_ranks_loads_on_one(text_run, tmp_path):
     """8 rows as 2 ranks x 2 x 2 were right there; on one rank the same keys would clash."""
     folder = altered(text_run, tmp_path / "ranks", micro_batch_size=2, grad_accum_steps=2)
     load_language_model(folder)
+
+
+DEPTHS = {
+    "all steps": {},
+    "act": dict(eval_halting="act"),
+    "fixed, prefix": dict(eval_halting="fixed", eval_steps=3, puzzle_emb_ndim=40),
+    "act, learned positions": dict(eval_halting="act", pos_encodings="learned"),
+    "pre-norm": dict(norm_type="pre", post_refinement_steps=0),
+}
+
+
+def scored_with_a_mask(model: LanguageModel, pairs) -> list[float]:
+    """Nats of each pair, padding kept out of the attention by a document mask."""
+    length = max(len(context) + len(after) - 1 for context, after in pairs)
+    inputs = torch.zeros(len(pairs), length, dtype=torch.int32)
+    labels = torch.full_like(inputs, IGNORE_LABEL_ID)
+    starts = torch.full_like(inputs, length)
+    for i, (context, after) in enumerate(pairs):
+        ids = torch.tensor([*context, *after], dtype=torch.int32)
+        inputs[i, : len(ids) - 1] = ids[:-1]
+        labels[i, len(context) - 1 : len(ids) - 1] = ids[len(context) :]
+        starts[i, : len(ids) - 1] = 0
+    identifiers = torch.full((len(pairs),), model.identifier, dtype=torch.int32)
+    batch = dict(
+        inputs=inputs, labels=labels, puzzle_identifiers=identifiers, document_starts=starts
+    )
+    with torch.no_grad():
+        carry = model.head.initial_carry(batch)
+        for _ in range(model.steps):
+            carry, _, _, found, _ = model.head(return_keys=("token_nll",), carry=carry, batch=batch)
+    return found["token_nll"].sum(-1).tolist()
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_padding_needs_no_mask_to_be_without_influence(name, trained):
+    """Scores of texts of different lengths equal those under a document mask, which padding
+    before this was hidden by; rows halt at depths of their own where evaluation lets them."""
+    config = trained.config.model_dump() | {"forward_dtype": "float64"} | DEPTHS[name]
+    model = type(trained.model)(config)
+    if hasattr(model.inner, "q_head"):
+        torch.nn.init.normal_(model.inner.q_head.weight, std=3.0)
+        model.inner.q_head.bias.data.zero_()
+    head = type(trained.head)(model, **trained.head.config.model_dump()).eval()
+    lm = LanguageModel(head, trained.metadata, trained.identifiers, trained._tokenizer)
+    pairs = [(random_ids(lm, c), random_ids(lm, a)) for c, a in ((1, 1), (3, 20), (15, 8), (6, 2))]
+    found = [score.nats for score in lm.score(pairs)]
+    assert found == pytest.approx(scored_with_a_mask(lm, pairs), abs=1e-6)
+    alone = [lm.score([pair])[0].nats for pair in pairs]
+    assert found == pytest.approx(alone, abs=1e-6)
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shape of every tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(x.shape) for x in tree_leaves(result) if isinstance(x, torch.Tensor)}
+        return result
+
+
+def test_scoring_takes_no_memory_of_the_square_of_a_length(trained):
+    """A mask of all pairs would take gigabytes at 2,048 tokens."""
+    pair = (random_ids(trained, 5), random_ids(trained, 15))
+    positions = 19 + trained.config.prefix_len
+    with Shapes() as shapes:
+        trained.score([pair, pair])
+    assert any(19 in shape for shape in shapes.seen)
+    square = [shape for shape in shapes.seen if sum(n in (19, positions) for n in shape) > 1]
+    assert square == []
+
+
+def test_views_are_answered_alike_in_batches_of_any_size(trained):
+    """The last batch is filled up, so that a compiled model meets one shape."""
+    rows = {"inputs": draw_rng().integers(2, 200, (5, trained.window)).astype(np.int32)}
+    rows["puzzle_identifiers"] = np.full(5, trained.identifier, dtype=np.int32)
+    former = trained.rows
+    try:
+        trained.rows = 8
+        preds, sure = trained.predict(rows)
+        trained.rows = 2
+        others = trained.predict(rows)
+    finally:
+        trained.rows = former
+    assert np.array_equal(preds, others[0])
+    assert sure == pytest.approx(others[1], abs=1e-4)
