@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT_BYTES = 300_000
 """Text that is enough; more would only take longer."""
 TRAINING = """
-    arch=athena_trm_tiny global_batch_size=16 epochs=null max_steps=40 lr=2e-3 lr_warmup_steps=10
-    log_interval=5 eval_max_batches=8 checkpoint_interval=null resume=none run_name=smoke
+    arch=athena_trm_tiny global_batch_size=16 epochs=null max_steps=30 lr=2e-3 lr_warmup_steps=8
+    log_interval=5 eval_max_batches=3 checkpoint_interval=null resume=none run_name=smoke
 """.split()
 
 

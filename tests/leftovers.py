@@ -16,24 +16,20 @@ def threads() -> set[threading.Thread]:
 
 
 def children() -> set[str]:
-    """Processes that were started and have not ended, as `pid command`."""
+    """Python processes that were started and have not ended, as `pid command`.
+
+    Others belong to libraries, such as wandb's, which serves all runs of a process.
+    """
     found = set()
     for task in Path("/proc/self/task").glob("*/children"):
-        for pid in task.read_text().split():
+        for pid in task.read_text("utf-8").split():
             try:
-                status = (
-                    Path("/proc", pid, "stat")
-                    .read_text(encoding="utf-8")
-                    .rpartition(")")[2]
-                    .split()[0]
-                )
-                command = (
-                    Path("/proc", pid, "cmdline").read_text(encoding="utf-8").replace("\0", " ")
-                )
+                status = Path("/proc", pid, "stat").read_text("utf-8").rpartition(")")[2].split()[0]
+                words = Path("/proc", pid, "cmdline").read_text("utf-8").split("\0")
             except OSError:  # it has ended meanwhile
                 continue
-            if status != "Z":
-                found.add(f"{pid} {command}")
+            if status != "Z" and Path(words[0]).name.startswith("python"):
+                found.add(" ".join([pid, *words]))
     return found
 
 

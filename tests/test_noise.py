@@ -77,7 +77,10 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 SHALLOW = dict(H_cycles=1, L_cycles=1, L_layers=1)  # finds a leak soonest, if there is one
 
 
-@pytest.mark.parametrize("depth", [{}, SHALLOW], ids=["preset", "shallow"])
+@pytest.mark.parametrize(
+    "depth",
+    [pytest.param({}, id="preset", marks=pytest.mark.slow), pytest.param(SHALLOW, id="shallow")],
+)
 @pytest.mark.parametrize("loss_type", ["stablemax_cross_entropy", "softmax_cross_entropy"])
 def test_a_text_preset_learns_nothing_from_noise(loss_type, depth):
     head = head_of(loss_type, **depth)
@@ -87,7 +90,10 @@ def test_a_text_preset_learns_nothing_from_noise(loss_type, depth):
         assert mean >= math.log(SYMBOLS) - 3 * error, f"{name}: {mean:.3f} nats"
 
 
-@pytest.mark.parametrize("loss_type", ["stablemax_cross_entropy", "softmax_cross_entropy"])
+@pytest.mark.parametrize(
+    "loss_type",
+    [pytest.param("stablemax_cross_entropy", marks=pytest.mark.slow), "softmax_cross_entropy"],
+)
 def test_this_test_sees_a_model_that_looks_ahead(loss_type):
     changes = dict(causal=False, document_mask=False, puzzle_emb_ndim=0, rope_theta=100.0)
     means = []

@@ -140,7 +140,13 @@ STEPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", STEPS)
+QUICK = ("athena, bfloat16", "decoder, at once", "softmax", "muon", "near a base")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STEPS],
+)
 def test_memory_is_what_a_step_allocates(name):
     """Part by part; what is too small to matter may be further off."""
     given = {"arch": "athena_trm_tiny", "global_batch_size": "4", "micro_batch_size": "2"}

@@ -89,6 +89,7 @@ def test_a_data_set_is_read_from_its_text_column(tmp_path, monkeypatch, rows, te
     sys.modules.pop("datasets", None)
 
 
+@pytest.mark.slow
 def test_a_failing_step_is_named(tmp_path, capfd):
     broken = tmp_path / "tok.json"
     broken.write_text("{}", "utf-8")
