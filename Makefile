@@ -95,11 +95,12 @@ sudoku: $(BASE) data/sudoku6/identifiers.json  ## train on 6 x 6 sudokus
 smoke: $(BASE)  ## build, train and evaluate a tiny model, in seconds
 	$(PY) scripts/smoke_test.py --run-training
 
-test: $(DEV)  ## run the tests that take minutes
-	$(PY) -m pytest -m "not slow and not nightly"
+test: $(DEV)  ## run the tests that need no more than some minutes
+	$(PY) -m pytest -n 2 -m "not slow and not nightly"
 
-test-all: $(DEV)  ## run all tests but the nightly ones
-	$(PY) -m pytest -m "not nightly"
+# One at a time: slow tests start several processes themselves, and some look at the clock.
+test-all: test  ## run all tests but the nightly ones
+	$(PY) -m pytest -m "slow and not nightly"
 
 # Another seed every time; a failure prints the line that repeats it.
 test-nightly: $(DEV)  ## run everything, with a seed drawn anew
