@@ -38,7 +38,7 @@ def test_the_string_views_of_polars():
 def test_every_encoding_of_text_is_read(tmp_path, column):
     parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet", bad_lines=1) == ([t for t in TEXTS if t], 1)
-    with pytest.raises(UserError, match="row 3.*null.*--max-bad-lines"):
+    with pytest.raises(UserError, match=r"row 3.*null.*--max-bad-lines"):
         read(tmp_path / "a.parquet")
 
 
@@ -49,12 +49,12 @@ def test_bytes_that_are_no_text_are_bad_rows(tmp_path):
         path = tmp_path / f"{number}.parquet"
         parquet.write_table(pa.table({"text": values}), path)
         assert read(path, bad_lines=1) == (["one", "two"], 1)
-        with pytest.raises(UserError, match="row 2.*UTF-8"):
+        with pytest.raises(UserError, match=r"row 2.*UTF-8"):
             read(path)
 
 
 @pytest.mark.parametrize("values", [[1, 2], [True, False], [["a"]], [{"a": "b"}]])
 def test_columns_of_other_things_are_named(tmp_path, values):
     parquet.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="'text'.*not text.*--text-key"):
+    with pytest.raises(UserError, match=r"'text'.*not text.*--text-key"):
         read(tmp_path / "a.parquet", bad_lines=9)
