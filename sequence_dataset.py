@@ -389,7 +389,7 @@ class EvalStream:
         max_iterations: int | None = None,
     ):
         self._slots = _slots_of_rank(global_batch_size, rank, world_size)
-        self._reader = RowReader(corpora, min_iterations, max_iterations, document_starts)
+        self._reader = RowReader(corpora, min_iterations, max_iterations, document_starts, True)
         self._sets = corpora.set_rows()
         self._size, self._max_batches = global_batch_size, max_batches
 

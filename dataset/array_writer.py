@@ -22,7 +22,8 @@ HEADER_BYTES = 128
 
 def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     """Version 1.0 header, padded with spaces to `HEADER_BYTES` whatever the shape."""
-    description = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    descr = np.lib.format.dtype_to_descr(dtype)
+    description = {"descr": descr, "fortran_order": False, "shape": shape}
     text = repr(description).ljust(HEADER_BYTES - 11) + "\n"
     assert len(text) == HEADER_BYTES - 10, f"header of {dtype} {shape} does not fit"
     return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text.encode("latin1")

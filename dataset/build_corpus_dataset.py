@@ -91,8 +91,11 @@ class Build:
         files = [
             (str(entry.source), entry.source.size, entry.source.version) for entry in self.inputs
         ]
+        # Added for these tokenizers alone: other unfinished builds of older versions can go on.
+        sized = {} if self.tokenizer.lossless else {"scored bytes": "by row"}
         return {
             **options,
+            **sized,
             "tokenizer": sha256_file(self.args.tokenizer_json),
             "tokenizers version": tokenizers.__version__,
             "format version": FORMAT_VERSION,
@@ -121,7 +124,7 @@ class Build:
         if self.args.dedup == "near":
             spool_folder = folder.parent / "spool"
             spool = DocumentSpool(
-                spool_folder, self.tokenizer.dtype, self.args.seed, state.get("spool")
+                spool_folder, self.tokenizer.token_dtype, self.args.seed, state.get("spool")
             )
         with self._bar(state.get("shown", {})) as bar:
             feed = self._feed(place, bar.update)

@@ -37,6 +37,7 @@ from dataset.journal import Journal
 from dataset.packing import PackOptions, make_rows
 from dataset.text_sources import Source, find_sources
 from dataset.tokenization import TextTokenizer, add_tokenizer_options
+from dataset.tokens import bytes_of
 
 BATCH_CHARS = 2_000_000
 
@@ -130,20 +131,25 @@ class ExampleRows:
         self.domains: list[str] = []
         self.truncated_prompts = 0
         self.truncated_responses = 0
+        self.empty_examples = 0
         self._tokens_written = 0
 
     def add(self, batch: list[tuple[str, Example]]) -> None:
         """Tokenize and write examples, in order."""
-        prompts = self._tokenizer.encode([example.prompt for _, example in batch])
-        responses = self._tokenizer.encode([example.response for _, example in batch])
+        prompts = self._tokenizer.encode_tokens([example.prompt for _, example in batch])
+        responses = self._tokenizer.encode_tokens([example.response for _, example in batch])
         rows: dict[tuple[str, int], list[tuple[np.ndarray, int, int]]] = {}
         for (split, example), prompt, response in zip(batch, prompts, responses, strict=True):
             tokens, prompt_length = self._layout(prompt, response)
+            if len(tokens) < 2:  # a normalizer may leave nothing of a text
+                self.empty_examples += 1
+                continue
             if example.domain not in self.domains:
                 self.domains.append(example.domain)
             domain = self.domains.index(example.domain)
-            kept_bytes = int(self._splits[split].byte_lengths[tokens].sum())
+            kept_bytes = int(bytes_of(tokens, self._tokenizer.byte_lengths).sum(dtype=np.int64))
             self._splits[split].count_document(domain, kept_bytes, len(tokens))
+            self._splits[split].count_losses(domain, tokens)
             # Rows are written in order: a run ends where the split's domain changes.
             for key in [key for key in rows if key[0] == split and key[1] != domain]:
                 self._write(*key, rows.pop(key))
@@ -160,7 +166,7 @@ class ExampleRows:
             self.truncated_responses += 1
             end = response[: self._response]
         else:
-            end = np.append(response, np.array(self._tokenizer.eos_id, response.dtype))
+            end = self._tokenizer.end(response)
         return np.concatenate([prompt, end]), len(prompt)
 
     def _write(self, split: str, domain: int, run: list[tuple[np.ndarray, int, int]]) -> None:
@@ -291,7 +297,11 @@ def build(args: argparse.Namespace) -> None:
             raise UserError(
                 f"no example fell to the training split; raise --train-ratio {args.train_ratio}."
             )
-        skipped = {"duplicates": router.duplicates, "bad_lines": lines.bad_lines}
+        skipped = {
+            "duplicates": router.duplicates,
+            "bad_lines": lines.bad_lines,
+            "examples_without_tokens": rows.empty_examples,
+        }
         report = {
             "inputs": [{"file": str(s), "bytes": s.size} for s in sources],
             "skipped": skipped,

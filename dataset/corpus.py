@@ -26,6 +26,7 @@ from dataset.common import (
 from dataset.journal import Journal
 from dataset.packing import Rows
 from dataset.tokenization import TextTokenizer
+from dataset.tokens import bytes_of
 
 SPLITS = ("train", "test")
 _HELD_OUT = 1  # kind of the digests of held-out documents
@@ -44,6 +45,12 @@ class Counts:
     """Real tokens in `inputs`; windows that overlap store some twice."""
     scored_tokens: int = 0
     scored_bytes: int = 0
+    unknown_tokens: int = 0
+    """Tokens that stand for text which the vocabulary cannot spell."""
+    unknown_bytes: int = 0
+    """Bytes of text that those tokens stand for."""
+    lost_bytes: int = 0
+    """Bytes of text that are in no token."""
 
 
 class DocumentRouter:
@@ -146,6 +153,9 @@ class CorpusSplit:
             arrays = {"tokens": (token, ()), "row_starts": (np.int64, ())}
             arrays |= {"row_lengths": length, "label_starts": length}
         arrays |= dict.fromkeys(("puzzle_identifiers", "iteration_targets", "domain_ids"), per_row)
+        self._unknown_id = tokenizer.unknown_id
+        if not tokenizer.lossless:
+            arrays["scored_bytes"] = (np.int64, ())
         if layout == "stream":
             arrays["iteration_targets"] = (np.uint16, ())  # `check_iterations` sees that it fits
         rows = None
@@ -164,6 +174,15 @@ class CorpusSplit:
         counts.text_bytes += text_bytes
         counts.tokens += tokens
 
+    def count_losses(self, domain: int, tokens: np.ndarray) -> None:
+        """Count what the tokens (n,) of documents fail to spell; nothing if they are ids alone."""
+        if not tokens.dtype.names:
+            return
+        counts, unknown = self.count(domain), tokens[tokens["id"] == self._unknown_id]
+        counts.unknown_tokens += len(unknown)
+        counts.unknown_bytes += int(unknown["bytes"].sum(dtype=np.int64))
+        counts.lost_bytes += int(tokens["lost"].sum(dtype=np.int64))
+
     def write(self, domain: int, rows: Rows, targets: np.ndarray) -> None:
         """Append rows of one domain with their iteration targets (n,)."""
         count = len(rows.inputs)
@@ -174,6 +193,8 @@ class CorpusSplit:
         stored = self._views(domain, rows) if self.layout == "stream" else {
             "inputs": rows.inputs, "labels": rows.labels
         }  # fmt: skip
+        if rows.label_bytes is not None:
+            stored["scored_bytes"] = rows.label_bytes
         self.writer.append(
             **stored,
             puzzle_identifiers=identifiers,
@@ -184,7 +205,9 @@ class CorpusSplit:
         counts.rows += count
         counts.stored_tokens += int(rows.input_lengths.sum())
         counts.scored_tokens += int(np.count_nonzero(rows.labels != self.ignore_label_id))
-        sizes = self.byte_lengths.take(rows.labels, mode="clip")
+        sizes = rows.label_bytes
+        if sizes is None:
+            sizes = bytes_of(rows.labels, self.byte_lengths)
         counts.scored_bytes += int(sizes.sum(dtype=np.int64))
 
     def _views(self, domain: int, rows: Rows) -> dict[str, np.ndarray]:
@@ -305,6 +328,25 @@ def check_iterations(args: argparse.Namespace) -> None:
         raise UserError(f"--max-iterations is {args.max_iterations}; it must be at most 65535.")
 
 
+def print_losses(splits: dict[str, CorpusSplit]) -> None:
+    """Say how much of the text the tokens do not spell, if any."""
+    totals = [split.total for split in splits.values()]
+    unknown, unknown_bytes, lost, text = (
+        sum(getattr(total, name) for total in totals)
+        for name in ("unknown_tokens", "unknown_bytes", "lost_bytes", "text_bytes")
+    )
+    found = []
+    if unknown:
+        found.append(f"{unknown:,} unknown tokens stand for {unknown_bytes:,} bytes")
+    if lost:
+        found.append(f"{lost:,} bytes are in no token")
+    if found:
+        print(
+            f"note: the tokenizer cannot spell all of the text: of {text:,} bytes, "
+            f"{' and '.join(found)}; bits per byte counts them, but no model can learn them"
+        )
+
+
 def print_summary(
     output_dir: Path, splits: dict[str, CorpusSplit], skipped: dict[str, int], seconds: float
 ) -> None:
@@ -320,6 +362,7 @@ def print_summary(
         f"{count:,} {name.replace('_', ' ')}" for name, count in skipped.items() if count
     ]:
         print(f"left out: {', '.join(counted)}")
+    print_losses(splits)
     if not splits["train"].writer.rows:
         print("note: the training split is empty; this corpus can be evaluated on only")
     if not splits["test"].writer.rows:

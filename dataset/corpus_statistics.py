@@ -27,16 +27,26 @@ class Figures:
     tokens: int = 0
     """Positions of `inputs` that are not padding; windows that overlap hold some tokens twice."""
     text_bytes: int = 0
+    text_tokens: int = 0
+    """Tokens whose bytes are counted in `text_bytes`."""
     documents: int = 0
     """Documents that an eos ends."""
 
-    def add(self, inputs: np.ndarray, real: np.ndarray, byte_lengths: np.ndarray | None) -> None:
-        """Count rows (n, S) of which `real` (n,) tokens are not padding."""
+    def add(
+        self, rows: dict[str, np.ndarray], real: np.ndarray, byte_lengths: np.ndarray | None
+    ) -> None:
+        """Count rows of which `real` (n,) tokens are not padding."""
+        inputs = rows["inputs"]
         self.rows += len(inputs)
         self.positions += inputs.size
         self.tokens += int(real.sum())
-        if byte_lengths is not None:
+        if "scored_bytes" in rows:  # ids do not tell the bytes of text
+            known = rows["scored_bytes"] >= 0
+            self.text_bytes += int(rows["scored_bytes"][known].sum())
+            self.text_tokens += int((rows["labels"][known] >= 0).sum())
+        elif byte_lengths is not None:
             self.text_bytes += int(byte_lengths[inputs].sum(dtype=np.int64))
+            self.text_tokens += int(real.sum())
 
     @property
     def padding(self) -> float:
@@ -45,7 +55,7 @@ class Figures:
 
     @property
     def bytes_per_token(self) -> float | None:
-        return self.text_bytes / self.tokens if self.text_bytes else None
+        return self.text_bytes / self.text_tokens if self.text_bytes else None
 
 
 @dataclass
@@ -204,10 +214,10 @@ def measure(
         _count_rows(statistics, rows, real, corpora.has_targets)
         for domain in np.unique(rows["domain_ids"]).tolist():
             own = rows["domain_ids"] == domain
-            inputs = rows["inputs"][own]
-            domains[domain].add(inputs, real[own], byte_lengths)
+            own_rows = {name: values[own] for name, values in rows.items()}
+            domains[domain].add(own_rows, real[own], byte_lengths)
             if documents:
-                documents[domain].add(inputs, rows["labels"][own], real[own])
+                documents[domain].add(own_rows["inputs"], own_rows["labels"], real[own])
         if progress:
             progress(len(real))
     for each, figures in zip(documents, domains, strict=False):

@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 from tokenizers import Tokenizer
 
-from dataset.common import UserError
+from dataset.common import UserError, byte_alphabet
 
 PIECE_CHARS = 1 << 12
 """Long texts are cut into pieces of about this size: the library works through them a quarter
@@ -34,7 +34,8 @@ _WORDS_MEMORY = 72 << 20
 """Bytes by which the process may grow, words that gigatoken remembers and all else together."""
 
 Encoded = tuple[np.ndarray, np.ndarray]
-"""Token ids of all texts, one after the other (n,), and how many each text has (texts,)."""
+"""Tokens of all texts, one after the other (n,), and how many each text has (texts,). Tokens are
+ids, or, from `SizedEncoder`, ids with the bytes that they stand for."""
 
 
 class Encoder(Protocol):
@@ -111,6 +112,11 @@ class GigatokenEncoder:
             raise UserError(
                 "--tokenizer-library gigatoken is trusted with byte-level BPE as GPT-2 has it, and "
                 "this tokenizer is of another kind; use --tokenizer-library huggingface."
+            )
+        if missing := len(byte_alphabet().keys() - description["model"]["vocab"].keys()):
+            raise UserError(
+                f"--tokenizer-library gigatoken needs a token for each byte, and {missing} are not "
+                "in the vocabulary of this tokenizer; use --tokenizer-library huggingface."
             )
         # Without its special tokens it cannot find them in a text that spells them.
         plain = orjson.dumps({**description, "added_tokens": []})

@@ -238,6 +238,14 @@ def describe_report(report: dict[str, Any]) -> list[str]:
     counted = [f"{count:,} {name.replace('_', ' ')}" for name, count in left_out.items() if count]
     if left_out:
         lines.append(_field("left out", ", ".join(counted) or "nothing"))
+    counts = numbers("splits").items()
+    unknown, lost = (
+        sum(int(count) for name, count in counts if name.endswith(f".total.{ending}"))
+        for ending in ("unknown_tokens", "lost_bytes")
+    )
+    if unknown or lost:
+        text = f"{_count(unknown, 'unknown token')}, {_count(lost, 'byte')} of text in no token"
+        lines.append(_field("not spelled", text))
     seconds = numbers("seconds", "timings")
     if seconds:
         lines.append(_field("seconds", ", ".join(f"{name} {v:.1f}" for name, v in seconds.items())))

@@ -91,8 +91,9 @@ class Journal:
 def _encoded(value: Any) -> Any:
     """Arrays as JSON; everything else must be JSON already."""
     if isinstance(value, np.ndarray):
-        data = base64.b64encode(np.ascontiguousarray(value).data).decode()
-        return {"dtype": value.dtype.str, "shape": value.shape, "data": data}
+        data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
+        dtype = np.lib.format.dtype_to_descr(value.dtype)
+        return {"dtype": dtype, "shape": value.shape, "data": data}
     if isinstance(value, np.integer):
         return int(value)
     raise TypeError(f"{type(value)} is not JSON")
@@ -100,6 +101,8 @@ def _encoded(value: Any) -> Any:
 
 def _decoded(value: dict[str, Any]) -> Any:
     if value.keys() == {"dtype", "shape", "data"}:
-        array = np.frombuffer(base64.b64decode(value["data"]), value["dtype"])
+        dtype = value["dtype"]  # a name, or a list of fields
+        dtype = np.dtype(dtype if isinstance(dtype, str) else [tuple(field) for field in dtype])
+        array = np.frombuffer(base64.b64decode(value["data"]), dtype)
         return array.reshape(value["shape"])
     return value

@@ -4,11 +4,13 @@ Pure arithmetic on arrays; how a row lies on disk is the writer's concern.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+
+from dataset.tokens import ids_of
 
 BLOCK_TOKENS = 1 << 18
 """Tokens of rows that are made at once: few enough to stay in a core's cache."""
@@ -45,6 +47,8 @@ class Rows:
     """(n,) tokens of each window, 2..S + 1"""
     label_starts: np.ndarray
     """(n,) row position of the first label that may count"""
+    label_bytes: np.ndarray | None = None
+    """(n,) bytes of text that the labels which count stand for, where tokens carry theirs"""
 
     @property
     def input_lengths(self) -> np.ndarray:
@@ -63,18 +67,24 @@ def make_rows(
     """Rows of windows of `stream`; see `Rows`. Those without a label are left out."""
     width = options.seq_len + 1
     windows = _windows(stream, starts, lengths, width, options.pad_id)
-    inputs, labels = windows[:, :-1], windows[:, 1:].copy()
+    inputs, labels = ids_of(windows)[:, :-1], ids_of(windows)[:, 1:].copy()
     # What follows an eos is the next document's first token: nothing predicts it.
     labels.reshape(-1)[np.flatnonzero(inputs == options.eos_id)] = options.ignore_label_id
     for row in np.flatnonzero(lengths < width):
         labels[row, lengths[row] - 1 :] = options.ignore_label_id
     for first in np.unique(label_starts[label_starts > 0]):
         labels[label_starts == first, :first] = options.ignore_label_id
-    scored = (labels != options.ignore_label_id).any(axis=1)
+    counts = labels != options.ignore_label_id
+    label_bytes = None
+    if windows.dtype.names:
+        label_bytes = np.where(counts, windows["bytes"][:, 1:], 0).sum(axis=1, dtype=np.int64)
+    rows = Rows(inputs, labels, ids_of(stream), origin, starts, lengths, label_starts, label_bytes)
+    scored = counts.any(axis=1)
     if scored.all():
-        return Rows(inputs, labels, stream, origin, starts, lengths, label_starts)
-    per_row = (array[scored] for array in (starts, lengths, label_starts))
-    return Rows(inputs[scored], labels[scored], stream, origin, *per_row)
+        return rows
+    per_row = ("inputs", "labels", "starts", "lengths", "label_starts", "label_bytes")
+    arrays = {name: getattr(rows, name) for name in per_row}
+    return replace(rows, **{n: a[scored] for n, a in arrays.items() if a is not None})
 
 
 def _windows(
@@ -85,7 +95,8 @@ def _windows(
     if len(starts) and (lengths == width).all() and (len(steps) == 0 or (steps == steps[0]).all()):
         step = int(steps[0]) if len(steps) else 1
         return sliding_window_view(stream, width)[starts[0] : starts[-1] + 1 : step]
-    windows = np.full((len(starts), width), pad_id, stream.dtype)
+    windows = np.zeros((len(starts), width), stream.dtype)
+    ids_of(windows)[...] = pad_id
     for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         windows[row, :length] = stream[start : start + length]
     return windows

@@ -19,6 +19,7 @@ from dataset.documents import Batch
 from dataset.encoders import Encoded, Encoder
 from dataset.packing import Packer, PackOptions, Rows, WindowPacker, iteration_targets
 from dataset.tokenization import TextTokenizer
+from dataset.tokens import ids_of
 
 PACKERS: dict[str, Callable[[PackOptions], Packer]] = {
     "concat": WindowPacker,
@@ -147,6 +148,7 @@ class PackedCorpus:
                 chosen = ids
             else:
                 chosen = np.concatenate([ids[ends[n] - counts[n] : ends[n]] for n in documents])
+            self._splits[split].count_losses(domain, chosen)
             stream, stream_ends = self._with_eos(chosen, counts[documents])
             self._write(split, domain, self._packer(split, domain).add(stream, stream_ends))
 
@@ -176,11 +178,11 @@ class PackedCorpus:
     def _with_eos(self, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of documents with eos after each, and where the documents end."""
         ends = np.cumsum(counts + 1)
-        stream = np.empty(len(ids) + len(counts), self._tokenizer.dtype)
+        stream = np.zeros(len(ids) + len(counts), self._tokenizer.token_dtype)
         is_text = np.ones(len(stream), bool)
         is_text[ends - 1] = False
         stream[is_text] = ids
-        stream[ends - 1] = self._tokenizer.eos_id
+        ids_of(stream)[ends - 1] = self._tokenizer.eos_id
         return stream, ends
 
     def _packer(self, split: str, domain: int) -> Packer:

@@ -10,6 +10,7 @@ from dataset.array_writer import ArrayWriter
 from dataset.corpus import SPLITS
 from dataset.documents import Batch
 from dataset.near_duplicates import NearDuplicates
+from dataset.tokens import ids_of
 
 _BLOCK_DOCUMENTS = 4096
 _BLOCK_TOKENS = 1 << 21
@@ -41,7 +42,7 @@ class DocumentSpool:
         self._tokens.append(ids)
         splits = [SPLITS.index(split) for split in batch.splits]
         self._documents.append(np.stack([splits, batch.domains, batch.sizes, counts], axis=1))
-        self._near.add(np.split(ids, np.cumsum(counts)[:-1]))
+        self._near.add(np.split(ids_of(ids), np.cumsum(counts)[:-1]))
 
     def batches(self) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
         """The documents that stay, in reading order, as `add` took them (without their text)."""

@@ -1,7 +1,7 @@
 """The builders' view of a tokenizer.json: plain text in, token ids out, its eos and pad known.
 
 Text is only ever text here: a document that spells `<|eos|>` becomes the tokens of those
-characters, never the special token.
+characters, never the special token, whatever the kind of tokenizer.
 """
 
 import argparse
@@ -22,6 +22,9 @@ from dataset.encoders import (
     HuggingFaceEncoder,
     use_threads,
 )
+from dataset.plain_tokenizer import PlainTokenizer
+from dataset.sized_encoder import SizedEncoder
+from dataset.tokens import ids_of, sized_dtype
 
 EOS_TOKENS = ("<|eos|>", "<|endoftext|>", "</s>")
 PAD_TOKENS = ("<|pad|>", "<pad>")
@@ -50,6 +53,9 @@ def add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
 class TextTokenizer:
     """A tokenizer.json made ready for building; `eos_id`, `pad_id`, `vocab_size`, `dtype`, and
     `byte_lengths` (V,) int32, the bytes of text that each token id stands for.
+
+    `lossless`: whether ids tell the bytes of text. If not, tokens carry theirs (`dataset.tokens`).
+    `unknown_id`: what stands for text that the vocabulary cannot spell, None without such a token.
 
     `vocab_size` is the highest id + 1, `dtype` the smallest that also holds `ignore_label_id`, its
     maximum.
@@ -80,22 +86,40 @@ class TextTokenizer:
                 f"{self.eos_token!r} is named both --eos-token and --pad-token; padding must "
                 "differ from the end of a document."
             )
-        self.tokenizer.encode_special_tokens = True
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         self.eos_id, self.pad_id = vocabulary[self.eos_token], vocabulary[self.pad_token]
         self.byte_lengths = byte_lengths(self.tokenizer, vocabulary, description)
         self.vocab_size = len(self.byte_lengths)
         self.dtype = token_dtype(self.vocab_size)
         self.ignore_label_id = int(np.iinfo(self.dtype).max)
-        self.encoder: Encoder = HuggingFaceEncoder(self.tokenizer, description)
+        special = {self.eos_token, self.pad_token}
+        plain = PlainTokenizer(self.tokenizer, description, special, self.byte_lengths)
+        self.lossless, self.unknown_id = plain.lossless, plain.unknown_id
+        self.token_dtype = self.dtype if self.lossless else sized_dtype(self.dtype)
+        self.encoder: Encoder
+        if self.lossless:
+            self.encoder = HuggingFaceEncoder(plain.tokenizer, plain.description)
+        else:
+            self.encoder = SizedEncoder(plain)
         if library == "gigatoken":
-            fast = GigatokenEncoder(description, workers)
+            fast = GigatokenEncoder(plain.description, workers)
             self.encoder = CheckedEncoder(fast, self.encoder)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, without special tokens: arrays (n,) of `dtype`."""
-        ids, counts = self.encoder.encode([text.encode() for text in texts])
-        return np.split(ids.astype(self.dtype), np.cumsum(counts)[:-1])
+        return [ids_of(tokens) for tokens in self.encode_tokens(texts)]
+
+    def encode_tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode each text without special tokens: arrays (n,) of `token_dtype`."""
+        tokens, counts = self.encoder.encode([text.encode() for text in texts])
+        return np.split(tokens.astype(self.token_dtype), np.cumsum(counts)[:-1])
+
+    def end(self, tokens: np.ndarray) -> np.ndarray:
+        """Return tokens (n,) with eos behind them."""
+        ended = np.zeros(len(tokens) + 1, tokens.dtype)
+        ended[:-1] = tokens
+        ids_of(ended)[-1] = self.eos_id
+        return ended
 
     def save(self, path: Path) -> None:
         """Write the tokenizer with its eos and pad."""

@@ -14,8 +14,9 @@ from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, token_byte_lengths
 class PerplexityEvaluator:
     """Reduced over all ranks; padding and ignored labels never count.
 
-    Reports <prefix>/perplexity, /nats_per_token, /bits_per_byte (nats / ln 2 / bytes of the
-    scored tokens; end-of-document tokens cost nats but hold no bytes), the last two also as
+    Reports <prefix>/perplexity, /nats_per_token, /bits_per_byte (nats / ln 2 / bytes of the text
+    that the scored tokens stand for: unknown tokens have the bytes that they replaced, and
+    end-of-document tokens cost nats but hold no bytes), the last two also as
     /step_<k>/… by ACT step and /domain_<name>/…, and /unrefined/… where untrained refinement
     passes changed the headline.
     """
@@ -36,8 +37,9 @@ class PerplexityEvaluator:
         self.sums: dict[str, np.ndarray] = {}  # name -> nats, tokens, bytes
 
     def update_batch(self, batch: dict[str, Tensor], preds: dict[str, Tensor]) -> None:
-        """batch: labels (B, S), domain_ids (B,). preds: token_nll (B, S) in nats, and where
-        there are any unrefined_token_nll (B, S), row_nll_by_step (B, steps)."""
+        """batch: labels (B, S), domain_ids (B,), and scored_bytes (B,) where ids do not tell the
+        bytes of text. preds: token_nll (B, S) in nats, and where there are any
+        unrefined_token_nll (B, S), row_nll_by_step (B, steps)."""
         labels = batch["labels"].cpu().numpy()
         scored = labels != IGNORE_LABEL_ID
         tokens = scored.sum(1)
@@ -45,6 +47,9 @@ class PerplexityEvaluator:
         if self.bytes_of is not None:
             size = np.where(scored, self.bytes_of[np.where(scored, labels, 0)], 0).sum(1)
         nats = _row_sums(preds["token_nll"])
+        if "scored_bytes" in batch:  # -1: of a corpus that has none
+            counted = batch["scored_bytes"].cpu().numpy()
+            size = np.where(counted < 0, size, counted)
         self._add("", nats, tokens, size)
         if "unrefined_token_nll" in preds:
             self._add("unrefined/", _row_sums(preds["unrefined_token_nll"]), tokens, size)

@@ -93,6 +93,7 @@ class Corpora:
             )
         self.metadata = _joined_metadata(metadata, self.identifiers, self.domains)
         self.has_targets = any(part.has_targets for part in self._parts)
+        self.has_scored_bytes = any(part.has_scored_bytes for part in self._parts)
         self.max_target = max((part.max_target for part in self._parts), default=0)
         self.one_row_a_group = all(part.one_row_a_group for part in self._parts)
         """Whether every group is one row, of the same number."""
@@ -146,7 +147,8 @@ class Corpora:
         """Rows by global number.
 
         Returns `inputs` and `labels` (n, S), `puzzle_identifiers`, `iteration_targets` (0: none)
-        and `domain_ids` (n,), all int32; `reasoning_labels` (n, R) where a corpus has them.
+        and `domain_ids` (n,), all int32; `reasoning_labels` (n, R) where a corpus has them;
+        `scored_bytes` (n,) int64, -1 for rows of a corpus without them, where another has them.
         Ignored labels are IGNORE_LABEL_ID; identifiers and domains are the joined ones.
         `tokens`: where inputs and labels are to lie, (2, n, S) int32.
         """
@@ -156,7 +158,7 @@ class Corpora:
         if len(self._parts) == 1:
             return self._part_rows(self._parts[0], indices, tokens)
         out = self._part_rows(self._parts[0], indices[:0], tokens[:, :0])
-        out = {name: np.empty((indices.size, *v.shape[1:]), np.int32) for name, v in out.items()}
+        out = {name: np.empty((indices.size, *v.shape[1:]), v.dtype) for name, v in out.items()}
         out |= {"inputs": tokens[0], "labels": tokens[1]}
         for part, where in self._by_part(indices, self._row_ends):
             local = indices[where] - part.first_row
@@ -182,6 +184,9 @@ class Corpora:
             if reasoning is None:
                 reasoning = np.full((rows.size, self.reasoning_width), IGNORE_LABEL_ID, np.int32)
             out["reasoning_labels"] = reasoning
+        if self.has_scored_bytes:
+            sizes = part.scored_bytes(rows)
+            out["scored_bytes"] = np.full(rows.size, -1, np.int64) if sizes is None else sizes
         return out
 
     def highest_reasoning_label(self) -> int:

@@ -15,7 +15,7 @@ from utils.token_rows import fill_labels, open_token_rows
 LARGE_CORPUS = 2 << 30
 """Bytes above which a corpus is not read whole when it is opened."""
 
-_NUMBERS = ("puzzle_identifiers", "iteration_targets", "domain_ids")
+_NUMBERS = ("puzzle_identifiers", "iteration_targets", "domain_ids", "scored_bytes")
 
 
 class CorpusPart:
@@ -56,6 +56,7 @@ class CorpusPart:
         )
         targets = self._arrays.get("iteration_targets")
         self.has_targets = targets is not None
+        self.has_scored_bytes = "scored_bytes" in self._arrays
         self.max_target = 0 if targets is None else maximum(targets)
         self._samples = self._tokens.samples | {
             name: sample_of(array) for name, array in self._arrays.items()
@@ -167,6 +168,12 @@ class CorpusPart:
         if not self.has_targets:
             return np.zeros(rows.size, np.int32)
         return self._arrays["iteration_targets"][rows].astype(np.int32)
+
+    def scored_bytes(self, rows: np.ndarray) -> np.ndarray | None:
+        """Return the bytes of text behind the labels of rows, (n,) int64; None without any."""
+        if "scored_bytes" not in self._arrays:
+            return None
+        return self._arrays["scored_bytes"][rows].astype(np.int64)
 
     def domains(self, rows: np.ndarray) -> np.ndarray:
         """Joined domain of rows (n,) int32."""

@@ -69,6 +69,7 @@ class RowReader:
         min_iterations: int | None,
         max_iterations: int | None,
         with_starts: bool,
+        with_scored_bytes: bool = False,
     ):
         low, high = min_iterations, max_iterations
         if low is not None and high is not None and low > high:
@@ -86,6 +87,7 @@ class RowReader:
         self._low = 1 if low is None else max(1, low)
         self._high = NO_BUDGET if high is None else high
         self._eos_id = corpora.metadata.eos_id if with_starts else None
+        self._with_scored_bytes = with_scored_bytes
 
     def read(self, rows: np.ndarray, relabel_keys: np.ndarray | None = None) -> Batch:
         """Batch of global row numbers (n,) int64. relabel_keys: (n,) uint64, None for as stored."""
@@ -107,6 +109,8 @@ class RowReader:
             del data["iteration_targets"]
         if not self._corpora.domains:
             del data["domain_ids"]
+        if not self._with_scored_bytes:
+            data.pop("scored_bytes", None)
         return data
 
     def _relabel(self, data: Batch, rows: np.ndarray, keys: np.ndarray) -> None:
@@ -130,10 +134,11 @@ class RowReader:
             "iteration_targets": 1,
             "domain_ids": 0,
             "document_starts": meta.seq_len,
+            "scored_bytes": 0,
         }
         batch = {}
         for name, values in parts[0][1].items():
-            batch[name] = np.full((size, *values.shape[1:]), ignored[name], np.int32)
+            batch[name] = np.full((size, *values.shape[1:]), ignored[name], values.dtype)
             for places, rows in parts:
                 batch[name][places] = rows[name]
         return batch

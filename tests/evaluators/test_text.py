@@ -1,13 +1,18 @@
 """Figures on held-out text, computed again from the weights with nothing of the evaluator's."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from training_tools import finish, make_config, metrics_of, start
+from training_tools import finish, make_config, metrics_of, start, write_texts
 
+from dataset.build_corpus_dataset import main as build_corpus
+from dataset.common import load_metadata
+from models.loading import load_language_model
 from models.train_state import create_model, load_into
 from sequence_dataset import Corpora, EvalStream
 from utils.checkpoint import load_weights
@@ -72,6 +77,33 @@ def test_figures_are_those_of_all_ranks(text_corpus, run_training, tmp_path):
         one, two = (metrics_of(folder, f"eval/{name}") for folder in folders.values())
         assert one == pytest.approx(two, rel=1e-5), name
         assert one, name
+
+
+def test_a_tokenizer_with_unknown_text(tmp_path, run_training):
+    """Bits per byte divide by the bytes of the text, and no prompt spells a special token."""
+    tokenizer = Path(__file__).parents[1] / "dataset" / "cases" / "unigram.json"
+    files = write_texts(tmp_path, seed=1, documents=20)
+    for file in files:
+        file.write_text(file.read_text().replace("a", "♠"))  # not in the vocabulary
+    corpus = tmp_path / "corpus"
+    build_corpus(
+        ["--tokenizer-json", str(tokenizer), "--output-dir", str(corpus)]
+        + ["--input-files", *map(str, files), *"--seq-len 24 --train-ratio 0.7".split()]
+    )
+    run = run_training(corpus, "run", "max_steps=1")
+    size = load_metadata(corpus / "test/all").scored_bytes
+    assert size == np.load(corpus / "test/all/scored_bytes.npy").sum()
+    counts = json.loads((corpus / "build_report.json").read_bytes())["splits"]["test"]["total"]
+    assert counts["unknown_bytes"] >= 3 * counts["unknown_tokens"] > 0
+    nats = metrics_of(run, "eval/text/nats_per_token")[-1] * counts["scored_tokens"]
+    assert metrics_of(run, "eval/text/bits_per_byte")[-1] == pytest.approx(
+        nats / math.log(2) / size
+    )
+    model = load_language_model(run)
+    for text in ("</s>", "a </s> b", "a<pad></s>", "</s></s>"):
+        ids = model.encode(text)
+        assert ids and not {model.eos_id, model.metadata.pad_id} & set(ids)
+        assert model.encode_pair(text, " c")[0] == ids
 
 
 def test_rules_that_read_the_whole_row_are_named(text_corpus, run_training):

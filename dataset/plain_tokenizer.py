@@ -1,0 +1,287 @@
+"""Tokenizers for text that is only text: the same ids, but no text spells a special token.
+
+`encode_special_tokens` keeps the library from looking for special tokens in a text. It does not
+keep the model from putting one together: to a Unigram or WordLevel model `</s>` is a piece like any
+other. So a tokenizer is loaded whose special tokens have names that no text holds.
+"""
+
+import uuid
+from typing import Any
+
+import numpy as np
+import orjson
+from tokenizers import Tokenizer
+
+from dataset.common import byte_alphabet
+
+DROPPED = -1
+"""Id of what the tokenizer has no token for, not even an unknown one; never stored."""
+SPACE = "▁"
+"""What stands for a space in the pieces of SentencePiece."""
+
+BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+# A cut behind the first character of what spells a byte piece: the rest spells none.
+_CUT_BYTE_PIECES = {
+    "type": "Split",
+    "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
+    "behavior": "Isolated",
+    "invert": False,
+}
+
+
+class PlainTokenizer:
+    """A tokenizer whose text is only text, and what its ids mean to the original one.
+
+    `tokenizer` encodes; `description` is its tokenizer.json; `original_ids` (n,) int64 gives the
+    original id, or DROPPED, of each of its ids, and is None where both have the same;
+    `unknown_id` is the original id of text that the vocabulary cannot spell, None without one.
+    `lossless`: the ids of any text give its number of bytes, the one space that some tokenizers
+    put before a text counted in. Decided by the definition, and where in doubt it is False.
+
+    Args:
+        tokenizer: the original one, with all its special tokens.
+        description: the tokenizer.json that it was loaded from.
+        added: special tokens that were added to it since.
+        byte_lengths: (V,) bytes of text that each id is taken to stand for.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        description: dict[str, Any],
+        added: set[str],
+        byte_lengths: np.ndarray,
+    ) -> None:
+        self.tokenizer, self.description = tokenizer, description
+        self.original_ids: np.ndarray | None = None
+        special = _special_tokens(description) | added
+        self.lossless = _is_lossless(description, special, byte_lengths)
+        if not self.lossless or _may_spell(description, special):
+            self.description = orjson.loads(tokenizer.to_str())
+            self.description["post_processor"] = None  # it may trim the places of tokens
+            original_names = self._hide()
+            self.tokenizer = _load(self.description)
+            self._find_ids(tokenizer, original_names)
+            special = _special_tokens(self.description)
+            # All text is spelled then, and nothing is DROPPED.
+            self.lossless = not self._moves_ids() and _is_lossless(
+                self.description, special, byte_lengths
+            )
+        self.tokenizer.encode_special_tokens = True
+        name = _unknown_token(self.description["model"])
+        unknown = None if name is None else self.tokenizer.token_to_id(name)
+        if unknown is not None and self.original_ids is not None:
+            unknown = int(self.original_ids[unknown])
+        self.unknown_id = None if unknown == DROPPED else unknown
+
+    def _hide(self) -> dict[str, str]:
+        """Rename the special tokens of the description; return the original name of each."""
+        model, special = self.description["model"], _special_tokens(self.description)
+        prefix = f"{uuid.uuid4().hex}:"  # unknown to whoever wrote the text
+        new_names = {token: f"{prefix}{token}" for token in special}
+        for token in self.description["added_tokens"]:
+            token["content"] = new_names.get(token["content"], token["content"])
+        if model["type"] == "Unigram":
+            model["vocab"] = [(new_names.get(t, t), score) for t, score in model["vocab"]]
+            if model["unk_id"] is None:
+                # Another piece's score, because the lowest one decides that of unknown text.
+                model["vocab"].append((prefix, model["vocab"][0][1]))
+                model["unk_id"] = len(model["vocab"]) - 1
+        else:
+            model["vocab"] = {new_names.get(t, t): index for t, index in model["vocab"].items()}
+            if model["unk_token"] is not None:  # None: BPE leaves unknown characters out
+                model["unk_token"] = new_names[model["unk_token"]]
+                after = max(model["vocab"].values(), default=-1) + 1
+                model["vocab"].setdefault(model["unk_token"], after)
+        if model["type"] == "BPE":
+            hidden = special.union(BYTE_PIECES if model["byte_fallback"] else ())
+            model["merges"] = [pair for pair in model["merges"] if hidden.isdisjoint(
+                _merged(model, pair))]  # fmt: skip
+        if model.get("byte_fallback") and (model["type"] == "Unigram" or model["ignore_merges"]):
+            stages = [self.description["pre_tokenizer"], _CUT_BYTE_PIECES]
+            self.description["pre_tokenizer"] = {
+                "type": "Sequence", "pretokenizers": [stage for stage in stages if stage]
+            }  # fmt: skip
+        return {new: old for old, new in new_names.items()}
+
+    def _find_ids(self, original: Tokenizer, original_names: dict[str, str]) -> None:
+        """Set `original_ids`: an unknown token that had to be added moves added tokens' ids."""
+        known = original.get_vocab(with_added_tokens=True)
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        ids = np.full(max(vocabulary.values(), default=-1) + 1, DROPPED)
+        for token, index in vocabulary.items():
+            ids[index] = known.get(original_names.get(token, token), DROPPED)
+        if not np.array_equal(ids, np.arange(len(ids))):
+            self.original_ids = ids
+
+    def _moves_ids(self) -> bool:
+        ids = self.original_ids
+        return ids is not None and bool(((ids != np.arange(len(ids))) & (ids != DROPPED)).any())
+
+    def drops_characters(self) -> bool:
+        """Return whether characters in no token leave the text before it is tokenized."""
+        model = self.description["model"]
+        return (
+            model["type"] == "BPE"
+            and model.get("unk_token") is None
+            and not _has_byte_pieces(model)
+            and not _has_byte_level(self.description)
+        )
+
+    def load_symbols(self) -> tuple[Tokenizer, int]:
+        """Load a tokenizer that only splits text into the characters that this one begins to
+        merge; return also the id that stands for a character which this one drops."""
+        model = self.description["model"]
+        name, dropped = uuid.uuid4().hex, max(model["vocab"].values(), default=-1) + 1
+        vocabulary = {**model["vocab"], name: dropped}
+        symbols = {**model, "vocab": vocabulary, "merges": [], "unk_token": name,
+                   "fuse_unk": False, "ignore_merges": False}  # fmt: skip
+        tokenizer = _load({**self.description, "model": symbols})
+        tokenizer.encode_special_tokens = True
+        return tokenizer, dropped
+
+
+def _is_lossless(description: dict[str, Any], special: set[str], byte_lengths: np.ndarray) -> bool:
+    """Whether it is byte-level BPE, or has byte fallback, with all bytes and no stage that changes
+    or drops text."""
+    model = description["model"]
+    if model.get("type") not in ("BPE", "Unigram"):
+        return False
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        return False
+    text = [t for t in description.get("added_tokens") or [] if not t["special"]]
+    if any(token["lstrip"] or token["rstrip"] for token in text):
+        return False
+    normalizers = _stages(description.get("normalizer"))
+    stages = _stages(description.get("pre_tokenizer"))
+    stages = [stage for stage in stages if stage != _CUT_BYTE_PIECES]
+    if not all(_keeps_text(stage) for stage in stages):
+        return False
+    if _has_byte_level(description):
+        # A space goes before each piece of the text, if there are several.
+        spaced = stages[-1].get("add_prefix_space") and (len(stages) > 1 or text)
+        spelled = {token["content"] for token in text} & model["vocab"].keys()
+        return not (normalizers or spaced) and all(map(str.isascii, spelled))
+    if not _has_byte_pieces(model) or any(stage["type"] == "ByteLevel" for stage in stages):
+        return False
+    if any(stage["type"] == "Metaspace" for stage in stages):
+        if normalizers or len(stages) > 1 or stages[0]["replacement"] != SPACE:
+            return False
+        normalizers = [_PREPEND, _REPLACE]
+    pieces = {t: index for t, index in _pieces(model).items() if t not in special}
+    return _spells_spaces(normalizers, bool(text), pieces, byte_lengths)
+
+
+def _may_spell(description: dict[str, Any], special: set[str]) -> bool:
+    """Whether some text may be encoded as one of these tokens, or cannot be encoded at all."""
+    model = description["model"]
+    if model.get("type") != "BPE":
+        return True
+    text = [t["content"] for t in description.get("added_tokens") or [] if not t["special"]]
+    if any(_overlap(token, other) for token in special for other in text):
+        return True  # the library would pass over the one for the other
+    vocabulary, unknown = model["vocab"], model.get("unk_token")
+    if unknown is not None and unknown not in vocabulary:
+        return True
+    if model.get("byte_fallback"):
+        special = special.union(BYTE_PIECES)
+    if any(token in vocabulary and (model.get("ignore_merges") or len(token) == 1)
+           for token in special):  # fmt: skip
+        return True
+    return not all(special.isdisjoint(_merged(model, pair)) for pair in model["merges"])
+
+
+def _overlap(one: str, other: str) -> bool:
+    if one in other or other in one:
+        return True
+    sizes = range(1, min(len(one), len(other)))
+    return any(one[:n] == other[-n:] or one[-n:] == other[:n] for n in sizes)
+
+
+def _merged(model: dict[str, Any], pair: Any) -> tuple[str, str, str]:
+    """Both parts of a merge, and what it makes of them."""
+    first, second = pair.split(" ") if isinstance(pair, str) else pair
+    prefix = model.get("continuing_subword_prefix") or ""
+    return first, second, first + second[len(prefix) :]
+
+
+def _special_tokens(description: dict[str, Any]) -> set[str]:
+    tokens = {t["content"] for t in description.get("added_tokens") or [] if t["special"]}
+    unknown = _unknown_token(description["model"])
+    return tokens if unknown is None else tokens | {unknown}
+
+
+def _unknown_token(model: dict[str, Any]) -> str | None:
+    if "unk_id" in model:
+        return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
+
+
+def _pieces(model: dict[str, Any]) -> dict[str, int]:
+    if model["type"] == "Unigram":
+        return {token: index for index, (token, _) in enumerate(model["vocab"])}
+    return model["vocab"]
+
+
+def _has_byte_pieces(model: dict[str, Any]) -> bool:
+    return bool(model.get("byte_fallback")) and _pieces(model).keys() >= set(BYTE_PIECES)
+
+
+def _has_byte_level(description: dict[str, Any]) -> bool:
+    """Whether a BPE model gets its text as GPT-2's characters for bytes, and knows all of them."""
+    model, stages = description["model"], _stages(description.get("pre_tokenizer"))
+    return (
+        model["type"] == "BPE"
+        and [stage["type"] for stage in stages].count("ByteLevel") == 1
+        and stages[-1]["type"] == "ByteLevel"
+        and model["vocab"].keys() >= byte_alphabet().keys()
+    )
+
+
+def _stages(stage: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer and all that it is made of, in order."""
+    if stage is None:
+        return []
+    if stage["type"] == "Sequence":
+        inner = stage.get("normalizers") or stage.get("pretokenizers") or []
+        return [part for each in inner for part in _stages(each)]
+    return [stage]
+
+
+def _keeps_text(stage: dict[str, Any]) -> bool:
+    """Whether a pre-tokenizer hands all text on, or spaces as another character."""
+    if stage["type"] in ("Split", "Punctuation"):
+        return stage["behavior"] != "Removed"
+    return stage["type"] in ("ByteLevel", "Digits", "Metaspace")
+
+
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_PREPEND = {"type": "Prepend", "prepend": SPACE}
+
+
+def _spells_spaces(
+    normalizers: list[dict[str, Any]],
+    has_added_tokens: bool,
+    pieces: dict[str, int],
+    byte_lengths: np.ndarray,
+) -> bool:
+    """Whether text reaches the model as it is, or with `SPACE` for each space and at most one put
+    before it, and the byte lengths of the pieces agree with that."""
+    if not normalizers:
+        shown = SPACE
+    elif normalizers in ([_REPLACE], [_REPLACE, _PREPEND], [_PREPEND, _REPLACE]):
+        shown = " "
+        # The library puts one behind each added token, too.
+        if SPACE not in pieces or (_PREPEND in normalizers and has_added_tokens):
+            return False
+    else:
+        return False
+    sizes = dict.fromkeys(BYTE_PIECES, 1)
+    return all(
+        byte_lengths[index] == sizes.get(token, len(token.replace(SPACE, shown).encode()))
+        for token, index in pieces.items()
+    )
+
+
+def _load(description: dict[str, Any]) -> Tokenizer:
+    return Tokenizer.from_str(orjson.dumps(description).decode())
