@@ -306,7 +306,9 @@ def create_train_state(
     for embedding in sparse_embeddings(model):
         decay = config.puzzle_emb_weight_decay
         optimizers.append(
-            SparseEmbeddingSignSGD(embedding, config.puzzle_emb_lr, decay, backend.all_gather)
+            SparseEmbeddingSignSGD(
+                embedding, config.puzzle_emb_lr, decay, backend.all_gather, backend.sum
+            )
         )
         base_lrs.append(config.puzzle_emb_lr)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

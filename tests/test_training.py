@@ -87,7 +87,7 @@ def test_the_comparison_of_ranks_sees_faults(fault, text_corpus, tmp_path):
         "mean_for_sum": "base.Backend.backward = lambda self, loss: loss.backward()",
         "own_identifiers_only": "sparse.SparseEmbeddingSignSGD.__init__.__defaults__\n"
         "old = sparse.SparseEmbeddingSignSGD.__init__\n"
-        "def init(self, embedding, lr, weight_decay, all_gather=None):\n"
+        "def init(self, embedding, lr, weight_decay, *collectives):\n"
         "    old(self, embedding, lr, weight_decay)\n"
         "sparse.SparseEmbeddingSignSGD.__init__ = init",
     }
