@@ -101,8 +101,9 @@ class Guarded:
         return keys
 
     def update(self, batch: Batch, preds: Batch) -> None:
-        for place, evaluator in enumerate(self.evaluators):
-            self._try(place, evaluator.update_batch, batch, preds)
+        with self.backend.any_algorithm():  # what they compute changes no weights
+            for place, evaluator in enumerate(self.evaluators):
+                self._try(place, evaluator.update_batch, batch, preds)
 
     def examine(self, ask: Callable[[Group], Examined]) -> None:
         """Lets those that want to ask the model. Raises Interrupted on all ranks together."""
@@ -121,9 +122,10 @@ class Guarded:
         self._share_faults()
         for place, evaluator in enumerate(self.evaluators):
             group = Group(backend)
-            own = self._try(
-                place, evaluator.result, save_path, backend.rank, backend.world_size, group
-            )
+            with backend.any_algorithm():
+                own = self._try(
+                    place, evaluator.result, save_path, backend.rank, backend.world_size, group
+                )
             group.leave()
             figures.append(backend.broadcast_object(self._try(place, _checked, own) or {}))
         self._share_faults()

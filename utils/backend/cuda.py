@@ -1,6 +1,8 @@
 """NVIDIA GPUs, one a process, NCCL between them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,9 +36,21 @@ class CUDABackend(Backend):
         return None
 
     def set_deterministic(self, wanted: bool) -> None:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(wanted, warn_only=True)
+        """Not with warn_only: the backward passes of flash and memory-efficient attention add in
+        any order then, and cuDNN's attention, which has no other way, is not avoided."""
+        if wanted and os.environ.get("CUBLAS_WORKSPACE_CONFIG") != ":16:8":
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS needs one of the two
+        torch.use_deterministic_algorithms(wanted)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+    @contextmanager
+    def any_algorithm(self) -> Iterator[None]:
+        wanted = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(wanted)
 
     def group_options(self) -> dict[str, Any]:
         return {"device_id": self.device}  # or NCCL has to guess it for barriers
