@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import yaml
 from omegaconf import DictConfig
@@ -353,7 +354,8 @@ def share_flags(run: Run, state: TrainState, finite: Tensor) -> Flags:
     own = torch.cat([carry.halted for carry in state.carries]).long()
     signal_number = run.received[0] if run.received else 0
     host = [round(run.clock.seconds * 1000), signal_number, int(run.saver.failed)]
-    flags = torch.cat((own, finite.long().view(1), torch.tensor(host, device=own.device)))
+    moved = run.backend.to_device({"host": np.array(host)})["host"]
+    flags = torch.cat((own, finite.long().view(1), moved))
     table = run.backend.to_host(run.backend.all_gather(flags.unsqueeze(0)))
     state.halted = table[:, :-4].astype(bool).ravel()
     state.seconds = table[0, -3] / 1000

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch
+import numpy as np
 
 from dataset.common import UserError
 from evaluators.interface import Batch, Evaluator, Examined
@@ -29,8 +29,11 @@ class Interrupted(Exception):
 
 def interrupt_if_asked(received: Sequence[int], backend: Backend) -> None:
     """Raises Interrupted on all ranks if one of them received a signal. A collective."""
-    number = torch.tensor([received[0] if received else 0], device=backend.device)
-    if stop := int(backend.to_host(backend.all_gather(number)).max()):
+    stop = received[0] if received else 0
+    if backend.world_size > 1:
+        number = backend.to_device({"stop": np.array([stop])})["stop"]
+        stop = int(backend.to_host(backend.all_gather(number)).max())
+    if stop:
         raise Interrupted(stop)
 
 
