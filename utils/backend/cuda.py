@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dataset.common import UserError
 from utils.backend.base import Backend
 
 BF16_PEAK = {
@@ -26,6 +27,7 @@ class CUDABackend(Backend):
 
     def __init__(self) -> None:
         super().__init__()
+        self._check_ranks()
         self.device = torch.device("cuda", self.local_rank)
         torch.cuda.set_device(self.device)
 
@@ -34,6 +36,20 @@ class CUDABackend(Backend):
         if not torch.cuda.is_available():
             return "this torch finds no CUDA device; use device_type=auto, or install a CUDA build"
         return None
+
+    def _check_ranks(self) -> None:
+        """Raise UserError on all processes of a machine that has fewer GPUs: none is to wait."""
+        gpus = torch.cuda.device_count()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1))
+        if local <= gpus:
+            return
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        limit = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+        raise UserError(
+            f"{local} processes were started on this machine, which has {gpus} "
+            f"GPU{'s' * (gpus != 1)}{limit}, and each needs its own; start it with torchrun "
+            f"--nproc-per-node {gpus}"
+        )
 
     def set_deterministic(self, wanted: bool) -> None:
         """Not with warn_only: the backward passes of flash and memory-efficient attention add in
