@@ -60,12 +60,12 @@ def test_device_time_is_counted_once():
         )  # fmt: skip
 
     events = EventList(use_device="cuda")
-    for start, (operation, kernel, microseconds) in enumerate(
+    for i, (operation, kernel, microseconds) in enumerate(
         (("aten::mm", "gemm", 3000), ("aten::mm", "gemm", 1000), ("aten::add", "add", 2000))
     ):
-        launched = event(operation, DeviceType.CPU, 10 * start, 10 * start + 5)
+        launched = event(operation, DeviceType.CPU, 10 * i, 10 * i + 5)
         launched.append_kernel(kernel, 0, microseconds)
-        ran = event(kernel, DeviceType.CUDA, 5000 * start, 5000 * start + microseconds)
+        ran = event(kernel, DeviceType.CUDA, 5000 * i, 5000 * i + microseconds)
         around = ("ProfilerStep#10", "Optimizer.step#AdamW.step")
         events += [launched, ran] + [
             event(name, DeviceType.CUDA, 0, 15000, is_user_annotation=True) for name in around

@@ -1,13 +1,17 @@
-"""Backends, as far as one process on a CPU shows: DDP with compiled blocks, and the right GPU."""
+"""Backends, as far as one process on a CPU shows: DDP with compiled blocks, the right GPU, and how
+a checkpoint is copied from one."""
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset.common import UserError
 from models.layers import Block, SequenceInfo
 from utils.backend.cpu import CPUBackend
 from utils.backend.cuda import CUDABackend
+from utils.backend.state import host_copy
 
 
 @pytest.fixture
@@ -60,3 +64,45 @@ def test_more_processes_than_gpus_are_refused_by_all_of_them(local_rank, monkeyp
 def test_as_many_processes_as_gpus_take_one_each(monkeypatch):
     processes(monkeypatch, gpus=2, local_rank=1, local=2)
     assert CUDABackend().device == torch.device("cuda", 1)
+
+
+class Copies(TorchDispatchMode):
+    """Notes where copies to the host go, and whether the host waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        options, name = kwargs or {}, operation._schema.name
+        if options.get("pin_memory"):
+            self.seen.append("pinned")
+        elif name == "aten::copy_":
+            self.seen.append("copy" if args[2] else "copy and wait")
+        elif name == "aten::_to_copy" and options["device"].type == "cpu":
+            self.seen.append("pageable copy and wait")
+        return operation(*args, **options)
+
+
+def test_a_checkpoint_leaves_the_gpu_in_one_pass(monkeypatch):
+    """Into pinned memory, which the GPU writes by itself; the host waits for all at the end."""
+    copies = Copies()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: copies.seen.append(str(device)))
+    with FakeTensorMode():
+        weight = torch.empty(3, 4, device="cuda", requires_grad=True)
+        state = {"model": {"w": weight}, "optimizer": [{"w": torch.empty(2, device="cuda")}]}
+        with copies:
+            copied = host_copy(state)
+    assert copied["model"]["w"].device.type == "cpu"
+    assert copies.seen == ["pinned", "copy"] * 2 + ["cuda:0"]
+
+
+def test_a_copy_is_its_own():
+    weight = torch.nn.Parameter(torch.ones(3))
+    state = {"model": {"w": weight}, "step": 3, "moments": [weight.data[:2]]}
+    copied = host_copy(state)
+    with torch.no_grad():
+        weight.zero_()
+    assert copied["model"]["w"].tolist() == [1, 1, 1] and copied["moments"][0].tolist() == [1, 1]
+    assert copied["step"] == 3 and not copied["model"]["w"].requires_grad
+    assert host_copy(state, keep=False) == {"model": {"w": None}, "step": 3, "moments": [None]}

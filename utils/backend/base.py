@@ -157,8 +157,8 @@ class Backend:
             return model
         if parallel == "fsdp":
             return shard(model, self.device.type, self.world_size)
-        # Otherwise compiled blocks are cut where DDP's buckets end, so that their gradients could be
-        # reduced early. Blocks are applied many times a step, and theirs are there at its end.
+        # Otherwise compiled blocks are cut where DDP's buckets end, so that their gradients can be
+        # reduced early: those of blocks that are applied many times are there at the end only.
         torch._dynamo.config.optimize_ddp = False
         # Only the identifier embedding changes among the buffers, alike on all ranks. The option
         # got another name after torch 2.9.
