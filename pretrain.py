@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import yaml
 from omegaconf import DictConfig
@@ -32,7 +33,7 @@ from models.persistence import Saver, resolved
 from models.train_state import TrainState, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint, lr_finder
-from utils.backend import Backend, select_backend
+from utils.backend import Backend, nondeterministic_operation, select_backend
 from utils.config import PretrainConfig, check_ranks, hydra_entry, load_config
 from utils.config_trained import as_trained
 from utils.data import Data, open_data
@@ -155,6 +156,14 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
                 f"out of memory with {rows} rows at once; lower micro_batch_size (now {rows}), or "
                 "global_batch_size, or set arch.use_gradient_checkpointing=true"
             ) from None
+        except RuntimeError as error:
+            if (operation := nondeterministic_operation(error)) is None:
+                raise
+            raise UserError(
+                f"{operation} gives other bits each time on {backend.device}, which "
+                "deterministic=true does not allow; replace it, or set deterministic=false, and "
+                "a resumed run is the same up to rounding only"
+            ) from error
         finally:
             run.saver.close()
             run.stream.close()
@@ -345,7 +354,8 @@ def share_flags(run: Run, state: TrainState, finite: Tensor) -> Flags:
     own = torch.cat([carry.halted for carry in state.carries]).long()
     signal_number = run.received[0] if run.received else 0
     host = [round(run.clock.seconds * 1000), signal_number, int(run.saver.failed)]
-    flags = torch.cat((own, finite.long().view(1), torch.tensor(host, device=own.device)))
+    moved = run.backend.to_device({"host": np.array(host)})["host"]
+    flags = torch.cat((own, finite.long().view(1), moved))
     table = run.backend.to_host(run.backend.all_gather(flags.unsqueeze(0)))
     state.halted = table[:, :-4].astype(bool).ravel()
     state.seconds = table[0, -3] / 1000

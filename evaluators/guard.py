@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch
+import numpy as np
 
 from dataset.common import UserError
 from evaluators.interface import Batch, Evaluator, Examined
@@ -29,8 +29,11 @@ class Interrupted(Exception):
 
 def interrupt_if_asked(received: Sequence[int], backend: Backend) -> None:
     """Raises Interrupted on all ranks if one of them received a signal. A collective."""
-    number = torch.tensor([received[0] if received else 0], device=backend.device)
-    if stop := int(backend.to_host(backend.all_gather(number)).max()):
+    stop = received[0] if received else 0
+    if backend.world_size > 1:
+        number = backend.to_device({"stop": np.array([stop])})["stop"]
+        stop = int(backend.to_host(backend.all_gather(number)).max())
+    if stop:
         raise Interrupted(stop)
 
 
@@ -101,8 +104,9 @@ class Guarded:
         return keys
 
     def update(self, batch: Batch, preds: Batch) -> None:
-        for place, evaluator in enumerate(self.evaluators):
-            self._try(place, evaluator.update_batch, batch, preds)
+        with self.backend.any_algorithm():  # what they compute changes no weights
+            for place, evaluator in enumerate(self.evaluators):
+                self._try(place, evaluator.update_batch, batch, preds)
 
     def examine(self, ask: Callable[[Group], Examined]) -> None:
         """Lets those that want to ask the model. Raises Interrupted on all ranks together."""
@@ -121,9 +125,10 @@ class Guarded:
         self._share_faults()
         for place, evaluator in enumerate(self.evaluators):
             group = Group(backend)
-            own = self._try(
-                place, evaluator.result, save_path, backend.rank, backend.world_size, group
-            )
+            with backend.any_algorithm():
+                own = self._try(
+                    place, evaluator.result, save_path, backend.rank, backend.world_size, group
+                )
             group.leave()
             figures.append(backend.broadcast_object(self._try(place, _checked, own) or {}))
         self._share_faults()

@@ -121,12 +121,12 @@ def draw(
     text: Sequence[int] = (),
     never: Sequence[int] = (),
 ) -> int:
-    """One id from (V,) logits; temperature 0 takes the likeliest.
+    """One id from (V,) logits on the host; temperature 0 takes the likeliest.
 
     text: ids that the repetition penalty (Keskar et al. 2019, arXiv 1909.05858) makes less likely.
     never: ids left out.
     """
-    logits = logits.float().cpu().clone()
+    logits = logits.clone()
     if how.repetition_penalty != 1 and text:
         seen = torch.tensor(sorted(set(text)))
         raw = logits[seen]
@@ -252,7 +252,7 @@ def write(
     """
     writers = [Writer(tokenizer, prompt, stop) for prompt in prompts]
     generators = [_generator(how.seed, row) for row in rows or range(len(prompts))]
-    logits = decoder.begin(prompts)
+    logits = decoder.begin(prompts).float().cpu()  # of all rows at once: each transfer waits
     for n in range(how.max_new_tokens):
         tokens = []
         for row, writer in enumerate(writers):
@@ -269,7 +269,7 @@ def write(
                 show(row, writer.add(token))
         if all(writer.ended for writer in writers) or n + 1 == how.max_new_tokens:
             break
-        logits = decoder.extend(tokens)
+        logits = decoder.extend(tokens).float().cpu()
     for row, writer in enumerate(writers):
         if rest := writer.finish():
             show(row, rest)

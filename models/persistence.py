@@ -202,7 +202,7 @@ class Saver:
             # held rows start again, but those that have halted are done
             places = zip(position["held_places"], state.halted.tolist(), strict=True)
             position["held_places"] = [-1 if halted else place for place, halted in places]
-        tensors = state.tensors()
+        tensors = state.tensors(keep=self.backend.is_main)
         if not self.backend.is_main:
             return Contents({}, {}, shard)
         saved = {

@@ -3,7 +3,8 @@
 Few of its rows are used in a step, so it is a buffer, not a parameter: clipping, EMA and the
 main optimizer do not see it. Each training forward leaves a pair (ids, looked-up rows); after the
 backward passes the optimizer sums the gradients by id over micro-batches and ranks, takes their
-sign, and updates the rows used.
+sign, and updates the rows used. A sign makes a difference in the last bit a large one, so ranks do
+not compute the same sum each by itself: they add up their parts in one collective.
 """
 
 from collections.abc import Callable, Iterable
@@ -43,7 +44,8 @@ class SparseEmbeddingSignSGD(Optimizer):
 
     w ← w·(1 − lr·wd) − lr·sign(Σ gradients of w). A row whose gradient is all 0 was used by
     ignored rows only and stays as it is. `all_gather` concatenates a tensor over ranks
-    (first axis); every rank must hold equally many rows.
+    (first axis), `all_reduce` sums it and gives all ranks the same bits; every rank must hold
+    equally many rows.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class SparseEmbeddingSignSGD(Optimizer):
         lr: float,
         weight_decay: float,
         all_gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ):
         super().__init__([embedding.weights], dict(lr=lr, weight_decay=weight_decay))
-        self.embedding, self.all_gather = embedding, all_gather
+        self.embedding, self.all_gather, self.all_reduce = embedding, all_gather, all_reduce
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.embedding.used.clear()
@@ -64,26 +67,30 @@ class SparseEmbeddingSignSGD(Optimizer):
         used = self.embedding.used
         if not used:
             return
-        ids = self.all_gather(torch.cat([ids for ids, _ in used]))
-        grads = self.all_gather(torch.cat([_gradient(rows) for _, rows in used]))
-        rows, total = _sums_by_id(ids, grads)
+        own = torch.cat([ids for ids, _ in used])
+        ids = self.all_gather(own)
+        grads = torch.cat([_gradient(rows) for _, rows in used])
+        total = self.all_reduce(_sums_by_id(ids, own, grads))
         group = self.param_groups[0]
-        old = self.embedding.weights[rows]
+        old = self.embedding.weights[ids]
         new = old * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * total.sign()
-        self.embedding.weights[rows] = torch.where(total.ne(0).any(1, keepdim=True), new, old)
+        # equal ids have equal sums, so it does not matter which of them is written last
+        self.embedding.weights[ids] = torch.where(total.ne(0).any(1, keepdim=True), new, old)
 
 
-def _sums_by_id(ids: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
-    """Row numbers (M,) and the sum of each one's gradients (M, D); from ids (N,), grads (N, D).
+_MATRIX_ELEMENTS = 1 << 24
 
-    How many ids differ depends on the data, and to XLA another number is another program. So there
-    M is N: each occurrence gets the whole sum, and all occurrences write the same value.
+
+def _sums_by_id(wanted: Tensor, ids: Tensor, grads: Tensor) -> Tensor:
+    """Sum, for each of the `wanted` ids (M,), the gradients (N, D) of equal `ids` (N,): (M, D).
+
+    How many ids differ depends on the data. Finding that out would make the host wait for the
+    device, and be another program to XLA; a product with the matrix of equal pairs has one shape,
+    and adds in a fixed order, which scattered additions on a GPU do not.
     """
-    if ids.device.type == "xla":
-        same = ids.unsqueeze(1) == ids  # N x N, a row of it for each occurrence
-        return ids, same.to(grads.dtype) @ grads
-    unique, inverse = ids.unique(return_inverse=True)
-    return unique, grads.new_zeros(len(unique), grads.shape[1]).index_add_(0, inverse, grads)
+    rows = max(1, _MATRIX_ELEMENTS // len(ids))
+    parts = [(part.unsqueeze(1) == ids).to(grads.dtype) @ grads for part in wanted.split(rows)]
+    return torch.cat(parts)
 
 
 def _gradient(rows: Tensor) -> Tensor:

@@ -239,10 +239,11 @@ class TrainState:
             optimizer.zero_grad()
         self.rehearsed = True
 
-    def tensors(self) -> dict[str, Any]:
+    def tensors(self, keep: bool = True) -> dict[str, Any]:
         """What a checkpoint stores once, whole and copied to the host.
 
-        A collective of all ranks where weights are sharded.
+        A collective of all ranks where weights are sharded. keep: False on ranks that only take
+        part in it, so that their hosts need not hold it, too.
         """
         found: dict[str, Any] = {
             "model": model_state(self.model),
@@ -250,8 +251,8 @@ class TrainState:
             "rng": torch.get_rng_state(),
         }
         if self.ema is not None:
-            found["ema"] = host_copy(self.ema.state_dict())
-        return found
+            found["ema"] = self.ema.state_dict()
+        return host_copy(found, keep)
 
     @property
     def main_optimizers(self) -> list[Optimizer]:
@@ -306,7 +307,9 @@ def create_train_state(
     for embedding in sparse_embeddings(model):
         decay = config.puzzle_emb_weight_decay
         optimizers.append(
-            SparseEmbeddingSignSGD(embedding, config.puzzle_emb_lr, decay, backend.all_gather)
+            SparseEmbeddingSignSGD(
+                embedding, config.puzzle_emb_lr, decay, backend.all_gather, backend.sum
+            )
         )
         base_lrs.append(config.puzzle_emb_lr)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -390,9 +393,9 @@ def carry_rows(carries: Sequence[Carry]) -> dict[str, Tensor]:
             **{f"data/{k}": v for k, v in row_data(carry).items()},
         }
 
-    parts = [flat(carry) for carry in carries]
     # copied first: on XLA a concatenation would be one more program
-    return {k: torch.cat([part[k].to("cpu", copy=True) for part in parts]) for k in parts[0]}
+    parts = host_copy([flat(carry) for carry in carries])
+    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 
 def carry_from_rows(rows: dict[str, Tensor]) -> Carry:

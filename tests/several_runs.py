@@ -23,7 +23,7 @@ def keep_identifiers_to_oneself() -> AbstractContextManager:
     """Update the identifier embedding with the gradients of this rank alone."""
     real = SparseEmbeddingSignSGD.__init__
 
-    def init(self, embedding, lr, weight_decay, all_gather=None):
+    def init(self, embedding, lr, weight_decay, *collectives):
         real(self, embedding, lr, weight_decay)
 
     return patch.object(SparseEmbeddingSignSGD, "__init__", init)

@@ -6,7 +6,11 @@ import re
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 from training_tools import TEXT, contents, finish, start
+
+from utils.profiling import costliest
 
 
 @pytest.mark.slow
@@ -45,3 +49,31 @@ def test_a_run_that_is_too_short_says_so(text_corpus, run_training, capfd):
     run_training(text_corpus, "half", "max_steps=12", "epochs=9", "profile=true", "evaluators=[]")
     names = {path.name for path in (run.parent / "half" / "profile").iterdir()}
     assert names == {"steps_10_to_12_rank_0.json.gz", "steps_10_to_12_rank_0.txt"}
+
+
+def test_device_time_is_counted_once():
+    """torch's profiler gives a kernel's time to the kernel, to the operation that launched it, and
+    to every annotation around it. Made of its own events, as without a card it records none."""
+
+    def event(name, device_type, start, end, **options):
+        return FunctionEvent(
+            len(events), name, thread=0, start_us=start, end_us=end, use_device="cuda",
+            device_type=device_type, stack=[], **options,
+        )  # fmt: skip
+
+    events = EventList(use_device="cuda")
+    for i, (operation, kernel, microseconds) in enumerate(
+        (("aten::mm", "gemm", 3000), ("aten::mm", "gemm", 1000), ("aten::add", "add", 2000))
+    ):
+        launched = event(operation, DeviceType.CPU, 10 * i, 10 * i + 5)
+        launched.append_kernel(kernel, 0, microseconds)
+        ran = event(kernel, DeviceType.CUDA, 5000 * i, 5000 * i + microseconds)
+        around = ("ProfilerStep#10", "Optimizer.step#AdamW.step")
+        events += [launched, ran] + [
+            event(name, DeviceType.CUDA, 0, 15000, is_user_annotation=True) for name in around
+        ]
+    events._build_tree()  # as the profiler does
+    headline, *rows = costliest(events.key_averages(), steps=2).splitlines()
+    assert "device" in headline and headline.endswith("of 3.0 ms")
+    found = [(row.split()[0], row.split()[2], row.split()[-1]) for row in rows]
+    assert found == [("2.00", "66.7%", "gemm"), ("1.00", "33.3%", "add")]

@@ -106,3 +106,26 @@ def test_the_sentence_names_who_is_behind_when_all_wait():
     told = describe(places, 3)
     assert told.startswith("rank 1 holds up the others")
     assert "rank 0, 2 waits for other ranks at a.py:1 (f), step 8" in told
+
+
+def test_one_rank_alone_does_not_wait_for_others():
+    place = {0: Place(8, "pretrain.py:1 (f)", True, 0.0)}
+    told = describe(place, 1, on_device=True)
+    assert "other ranks" not in told and "waits for its device at pretrain.py:1 (f)" in told
+    assert describe(place, 1) == "rank 0 is at pretrain.py:1 (f), step 8"
+
+
+def test_ranks_on_devices_may_wait_for_those():
+    places = {rank: Place(8, "pretrain.py:1 (f)", True, 0.0) for rank in range(2)}
+    assert "rank 0, 1 waits for other ranks or its device at" in describe(places, 2, on_device=True)
+
+
+@pytest.mark.slow
+def test_a_device_that_stands_still_is_told_of_a_single_rank(text_corpus, tmp_path):
+    fault = f"""{IMPATIENT}
+at[20] = lambda *_: setattr(torch.Tensor, "cpu", lambda tensor: time.sleep(600))
+"""
+    code, out = run_with(fault, tmp_path / "run", text_corpus, tmp_path, "step_timeout=4")
+    assert code == STALLED, out
+    (line,) = [line for line in out.splitlines() if "no sign of life" in line]
+    assert "other ranks" not in line and "pretrain.py" in line, line

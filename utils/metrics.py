@@ -33,8 +33,9 @@ def added(sums: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tenso
 class MetricSums:
     """Adds up dicts of scalar tensors; `read` brings all of them to the host in one transfer.
 
-    The sums start from zeros that come from the host: a zero made on the device, or one without an
-    axis, is a constant to XLA, and a sum with a constant is another program than one with a value.
+    On XLA the sums start from zeros that come from the host: otherwise the first addition would be
+    another program than later ones, as would one with a zero that was made there, a constant.
+    Elsewhere that transfer would make the host wait.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class MetricSums:
     def add(self, values: dict[str, Tensor]) -> None:
         new = added({}, values)
         for name, value in new.items():
-            if name not in self.sums:
+            if name not in self.sums and value.device.type == "xla":
                 self.sums[name] = torch.zeros(1, dtype=value.dtype).to(value.device)
         self.sums = added(self.sums, new)
 

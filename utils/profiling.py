@@ -1,9 +1,11 @@
 """Where the time of a few steps goes: a trace by torch.profiler, and a table."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch.autograd import DeviceType
 from torch.profiler import profile, schedule, supported_activities
 
 from utils.backend import Backend
@@ -80,21 +82,33 @@ class StepProfiler:
         trace = folder / f"{name}.json.gz"
         found.export_chrome_trace(str(trace))
         events = found.key_averages()
-        on_device = any(event.self_device_time_total for event in events)
-        order = "self_device_time_total" if on_device else "self_cpu_time_total"
+        order = "self_device_time_total" if kernels(events) else "self_cpu_time_total"
         table = events.table(sort_by=order, row_limit=-1, max_name_column_width=80)
         (folder / f"{name}.txt").write_text(table, "utf-8")
         if self._backend.is_main:
-            tell(costliest(events, order, last - FIRST + 1) + f"\n  trace: {trace}")
+            tell(costliest(events, last - FIRST + 1) + f"\n  trace: {trace}")
 
 
-def costliest(events: Any, order: str, steps: int) -> str:
-    """A few lines with the operations that took most time of their own."""
-    times = [(getattr(e, order) / 1000 / steps, e.count / steps, e.key) for e in events]
-    times = [item for item in times if not item[2].startswith("ProfilerStep")]
-    whole = sum(time for time, *_ in times)
-    where = "device" if "device" in order else "CPU"
-    lines = [f"costliest operations, {where} time of their own in a step, of {whole:,.1f} ms"]
-    for time, calls, name in sorted(times, reverse=True)[:_ROWS]:
+def kernels(events: Iterable[Any]) -> list[Any]:
+    """Return what ran on the device. Its time is that of the operations which launched it, and of
+    annotations around it, too: in a sum of all events it would count several times."""
+    return [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
+
+
+def costliest(events: Iterable[Any], steps: int) -> str:
+    """A few lines with what took most time of its own: kernels, or operations on the CPU."""
+    events = list(events)
+    if found := kernels(events):
+        what, times = "kernels, device", [(e.self_device_time_total, e) for e in found]
+    else:
+        what, times = "operations, CPU", [(e.self_cpu_time_total, e) for e in events]
+    rows = [
+        (time / 1000 / steps, event.count / steps, event.key)
+        for time, event in times
+        if not event.key.startswith("ProfilerStep")
+    ]
+    whole = sum(time for time, *_ in rows)
+    lines = [f"costliest {what} time of their own in a step, of {whole:,.1f} ms"]
+    for time, calls, name in sorted(rows, reverse=True)[:_ROWS]:
         lines.append(f"  {time:10,.2f} ms {time / (whole or 1):6.1%} {calls:9,.1f} x  {name[:70]}")
     return "\n".join(lines)

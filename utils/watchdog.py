@@ -28,7 +28,7 @@ _SPEAK = 20.0  # seconds that a report may take: what it is written to may stand
 
 
 class Place(NamedTuple):
-    """Where a rank is. waits: inside a collective, so for other ranks."""
+    """Where a rank is. waits: inside a backend, so for other ranks or for its own device."""
 
     step: int
     where: str
@@ -111,7 +111,8 @@ class Watchdog:
                 places[rank] = place
         if min(places) == self.backend.rank:
             with suppress(OSError):  # the reader may be gone
-                tell(f"{headline}; {describe(places, self.backend.world_size)}")
+                on_device = self.backend.device.type != "cpu"
+                tell(f"{headline}; {describe(places, self.backend.world_size, on_device)}")
 
     def _place(self) -> Place:
         """Where the main thread is, by the innermost frame of Athena's that is no backend's."""
@@ -131,8 +132,13 @@ def _name(frame: FrameType, path: Path) -> str:
     return f"{path.relative_to(ROOT)}:{frame.f_lineno} ({frame.f_code.co_name})"
 
 
-def describe(places: dict[int, Place], world_size: int) -> str:
-    """One sentence: who is silent, who holds up the others, and where each of them is."""
+def describe(places: dict[int, Place], world_size: int, on_device: bool = False) -> str:
+    """One sentence: who is silent, who holds up the others, and where each of them is.
+
+    on_device: ranks compute on devices of their own, so that one which waits for a collective
+    cannot be told from one that waits for its device.
+    """
+    awaited = ["other ranks"] * (world_size > 1) + ["its device"] * on_device
     silent = [rank for rank in range(world_size) if rank not in places]
     busy = {rank: place for rank, place in places.items() if not place.waits}
     behind = min((place.step for place in places.values()), default=0)
@@ -144,7 +150,7 @@ def describe(places: dict[int, Place], world_size: int) -> str:
         parts.append(f"rank {_listed(sorted(late))} holds up the others")
     by_place: dict[str, list[int]] = {}
     for rank, place in sorted(places.items()):
-        verb = "waits for other ranks" if place.waits else "is"
+        verb = f"waits for {' or '.join(awaited)}" if place.waits and awaited else "is"
         by_place.setdefault(f"{verb} at {place.where}, step {place.step}", []).append(rank)
     parts += [f"rank {_listed(ranks)} {where}" for where, ranks in by_place.items()]
     return "; ".join(parts)

@@ -189,7 +189,7 @@ def test_a_run_goes_on_from_xla_to_the_cpu_and_back(text_corpus, tmp_path):
 
 
 def test_identifiers_that_occur_twice_get_one_update_of_the_sum():
-    """The way without `unique` that XLA takes, against the one that the CPU takes."""
+    """As on the CPU."""
     tables = []
     start, pull = torch.randn(6, 3), torch.randn(2, 4, 3)
     for device in (torch.device("cpu"), REPLICA.device):

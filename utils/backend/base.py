@@ -9,6 +9,7 @@ import ctypes
 import inspect
 import itertools
 import os
+import re
 import shutil
 import signal
 import sys
@@ -138,7 +139,14 @@ class Backend:
             self._board_is_gone = True
 
     def set_deterministic(self, wanted: bool) -> None:
-        """Has the same operations give the same bits each time, where that costs something."""
+        """Has the same operations give the same bits each time, where that costs something.
+
+        An operation that cannot then raises a RuntimeError, see `nondeterministic_operation`.
+        """
+
+    def any_algorithm(self) -> AbstractContextManager:
+        """Allow operations that `set_deterministic` forbids, where no weights depend on them."""
+        return nullcontext()
 
     def wrap(self, model: nn.Module, parallel: str = "ddp") -> nn.Module:
         """The module to call in training; its backward pass sums gradients over ranks.
@@ -149,6 +157,9 @@ class Backend:
             return model
         if parallel == "fsdp":
             return shard(model, self.device.type, self.world_size)
+        # Otherwise compiled blocks are cut where DDP's buckets end, so that their gradients can be
+        # reduced early: those of blocks that are applied many times are there at the end only.
+        torch._dynamo.config.optimize_ddp = False
         # Only the identifier embedding changes among the buffers, alike on all ranks. The option
         # got another name after torch 2.9.
         known = inspect.signature(DistributedDataParallel).parameters
@@ -322,6 +333,12 @@ def free_host_memory() -> int:
     if limit.is_file() and (text := limit.read_text("utf-8").strip()).isdigit():
         free = min(free, max(0, int(text) - int(used.read_text("utf-8"))))
     return free
+
+
+def nondeterministic_operation(error: RuntimeError) -> str | None:
+    """Return the operation that `set_deterministic` does not allow, if that is the error."""
+    found = re.match(r"(\S+).* does not have a deterministic implementation", str(error))
+    return None if found is None else found[1]
 
 
 def require(backend: type[Backend]) -> Backend:

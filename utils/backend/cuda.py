@@ -1,10 +1,13 @@
 """NVIDIA GPUs, one a process, NCCL between them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from dataset.common import UserError
 from utils.backend.base import Backend
 
 BF16_PEAK = {
@@ -24,6 +27,7 @@ class CUDABackend(Backend):
 
     def __init__(self) -> None:
         super().__init__()
+        self._check_ranks()
         self.device = torch.device("cuda", self.local_rank)
         torch.cuda.set_device(self.device)
 
@@ -33,10 +37,36 @@ class CUDABackend(Backend):
             return "this torch finds no CUDA device; use device_type=auto, or install a CUDA build"
         return None
 
+    def _check_ranks(self) -> None:
+        """Raise UserError on all processes of a machine that has fewer GPUs: none is to wait."""
+        gpus = torch.cuda.device_count()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1))
+        if local <= gpus:
+            return
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        limit = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+        raise UserError(
+            f"{local} processes were started on this machine, which has {gpus} "
+            f"GPU{'s' * (gpus != 1)}{limit}, and each needs its own; start it with torchrun "
+            f"--nproc-per-node {gpus}"
+        )
+
     def set_deterministic(self, wanted: bool) -> None:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(wanted, warn_only=True)
+        """Not with warn_only: the backward passes of flash and memory-efficient attention add in
+        any order then, and cuDNN's attention, which has no other way, is not avoided."""
+        if wanted and os.environ.get("CUBLAS_WORKSPACE_CONFIG") != ":16:8":
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS needs one of the two
+        torch.use_deterministic_algorithms(wanted)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+    @contextmanager
+    def any_algorithm(self) -> Iterator[None]:
+        wanted = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(wanted)
 
     def group_options(self) -> dict[str, Any]:
         return {"device_id": self.device}  # or NCCL has to guess it for barriers

@@ -7,6 +7,7 @@ not used: they keep a pickled index, and reading one can run code.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -55,20 +56,36 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def host_copy(value: Any) -> Any:
+def host_copy(value: Any, keep: bool = True) -> Any:
     """Nested dicts and lists with every tensor whole, in host memory, and a copy.
 
-    A collective where tensors are sharded.
+    A collective where tensors are sharded. keep: False to take part in that alone; tensors are
+    None then.
     """
+    devices: set[torch.device] = set()
+    copied = _host_copy(value, keep, devices)
+    for device in devices:  # once, after all copies of it were asked for
+        torch.cuda.synchronize(device)
+    return copied
+
+
+def _host_copy(value: Any, keep: bool, devices: set[torch.device]) -> Any:
     if isinstance(value, dict):
-        return {key: host_copy(item) for key, item in value.items()}
+        return {key: _host_copy(item, keep, devices) for key, item in value.items()}
     if isinstance(value, list):
-        return [host_copy(item) for item in value]
+        return [_host_copy(item, keep, devices) for item in value]
     if isinstance(value, DTensor):
         value = value.full_tensor()
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    return value
+    if not isinstance(value, Tensor):
+        return value
+    if not keep:
+        return None
+    source = value.detach()
+    if not source.is_cuda:
+        return source.to("cpu", copy=True)
+    devices.add(source.device)
+    pinned = torch.empty_like(source, device="cpu", pin_memory=True)
+    return pinned.copy_(source, non_blocking=True)
 
 
 def part_like(value: Tensor, reference: Tensor) -> Tensor:
@@ -90,8 +107,9 @@ def _options(model: nn.Module) -> StateDictOptions:
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Whole weights by name, copied to the host; of a sharded model on rank 0 only."""
-    return host_copy(get_model_state_dict(model, options=_options(model)))
+    """Whole weights by name, those of the model itself; of a sharded one on rank 0 only, on the
+    host."""
+    return get_model_state_dict(model, options=_options(model))
 
 
 def load_model_state(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -101,10 +119,10 @@ def load_model_state(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """state and param_groups with parameters by name; of a sharded model on rank 0 only."""
+    """state and param_groups with parameters by name, as `model_state` gives weights."""
     if not optimizer.state:  # torch would make a step to have something to save
         return {}
-    return host_copy(get_optimizer_state_dict(model, optimizer, options=_options(model)))
+    return get_optimizer_state_dict(model, optimizer, options=_options(model))
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
