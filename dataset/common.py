@@ -5,6 +5,7 @@ nothing else of the project, so that builders, the stream, the model and the scr
 """
 
 import argparse
+import errno
 import hashlib
 import io
 import json
@@ -102,18 +103,42 @@ def check_decoded(texts: Iterable[str]) -> None:
 
 
 def run_cli(fn: Callable[[], T]) -> T:
-    """Call a command's body; a `UserError` ends in one line on stderr and exit code 2."""
+    """Call a command's body; a `UserError` ends in one line on stderr and exit code 2.
+
+    So does output that cannot be written; a reader that has gone ends it silently.
+    """
     escape_unprintable()
     try:
         check_decoded(sys.argv)
         with warnings_as_notes():
-            return fn()
+            result = fn()
+        sys.stdout.flush()
+        return result
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as error:
+        if error.filename is not None or error.errno not in _OUTPUT_FAULTS:
+            raise
+        _discard_unwritten_output()
+        if error.errno == errno.EPIPE:
+            raise SystemExit(128 + 13) from None  # as if SIGPIPE had ended it
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+_OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}
+
+
+def _discard_unwritten_output() -> None:
+    """Keep Python from writing it again at exit, in vain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _renamed(name: str, older: str, **options: Any) -> Any:

@@ -82,10 +82,7 @@ def export_hf(options: Options) -> None:
             off = try_out(model, part)
             found = f"as transformers loads it, its logits are off by at most {off:.1e}"
         except NotTried as reason:
-            found = (
-                f"note: the folder was not tried out: {reason} (pip install -r "
-                "requirements-export.txt -c constraints.txt)"
-            )
+            found = f"note: the folder was not tried out: {reason}"
     print(f"wrote {options.output}\n{found}")
 
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.common import UserError, run_cli
 from scripts.demo_corpus import find_plays
 from scripts.plot_run import RunMetrics, summary
+from utils.atomic import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT_BYTES = 300_000
@@ -59,7 +60,10 @@ class Unavailable(Exception):
 
 def _write_lines(path: Path, texts: Iterator[str]) -> int:
     size = 0
-    with path.open("w", encoding="utf-8") as file:
+    with (
+        write_result(path, f"--output-dir {path.parent}") as part,
+        part.open("w", encoding="utf-8") as file,
+    ):
         for text in texts:
             if not text.strip():
                 continue
@@ -67,8 +71,8 @@ def _write_lines(path: Path, texts: Iterator[str]) -> int:
             size += len(text.encode())
             if size >= TEXT_BYTES:
                 break
-    if not size:
-        raise Unavailable("it holds no text")
+        if not size:
+            raise Unavailable("it holds no text")
     return size
 
 
@@ -127,11 +131,7 @@ def call(*command: str | Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     output: Path = args.output_dir.expanduser().resolve()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        text = write_text(output, args.dataset_name)
-    except OSError as error:
-        raise UserError(f"cannot write to --output-dir {output}: {error}") from error
+    text = write_text(output, args.dataset_name)
     tokenizer = args.tokenizer_json and args.tokenizer_json.expanduser().resolve()
     if tokenizer is None:
         tokenizer = output / "tokenizer.json"

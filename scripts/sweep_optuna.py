@@ -17,11 +17,12 @@ import os
 import shlex
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from hydra.errors import HydraException
 from dataset.common import UserError, command_parser, run_cli
 from evaluators.loop import create_evaluators
 from scripts.plot_run import METRICS, RunMetrics, read_records
+from utils.atomic import write_result
 from utils.config import PretrainConfig, compose_config, load_config
 from utils.config_trained import as_trained
 from utils.data import open_data
@@ -262,10 +264,14 @@ def run(args: argparse.Namespace) -> None:
     if args.startup_trials < 0:
         raise UserError(f"--startup-trials is {args.startup_trials}; it must be at least 0")
     search = Search(args)
-    try:
+    with _disk_faults(args.folder):
         args.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--folder {args.folder}: {error.strerror}") from None
+        study = _optimize(search, args)
+    told(study, args)
+
+
+def _optimize(search: Search, args: argparse.Namespace) -> optuna.Study:
+    """Run the trials that are missing, and write trials.jsonl."""
     study = optuna.create_study(
         study_name=args.folder.name,
         storage=f"sqlite:///{args.folder / 'study.db'}",
@@ -290,7 +296,26 @@ def run(args: argparse.Namespace) -> None:
         study.optimize(search.objective, n_trials=max(0, args.trials - done), catch=(RuntimeError,))
     finally:
         write_trials(study, args)
-    told(study, args)
+    return study
+
+
+@contextmanager
+def _disk_faults(folder: Path) -> Iterator[None]:
+    """Turn a disk that refuses the study or a log into a UserError; optuna wraps SQLite's own."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        fault: BaseException | None = error
+        while fault is not None and not isinstance(fault, OSError | sqlite3.OperationalError):
+            fault = fault.__cause__
+        if fault is None:
+            raise
+        raise UserError(
+            f"--folder {folder} cannot be written: {getattr(fault, 'strerror', None) or fault}; "
+            "make room there, and the same command continues the search"
+        ) from error
 
 
 def best_first(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
@@ -300,10 +325,12 @@ def best_first(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def write_trials(study: optuna.Study, args: argparse.Namespace) -> None:
-    with (args.folder / "trials.jsonl").open("w", encoding="utf-8") as file:
-        for t in best_first(study):
-            line = {"trial": t.number, "state": t.state.name, "value": t.value, **t.params}
-            file.write(json.dumps(line) + "\n")
+    lines = [
+        {"trial": t.number, "state": t.state.name, "value": t.value, **t.params}
+        for t in best_first(study)
+    ]
+    with write_result(args.folder / "trials.jsonl", f"--folder {args.folder}") as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def told(study: optuna.Study, args: argparse.Namespace) -> None:

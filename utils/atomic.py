@@ -47,9 +47,11 @@ def write_result(target: str | Path, setting: str) -> Iterator[Path]:
         with write_atomically(target) as part:
             yield part
     except OSError as error:
+        reason = error.strerror or str(error)
+        if error.filename is not None and Path(error.filename) in Path(target).absolute().parents:
+            reason += f" ({error.filename})"  # which of the folders is at fault
         raise UserError(
-            f"{setting} cannot be written: {error.strerror or error}; make room there, or name "
-            "another place"
+            f"{setting} cannot be written: {reason}; make room there, or name another place"
         ) from error
 
 

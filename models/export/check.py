@@ -43,7 +43,10 @@ def try_out(model: LanguageModel, folder: Path) -> float:
             import transformers
             from transformers import AutoModelForCausalLM, PreTrainedConfig  # noqa: F401  version 5
     except (ImportError, OSError) as error:
-        raise NotTried(f"transformers 5 cannot be imported: {_first_line(error)}") from error
+        raise NotTried(
+            f"transformers 5 cannot be imported: {_first_line(error)} (pip install -r "
+            "requirements-export.txt -c constraints.txt)"
+        ) from error
 
     def fault(what: str) -> UserError:
         return UserError(
@@ -67,7 +70,10 @@ def try_out(model: LanguageModel, folder: Path) -> float:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # transformers' own have none
-            raise NotTried(_first_line(error)) from error
+            raise NotTried(
+                f"transformers has no place for its copy of the code: {_first_line(error)} "
+                f"({_MODULES} or TMPDIR names another)"
+            ) from error
         raise fault(f"fails ({type(error).__name__}: {_first_line(error)})") from error
     if wrong:
         raise fault(f"generates wrong tokens with {wrong}")

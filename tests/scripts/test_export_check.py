@@ -91,6 +91,25 @@ def test_models_of_short_windows_are_tried_out_too(checkpoint, tmp_path, capsys,
     assert "off by at most" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_it_needs_no_cache_of_the_user(checkpoint, tmp_path):
+    """Where it finds no place for a copy of the code at all, it says so and exports."""
+    (tmp_path / "file").write_text("")
+    nowhere = str(tmp_path / "file" / "below")
+    for name, more in (("tried", {}), ("not tried", {"HF_MODULES_CACHE": nowhere})):
+        output = tmp_path / name
+        arguments = [f"checkpoint={checkpoint}", f"output={output}"]
+        done = subprocess.run(
+            [sys.executable, "scripts/export_hf.py", *arguments],
+            cwd=ROOT, text=True, capture_output=True,
+            env=os.environ | {"HOME": nowhere, "HF_HOME": nowhere, "OMP_NUM_THREADS": "1"} | more,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert ("was not tried out" in done.stdout) == bool(more)
+        assert (output / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "not tried", "tried"]
+
+
 @pytest.mark.nightly
 @pytest.mark.skipif(not OTHERS, reason=f"{VARIABLE} names no folder of another transformers")
 @pytest.mark.parametrize("folder", OTHERS, ids=str)
