@@ -26,6 +26,7 @@ from models.loading import build_model
 from scripts.plot_run import RunMetrics, draw
 from utils.atomic import write_result
 from utils.checkpoint import Checkpoint, checkpoints_of
+from utils.config_values import assignment
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ["quickstart", "compare_transformer"]
@@ -57,8 +58,8 @@ def train(experiment: str, folder: Path, seconds: float, overrides: Sequence[str
         sys.executable,
         str(ROOT / "pretrain.py"),
         f"experiment={experiment}",
-        f"checkpoint_path={folder}",
-        f"run_name={experiment}",
+        assignment("checkpoint_path", folder),
+        assignment("run_name", experiment),
         f"max_seconds={seconds:g}",
         "max_steps=null",
         "epochs=null",

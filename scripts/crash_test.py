@@ -29,6 +29,7 @@ import torch
 from dataset.common import UserError, run_cli
 from scripts.small_corpora import TINY, small_corpora
 from utils.checkpoint import Checkpoint, checkpoints_of
+from utils.config_values import assignment
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVING = """
@@ -125,8 +126,7 @@ def crash_test(args: argparse.Namespace) -> None:
     output: Path = args.output_dir.expanduser().resolve()
     shutil.rmtree(output, ignore_errors=True)
     corpora = small_corpora(output / "corpora")
-    paths = ",".join(map(str, corpora))
-    overrides = [f"data_paths=[{paths}]", f"max_steps={args.steps}", *TINY, *SAVING]
+    overrides = [assignment("data_paths", corpora), f"max_steps={args.steps}", *TINY, *SAVING]
     random.seed(args.seed)
 
     begun = time.monotonic()

@@ -27,6 +27,7 @@ import torch
 from dataset.common import UserError, run_cli
 from scripts.small_corpora import TINY, small_corpora
 from utils.checkpoint import Checkpoint
+from utils.config_values import assignment
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 20
@@ -77,8 +78,8 @@ def run(way: Way, overrides: Sequence[str], folder: Path) -> Curve:
     command = [way.python]
     if way.ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={way.ranks}"]
-    command += ["pretrain.py", f"device_type={way.device_type}", f"checkpoint_path={folder}",
-                "run_name=one_curve", *overrides, *way.overrides]  # fmt: skip
+    command += ["pretrain.py", f"device_type={way.device_type}", "run_name=one_curve"]
+    command += [assignment("checkpoint_path", folder), *overrides, *way.overrides]
     log = folder.with_suffix(".log")
     with log.open("w", encoding="utf-8") as out:
         env = os.environ | {"OMP_NUM_THREADS": "1"} | dict(way.env)
@@ -110,14 +111,14 @@ def apart(one: Curve, other: Curve) -> tuple[float, float]:
 def one_curve(args: argparse.Namespace) -> None:
     output: Path = args.output_dir.expanduser().resolve()
     shutil.rmtree(output, ignore_errors=True)
-    paths = ",".join(map(str, small_corpora(output / "corpora")))
+    paths = assignment("data_paths", small_corpora(output / "corpora"))
     failures, reference = [], {}
     print(f"\n| {STEPS} steps | float32: losses differ by | float64: losses | weights |")
     print("|---|---|---|---|", flush=True)
     for name, way in ways(args.xla_python).items():
         cells = [name]
         for dtype, bar in BARS.items():
-            overrides = [f"data_paths=[{paths}]", *TINY, *RUN, f"arch.forward_dtype={dtype}"]
+            overrides = [paths, *TINY, *RUN, f"arch.forward_dtype={dtype}"]
             folder = output / re.sub(r"\W+", "_", f"{name} {dtype}")
             curve = run(way, overrides, folder)
             if dtype not in reference:

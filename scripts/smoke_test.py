@@ -24,6 +24,7 @@ from dataset.common import UserError, run_cli
 from scripts.demo_corpus import find_plays
 from scripts.plot_run import RunMetrics, summary
 from utils.atomic import write_result
+from utils.config_values import assignment
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT_BYTES = 300_000
@@ -141,7 +142,8 @@ def run(args: argparse.Namespace) -> None:
     call("-m", "dataset.build_corpus_dataset", "--tokenizer-json", tokenizer, "--input-files", text,
          "--seq-len", "64", "--train-ratio", "0.9", "--min-iterations", "2", "--max-iterations",
          "8", "--output-dir", corpus, "--overwrite")  # fmt: skip
-    options = [f"data_paths=[{corpus}]", f"checkpoint_path={folder}", *TRAINING]
+    places = assignment("data_paths", [corpus]), assignment("checkpoint_path", folder)
+    options = [*places, *TRAINING]
     if not args.run_training:
         call("pretrain.py", *options, "dry_run=true")
         print(f"\nplanned, not trained (--run-training trains): the corpus is in {corpus}")

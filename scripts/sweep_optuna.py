@@ -38,6 +38,7 @@ from scripts.plot_run import METRICS, RunMetrics, read_records
 from utils.atomic import write_result
 from utils.config import PretrainConfig, compose_config, load_config
 from utils.config_trained import as_trained
+from utils.config_values import assignment, readable
 from utils.data import open_data
 
 try:
@@ -54,7 +55,8 @@ GIVEN_BY_TRIALS = ("run_name", "checkpoint_path")
 def sweeps_and_fixed(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
     """The keys that trials vary, and the other arguments as they are."""
     try:
-        overrides = OverridesParser.create().parse_overrides(list(arguments))
+        texts = [readable(argument, sweep=True) for argument in arguments]
+        overrides = OverridesParser.create().parse_overrides(texts)
     except HydraException as error:
         raise UserError(str(error).splitlines()[0]) from None
     for override in overrides:
@@ -167,7 +169,8 @@ class Search:
         except UserError as error:  # what was chosen does not go together
             print(f"  failed: {error}", flush=True)
             raise RuntimeError(str(error)) from None
-        command = [*self.command, *self.fixed, *chosen, f"checkpoint_path={run}"]
+        place = assignment("checkpoint_path", run)
+        command = [*self.command, *self.fixed, *chosen, place]
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"trial_{trial.number}.log").open("w", encoding="utf-8") as log:
             environment = os.environ | {"PYTHONIOENCODING": "utf-8:backslashreplace"}

@@ -4,6 +4,7 @@
 wants one list, not three runs. Nothing here touches a device or opens data.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from utils.config_schema import (
     LossConfig,
     PretrainConfig,
 )
+from utils.config_values import decode_keys
 from utils.functions import load_class
 
 __all__ = [
@@ -96,9 +98,9 @@ def _listing(problems: list[str]) -> str:
 
 def _plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The config as dicts and lists, its interpolations resolved."""
+    if not isinstance(cfg, DictConfig):
+        return copy.deepcopy(dict(cfg))
     try:
-        if not OmegaConf.is_config(cfg):
-            cfg = OmegaConf.create(dict(cfg))
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise UserError(
@@ -113,7 +115,7 @@ def _plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         reason = str(error).splitlines()[0]
         raise UserError(f"{error.full_key or 'the config'} cannot be read: {reason}") from error
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items() if key != "hydra"}
+    return {key: value for key, value in decode_keys(plain).items() if key != "hydra"}
 
 
 def _validate_schema(

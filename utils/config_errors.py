@@ -109,13 +109,13 @@ def expected(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
-def _branches(annotation: Any) -> list[Any]:
+def branches(annotation: Any) -> list[Any]:
     """The types that an annotation allows, with Annotated and unions taken apart."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _branches(arguments[0])
+        return branches(arguments[0])
     if origin in (Union, types.UnionType):
-        return [branch for a in arguments for branch in _branches(a)]
+        return [branch for a in arguments for branch in branches(a)]
     return [annotation]
 
 
@@ -128,7 +128,7 @@ def _locate(model: type[pydantic.BaseModel], loc: tuple) -> tuple[tuple, Any, ty
     owner: type | None = model
     for depth, part in enumerate(loc):
         step = None
-        for branch in _branches(annotation):
+        for branch in branches(annotation):
             origin = get_origin(branch)
             if isinstance(branch, type) and issubclass(branch, pydantic.BaseModel):
                 owner = branch
@@ -160,7 +160,7 @@ def _value_at(data: Any, loc: tuple) -> Any:
 
 def _wrong_type(path: str, annotation: Any, value: Any) -> str:
     sentence = f"{path}: expected {expected(annotation)}, got {show(value)}"
-    kinds = _branches(annotation)
+    kinds = branches(annotation)
     if isinstance(value, str) and any(get_origin(kind) is list for kind in kinds):
         return f"{sentence}; write {path}=[{value}]"
     for kind in kinds:
@@ -246,7 +246,7 @@ def coerced(model: type[pydantic.BaseModel], data: Mapping[str, Any]) -> dict[st
     result = dict(data)
     for name, value in data.items():
         field = model.model_fields.get(name)
-        kinds = _branches(field.annotation) if field else []
+        kinds = branches(field.annotation) if field else []
         if float in kinds and str not in kinds:
             result[name] = to_float(value)
         elif int in kinds:

@@ -27,6 +27,7 @@ from pydantic_core import PydanticUndefined
 from dataset.common import UserError, check_decoded, escape_unprintable
 from utils.config_errors import did_you_mean, expected, show
 from utils.config_schema import PretrainConfig
+from utils.config_values import hydra_override
 from utils.functions import load_class, nearest
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
@@ -68,7 +69,7 @@ def compose_config(overrides: list[str], config_name: str = CONFIG_NAME) -> Dict
 
     Raises UserError for overrides that Hydra cannot read and for presets that do not exist.
     """
-    overrides = _normalised(overrides, _groups([CONFIG_DIR]))
+    overrides = _normalised(overrides, _groups([CONFIG_DIR]), sweep=False)
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -185,7 +186,8 @@ def _arguments(argv: list[str]) -> list[str]:
     groups = _groups(folders)
     if any(flag in ("--cfg", "-c") for flag in flags):
         _refuse_unknown(overrides, groups)
-    return flags + _normalised(overrides, groups)
+    sweep = any(flag in ("--multirun", "-m") for flag in flags)
+    return flags + _normalised(overrides, groups, sweep)
 
 
 def _refuse_unknown(overrides: list[str], groups: set[str]) -> None:
@@ -211,9 +213,10 @@ def _full(key: str) -> str:
     return f"arch.{key}" if key.startswith("loss.") else key
 
 
-def _normalised(overrides: list[str], groups: set[str]) -> list[str]:
+def _normalised(overrides: list[str], groups: set[str], sweep: bool) -> list[str]:
     """`key=value`, `+key=value` -> `++key=value`; `+group=preset` -> `group=preset`.
 
+    Values of keys are put into Hydra's grammar where they are not.
     `group=null` is dropped: it is the default, which Hydra cannot be told again.
     """
     found = []
@@ -223,7 +226,7 @@ def _normalised(overrides: list[str], groups: set[str]) -> list[str]:
         if match is None or key.split(".")[0] == "hydra":
             found.append(override)  # hydra/..., ~key, group@package: Hydra's own
         elif key not in groups:
-            found.append(f"++{key}={match['value']}")
+            found.append(hydra_override(key, match["value"], sweep))
         elif match["value"] == "null" and key == "arch":
             raise UserError(
                 "arch=null: a run needs an architecture, " + ", ".join(_presets("arch"))

@@ -1,5 +1,6 @@
 """Evaluating a checkpoint or training it further: what it was trained as need not be repeated."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from utils.checkpoint import MANIFEST, checkpoint_in
+from utils.config_values import literal, readable
 from utils.run_folder import folder_of
 
 # What is taken from the checkpoint, unless the command line says otherwise: by an evaluation, and
@@ -45,15 +47,23 @@ def as_trained(cfg: DictConfig, overrides: Sequence[str] | None = None) -> DictC
             if key == "arch":  # what that run stayed near is no part of the model
                 for option in ("kl_to", "kl_weight"):
                     now[key]["loss"].pop(option, None)
-    changed = OmegaConf.create(now)
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    changed = OmegaConf.create(literal(now))
+    single = [o for o in overrides if re.match(rf"\+*({'|'.join(AS_TRAINED)})\.", o)]
+    for override in OverridesParser.create().parse_overrides(list(map(readable, single))):
         name = override.key_or_group
-        if "." in name and name.partition(".")[0] in AS_TRAINED and not override.is_delete():
-            # of a dict what was said alone: the rest of cfg's is the default preset's
-            said = override.value() if isinstance(override.value(), dict) else None
-            value = OmegaConf.select(cfg, name) if said is None else said
-            OmegaConf.update(changed, name, value, merge=True, force_add=True)
+        # of a dict what was said alone: the rest of cfg's is the default preset's
+        said = override.value() if isinstance(override.value(), dict) else None
+        value = _value_at(cfg, name) if said is None else said
+        OmegaConf.update(changed, name, value, merge=True, force_add=True)
     return changed
+
+
+def _value_at(cfg: DictConfig, name: str) -> Any:
+    """The plain value of a key, for OmegaConf to store."""
+    value = OmegaConf.select(cfg, name)
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True)
+    return literal(value)
 
 
 def _source(cfg: DictConfig) -> Path | None:
