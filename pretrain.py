@@ -29,7 +29,7 @@ from models import cost, persistence
 from models.dry_run import dry_run
 from models.loading import examined, load_anchor, open_tokenizer
 from models.persistence import Saver, resolved
-from models.train_state import TrainState, create_model, create_train_state
+from models.train_state import TrainState, choose_kernels, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint, lr_finder
 from utils.backend import Backend, select_backend
@@ -102,10 +102,6 @@ def launch(cfg: DictConfig) -> None:
     if config.dry_run:
         return dry_run(config)
     backend, reason = select_backend(config.device_type)
-    if config.compile and (reason_not := backend.cannot_compile()) is not None:
-        config.compile = False
-        if backend.is_main:
-            print(f"note: compile=true has no effect: {reason_not}")
     with warnings_as_notes(shown=backend.is_main):
         status = backend.launch(train, config, reason)
     if status:  # a clean exit would end a multirun sweep after its first job
@@ -169,9 +165,10 @@ def build(
     resumed = persistence.find_resume(config, folder, backend)
     labels = data.reasoning_ids() if config.arch.loss.options.get("reasoning_loss_weight") else 0
     with backend.taking_turns():
-        anchor = load_anchor(config, data, backend.device)
+        anchor = load_anchor(config, data, backend)
         model = create_model(config, data.train.metadata, batch_size=rows, reasoning_ids=labels)
         model.anchor = anchor
+    choose_kernels(config, model, backend)
     loaded_step = 0
     if config.load_checkpoint and resumed is None:
         loaded, loaded_step = persistence.load_pretrained(
@@ -425,7 +422,8 @@ def evaluation_rows(run: Run) -> int:
     """Rows of an evaluation batch, over all ranks."""
     whole = run.backend.world_size
     at_once = run.config.rows_per_rank(whole) // run.micro_batches
-    if not run.config.compile and run.data.test is not None:  # another shape is compiled anew
+    compiled = run.backend.compiles(run.config.compile)
+    if not compiled and run.data.test is not None:  # another shape would be compiled again
         at_once = min(at_once, -(-run.data.test.num_rows // whole))
     return run.config.eval_batch_size or whole * at_once
 

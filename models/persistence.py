@@ -13,7 +13,7 @@ import yaml
 from dataset.common import UserError
 from evaluators.guard import FAILURES
 from models import cost
-from models.loading import fitting_weights, settle_anchor
+from models.loading import fitting_weights, settle_anchor, usable_dtype
 from models.losses import ACTLossHead
 from models.train_state import (
     TrainState,
@@ -218,6 +218,7 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
     """The checkpoint to go on from, checked; None for a new run. Settles what it stays near."""
     folder = backend.from_main(lambda: folder_to_resume(config, run))
     if folder is None:
+        choose_dtype(config, backend, None)
         settle_anchor(config, backend, None)
         if backend.is_main and not config.eval_only:
             checkpoint.forget_evaluation(run, after=-1)
@@ -231,6 +232,7 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
             f"a new run from its weights with load_checkpoint={folder}"
         )
     saved = yaml.safe_load(opened.text("config.yaml"))
+    choose_dtype(config, backend, saved["arch"])
     settle_anchor(config, backend, saved["arch"]["loss"].get("kl_to"))
     check_unchanged(config, saved)
     if backend.is_main and not config.eval_only:
@@ -238,6 +240,25 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
         checkpoint.note_start(run, config.resume)
     backend.barrier()
     return opened
+
+
+def choose_dtype(config: PretrainConfig, backend: Backend, saved: dict[str, Any] | None) -> None:
+    """Set activations to float32 on a device without bfloat16. A collective.
+
+    saved: architecture of the run that is resumed; it keeps its dtype.
+    """
+    options = config.arch.options | {"name": config.arch.name}
+    chosen = set(backend.gather_objects(usable_dtype(options, backend)))
+    if (lacks := chosen - {options.get("forward_dtype", "bfloat16")}) == set():
+        return
+    usable = lacks.pop()
+    if saved is None or saved.get("forward_dtype") == usable:
+        config.arch.forward_dtype = usable  # type: ignore[attr-defined]
+        told = f"this device has no bfloat16: the run uses arch.forward_dtype={usable}"
+    else:
+        told = "the run is resumed in bfloat16, which this device does not have: it will be slow"
+    if backend.is_main:
+        print(f"note: {told}", flush=True)
 
 
 def folder_to_resume(config: PretrainConfig, run: Path) -> Path | None:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from dataset.common import BLANK_IDENTIFIER, DatasetMetadata, UserError
 from models.anchor import row_data
+from models.backbone import Backbone
 from models.ema import EMA
 from models.losses import ACTLossHead
 from models.recursive_reasoning.athena_trm import Carry, InnerCarry
@@ -275,6 +276,21 @@ class TrainState:
         ]
 
 
+def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend) -> None:
+    """Set the kernel of masked attention; print what cannot be fast on this device, and why."""
+    slow: dict[str, list[str]] = {}
+    wanted = backend.compiles_by_default if config.compile == "auto" else config.compile
+    if wanted and (fault := backend.cannot_compile()) is not None:
+        slow[fault] = [f"compile={str(config.compile).lower()} has no effect"]
+    inner = getattr(model.model, "inner", None)
+    if isinstance(inner, Backbone) and (reason := inner.choose_attention(backend)) is not None:
+        what = "attention takes more time and memory, with dense document masks"
+        slow.setdefault(reason, []).append(what)
+    if backend.is_main:
+        for reason, effects in slow.items():
+            print(f"note: {' and '.join(effects)}: {reason}")
+
+
 def create_train_state(
     config: PretrainConfig,
     model: ACTLossHead,
@@ -284,7 +300,7 @@ def create_train_state(
     """Optimizers and averages around a model that is already on its device."""
     if config.freeze_weights:
         model.requires_grad_(False)
-    if config.compile:
+    if backend.compiles(config.compile):
         for module in model.modules():
             if type(module).__name__ == "Block":
                 module.compile(dynamic=False)
