@@ -33,6 +33,7 @@ from models.train_state import TrainState, choose_kernels, create_model, create_
 from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint, lr_finder
 from utils.backend import Backend, select_backend
+from utils.backend.memory import explain_out_of_memory
 from utils.config import PretrainConfig, check_ranks, hydra_entry, load_config
 from utils.config_trained import as_trained
 from utils.data import Data, open_data
@@ -134,9 +135,18 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
     backend.set_deterministic(config.deterministic)
     data = open_data(config)
     with closing(RunFolder(config, backend)) as folder:
-        run, state = build(folder.path, data, backend, config)
+        with explain_out_of_memory(
+            "while the run is built; choose a smaller model (a preset of arch, arch.hidden_size), "
+            "ema=false, or parallel=fsdp on several GPUs, and look for other programs on the device"
+        ):
+            run, state = build(folder.path, data, backend, config)
+        rows = config.rows_per_rank(backend.world_size) // run.micro_batches
+        advice = (
+            f"with {rows} rows at once; lower micro_batch_size (now {rows}), or "
+            "global_batch_size, or set arch.use_gradient_checkpointing=true"
+        )
         try:
-            with backend.signals() as received:
+            with explain_out_of_memory(advice), backend.signals() as received:
                 run = run._replace(received=received)
                 if not config.eval_only:
                     return train_loop(run, state)
@@ -145,12 +155,6 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
                 return FAILED_IN_PART if state.failed_evaluations else 0
         except Interrupted as interrupted:  # in an evaluation alone
             return 128 + interrupted.signal
-        except torch.OutOfMemoryError:
-            rows = config.rows_per_rank(backend.world_size) // run.micro_batches
-            raise UserError(
-                f"out of memory with {rows} rows at once; lower micro_batch_size (now {rows}), or "
-                "global_batch_size, or set arch.use_gradient_checkpointing=true"
-            ) from None
         finally:
             run.saver.close()
             run.stream.close()
@@ -393,7 +397,8 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
         arch = state.model.model.config
         stream = EvalStream.from_config(run.data.test, config, arch, rows, **ranks)
     bar = Progress(len(stream), "evaluate, batch", "batch", shown=backend.is_main)
-    with bar, state.averaged():
+    advice = f"in an evaluation of {rows} rows at once; lower eval_batch_size (now {rows})"
+    with explain_out_of_memory(advice), bar, state.averaged():
         results = evaluate(
             state.model,
             ticking(prefetched(stream, config.num_workers), bar.update, run.watchdog.sign),

@@ -383,6 +383,14 @@ def memory(
     return parts
 
 
+def count_present_bytes(head: nn.Module, device: str) -> int:
+    """Count what lies on `device` of a model that is built, and of the base that it stays near."""
+    near = getattr(head, "anchor", None)
+    modules = [head] if near is None else [head, near.model]
+    tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+    return sum(t.nbytes for t in tensors if t.device.type == device)
+
+
 def checkpoint_bytes(model: nn.Module, run: PretrainConfig) -> int:
     """What a checkpoint takes on disk, the held rows of all ranks included."""
     parts = memory(model, run, micro_rows=1, device="cpu")

@@ -328,18 +328,20 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def micro_batch_rows(
     config: PretrainConfig, backend: Backend, model: ACTLossHead, resumed: Checkpoint | None
 ) -> int:
-    """Rows that a rank computes at once: as configured, as before, or what memory allows."""
-    rows = config.rows_per_rank(backend.world_size)
-    return config.micro_rows(backend.world_size) or backend.broadcast_object(
-        saved_micro_rows(resumed, rows)
-        or cost.fitting_rows(
-            model.model,
-            config,
-            backend.available_memory(),
-            ranks=backend.world_size,
-            device=backend.device.type,
-        )
+    """Rows that a rank computes at once: as configured, as before, or what the memory of every rank
+    allows. A collective."""
+    rows, ranks, device = (
+        config.rows_per_rank(backend.world_size),
+        backend.world_size,
+        backend.device,
     )
+    known = config.micro_rows(ranks) or backend.broadcast_object(saved_micro_rows(resumed, rows))
+    if known is not None:
+        return known
+    # the plan counts these too
+    free = backend.available_memory() + cost.count_present_bytes(model, device.type)
+    own = cost.fitting_rows(model.model, config, free, ranks=ranks, device=device.type)
+    return min(backend.gather_objects(own))  # each divides the rows of a rank
 
 
 def saved_micro_rows(resumed: Checkpoint | None, rows: int) -> int | None:

@@ -413,9 +413,9 @@ def carry_rows(carries: Sequence[Carry]) -> dict[str, Tensor]:
 
 def carry_from_rows(rows: dict[str, Tensor]) -> Carry:
     data = {k.removeprefix("data/"): v for k, v in rows.items() if k.startswith("data/")}
-    names = {f.name for f in fields(Carry)} & set(rows)
+    own: dict[str, Any] = {f.name: rows[f.name] for f in fields(Carry) if f.name in rows}
     inner = InnerCarry(rows["z_H"], rows["z_L"])
-    return Carry(inner_carry=inner, current_data=data, **{name: rows[name] for name in names})
+    return Carry(inner_carry=inner, current_data=data, **own)
 
 
 def source_files(model: ACTLossHead) -> list[tuple[Path, str]]:
