@@ -390,7 +390,7 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
     if run.data.test is None and not run.evaluators:
         say(run, "the corpora have no test split, or an empty one: evaluation is skipped")
         return {}
-    rows = evaluation_rows(run)
+    rows = persistence.evaluation_rows(config, backend, run.micro_batches, run.data.test)
     stream: EvalStream | list[Any] = []
     if run.data.test is not None:
         ranks = dict(rank=backend.rank, world_size=backend.world_size)
@@ -421,16 +421,6 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
     run.loggers.log(results, state.step)
     say(run, evaluation_table(results, state.step))
     return results
-
-
-def evaluation_rows(run: Run) -> int:
-    """Rows of an evaluation batch, over all ranks."""
-    whole = run.backend.world_size
-    at_once = run.config.rows_per_rank(whole) // run.micro_batches
-    compiled = run.backend.compiles(run.config.compile)
-    if not compiled and run.data.test is not None:  # another shape would be compiled again
-        at_once = min(at_once, -(-run.data.test.num_rows // whole))
-    return run.config.eval_batch_size or whole * at_once
 
 
 def say(run: Run, sentence: str) -> None:

@@ -344,6 +344,17 @@ def micro_batch_rows(
     return min(backend.gather_objects(own))  # each divides the rows of a rank
 
 
+def evaluation_rows(
+    config: PretrainConfig, backend: Backend, micro_batches: int, test: Corpora | None
+) -> int:
+    """Rows of an evaluation batch, over all ranks: as configured, or as in training."""
+    ranks = backend.world_size
+    at_once = config.rows_per_rank(ranks) // micro_batches
+    if not backend.compiles(config.compile) and test is not None:
+        at_once = min(at_once, -(-test.num_rows // ranks))  # another shape, if compiled, takes long
+    return config.eval_batch_size or ranks * at_once
+
+
 def saved_micro_rows(resumed: Checkpoint | None, rows: int) -> int | None:
     """Rows of a micro-batch as before, so that a resumed run stays exact whatever is free today.
 

@@ -316,8 +316,8 @@ class AthenaTRM(nn.Module):
     def _readout(self, z_H: Tensor, z_L: Tensor, halted: Tensor, info: SequenceInfo) -> Batch:
         config, inner, outputs = self.config, self.inner, {}
         answer = z_H
-        refines = config.post_refinement_train if self.training else perhaps_any(halted)
-        if config.post_refinement_steps and refines:
+        refines = config.post_refinement_steps > 0  # asked first: a look at `halted` waits
+        if refines and (config.post_refinement_train if self.training else perhaps_any(halted)):
             # the carry stays unrefined: only the logits of rows that have halted change
             answer = torch.where(halted.view(-1, 1, 1), inner.refine(z_H, z_L, info), z_H)
             if not self.training:
