@@ -22,7 +22,7 @@ OLDEST = (8, 0)
 NARROWEST = 16
 """The smallest head size that it takes."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_SHAPES = 64  # that are compiled in a process; torch gives up after 8, and runs uncompiled
+_SHAPES = 64  # of one function, compiled in a run
 
 
 class Choice(NamedTuple):
@@ -107,13 +107,19 @@ def block_mask(owner: Tensor, prefix: int, causal: bool) -> Any:
     )
 
 
-@cache
-def _compiled() -> Any:
+def raise_recompile_limit() -> None:
+    """Let torch compile more shapes than 8, after which it runs a function uncompiled for good."""
     import torch._dynamo
-    from torch.nn.attention.flex_attention import flex_attention
 
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _SHAPES)
+
+
+@cache
+def _compiled() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    raise_recompile_limit()
     return torch.compile(flex_attention, dynamic=False)
 
 

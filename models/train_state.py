@@ -21,6 +21,7 @@ from dataset.common import BLANK_IDENTIFIER, DatasetMetadata, UserError
 from models.anchor import row_data
 from models.backbone import Backbone
 from models.ema import EMA
+from models.flex import raise_recompile_limit
 from models.losses import ACTLossHead
 from models.recursive_reasoning.athena_trm import Carry, InnerCarry
 from models.sparse_embedding import SparseEmbeddingSignSGD, sparse_embeddings
@@ -301,6 +302,7 @@ def create_train_state(
     if config.freeze_weights:
         model.requires_grad_(False)
     if backend.compiles(config.compile):
+        raise_recompile_limit()
         for module in model.modules():
             if type(module).__name__ == "Block":
                 module.compile(dynamic=False)

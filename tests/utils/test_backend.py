@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 from training_tools import make_config
 
 from dataset.common import UserError
 from models import cost
+from models.flex import raise_recompile_limit
 from models.loading import load_anchor
 from models.persistence import choose_dtype, micro_batch_rows
 from models.recursive_reasoning.athena_trm import AthenaTRM
@@ -115,6 +117,7 @@ def test_a_card_without_bfloat16_starts_runs_in_float32(text_corpus, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_dtype_when_it_is_resumed(text_corpus, tmp_path, capsys):
     """Begun on such a card it stays in float32 there; begun elsewhere, in bfloat16."""
     for begun, dtype in ((NoBfloat16(), "float32"), (CPUBackend(), "bfloat16")):
@@ -177,7 +180,8 @@ def test_the_cache_of_the_allocator_counts_as_free(monkeypatch):
     assert card(monkeypatch, (9, 0)).available_memory() == 65
 
 
-def test_a_run_of_a_sweep_compiles_and_measures_for_itself():
+@pytest.mark.slow
+def test_a_run_of_a_sweep_compiles_and_measures_for_itself(monkeypatch):
     """torch gives up a function after some shapes, and peaks would be those of earlier runs."""
     shapes: list[int] = []
 
@@ -185,10 +189,19 @@ def test_a_run_of_a_sweep_compiles_and_measures_for_itself():
         shapes.append(len(inputs[0]))
         return graph.forward
 
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     compiled = torch.compile(lambda x: x + 1, backend=note, dynamic=False)
     for n in range(1, 15):
         compiled(torch.zeros(n))
     assert len(shapes) < 14, "the limit is not reached"
+    raise_recompile_limit()
+    torch.compiler.reset()
+    for n in range(1, 15):
+        compiled(torch.zeros(n))
+    assert shapes[-14:] == list(range(1, 15))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    for n in range(15, 30):
+        compiled(torch.zeros(n))
     before = torch.ones(60 << 20)
     peak = CPUBackend().memory_bytes()
     del before
