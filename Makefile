@@ -118,8 +118,8 @@ $(XLA):
 
 xla-venv: | $(XLA)
 
-test-xla: | $(XLA)  ## run the tests of the XLA backend, on XLA's CPU
-	$(XLA)/bin/python -m pytest tests/xla
+test-xla: | $(XLA)  ## run the tests of the XLA backend on the CPU, and forward passes on fake CUDA tensors
+	$(XLA)/bin/python -m pytest tests/xla tests/fake_cuda
 
 notebook: $(BASE)  ## write the notebook anew from the repository
 	$(PY) scripts/build_notebook.py

@@ -30,10 +30,11 @@ from models import cost, persistence
 from models.dry_run import dry_run
 from models.loading import examined, load_anchor, open_tokenizer
 from models.persistence import Saver, resolved
-from models.train_state import TrainState, create_model, create_train_state
+from models.train_state import TrainState, choose_kernels, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint, lr_finder
 from utils.backend import Backend, nondeterministic_operation, select_backend
+from utils.backend.memory import explain_out_of_memory
 from utils.config import PretrainConfig, check_ranks, hydra_entry, load_config
 from utils.config_trained import as_trained
 from utils.data import Data, open_data
@@ -103,10 +104,6 @@ def launch(cfg: DictConfig) -> None:
     if config.dry_run:
         return dry_run(config)
     backend, reason = select_backend(config.device_type)
-    if config.compile and (reason_not := backend.cannot_compile()) is not None:
-        config.compile = False
-        if backend.is_main:
-            print(f"note: compile=true has no effect: {reason_not}")
     with warnings_as_notes(shown=backend.is_main):
         status = backend.launch(train, config, reason)
     if status:  # a clean exit would end a multirun sweep after its first job
@@ -139,9 +136,18 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
     backend.set_deterministic(config.deterministic)
     data = open_data(config)
     with closing(RunFolder(config, backend)) as folder:
-        run, state = build(folder.path, data, backend, config)
+        with explain_out_of_memory(
+            "while the run is built; choose a smaller model (a preset of arch, arch.hidden_size), "
+            "ema=false, or parallel=fsdp on several GPUs, and look for other programs on the device"
+        ):
+            run, state = build(folder.path, data, backend, config)
+        rows = config.rows_per_rank(backend.world_size) // run.micro_batches
+        advice = (
+            f"with {rows} rows at once; lower micro_batch_size (now {rows}), or "
+            "global_batch_size, or set arch.use_gradient_checkpointing=true"
+        )
         try:
-            with backend.signals() as received:
+            with explain_out_of_memory(advice), backend.signals() as received:
                 run = run._replace(received=received)
                 if not config.eval_only:
                     return train_loop(run, state)
@@ -150,12 +156,6 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
                 return FAILED_IN_PART if state.failed_evaluations else 0
         except Interrupted as interrupted:  # in an evaluation alone
             return 128 + interrupted.signal
-        except torch.OutOfMemoryError:
-            rows = config.rows_per_rank(backend.world_size) // run.micro_batches
-            raise UserError(
-                f"out of memory with {rows} rows at once; lower micro_batch_size (now {rows}), or "
-                "global_batch_size, or set arch.use_gradient_checkpointing=true"
-            ) from None
         except RuntimeError as error:
             if (operation := nondeterministic_operation(error)) is None:
                 raise
@@ -178,9 +178,10 @@ def build(
     resumed = persistence.find_resume(config, folder, backend)
     labels = data.reasoning_ids() if config.arch.loss.options.get("reasoning_loss_weight") else 0
     with backend.taking_turns():
-        anchor = load_anchor(config, data, backend.device)
+        anchor = load_anchor(config, data, backend)
         model = create_model(config, data.train.metadata, batch_size=rows, reasoning_ids=labels)
         model.anchor = anchor
+    choose_kernels(config, model, backend)
     loaded_step = 0
     if config.load_checkpoint and resumed is None:
         loaded, loaded_step = persistence.load_pretrained(
@@ -399,14 +400,15 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
     if run.data.test is None and not run.evaluators:
         say(run, "the corpora have no test split, or an empty one: evaluation is skipped")
         return {}
-    rows = evaluation_rows(run)
+    rows = persistence.evaluation_rows(config, backend, run.micro_batches, run.data.test)
     stream: EvalStream | list[Any] = []
     if run.data.test is not None:
         ranks = dict(rank=backend.rank, world_size=backend.world_size)
         arch = state.model.model.config
         stream = EvalStream.from_config(run.data.test, config, arch, rows, **ranks)
     bar = Progress(len(stream), "evaluate, batch", "batch", shown=backend.is_main)
-    with bar, state.averaged():
+    advice = f"in an evaluation of {rows} rows at once; lower eval_batch_size (now {rows})"
+    with explain_out_of_memory(advice), bar, state.averaged():
         results = evaluate(
             state.model,
             ticking(prefetched(stream, config.num_workers), bar.update, run.watchdog.sign),
@@ -429,15 +431,6 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
     run.loggers.log(results, state.step)
     say(run, evaluation_table(results, state.step))
     return results
-
-
-def evaluation_rows(run: Run) -> int:
-    """Rows of an evaluation batch, over all ranks."""
-    whole = run.backend.world_size
-    at_once = run.config.rows_per_rank(whole) // run.micro_batches
-    if not run.config.compile and run.data.test is not None:  # another shape is compiled anew
-        at_once = min(at_once, -(-run.data.test.num_rows // whole))
-    return run.config.eval_batch_size or whole * at_once
 
 
 def say(run: Run, sentence: str) -> None:

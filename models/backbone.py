@@ -1,13 +1,14 @@
 """What every language model here shares: embeddings in, blocks, logits out, and one config."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from models.flex import Kernel, attention_kernel, failure
 from models.layers import (
     Block,
     CastedEmbedding,
@@ -66,6 +67,10 @@ class BackboneConfig(BaseModel):
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
     def key_value_heads(self) -> int:
         return self.num_key_value_heads or max(1, self.num_heads // 2)
 
@@ -105,7 +110,12 @@ class BackboneConfig(BaseModel):
 
 
 class Backbone(nn.Module):
-    """Token and identifier embeddings, positions, output head. Names are TRM's."""
+    """Token and identifier embeddings, positions, output head. Names are TRM's.
+
+    masked_attention: the kernel of attention under a document mask; None: as `visible` decides.
+    """
+
+    masked_attention: Kernel | None = None
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
@@ -130,7 +140,7 @@ class Backbone(nn.Module):
         """Of all positions that a row can have."""
         config = self.config
         return RotaryEmbedding(
-            config.hidden_size // config.num_heads,
+            config.head_size,
             config.prefix_len + config.seq_len,
             config.rope_theta,
             config.param_dtype,
@@ -147,6 +157,28 @@ class Backbone(nn.Module):
             config.rms_norm_eps,
             mixer_size,
         )
+
+    def choose_attention(self, backend: Any, *, trial: bool = True) -> str | None:
+        """Set the kernel of attention under a document mask to one that works on `backend`.
+
+        trial: run it once, where nothing speaks against it.
+        Returns why it is not flex attention on a device that has it.
+        """
+        config = self.config
+        if not config.document_mask:
+            return None
+        self.masked_attention, reason = attention_kernel(
+            backend.device.type,
+            config.dtype,
+            config.head_size,
+            capability=backend.capability,
+            cannot_compile=backend.cannot_compile(),
+        )
+        if trial and self.masked_attention == "flex":
+            sizes = (config.num_heads, config.key_value_heads, config.head_size)
+            if (reason := failure(backend.device, config.dtype, *sizes)) is not None:
+                self.masked_attention = "dense"
+        return reason
 
     def positions(self, data: Batch) -> Tensor:
         """Position of each prefix and token, (B or 1, P+S): each document restarts at P."""
@@ -165,7 +197,8 @@ class Backbone(nn.Module):
         cos, sin = self.rotation(self.positions(data))
         mask = None
         if self.masks_documents(data):
-            mask = visible(data["document_starts"], self.config.prefix_len, self.config.causal)
+            starts, config = data["document_starts"], self.config
+            mask = visible(starts, config.prefix_len, config.causal, self.masked_attention)
         return SequenceInfo(cos, sin, mask, self.config.causal)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from models import anchor
 from models.backbone import BackboneConfig
+from models.flex import attention_kernel
 from models.layers import SwiGLU
 from models.losses import _CHUNK_ELEMENTS
 from utils.config_schema import PretrainConfig
@@ -217,7 +218,16 @@ class _Sizes:
         return cls(item, wide, row, micro_rows * row)
 
 
-def _block_bytes(config: Any, n: _Sizes, device: str) -> int:
+def _masks_densely(model: nn.Module, device: str) -> bool:
+    """Whether attention keeps a mask of all pairs of positions."""
+    config = config_of(model)
+    if not config.document_mask:
+        return False
+    chosen = getattr(getattr(model, "inner", None), "masked_attention", None)
+    return (chosen or attention_kernel(device, config.dtype, config.head_size).kernel) == "dense"
+
+
+def _block_bytes(config: Any, n: _Sizes, dense: bool) -> int:
     """What autograd keeps of one block for one position."""
     width, inner = config.hidden_size, SwiGLU.inner_size(config.hidden_size, config.expansion)
     # the input of each linear map; gate and up, silu(gate) and the product; and, in wide
@@ -232,7 +242,7 @@ def _block_bytes(config: Any, n: _Sizes, device: str) -> int:
     kept += n.item * width + n.wide * config.num_heads  # attention's result and its sums
     if config.pos_encodings == "rope":
         kept += n.item * rotated  # before they were rotated
-    if config.document_mask and device == "cpu":
+    if dense:
         kept += n.item * n.row  # the mask, which the kernel there takes as numbers
     return kept
 
@@ -270,17 +280,19 @@ def _activation_bytes(
     micro_rows: int,
     optimizer: str,
     device: str,
+    dense: bool,
     gradients_stay: bool,
 ) -> int:
     """What a step needs at its worst moment beyond all that lasts, whole gradients included.
 
-    gradients_stay: they are there when a micro-batch begins; else they grow as activations go.
+    dense: masks are of all pairs of positions. gradients_stay: they are there when a micro-batch
+    begins; else they grow as activations go.
     """
     width, passes = config.hidden_size, counted.gradient_passes
     passes += refinement_passes(config, trained_only=True)
     layers = getattr(config, "layers", counted.layer_passes)
     narrow = n.item < n.wide  # weights are cast for every use, and autograd keeps each copy
-    block = _block_bytes(config, n, device) * n.positions
+    block = _block_bytes(config, n, dense) * n.positions
     block += n.item * counted.core_parameters // layers if narrow else 0
     if config.use_gradient_checkpointing:
         kept = n.item * width * n.positions * passes
@@ -292,7 +304,7 @@ def _activation_bytes(
     always = n.positions * n.item * width  # the embedding
     if config.document_mask:  # rotary factors of positions that begin anew, and the mask
         factors = 2 * n.wide * (width // config.num_heads) if config.pos_encodings == "rope" else 0
-        always += n.positions * (factors + (n.row if device == "cpu" else 0))
+        always += n.positions * (factors + (n.row if dense else 0))
     elements = micro_rows * (config.vocab_size * config.seq_len + reasoning_logits(config))
     head = config.vocab_size * width
     loss = _loss_bytes(config, n, loss_type, elements)
@@ -358,6 +370,7 @@ def memory(
             micro_rows=micro_rows,
             optimizer=run.optimizer,
             device=device,
+            dense=_masks_densely(model, device),
             gradients_stay=ranks > 1 or rows > micro_rows,
         ),
     }
@@ -368,6 +381,14 @@ def memory(
         elements = micro_rows * config.vocab_size * config.seq_len
         parts["activations"] += _beside_bytes(n, latents, micro_rows, elements)
     return parts
+
+
+def count_present_bytes(head: nn.Module, device: str) -> int:
+    """Count what lies on `device` of a model that is built, and of the base that it stays near."""
+    near = getattr(head, "anchor", None)
+    modules = [head] if near is None else [head, near.model]
+    tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+    return sum(t.nbytes for t in tensors if t.device.type == device)
 
 
 def checkpoint_bytes(model: nn.Module, run: PretrainConfig) -> int:

@@ -18,6 +18,7 @@ from models.key_value_cache import cache_bytes
 from models.losses import ACTLossHead
 from utils.backend import Backend
 from utils.backend.cpu import CPUBackend
+from utils.backend.memory import explain_out_of_memory
 from utils.checkpoint import Checkpoint
 from utils.functions import nearest
 from utils.reporting import Progress
@@ -260,15 +261,16 @@ class LanguageModel:
         decoder = Decoder(
             self.head, identifiers, self.steps, cached=cached, cache_cycles=cache_cycles
         )
-        return write(
-            decoder,
-            prompts,
-            self.tokenizer.tokenizer,
-            how,
-            eos_id=self.metadata.eos_id,
-            never=self.never_written(),
-            **options,
-        )
+        with explain_out_of_memory(f"with {len(prompts)} texts at once; lower batch_size"):
+            return write(
+                decoder,
+                prompts,
+                self.tokenizer.tokenizer,
+                how,
+                eos_id=self.metadata.eos_id,
+                never=self.never_written(),
+                **options,
+            )
 
     def write_all(
         self,
@@ -303,6 +305,7 @@ class LanguageModel:
         batches = list(batches_of(lengths, self.rows * self.window))
         own: list[tuple[int, Any]] = []
         world = self.backend.world_size
+        advice = f"with {self.rows} texts at once; take fewer (batch_size, or eval_batch_size)"
         # compiled blocks would be compiled again for every length
         stance = nullcontext() if one_shape else torch.compiler.set_stance("force_eager")
         with (
@@ -312,7 +315,8 @@ class LanguageModel:
             for begin in range(0, len(batches), world):
                 self.between()
                 for batch in batches[begin : begin + world][self.backend.rank :][:1]:
-                    own += zip(batch, compute(batch), strict=True)
+                    with explain_out_of_memory(advice):
+                        own += zip(batch, compute(batch), strict=True)
                 bar.update(sum(map(len, batches[begin : begin + world])))
         return [item for part in self.gather(own) for item in part]
 

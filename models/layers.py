@@ -1,11 +1,8 @@
 """The blocks: linear maps, norm, rotary positions, attention, SwiGLU.
 
-The one place that decides which attention kernel runs.
-
 Shape letters: B rows, L = P + S positions, D hidden, N query heads, M key/value heads, K head size.
 """
 
-from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common import trunc_normal_init_
+from models.flex import Kernel, block_mask, flex_attend
 
 
 class SequenceInfo(NamedTuple):
@@ -106,16 +104,19 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(wide * cos, torch.cat((-second, first), dim=-1), sin).to(x.dtype)
 
 
-def visible(document_starts: Tensor, prefix: int, causal: bool) -> Any:
+def visible(
+    document_starts: Tensor, prefix: int, causal: bool, kernel: Kernel | None = None
+) -> Any:
     """The attention mask of rows that hold several documents.
 
     document_starts: (B, S) integers, equal for tokens of one document. Prefix positions are seen
-    by all and see only each other, so that nothing crosses a border through them.
-    Returns (B, 1, P+S, P+S) bool, True where a query (third axis) may look at a key (last); on
-    CUDA a BlockMask of the same content, which skips the blocks that nobody sees.
+    by all and see only each other, so that nothing crosses a border through them. kernel: what
+    attends under the mask; None: flex attention on CUDA.
+    Returns (B, 1, P+S, P+S) bool, True where a query (third axis) may look at a key (last); for
+    flex attention a BlockMask of the same content, which skips the blocks that nobody sees.
     """
     owner = F.pad(document_starts, (prefix, 0), value=-1)
-    if owner.is_cuda:
+    if kernel == "flex" or (kernel is None and owner.is_cuda):
         return block_mask(owner, prefix, causal)
     positions = torch.arange(owner.shape[1], device=owner.device)
     mask = (owner[:, :, None] == owner[:, None, :]) | (positions < prefix)
@@ -124,42 +125,24 @@ def visible(document_starts: Tensor, prefix: int, causal: bool) -> Any:
     return mask.unsqueeze(1)
 
 
-def block_mask(owner: Tensor, prefix: int, causal: bool) -> Any:
-    """What `visible` says, as flex attention takes it; owner (B, P+S), -1 on the prefix."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        allowed = (owner[b, query] == owner[b, key]) | (key < prefix)
-        return allowed & (query >= key) if causal else allowed
-
-    rows, length = owner.shape
-    return create_block_mask(sees, rows, None, length, length, device=owner.device)
-
-
-@cache
-def _compiled_flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def attend(query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
     """query (B, N, L, K), key and value (B, M, L, K) -> (B, N, L, K); N is a multiple of M.
 
-    Grouped keys and values are never repeated in memory. On CUDA fused kernels take no mask
-    together with grouped queries, so masked attention runs as flex attention there.
+    Grouped keys and values are repeated in memory only where CUDA's fused kernels need it: under
+    a dense mask, where the alternative is to make all scores.
     """
-    grouped = query.shape[1] != key.shape[1]
     if info.mask is not None and not isinstance(info.mask, Tensor):
-        flex = _compiled_flex_attention()
-        return flex(query, key, value, block_mask=info.mask, enable_gqa=grouped)
+        return flex_attend(query, key, value, info.mask)
+    grouped = query.shape[1] // key.shape[1]
+    if grouped > 1 and info.mask is not None and query.is_cuda:
+        key, value = (x.repeat_interleave(grouped, dim=1) for x in (key, value))
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=info.mask,
         is_causal=info.causal and info.mask is None,
-        enable_gqa=grouped,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
 
 

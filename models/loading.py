@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -73,8 +72,9 @@ def load_language_model(
     """The model of a checkpoint folder, or of the newest in a run's folder.
 
     weights: ema or raw. steps: ACT steps of every token; None: as in evaluation. refinement: passes
-    after them; None: as configured. forward_dtype: of activations, if not as trained. cast: see
-    `cast_weights`. `options` are those of `LanguageModel`.
+    after them; None: as configured. forward_dtype: of activations; None: as trained,
+    or float32 for bfloat16 on a device without it. cast: see `cast_weights`. `options` are those of
+    `LanguageModel`.
     Raises UserError where there is no such model, or where it cannot continue a text.
     """
     if not Path(path).is_dir():
@@ -82,6 +82,8 @@ def load_language_model(
     backend = backend or CPUBackend()
     values, opened = load_weights(path, weights)
     assert opened is not None
+    arch = yaml.safe_load(opened.text("config.yaml"))["arch"]
+    forward_dtype = forward_dtype or usable_dtype(arch, backend)
     head, metadata = build_model(opened, steps, refinement, forward_dtype)
     if not head.model.config.causal:
         raise UserError(
@@ -96,6 +98,7 @@ def load_language_model(
     if cast:
         cast_weights(head)
     head.to(backend.device).eval()
+    head.model.inner.choose_attention(backend, trial=False)
     tokenizer = open_tokenizer(opened.folder / "tokenizer.json", metadata)
     names = opened.json("identifiers.json")
     return LanguageModel(head, metadata, names, tokenizer, backend, checkpoint=opened, **options)
@@ -203,7 +206,7 @@ def settle_anchor(config: PretrainConfig, backend: Backend, saved: str | None) -
     loss.kl_to = backend.from_main(settled)  # type: ignore[attr-defined]
 
 
-def load_anchor(config: PretrainConfig, data: Data, device: torch.device) -> Anchor | None:
+def load_anchor(config: PretrainConfig, data: Data, backend: Backend) -> Anchor | None:
     """The model that `arch.loss.kl_to` names, for the corpora of this run; None without one, and
     where nothing is trained."""
     path = config.arch.loss.options.get("kl_to")
@@ -213,8 +216,14 @@ def load_anchor(config: PretrainConfig, data: Data, device: torch.device) -> Anc
         KL_TO, path, config.load_weights, data.train.identifiers, data.tokenizer
     )
     assert opened is not None  # settle_anchor has seen a folder
-    steps = yaml.safe_load(opened.text("config.yaml"))["arch"].get("halt_max_steps")
-    head, _ = build_model(opened, steps, refinement=0, metadata=data.train.metadata)
+    saved = yaml.safe_load(opened.text("config.yaml"))["arch"]
+    head, _ = build_model(
+        opened,
+        saved.get("halt_max_steps"),
+        refinement=0,
+        forward_dtype=usable_dtype(saved, backend),
+        metadata=data.train.metadata,
+    )
     if config.arch.options.get("causal", True) and not head.model.config.causal:
         raise UserError(
             f"{KL_TO}={path} is not causal: it would see the tokens that this run's model "
@@ -225,7 +234,14 @@ def load_anchor(config: PretrainConfig, data: Data, device: torch.device) -> Anc
     except UserError as error:
         raise UserError(f"{KL_TO}={path} does not fit the corpora: {error}") from None
     cast_weights(head)
-    return Anchor(head.model.to(device), head.loss.softmax_logits)
+    head.model.inner.choose_attention(backend)
+    return Anchor(head.model.to(backend.device), head.loss.softmax_logits)
+
+
+def usable_dtype(arch: dict[str, Any], backend: Backend) -> str:
+    """Return the forward dtype of these options, or what takes its place on the device."""
+    fields = load_class(arch["name"]).Config.model_fields  # type: ignore[attr-defined]
+    return backend.usable_dtype(arch.get("forward_dtype", fields["forward_dtype"].default))
 
 
 def _depth(arch: dict[str, Any], steps: int | None, refinement: int | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import yaml
 from dataset.common import UserError
 from evaluators.guard import FAILURES
 from models import cost
-from models.loading import fitting_weights, settle_anchor
+from models.loading import fitting_weights, settle_anchor, usable_dtype
 from models.losses import ACTLossHead
 from models.train_state import (
     TrainState,
@@ -218,6 +218,7 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
     """The checkpoint to go on from, checked; None for a new run. Settles what it stays near."""
     folder = backend.from_main(lambda: folder_to_resume(config, run))
     if folder is None:
+        choose_dtype(config, backend, None)
         settle_anchor(config, backend, None)
         if backend.is_main and not config.eval_only:
             checkpoint.forget_evaluation(run, after=-1)
@@ -231,6 +232,7 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
             f"a new run from its weights with load_checkpoint={folder}"
         )
     saved = yaml.safe_load(opened.text("config.yaml"))
+    choose_dtype(config, backend, saved["arch"])
     settle_anchor(config, backend, saved["arch"]["loss"].get("kl_to"))
     check_unchanged(config, saved)
     if backend.is_main and not config.eval_only:
@@ -238,6 +240,25 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
         checkpoint.note_start(run, config.resume)
     backend.barrier()
     return opened
+
+
+def choose_dtype(config: PretrainConfig, backend: Backend, saved: dict[str, Any] | None) -> None:
+    """Set activations to float32 on a device without bfloat16. A collective.
+
+    saved: architecture of the run that is resumed; it keeps its dtype.
+    """
+    options = config.arch.options | {"name": config.arch.name}
+    chosen = set(backend.gather_objects(usable_dtype(options, backend)))
+    if (lacks := chosen - {options.get("forward_dtype", "bfloat16")}) == set():
+        return
+    usable = lacks.pop()
+    if saved is None or saved.get("forward_dtype") == usable:
+        config.arch.forward_dtype = usable  # type: ignore[attr-defined]
+        told = f"this device has no bfloat16: the run uses arch.forward_dtype={usable}"
+    else:
+        told = "the run is resumed in bfloat16, which this device does not have: it will be slow"
+    if backend.is_main:
+        print(f"note: {told}", flush=True)
 
 
 def folder_to_resume(config: PretrainConfig, run: Path) -> Path | None:
@@ -307,18 +328,31 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def micro_batch_rows(
     config: PretrainConfig, backend: Backend, model: ACTLossHead, resumed: Checkpoint | None
 ) -> int:
-    """Rows that a rank computes at once: as configured, as before, or what memory allows."""
-    rows = config.rows_per_rank(backend.world_size)
-    return config.micro_rows(backend.world_size) or backend.broadcast_object(
-        saved_micro_rows(resumed, rows)
-        or cost.fitting_rows(
-            model.model,
-            config,
-            backend.available_memory(),
-            ranks=backend.world_size,
-            device=backend.device.type,
-        )
+    """Rows that a rank computes at once: as configured, as before, or what the memory of every rank
+    allows. A collective."""
+    rows, ranks, device = (
+        config.rows_per_rank(backend.world_size),
+        backend.world_size,
+        backend.device,
     )
+    known = config.micro_rows(ranks) or backend.broadcast_object(saved_micro_rows(resumed, rows))
+    if known is not None:
+        return known
+    # the plan counts these too
+    free = backend.available_memory() + cost.count_present_bytes(model, device.type)
+    own = cost.fitting_rows(model.model, config, free, ranks=ranks, device=device.type)
+    return min(backend.gather_objects(own))  # each divides the rows of a rank
+
+
+def evaluation_rows(
+    config: PretrainConfig, backend: Backend, micro_batches: int, test: Corpora | None
+) -> int:
+    """Rows of an evaluation batch, over all ranks: as configured, or as in training."""
+    ranks = backend.world_size
+    at_once = config.rows_per_rank(ranks) // micro_batches
+    if not backend.compiles(config.compile) and test is not None:
+        at_once = min(at_once, -(-test.num_rows // ranks))  # another shape, if compiled, takes long
+    return config.eval_batch_size or ranks * at_once
 
 
 def saved_micro_rows(resumed: Checkpoint | None, rows: int) -> int | None:

@@ -19,7 +19,9 @@ from torch.optim import Optimizer
 
 from dataset.common import BLANK_IDENTIFIER, DatasetMetadata, UserError
 from models.anchor import row_data
+from models.backbone import Backbone
 from models.ema import EMA
+from models.flex import raise_recompile_limit
 from models.losses import ACTLossHead
 from models.recursive_reasoning.athena_trm import Carry, InnerCarry
 from models.sparse_embedding import SparseEmbeddingSignSGD, sparse_embeddings
@@ -276,6 +278,21 @@ class TrainState:
         ]
 
 
+def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend) -> None:
+    """Set the kernel of masked attention; print what cannot be fast on this device, and why."""
+    slow: dict[str, list[str]] = {}
+    wanted = backend.compiles_by_default if config.compile == "auto" else config.compile
+    if wanted and (fault := backend.cannot_compile()) is not None:
+        slow[fault] = [f"compile={str(config.compile).lower()} has no effect"]
+    inner = getattr(model.model, "inner", None)
+    if isinstance(inner, Backbone) and (reason := inner.choose_attention(backend)) is not None:
+        what = "attention takes more time and memory, with dense document masks"
+        slow.setdefault(reason, []).append(what)
+    if backend.is_main:
+        for reason, effects in slow.items():
+            print(f"note: {' and '.join(effects)}: {reason}")
+
+
 def create_train_state(
     config: PretrainConfig,
     model: ACTLossHead,
@@ -285,7 +302,8 @@ def create_train_state(
     """Optimizers and averages around a model that is already on its device."""
     if config.freeze_weights:
         model.requires_grad_(False)
-    if config.compile:
+    if backend.compiles(config.compile):
+        raise_recompile_limit()
         for module in model.modules():
             if type(module).__name__ == "Block":
                 module.compile(dynamic=False)
@@ -400,9 +418,9 @@ def carry_rows(carries: Sequence[Carry]) -> dict[str, Tensor]:
 
 def carry_from_rows(rows: dict[str, Tensor]) -> Carry:
     data = {k.removeprefix("data/"): v for k, v in rows.items() if k.startswith("data/")}
-    names = {f.name for f in fields(Carry)} & set(rows)
+    own: dict[str, Any] = {f.name: rows[f.name] for f in fields(Carry) if f.name in rows}
     inner = InnerCarry(rows["z_H"], rows["z_L"])
-    return Carry(inner_carry=inner, current_data=data, **{name: rows[name] for name in names})
+    return Carry(inner_carry=inner, current_data=data, **own)
 
 
 def source_files(model: ACTLossHead) -> list[tuple[Path, str]]:

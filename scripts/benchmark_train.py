@@ -21,7 +21,7 @@ import torch
 from dataset.common import DatasetMetadata, run_cli
 from models.anchor import Anchor
 from models.loading import cast_weights
-from models.train_state import TrainState, create_model, create_train_state
+from models.train_state import TrainState, choose_kernels, create_model, create_train_state
 from utils.backend import Backend, select_backend
 from utils.config import PretrainConfig, compose_config, load_config
 
@@ -47,6 +47,7 @@ def make_step(
         base = create_model(config, metadata, batch_size=rows)
         cast_weights(base)
         model.anchor = Anchor(base.model.to(backend.device), base.loss.softmax_logits)
+    choose_kernels(config, model, backend)
     state = create_train_state(config, model, backend=backend)
     micro_rows = micro_rows or rows
     tokens = torch.randint(vocab, (rows, length), dtype=torch.int32, device=backend.device)
@@ -91,7 +92,7 @@ def main() -> None:
     for name, overrides in VARIANTS.items():
         config = load_config(compose_config([*base, *overrides]))
         backend, _ = select_backend(config.device_type)
-        if config.compile and (reason := backend.cannot_compile()):
+        if config.compile is True and (reason := backend.cannot_compile()):
             print(f"{name} is left out: {reason}")
             continue
         configs[name], (steps[name], _) = config, make_step(config, backend)

@@ -257,7 +257,9 @@ class PretrainConfig(pydantic.BaseModel):
     deterministic: bool = Field(
         True, description="on CUDA: the same bits whenever a run is resumed; false may be faster"
     )
-    compile: bool = Field(False, description="torch.compile the model")
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile the model; auto: on CUDA, where Triton works"
+    )
     dry_run: bool = Field(False, description="build the model, print its cost, and end")
     lr_find: Annotated[LRFindConfig | None, BeforeValidator(_bare_flag)] = Field(
         None, description="true, or {low, high, steps}: sweep the learning rate, plot, and end"

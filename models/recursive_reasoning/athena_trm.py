@@ -37,6 +37,7 @@ class Carry:
     steps (B,) int32: ACT steps done. halted (B,) bool: the next batch's row may move in.
     current_data: the batch entries of the example that the row holds, all of them.
     last_loss (B,) float32: the row's loss at its last step, infinite before the first.
+    info: in evaluation, positions and mask of the rows' data, which later steps share.
     """
 
     inner_carry: InnerCarry
@@ -44,6 +45,7 @@ class Carry:
     halted: Tensor
     current_data: Batch
     last_loss: Tensor
+    info: SequenceInfo | None = None
 
 
 class AthenaTRMConfig(BackboneConfig):
@@ -243,7 +245,7 @@ class AthenaTRM(nn.Module):
         """
         carry = self.admit(carry, batch)
         data, inner = carry.current_data, self.inner
-        info, z = inner.sequence_info(data), carry.inner_carry
+        info, z = carry.info or inner.sequence_info(data), carry.inner_carry
         z_H, z_L = inner.recur(z.z_H, z.z_L, inner.embed(data), info)
         if not self.training:  # a row that has halted keeps what it had
             done = carry.halted.view(-1, 1, 1)
@@ -259,10 +261,16 @@ class AthenaTRM(nn.Module):
             inner_carry=InnerCarry(z_H.detach(), z_L.detach()),
             steps=steps,
             halted=halted.detach(),
+            info=info if self._keeps_info(z.z_H.device) else None,
         )
         if self.training and not self.config.no_ACT_continue:
             outputs["target_q_continue"] = self._continue_target(new, data, info)
         return new, outputs
+
+    def _keeps_info(self, device: torch.device) -> bool:
+        """In evaluation no row is admitted after the first step, so that its data stay the same. On
+        XLA the steps after the first would become another program."""
+        return not self.training and device.type != "xla"
 
     def admit(self, carry: Carry, batch: Batch) -> Carry:
         """Lets the batch's examples into free rows; held rows keep all their own data.
@@ -283,6 +291,7 @@ class AthenaTRM(nn.Module):
                 for key, held in carry.current_data.items()
             },
             last_loss=torch.where(free, torch.inf, carry.last_loss),
+            info=None if self.training else carry.info,
         )
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from models import layers
+from models.flex import block_mask
 from models.losses import LOSSES, ACTLossHead
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from models.recursive_reasoning.transformer import Transformer
@@ -172,9 +173,7 @@ def test_the_mask_for_cuda_says_the_same(causal, prefix):
     length = prefix + S
     q, k, v = (torch.randn(B, heads, length, 16) for heads in (4, 2, 2))
     owner = torch.nn.functional.pad(starts, (prefix, 0), value=-1)
-    flex = flex_attention(
-        q, k, v, block_mask=layers.block_mask(owner, prefix, causal), enable_gqa=True
-    )
+    flex = flex_attention(q, k, v, block_mask=block_mask(owner, prefix, causal), enable_gqa=True)
     plain = layers.attend(
         q, k, v, layers.SequenceInfo(None, None, layers.visible(starts, prefix, causal), causal)
     )

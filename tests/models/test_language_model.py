@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from dispatch_tools import Shapes
 from seeds import draw_rng
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from training_tools import altered, next_probabilities
 
 from dataset.common import IGNORE_LABEL_ID, UserError
@@ -178,19 +177,6 @@ def test_padding_needs_no_mask_to_be_without_influence(name, trained):
     assert found == pytest.approx(alone, abs=1e-6)
 
 
-class Shapes(TorchDispatchMode):
-    """Notes the shape of every tensor that an operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.seen |= {tuple(x.shape) for x in tree_leaves(result) if isinstance(x, torch.Tensor)}
-        return result
-
-
 def test_scoring_takes_no_memory_of_the_square_of_a_length(trained):
     """A mask of all pairs would take gigabytes at 2,048 tokens."""
     pair = (random_ids(trained, 5), random_ids(trained, 15))
@@ -198,8 +184,7 @@ def test_scoring_takes_no_memory_of_the_square_of_a_length(trained):
     with Shapes() as shapes:
         trained.score([pair, pair])
     assert any(19 in shape for shape in shapes.seen)
-    square = [shape for shape in shapes.seen if sum(n in (19, positions) for n in shape) > 1]
-    assert square == []
+    assert shapes.squares(19, positions) == []
 
 
 def test_views_are_answered_alike_in_batches_of_any_size(trained):

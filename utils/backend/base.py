@@ -6,6 +6,7 @@ something that is not there.
 """
 
 import ctypes
+import gc
 import inspect
 import itertools
 import os
@@ -14,11 +15,11 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +48,9 @@ class Backend:
     moved_ahead: Callable[[Iterable[Any]], Iterator[Any]] | None = None
     """Gives items with their tensors on the device, made ready ahead of use; None: not needed."""
 
+    capability: tuple[int, int] = (0, 0)
+    """Compute capability of an NVIDIA GPU."""
+    compiles_by_default = False
     launch_number = 0
     """Runs of this process that were launched before this one."""
     _board_is_gone = False
@@ -73,6 +77,7 @@ class Backend:
     def launch(self, fn: Callable[..., T], *args: Any) -> T:
         """Runs `fn(backend, *args)` as this replica, inside a process group if there are more."""
         end_with_launcher()
+        self.forget_earlier_runs()
         self.launch_number = next(_launches)
         if self.world_size == 1:
             return fn(self, *args)
@@ -289,6 +294,24 @@ class Backend:
         if self.world_size > 1:
             dist.barrier()
 
+    def forget_earlier_runs(self) -> None:
+        """Drop compiled programs, and what else earlier runs of a sweep left in this process."""
+        gc.collect()
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # it stops compiling a function after some shapes
+        with suppress(OSError):  # Linux: the peak that getrusage knows starts again
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def compiles(self, wanted: bool | Literal["auto"]) -> bool:
+        """Return whether a model is compiled here; `auto`: where that is usual."""
+        if not (self.compiles_by_default if wanted == "auto" else wanted):
+            return False
+        return self.cannot_compile() is None
+
+    def usable_dtype(self, name: str) -> str:
+        """Return the dtype for activations in place of `name`, if the device lacks that."""
+        return name
+
     def cannot_compile(self) -> str | None:
         """Why torch.compile will not work on this device; None if it should."""
         if (
@@ -304,7 +327,7 @@ class Backend:
         return free_host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
     def memory_bytes(self) -> int | None:
-        """Peak memory of this process on its device since the start, if known."""
+        """Peak memory of this process on its device since the run began, if known."""
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024

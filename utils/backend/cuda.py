@@ -9,6 +9,7 @@ import torch
 
 from dataset.common import UserError
 from utils.backend.base import Backend
+from utils.backend.triton import missing_for_triton
 
 BF16_PEAK = {
     "H200": 989e12,
@@ -19,6 +20,10 @@ BF16_PEAK = {
     "4060": 30e12,
 }
 """Dense bfloat16 FLOP/s by a part of the device's name (NVIDIA's data sheets, SXM variants)."""
+
+VOLTA, AMPERE = (7, 0), (8, 0)
+"""Compute capabilities: the least that torch.compile accepts, and the first with bfloat16, from
+which on Triton is supported by its makers."""
 
 
 class CUDABackend(Backend):
@@ -78,11 +83,34 @@ class CUDABackend(Backend):
             for k, v in batch.items()
         }
 
+    @property
+    def capability(self) -> tuple[int, int]:  # type: ignore[override]
+        return torch.cuda.get_device_capability(self.device)
+
+    @property
+    def compiles_by_default(self) -> bool:  # type: ignore[override]
+        return self.capability >= AMPERE
+
+    def forget_earlier_runs(self) -> None:
+        super().forget_earlier_runs()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def usable_dtype(self, name: str) -> str:
+        return "float32" if name == "bfloat16" and self.capability < AMPERE else name
+
     def cannot_compile(self) -> str | None:
-        return None
+        if self.capability < VOLTA:
+            return "Triton needs compute capability {}.{}; this card has {}.{}".format(
+                *VOLTA, *self.capability
+            )
+        return missing_for_triton()
 
     def available_memory(self) -> int:
-        return torch.cuda.mem_get_info(self.device)[0]
+        """What is free, and what the allocator keeps without using it."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + kept
 
     def memory_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device)

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from dataset.common import UserError, warnings_as_notes
 from utils.backend.base import STOP_SIGNALS, Backend, Received
-from utils.backend.xla_replica import Replica, write_whole
+from utils.backend.xla_replica import COMPILES_ITSELF, Replica, write_whole
 
 T = TypeVar("T")
 
@@ -117,7 +117,7 @@ class XLABackend(Backend):
         raise UserError(f"only the replicas of device_type={self.name} know its memory")
 
     def cannot_compile(self) -> str | None:
-        return "XLA compiles every model by itself"
+        return COMPILES_ITSELF
 
     def launch(self, fn: Callable[..., T], *args: Any) -> T:
         """Runs `fn(replica, *args)` on every core of this host; returns what the first returned.

@@ -35,6 +35,7 @@ _BF16_PEAK = {
     "v3": 61.5e12,
     "v2": 22.5e12,
 }
+COMPILES_ITSELF = "XLA compiles every model by itself"
 _TURN = threading.Lock()  # replicas may be threads of one process
 
 
@@ -85,6 +86,9 @@ class Replica(Backend):
 
     def launch(self, fn: Callable[..., T], *args: Any) -> T:
         return fn(self, *args)
+
+    def cannot_compile(self) -> str | None:
+        return COMPILES_ITSELF
 
     def end_now(self, status: int) -> NoReturn:
         if self.folder is not None:  # or the parent would not know why

@@ -1,0 +1,155 @@
+"""Flex attention: where masked attention runs through it, and its block mask.
+
+On CUDA the fused kernels of `scaled_dot_product_attention` take no mask together with grouped
+queries. Flex attention does, and skips the blocks that no query sees. Triton compiles it, which
+does not serve every card, dtype and head size: elsewhere masks are dense.
+
+Shape letters: B rows, L = P + S positions, T blocks of positions.
+"""
+
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Kernel = Literal["flex", "dense"]
+
+BLOCK = 128
+"""Positions of a block."""
+OLDEST = (8, 0)
+"""The lowest compute capability whose memory and instructions the kernel is written for."""
+NARROWEST = 16
+"""The smallest head size that it takes."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_SHAPES = 64  # of one function, compiled in a run
+
+
+class Choice(NamedTuple):
+    """A kernel for masked attention, and why it is not flex attention where that was possible."""
+
+    kernel: Kernel
+    reason: str | None = None
+
+
+def attention_kernel(
+    device_type: str,
+    dtype: torch.dtype,
+    head_size: int,
+    *,
+    capability: tuple[int, int] = OLDEST,
+    cannot_compile: str | None = None,
+) -> Choice:
+    """Decide how attention under a document mask runs.
+
+    capability: compute capability of the card. cannot_compile: why torch.compile does not work on
+    the device, None if it does.
+    """
+    if device_type != "cuda":
+        return Choice("dense")
+    reason = None
+    if cannot_compile is not None:
+        reason = cannot_compile
+    elif capability < OLDEST:
+        reason = "compute capability {}.{} is below {}.{}".format(*capability, *OLDEST)
+    elif dtype not in DTYPES:
+        reason = f"it does not compute in {str(dtype).removeprefix('torch.')}"
+    elif head_size < NARROWEST:
+        reason = f"heads of size {head_size} are narrower than {NARROWEST}"
+    return Choice("flex") if reason is None else Choice("dense", reason)
+
+
+def block_mask(owner: Tensor, prefix: int, causal: bool) -> Any:
+    """Build the mask of `models.layers.visible` as flex attention takes it.
+
+    owner: (B, L), equal for positions of one document, -1 on the prefix. Computed from the lowest
+    and highest owner of each block: nothing of the size of L x L is made.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        allowed = (owner[b, query] == owner[b, key]) | (key < prefix)
+        return allowed & (query >= key) if causal else allowed
+
+    rows, length = owner.shape
+    blocks = -(-length // BLOCK)
+    positions = torch.arange(blocks * BLOCK, device=owner.device)
+    padded = torch.cat((owner, owner[:, -1:].expand(-1, blocks * BLOCK - length)), dim=1)
+    low, high = padded.view(rows, blocks, BLOCK).aminmax(dim=-1)
+    documents = torch.where(positions < prefix, torch.iinfo(owner.dtype).max, padded)
+    lowest = documents.view(rows, blocks, BLOCK).amin(-1)  # of keys that not everybody sees
+    first = positions[::BLOCK]
+    opens, closes = first < prefix, first + BLOCK <= prefix  # begins, ends within the prefix
+    inside = first + BLOCK <= length
+    seen = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None]) | opens
+    whole = (
+        (low == high)[:, :, None] & (lowest == high)[:, None] & (low[:, :, None] == high[:, None])
+    )
+    whole = (whole | closes) & inside & inside[:, None]
+    if causal:
+        seen, whole = seen & (first[:, None] >= first), whole & (first[:, None] > first)
+    pair = torch.stack((seen & ~whole, whole)).unsqueeze(2)  # 2, B, 1, T, T: queries, keys
+    both = torch.stack((pair, pair.transpose(-2, -1))).to(torch.int32)
+    counts = both.sum(-1, dtype=torch.int32)
+    indices = both.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return BlockMask(
+        seq_lengths=(length, length),
+        kv_num_blocks=counts[0, 0],
+        kv_indices=indices[0, 0],
+        full_kv_num_blocks=counts[0, 1],
+        full_kv_indices=indices[0, 1],
+        q_num_blocks=counts[1, 0],
+        q_indices=indices[1, 0],
+        full_q_num_blocks=counts[1, 1],
+        full_q_indices=indices[1, 1],
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=sees,
+    )
+
+
+def raise_recompile_limit() -> None:
+    """Let torch compile more shapes than 8, after which it runs a function uncompiled for good."""
+    import torch._dynamo
+
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _SHAPES)
+
+
+@cache
+def _compiled() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    raise_recompile_limit()
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_attend(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+    """Attend under a block mask: query (B, N, L, K), key and value (B, M, L, K) -> (B, N, L, K)."""
+    grouped = query.shape[1] != key.shape[1]
+    if torch.compiler.is_compiling():  # part of a region that is compiled as a whole
+        from torch.nn.attention.flex_attention import flex_attention
+
+        return flex_attention(query, key, value, block_mask=mask, enable_gqa=grouped)
+    return _compiled()(query, key, value, block_mask=mask, enable_gqa=grouped)
+
+
+def failure(
+    device: torch.device, dtype: torch.dtype, heads: int, key_value_heads: int, head_size: int
+) -> str | None:
+    """Return why a trial of flex attention, forward and backward, fails here; None if it works.
+
+    Compilers, drivers and the memory of a card's multiprocessors differ in more than can be asked.
+    """
+    length = 2 * BLOCK
+    owner = torch.zeros(1, length, dtype=torch.int32, device=device)
+    query, key, value = (
+        torch.zeros(1, n, length, head_size, dtype=dtype, device=device, requires_grad=True)
+        for n in (heads, key_value_heads, key_value_heads)
+    )
+    try:
+        with torch.enable_grad():
+            flex_attend(query, key, value, block_mask(owner, 0, True)).sum().backward()
+    except Exception as error:  # of a compiler: anything
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"a trial failed ({type(error).__name__}: {' '.join(lines[:1])[:200]})"
+    return None
