@@ -63,7 +63,9 @@ class MultipleChoiceEvaluator:
 
         path: str = Field(description="JSON lines, plain or compressed, here or remote")
         task: str | None = Field(None, description="name in the figures; null: the file's")
-        delimiter: str = Field(" ", description="between question and answer")
+        delimiter: str = Field(
+            " ", description="between question and answer; its spaces only where there are none"
+        )
         num_few_shot: int = Field(0, ge=0, description="solved examples before each question")
         few_shot_path: str | None = Field(
             None, description="where they come from; null: the file itself, without the question"
@@ -201,22 +203,33 @@ def _pairs(record: dict[str, Any], delimiter: str) -> tuple[list[tuple[str, str]
         return [("", good), ("", bad)], 0
     if "context_options" in record:
         contexts = _texts(record, "context_options")
-        continuation = delimiter + _text(record, "continuation")
-        return [(context, continuation) for context in contexts], _answer(record, contexts)
+        continuation = _text(record, "continuation")
+        pairs = [_joined(context, delimiter, continuation) for context in contexts]
+        return pairs, _answer(record, contexts)
     if "choices" in record:
         choices = _texts(record, "choices")
         question = _text(record, next((key for key in QUESTION if key in record), QUESTION[0]))
-        return [(question, delimiter + choice) for choice in choices], _answer(record, choices)
+        return [_joined(question, delimiter, c) for c in choices], _answer(record, choices)
     if "context" in record and "continuation" in record:
-        return [(_text(record, "context"), delimiter + _text(record, "continuation"))], None
+        context, continuation = (_text(record, key) for key in ("context", "continuation"))
+        return [_joined(context, delimiter, continuation)], None
     if "text" in record:
-        before, _, last = _text(record, "text").rstrip().rpartition(" ")
-        return [(before, " " + last)], None
+        text = _text(record, "text").rstrip()
+        begin = len(text) - len((text.split() or [""])[-1])
+        begin -= text[:begin].endswith(" ")  # a space belongs to the word's token
+        return [(text[:begin], text[begin:])], None
     raise UserError(
         f"no kind of task has the keys {', '.join(sorted(record)[:10]) or 'of an empty object'}; "
         "there are question, choices, answer; context_options, continuation, answer; "
         "sentence_good, sentence_bad; context, continuation; and text"
     )
+
+
+def _joined(context: str, delimiter: str, continuation: str) -> tuple[str, str]:
+    """Put the delimiter between two texts, less the spaces that one of them already has there."""
+    if continuation[:1].isspace() or (delimiter.isspace() and context[-1:].isspace()):
+        delimiter = delimiter.rstrip(" \t")
+    return context, delimiter + continuation
 
 
 def _value(record: dict[str, Any], key: str) -> Any:

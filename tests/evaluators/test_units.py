@@ -51,6 +51,47 @@ def test_the_last_word_of_a_text_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text, pair",
+    [
+        ("end of line\nlast", ("end of line\n", "last")),
+        ("one\ttwo ", ("one\t", "two")),
+        ("one\u3000two", ("one\u3000", "two")),
+        ("one \n  two\n\n", ("one \n ", " two")),
+        ("alone", ("", "alone")),
+    ],
+)
+def test_any_white_space_may_stand_before_the_last_word(text, pair, tmp_path):
+    assert tasks(lines(tmp_path, {"text": text})).items[0].pairs == [pair]
+
+
+@pytest.mark.parametrize(
+    "question, delimiter, choice, whole",
+    [
+        ("q?", " ", " a", "q? a"),
+        ("q?", " ", "a", "q? a"),
+        ("q?", " ", "\n  a", "q?\n  a"),
+        ("q?", "\nAnswer: ", " a", "q?\nAnswer: a"),
+        ("q?", "\n", " a", "q?\n a"),
+        ("q? ", " ", "a", "q? a"),
+        ("q?\n", " ", "a", "q?\na"),
+        ("q?\n", "\nAnswer: ", "a", "q?\n\nAnswer: a"),
+        ("q?", "", " a", "q? a"),
+    ],
+)
+def test_a_delimiter_is_not_doubled(question, delimiter, choice, whole, tmp_path):
+    records = [
+        {"question": question, "choices": [choice, "b"], "answer": 0},
+        {"context_options": [question, "r"], "continuation": choice, "answer": 0},
+    ]
+    for record in records:
+        item = tasks(lines(tmp_path, record), delimiter=delimiter).items[0]
+        assert item.solved() == whole
+    path = lines(tmp_path, {"context": question, "continuation": choice})
+    (pair,) = tasks(path, delimiter=delimiter).items[0].pairs
+    assert "".join(pair) == whole
+
+
+@pytest.mark.parametrize(
     "record, says",
     [
         ({"question": "q", "choices": ["a", "b"], "answer": 2}, "'answer' holds 2"),
