@@ -1,7 +1,8 @@
-"""Reading documents out of files, one at a time, and counting what could not be used.
+"""Reading lines and documents out of files, one at a time, and counting what could not be used.
 
 Nothing is held but the current document. A reader can go on in the middle of a file: every document
 comes with the number of records (lines, paragraphs, Parquet rows) that have been read with it.
+Whatever reads a user's lines, prompts and tasks included, does so by `read_lines`.
 """
 
 import json
@@ -74,7 +75,7 @@ class DocumentReader:
             if not line or line.isspace():
                 continue
             try:
-                record = _json_object(line)
+                record = json_object(line, number)
             except ValueError as error:
                 self.skip_bad_line(source, number, str(error))
                 continue
@@ -124,9 +125,11 @@ class DocumentReader:
     def _text_lines(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
         for number, line in self._lines(source, skip):
             try:
-                yield number, _without_end(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                self.skip_bad_line(source, number, _encoding_fault(line, number, error))
+                text = text_of(line, number)
+            except ValueError as error:
+                self.skip_bad_line(source, number, str(error))
+                continue
+            yield number, text
 
     def _joined_lines(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
         """Paragraphs, or the whole file; numbered, because a document has many lines."""
@@ -134,10 +137,9 @@ class DocumentReader:
         number, held = 0, []
         for line_number, line in self._lines(source, 0):
             try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                fault = _encoding_fault(line, line_number, error)
-                raise UserError(f"{source}, line {line_number:,}: {fault}.") from None
+                text = _decoded(line, line_number)
+            except ValueError as error:
+                raise UserError(f"{source}, line {line_number:,}: {error}.") from None
             if not by_paragraph or not (text.isspace() or not text):
                 held.append(text)
             elif held:
@@ -150,26 +152,48 @@ class DocumentReader:
             yield number + 1, _without_end(text).replace("\r\n", "\n") if by_paragraph else text
 
     def _lines(self, source: Source, skip: int) -> Iterator[tuple[int, bytes]]:
-        """Numbered lines with their ends after the first `skip`; only a line feed ends a line."""
-        with open_source(source) as (stream, position):
-            reported = 0
-            for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES), b""), 1):
-                if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    raise UserError(
-                        f"{source}, line {number:,}: longer than {MAX_LINE_BYTES:,} bytes; this is "
-                        "no file of lines, convert it."
-                    )
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is not text
-                if number > skip:
-                    yield number, line
-                if (now := position()) != reported:
-                    self._progress(now - reported)
-                    reported = now
+        """Numbered lines with their ends after the first `skip`."""
+        return (item for item in read_lines(source, self._progress) if item[0] > skip)
+
+
+def read_lines(
+    source: Source, progress: Callable[[int], Any] | None = None
+) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a source with their ends, numbered from 1.
+
+    A line ends with a line feed, perhaps after a carriage return, and with nothing else; a byte
+    order mark at the start is dropped. `progress` is called with the number of bytes newly read.
+    """
+    with open_source(source) as (stream, position):
+        reported = 0
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES), b""), 1):
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                raise UserError(
+                    f"{source}, line {number:,}: longer than {MAX_LINE_BYTES:,} bytes; this is "
+                    "no file of lines, convert it."
+                )
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            yield number, line
+            if progress is not None and (now := position()) != reported:
+                progress(now - reported)
+                reported = now
+
+
+def text_of(line: bytes, number: int) -> str:
+    """Return a line without its end as text; `ValueError` says in a clause what is wrong."""
+    return _without_end(_decoded(line, number))
+
+
+def _decoded(line: bytes, number: int) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(_encoding_fault(line, number, error)) from None
 
 
 def _without_end(line: str) -> str:
-    return line.removesuffix("\n").removesuffix("\r")
+    return line.removesuffix("\r\n") if line.endswith("\r\n") else line.removesuffix("\n")
 
 
 def _encoding_fault(line: bytes, number: int, error: UnicodeDecodeError) -> str:
@@ -185,33 +209,53 @@ def _encoding_fault(line: bytes, number: int, error: UnicodeDecodeError) -> str:
     )
 
 
-def _json_object(line: bytes) -> dict[str, Any]:
+def json_object(line: bytes, number: int) -> dict[str, Any]:
     """Parse one line; `ValueError` says in a clause what is wrong."""
     try:
         value = orjson.loads(line)
     except ValueError:
         # The standard library says better what is wrong, and takes what only looks wrong (NaN).
         try:
-            value = json.loads(line.decode("utf-8"))
-            if isinstance(value, dict):
-                value = {key: _Broken() if _is_broken(v) else v for key, v in value.items()}
-        except UnicodeDecodeError as error:
-            raise ValueError(_encoding_fault(line, 1, error)) from None
-        except ValueError as error:
-            raise ValueError(f"not valid JSON ({error}); one object per line is expected") from None
+            value = _marked(json.loads(_decoded(line, number)))
+        except json.JSONDecodeError as error:
+            fault = f"not valid JSON ({error}); one object per line is expected"
+            raise ValueError(_one_value_fault(line, number) or fault) from None
         except RecursionError:
             raise ValueError("JSON nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError(f"holds {_json_type(value)}; one JSON object per line is expected")
+        fault = f"holds {_json_type(value)}; one JSON object per line is expected"
+        raise ValueError(_one_value_fault(line, number) or fault)
     return value
+
+
+def _one_value_fault(line: bytes, number: int) -> str | None:
+    """Return advice for a file that seems to be one JSON value instead of a line for each."""
+    start = line.strip() if number == 1 else b""
+    if start.startswith(b"["):
+        return (
+            "the file is one JSON array; write its items as lines (jq -c '.[]' FILE > FILE.jsonl)"
+        )
+    if start == b"{":
+        return "a JSON object takes several lines; write each as one (jq -c . FILE > FILE.jsonl)"
+    return None
 
 
 class _Broken:
     """Stands for a text that UTF-8 has no bytes for: JSON can spell halves of surrogate pairs."""
 
+    def __repr__(self) -> str:
+        return _json_type(self)
 
-def _is_broken(value: Any) -> bool:
-    return isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value)
+
+def _marked(value: Any) -> Any:
+    """Return the same with a `_Broken` for each such text."""
+    if isinstance(value, str):
+        return _Broken() if any("\ud800" <= char <= "\udfff" for char in value) else value
+    if isinstance(value, list):
+        return [_marked(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _marked(item) for key, item in value.items()}
+    return value
 
 
 def _json_type(value: Any) -> str:

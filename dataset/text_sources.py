@@ -125,6 +125,14 @@ def find_sources(arguments: list[str], given_format: str | None = None) -> list[
     return found
 
 
+def find_source(path: str, given_format: str, option: str) -> Source:
+    """Return the one file that a key=value option names."""
+    sources = [source for found in find_sources([path], given_format) for source in found]
+    if len(sources) != 1:
+        raise UserError(f"{option}={path} is {len(sources)} files; name one")
+    return sources[0]
+
+
 def _remote_files(argument: str) -> list[str]:
     """Remote files that a url, a pattern or a remote folder stands for."""
     urls = expand(argument)

@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import orjson
-
 from dataset.common import UserError
-from dataset.decompression import open_source
-from dataset.text_sources import find_sources
+from dataset.document_reader import json_object, read_lines
+from dataset.text_sources import find_source
 
 
 def read_json_lines(path: str, option: str = "path") -> list[tuple[str, dict[str, Any]]]:
@@ -14,22 +12,15 @@ def read_json_lines(path: str, option: str = "path") -> list[tuple[str, dict[str
 
     `where` names file and line for error messages; `option` is the key that named the file.
     """
-    sources = [source for found in find_sources([path], "jsonl") for source in found]
-    if len(sources) != 1:
-        raise UserError(f"{option}={path} is {len(sources)} files; name one")
     records = []
-    with open_source(sources[0]) as (stream, _):
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number:,}"
-            try:
-                record = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                raise UserError(f"{where}: no valid JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: no JSON object")
-            records.append((where, record))
+    for number, line in read_lines(find_source(path, "jsonl", option)):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number:,}"
+        try:
+            records.append((where, json_object(line, number)))
+        except ValueError as error:
+            raise UserError(f"{where}: no JSON object: {error}") from None
     if not records:
         raise UserError(f"{option}={path} holds no example")
     return records

@@ -83,6 +83,8 @@ class GenerationEvaluator:
         for where, record in self.lines:
             if not isinstance(record.get("prompt"), str) or not record["prompt"]:
                 raise UserError(f"{where}: no text below the key 'prompt'")
+            if self.references and not isinstance(record["response"], str):
+                raise UserError(f"{where}: no text below the key 'response'")
         if not self.references and self.score is None:
             tell(f"note: {config.path} has no responses: texts are written, but nothing is scored")
         if self.references:

@@ -24,6 +24,8 @@ from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from dataset.common import UserError, run_cli
+from dataset.document_reader import json_object, read_lines, text_of
+from dataset.text_sources import find_source
 from models.language_model import LanguageModel
 from models.loading import load_language_model
 from utils.backend import select_backend
@@ -39,7 +41,9 @@ class Options(Sampling):
     checkpoint: str = Field(description="a checkpoint, or the folder of a run: its newest")
     prompt: str | None = Field(None, description="the text to continue")
     prompts_file: Path | None = Field(
-        None, description="many: a line each, or JSON lines with a key prompt (.jsonl); - for stdin"
+        None,
+        description="many: a line each, or JSON lines with a key prompt (.jsonl, .json), plain or "
+        "compressed; - for stdin",
     )
     interactive: bool = Field(False, description="asks for one prompt after the other")
     stop: list[str] = Field(
@@ -185,30 +189,25 @@ def talk(options: Options, model: LanguageModel) -> None:
             write_one(options, model, prompt)
 
 
-def _standard_input() -> str:
-    """Standard input as UTF-8, as prompts in a file are."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8")
-    return sys.stdin.read()
-
-
 def prompts_of(path: Path) -> Iterator[str]:
     """The prompts of a file, empty lines left out."""
-    name = "standard input" if str(path) == "-" else str(path)
     try:
-        text = _standard_input() if str(path) == "-" else path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        source = find_source(str(path), "text", "prompts_file")
+        if source.format == "parquet":
+            raise UserError("give lines of text, or JSON lines with a key prompt")
+    except UserError as error:
         raise UserError(f"prompts_file={path} cannot be read: {error}") from None
-    for number, line in enumerate(text.splitlines(), 1):
-        if path.suffix == ".jsonl" and line.strip():
-            try:
-                line = orjson.loads(line)["prompt"]
-            except (orjson.JSONDecodeError, KeyError, TypeError):
-                raise UserError(f'{name}, line {number}: no JSON like {{"prompt": ...}}') from None
-            if not isinstance(line, str):
-                raise UserError(f"{name}, line {number}: the prompt is no text")
-        if line:
-            yield line
+    for number, line in read_lines(source):
+        try:
+            prompt = text_of(line, number)
+            if source.format == "jsonl" and (prompt := prompt.strip()):
+                prompt = json_object(line, number).get("prompt")
+                if not isinstance(prompt, str):
+                    raise ValueError('no text below the key "prompt"')
+        except ValueError as error:
+            raise UserError(f"{source}, line {number:,}: {error}") from None
+        if prompt:
+            yield prompt
 
 
 def write_many(options: Options, model: LanguageModel, prompts: list[str]) -> None:

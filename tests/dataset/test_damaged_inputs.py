@@ -119,6 +119,9 @@ def test_damaged_files_are_read_rightly_or_refused(
         ('{"text": "ä"}\n'.encode("latin-1"), "is not valid UTF-8"),
         ('{"text": "x"}\n'.encode("utf-16"), "is not valid UTF-8"),
         (b'{"text": "x"}\x00\n', "not valid JSON"),
+        (b'[{"text": "x"}, {"text": "y"}]', "one JSON array"),
+        (b'[\n {"text": "x"}\n]\n', "one JSON array"),
+        (b'{\n "text": "x"\n}\n', "takes several lines"),
         (b"[" * 100_000 + b"\n", "nested too deeply"),
         (b'{"text": "' + b"x" * 5000 + b'"}\n', "longer than 1,000 bytes"),
     ],
@@ -131,6 +134,15 @@ def test_each_fault_has_its_sentence(tmp_path, build, fails, monkeypatch, conten
     line = fails(lambda: build(path))
     assert expected in line and "a.jsonl" in line
     assert not (tmp_path / "corpus").exists()
+
+
+def test_only_line_feeds_end_a_line_of_text(tmp_path):
+    documents = ["a\u2028b\u2029c\x85d", "e\x0cf\x0bg\x1ch", "i\rj\r"]
+    path = tmp_path / "a.txt"
+    for end in ("\n", "\r\n"):
+        path.write_bytes(b"\xef\xbb\xbf" + end.join(documents).encode())
+        found = DocumentReader(ReadOptions()).texts(find_sources([str(path)])[0][0])
+        assert list(found) == documents
 
 
 def test_nul_characters_are_text(tmp_path, build):

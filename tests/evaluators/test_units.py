@@ -145,6 +145,26 @@ def test_files_may_be_compressed_and_must_be_json(tmp_path):
         read_json_lines(str(tmp_path / "c.jsonl"))
 
 
+def test_only_line_feeds_end_a_line_and_a_byte_order_mark_is_dropped(tmp_path):
+    path = tmp_path / "task.jsonl"
+    text = "one\u2028two\x85three last"
+    line = json.dumps({"text": text}, ensure_ascii=False)
+    path.write_bytes(f"\ufeff{line}\r\n{line}\r\n".encode())
+    assert [record["text"] for _, record in read_json_lines(str(path))] == [text, text]
+    path.write_text(json.dumps([{"text": "a b"}], indent=1))
+    with pytest.raises(UserError, match=r"task\.jsonl, line 1.*array.*jq"):
+        read_json_lines(str(path))
+    path.write_text('{"question": "q", "choices": ["a", "\\ud800"], "answer": 0}\n')
+    with pytest.raises(UserError, match=r"line 1: .*'choices' holds .*surrogate"):
+        tasks(str(path))
+
+
+def test_a_response_that_is_no_text_is_refused_before_anything_is_written(tmp_path):
+    path = lines(tmp_path, {"prompt": "p", "response": 72})
+    with pytest.raises(UserError, match="line 1: .*'response'"):
+        GenerationEvaluator("", metadata(), path=path)
+
+
 def test_answers_are_found_by_pattern_and_functions_by_path(tmp_path, monkeypatch):
     path = lines(tmp_path, {"prompt": "p", "response": "so\n#### 72"})
     evaluator = GenerationEvaluator("", metadata(), path=path, answer_pattern=r"#### (\S+)")

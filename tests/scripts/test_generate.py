@@ -60,6 +60,28 @@ def test_prompts_of_a_file_are_continued_in_order(text_run, tmp_path, capsys):
     assert found[0] == found[1]  # whatever was computed together
 
 
+def test_only_line_feeds_end_a_line_and_byte_order_marks_are_dropped(text_run, tmp_path, capsys):
+    prompts = ["line one\u2028line two", "a\u2029b\x85c", "d\x0ce\x1cf", "g\rh"]
+    records = [json.dumps({"prompt": p}, ensure_ascii=False) for p in prompts]
+    for name, written in (("a.txt", prompts), ("a.jsonl", records), ("a.json", records)):
+        for mark, end in ((b"", "\n"), (b"\xef\xbb\xbf", "\r\n")):
+            path = tmp_path / name
+            path.write_bytes(mark + end.join(written).encode() + b"\n")
+            found = list(generate.prompts_of(path))
+            assert found == prompts
+    generate.main([f"checkpoint={text_run}", f"prompts_file={path}", *CPU])
+    lines = capsys.readouterr().out.removesuffix("\n").split("\n")
+    assert [json.loads(line)["prompt"] for line in lines] == prompts
+
+
+def test_an_array_of_prompts_is_refused_with_advice(tmp_path, capsys):
+    path = tmp_path / "prompts.json"
+    for indent in (None, 1):
+        path.write_text(json.dumps([{"prompt": "a"}], indent=indent))
+        message = fails(capsys, "checkpoint=x", f"prompts_file={path}")
+        assert "prompts.json, line 1" in message and "array" in message and "jq" in message
+
+
 def test_a_stop_string_ends_the_text(text_run, capsys):
     arguments = [f"checkpoint={text_run}", "prompt=ab cd", *CPU, "max_new_tokens=60"]
     generate.main(arguments)
