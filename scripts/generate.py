@@ -199,7 +199,7 @@ def prompts_of(path: Path) -> Iterator[str]:
         raise UserError(f"prompts_file={path} cannot be read: {error}") from None
     for number, line in read_lines(source):
         try:
-            prompt = text_of(line, number)
+            prompt: Any = text_of(line, number)
             if source.format == "jsonl" and (prompt := prompt.strip()):
                 prompt = json_object(line, number).get("prompt")
                 if not isinstance(prompt, str):

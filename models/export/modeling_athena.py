@@ -170,7 +170,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=None if labels is None else _loss(logits, labels, real, num_items_in_batch),
             logits=logits,
-            **{_CACHE_FIELD: cache},
+            **{_CACHE_FIELD: cache},  # type: ignore[arg-type]
         )
         return output.to_tuple() if return_dict is False else output
 
