@@ -91,11 +91,11 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(name, commands, sma
 
 @pytest.mark.parametrize("name", NAMES)
 def test_where_nothing_can_be_written_one_sentence_says_so(name, commands, tmp_path, capsys):
-    (tmp_path / "file").write_text("kept")
+    (tmp_path / "file").write_text("kept", "utf-8")
     message = fails(commands[name], tmp_path / "file" / "below", capsys)
     assert str(tmp_path / "file" / "below") in message
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_text() == "kept"
+    assert (tmp_path / "file").read_text("utf-8") == "kept"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_learning_rate_is_found_though_its_picture_cannot_be_drawn(small_disk)
         f'{{"step": {i}, "train/lr": {rate}, "train/lm_loss": {loss}}}\n'
         for i, (rate, loss) in enumerate(zip(rates, losses, strict=True), 1)
     )
-    (disk / "metrics.jsonl").write_text(log)
+    (disk / "metrics.jsonl").write_text(log, "utf-8")
     said = lr_finder.conclude(disk, rule)
     assert "try lr=" in said and "lr_find.png" in said and "No space left" in said
     assert [path.name for path in disk.iterdir()] == ["metrics.jsonl"]

@@ -257,7 +257,7 @@ def stop_after(run: Path, steps: int, overrides: list[str], ranks: int = 1) -> t
     """Train, send SIGTERM once `steps` lines are logged; exit status and output."""
     process, log = start(*overrides, ranks=ranks), run / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (log.is_file() and log.read_text().count("\n") >= steps):
+    while not (log.is_file() and log.read_text("utf-8").count("\n") >= steps):
         assert time.monotonic() < deadline and process.poll() is None, finish(process)
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -278,14 +278,14 @@ def test_sigterm_saves_and_the_same_command_resumes(text_corpus, tmp_path):
     run = tmp_path / "run"
     saved: list[Path] = []
     for start_number in range(2):
-        lines = 3 + (run / "metrics.jsonl").read_text().count("\n") if start_number else 3
+        lines = 3 + (run / "metrics.jsonl").read_text("utf-8").count("\n") if start_number else 3
         code, out = stop_after(run, lines, endless(text_corpus, run))
         assert code == 128 + signal.SIGTERM, out
         assert (f"resuming from {saved[-1]}" in out) if saved else ("resuming" not in out)
         saved.append(checkpoints_of(run)[-1])
         Checkpoint(saved[-1]).verify()
         assert f"after saving {saved[-1].name.replace('_', ' ')}" in out
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open(encoding="utf-8")]
     assert steps == list(range(1, len(steps) + 1)), "every step is logged once"
     assert saved[0] != saved[1]
 

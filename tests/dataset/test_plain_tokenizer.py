@@ -137,4 +137,6 @@ def test_what_has_no_other_spelling_is_unknown():
 
 def test_the_saved_tokenizer_is_the_original(tmp_path):
     TextTokenizer(CASES / "unigram.json").save(tmp_path / "tok.json")
-    assert json.loads((tmp_path / "tok.json").read_text()) == json.loads(case("unigram").to_str())
+    assert json.loads((tmp_path / "tok.json").read_text("utf-8")) == json.loads(
+        case("unigram").to_str()
+    )

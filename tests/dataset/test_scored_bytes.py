@@ -127,7 +127,7 @@ def test_a_build_that_stopped_is_resumed(build, tmp_path, rng, options, monkeypa
     monkeypatch.setattr("dataset.documents.BATCH_BYTES", 3000)
     first = write_jsonl(tmp_path / "a.jsonl", texts_for(UNIGRAM, rng, 60))
     second = write_jsonl(tmp_path / "b.jsonl", texts_for(UNIGRAM, rng, 40)[::-1])
-    second.write_text(second.read_text() + "no json\n" + second.read_text())
+    second.write_text(second.read_text("utf-8") + "no json\n" + second.read_text("utf-8"), "utf-8")
     common = f"--seq-len 24 --train-ratio 0.5 --save-every 0 {options}"
     with pytest.raises(SystemExit):  # at the bad line, after much of it was saved
         build(UNIGRAM, first, second, options=common, out="cut")
@@ -251,7 +251,9 @@ def test_corpora_with_and_without_the_array_are_joined(build, tmp_path, rng):
     alone = [figures(Corpora([str(corpus)], "test")) for corpus in (one, two)]
     metadata = two / "test/all/dataset.json"
     (two / "test/all/scored_bytes.npy").unlink()
-    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"checksums": {}}))
+    metadata.write_text(
+        json.dumps(json.loads(metadata.read_text("utf-8")) | {"checksums": {}}), "utf-8"
+    )
     older = figures(Corpora([str(two)], "test"))
     for paths in ([one, two], [two, one]):
         joined = Corpora([str(path) for path in paths], "test")

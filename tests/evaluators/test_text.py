@@ -84,7 +84,7 @@ def test_a_tokenizer_with_unknown_text(tmp_path, run_training):
     tokenizer = Path(__file__).parents[1] / "dataset" / "cases" / "unigram.json"
     files = write_texts(tmp_path, seed=1, documents=20)
     for file in files:
-        file.write_text(file.read_text().replace("a", "♠"))  # not in the vocabulary
+        file.write_text(file.read_text("utf-8").replace("a", "♠"), "utf-8")  # not in the vocabulary
     corpus = tmp_path / "corpus"
     build_corpus(
         ["--tokenizer-json", str(tokenizer), "--output-dir", str(corpus)]

@@ -151,10 +151,10 @@ def test_only_line_feeds_end_a_line_and_a_byte_order_mark_is_dropped(tmp_path):
     line = json.dumps({"text": text}, ensure_ascii=False)
     path.write_bytes(f"\ufeff{line}\r\n{line}\r\n".encode())
     assert [record["text"] for _, record in read_json_lines(str(path))] == [text, text]
-    path.write_text(json.dumps([{"text": "a b"}], indent=1))
+    path.write_text(json.dumps([{"text": "a b"}], indent=1), "utf-8")
     with pytest.raises(UserError, match=r"task\.jsonl, line 1.*array.*jq"):
         read_json_lines(str(path))
-    path.write_text('{"question": "q", "choices": ["a", "\\ud800"], "answer": 0}\n')
+    path.write_text('{"question": "q", "choices": ["a", "\\ud800"], "answer": 0}\n', "utf-8")
     with pytest.raises(UserError, match=r"line 1: .*'choices' holds .*surrogate"):
         tasks(str(path))
 

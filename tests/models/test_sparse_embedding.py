@@ -103,7 +103,7 @@ CPUBackend().launch(table)
 @pytest.mark.slow
 def test_ranks_that_round_differently_keep_equal_tables(seed, tmp_path):
     script, answer = tmp_path / "ranks.py", tmp_path / "unequal"
-    script.write_text(ANOTHER_ORDER)
+    script.write_text(ANOTHER_ORDER, "utf-8")
     code, out, err = finish(start(str(seed), str(answer), ranks=2, script=str(script)))
     assert code == 0, out + err
-    assert answer.read_text() == "0"
+    assert answer.read_text("utf-8") == "0"

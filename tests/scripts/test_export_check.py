@@ -85,8 +85,8 @@ def test_a_transformers_that_breaks_the_model_fails_the_export(
 @pytest.mark.parametrize("window", [1, 2, 9])
 def test_models_of_short_windows_are_tried_out_too(checkpoint, tmp_path, capsys, window):
     short = shutil.copytree(checkpoint, tmp_path / "short")
-    metadata = json.loads((short / "dataset.json").read_text())
-    (short / "dataset.json").write_text(json.dumps(metadata | {"seq_len": window}))
+    metadata = json.loads((short / "dataset.json").read_text("utf-8"))
+    (short / "dataset.json").write_text(json.dumps(metadata | {"seq_len": window}), "utf-8")
     export(sealed(short), tmp_path / "model")
     assert "off by at most" in capsys.readouterr().out
 
@@ -94,7 +94,7 @@ def test_models_of_short_windows_are_tried_out_too(checkpoint, tmp_path, capsys,
 @pytest.mark.slow
 def test_it_needs_no_cache_of_the_user(checkpoint, tmp_path):
     """Where it finds no place for a copy of the code at all, it says so and exports."""
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", "utf-8")
     nowhere = str(tmp_path / "file" / "below")
     for name, more in (("tried", {}), ("not tried", {"HF_MODULES_CACHE": nowhere})):
         output = tmp_path / name
@@ -103,7 +103,7 @@ def test_it_needs_no_cache_of_the_user(checkpoint, tmp_path):
             [sys.executable, "scripts/export_hf.py", *arguments],
             cwd=ROOT, text=True, capture_output=True,
             env=os.environ | {"HOME": nowhere, "HF_HOME": nowhere, "OMP_NUM_THREADS": "1"} | more,
-        )  # fmt: skip
+        encoding="utf-8")  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert ("was not tried out" in done.stdout) == bool(more)
         assert (output / "model.safetensors").is_file()
@@ -118,10 +118,17 @@ def test_exports_work_with_another_transformers(folder):
     env = os.environ | {"PYTHONPATH": str(folder.resolve()), "OMP_NUM_THREADS": "1"}
     del env[VARIABLE]
     where = "import transformers; print(transformers.__version__, transformers.__file__)"
-    found = subprocess.run([sys.executable, "-c", where], env=env, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", where], env=env, capture_output=True, text=True, encoding="utf-8"
+    )
     assert str(folder.resolve()) in found.stdout, found.stdout + found.stderr
     tests = [f"tests/scripts/test_export_{name}.py" for name in ("hf", "check")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=env, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", *tests],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, f"{found.stdout}{done.stdout[-5000:]}{done.stderr[-2000:]}"

@@ -77,7 +77,7 @@ def test_only_line_feeds_end_a_line_and_byte_order_marks_are_dropped(text_run, t
 def test_an_array_of_prompts_is_refused_with_advice(tmp_path, capsys):
     path = tmp_path / "prompts.json"
     for indent in (None, 1):
-        path.write_text(json.dumps([{"prompt": "a"}], indent=indent))
+        path.write_text(json.dumps([{"prompt": "a"}], indent=indent), "utf-8")
         message = fails(capsys, "checkpoint=x", f"prompts_file={path}")
         assert "prompts.json, line 1" in message and "array" in message and "jq" in message
 

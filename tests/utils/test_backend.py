@@ -102,7 +102,9 @@ class NoBfloat16(CPUBackend):
 
 
 def dtype_in(run: Path) -> str:
-    line = next(n for n in (run / "config.yaml").read_text().splitlines() if "forward_dtype" in n)
+    line = next(
+        n for n in (run / "config.yaml").read_text("utf-8").splitlines() if "forward_dtype" in n
+    )
     return line.split()[-1]
 
 

@@ -54,10 +54,12 @@ def package(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adam_atan2")
     # no cache: a later installation for a GPU must not find a wheel without the kernel there
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-cache-dir", "--target"]
-    done = subprocess.run([*pip, str(folder), VERSION], capture_output=True, text=True)
+    done = subprocess.run(
+        [*pip, str(folder), VERSION], capture_output=True, text=True, encoding="utf-8"
+    )
     if done.returncode:
         pytest.skip(f"pip cannot fetch {VERSION}: {done.stderr.strip().splitlines()[-1]}")
-    (folder / "adam_atan2_backend.py").write_text(KERNEL)
+    (folder / "adam_atan2_backend.py").write_text(KERNEL, "utf-8")
     return folder
 
 
@@ -105,7 +107,7 @@ def test_a_resumed_run_equals_one_that_never_stopped_and_the_plain_optimizer(
 
 def test_sharded_weights_get_the_same_updates_and_resume(text_corpus, tmp_path, package):
     script = tmp_path / "as_on_gpu.py"
-    script.write_text(ON_CPU.format(package=str(package)))
+    script.write_text(ON_CPU.format(package=str(package)), "utf-8")
     options = [*TINY, *RUN, f"data_paths=[{text_corpus}]", "parallel=fsdp"]
     whole = tmp_path / "whole"
     runs = ((whole, script, ()), (tmp_path / "parts", script, (f"resume={whole / 'step_3'}",)),
