@@ -6,9 +6,12 @@ nothing else of the project, so that builders, the stream, the model and the scr
 
 import argparse
 import hashlib
+import io
 import json
 import math
+import os
 import re
+import select
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -83,17 +86,51 @@ def warnings_as_notes(shown: bool = True) -> Iterator[None]:
         yield
 
 
-def run_cli(fn: Callable[[], T]) -> T:
-    """Call a command's body; a `UserError` ends in one line on stderr and exit code 2."""
+@contextmanager
+def guarded_output(closed_status: int = 128 + 13) -> Iterator[None]:
+    """Replace characters that standard output cannot encode, and exit quietly when a pipe that it
+    writes to is closed, as by `head`, with the status that SIGPIPE gives or `closed_status`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
-        with warnings_as_notes():
-            return fn()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed_pipe(stream)]
+        if not closed:
+            raise
+        nothing = os.open(os.devnull, os.O_WRONLY)  # Python flushes once more at its end
+        for stream in closed:
+            os.dup2(nothing, stream.fileno())
+        raise SystemExit(closed_status) from None
+
+
+def _is_closed_pipe(stream: Any) -> bool:
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # errors are always reported
+        return bool(poll.poll(0))
+    except (AttributeError, OSError):  # Windows; a stream without a file
+        return False
+
+
+def run_cli(fn: Callable[[], T], closed_status: int = 128 + 13) -> T:
+    """Call a command's body; a `UserError` ends in one line on stderr and exit code 2.
+
+    closed_status: see `guarded_output`; 0 for a command that only shows things.
+    """
+    with guarded_output(closed_status):
+        try:
+            with warnings_as_notes():
+                return fn()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
 
 
 def _renamed(name: str, older: str, **options: Any) -> Any:
@@ -248,16 +285,34 @@ def token_byte_lengths(tokenizer_json_path: str | Path) -> np.ndarray:
 
     path = Path(tokenizer_json_path)
     try:
-        text = path.read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(text)
-        description = json.loads(text)
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}.") from error
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+        description = json.loads(content)
     except Exception as error:  # tokenizers raises bare Exception for a malformed file
-        raise UserError(f"{path} is not a tokenizer.json ({error}).") from error
+        fault = tokenizer_fault(content, error)
+        raise UserError(f"{path} is not a tokenizer.json: {fault}.") from error
 
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     return byte_lengths(tokenizer, vocabulary, description)
+
+
+def tokenizer_fault(content: bytes, error: Exception) -> str:
+    """Return in a clause what a file holds instead of a tokenizer.json."""
+    try:
+        value = json.loads(content)
+    except ValueError:  # of JSON or of UTF-8
+        return "it is not JSON"
+    if not isinstance(value, dict):
+        return f"it holds a {type(value).__name__}"
+    if value and all(isinstance(number, int) for number in value.values()):
+        return (
+            "it maps tokens to ids, as a vocab.json does, and lacks all else that a tokenizer "
+            "needs; give the tokenizer.json that belongs to it"
+        )
+    return str(error) if "model" in value else "it has no key 'model'"
 
 
 def byte_lengths(
