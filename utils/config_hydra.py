@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic_core import PydanticUndefined
 
-from dataset.common import UserError
+from dataset.common import UserError, guarded_output
 from utils.config_errors import did_you_mean, expected, show
 from utils.config_schema import PretrainConfig
 from utils.functions import load_class, nearest
@@ -88,6 +88,7 @@ def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
     """
 
     @functools.wraps(fn)
+    @guarded_output()
     def main() -> Any:
         try:
             arguments = _arguments(sys.argv[1:])

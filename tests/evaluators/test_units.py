@@ -161,7 +161,7 @@ def test_only_line_feeds_end_a_line_and_a_byte_order_mark_is_dropped(tmp_path):
 
 def test_a_response_that_is_no_text_is_refused_before_anything_is_written(tmp_path):
     path = lines(tmp_path, {"prompt": "p", "response": 72})
-    with pytest.raises(UserError, match="line 1: .*'response'"):
+    with pytest.raises(UserError, match=r"line 1: .*'response'"):
         GenerationEvaluator("", metadata(), path=path)
 
 
