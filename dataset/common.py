@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import select
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -86,10 +87,50 @@ def warnings_as_notes(shown: bool = True) -> Iterator[None]:
         yield
 
 
-def escape_unprintable() -> None:
-    """Print characters that the locale's encoding lacks as escapes, instead of failing there."""
+@contextmanager
+def guarded_output(closed_status: int = 128 + 13) -> Iterator[None]:
+    """Guard what a command prints.
+
+    Characters that standard output cannot encode are escaped. A pipe that was closed, as by `head`,
+    ends the command quietly with `closed_status`, by default what SIGPIPE gives; output that cannot
+    be written ends it with a sentence and exit status 2.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno not in _OUTPUT_FAULTS:
+            raise
+        failing = [stream for stream in (sys.stdout, sys.stderr) if _fails(stream)]
+        if not failing:
+            raise
+        nothing = os.open(os.devnull, os.O_WRONLY)  # Python flushes once more at its end
+        for stream in failing:
+            os.dup2(nothing, stream.fileno())
+        if error.errno == errno.EPIPE:
+            raise SystemExit(closed_status) from None
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+_OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}
+
+
+def _fails(stream: Any) -> bool:
+    """Whether a stream is a closed pipe, or holds output that cannot be written."""
+    try:
+        stream.flush()
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # errors are always reported
+        return bool(poll.poll(0))
+    except OSError:
+        return True
+    except AttributeError:  # Windows; a stream without a file
+        return False
 
 
 def check_decoded(texts: Iterable[str]) -> None:
@@ -102,43 +143,24 @@ def check_decoded(texts: Iterable[str]) -> None:
             raise UserError(f"{shown!r} cannot be read in the encoding {encoding}; {advice}")
 
 
-def run_cli(fn: Callable[[], T]) -> T:
+def run_cli(fn: Callable[[], T], closed_status: int = 128 + 13, check_arguments: bool = True) -> T:
     """Call a command's body; a `UserError` ends in one line on stderr and exit code 2.
 
-    So does output that cannot be written; a reader that has gone ends it silently.
+    closed_status: see `guarded_output`; 0 for a command that only shows things. check_arguments:
+    refuse arguments that the locale cannot decode; False for a command that decodes its own.
     """
-    escape_unprintable()
-    try:
-        check_decoded(sys.argv)
-        with warnings_as_notes():
-            result = fn()
-        sys.stdout.flush()
-        return result
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except OSError as error:
-        if error.filename is not None or error.errno not in _OUTPUT_FAULTS:
-            raise
-        _discard_unwritten_output()
-        if error.errno == errno.EPIPE:
-            raise SystemExit(128 + 13) from None  # as if SIGPIPE had ended it
-        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-_OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}
-
-
-def _discard_unwritten_output() -> None:
-    """Keep Python from writing it again at exit, in vain."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with guarded_output(closed_status):
+        try:
+            if check_arguments:
+                check_decoded(sys.argv)
+            with warnings_as_notes():
+                return fn()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
 
 
 def _renamed(name: str, older: str, **options: Any) -> Any:
@@ -293,16 +315,34 @@ def token_byte_lengths(tokenizer_json_path: str | Path) -> np.ndarray:
 
     path = Path(tokenizer_json_path)
     try:
-        text = path.read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(text)
-        description = json.loads(text)
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}.") from error
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+        description = json.loads(content)
     except Exception as error:  # tokenizers raises bare Exception for a malformed file
-        raise UserError(f"{path} is not a tokenizer.json ({error}).") from error
+        fault = tokenizer_fault(content, error)
+        raise UserError(f"{path} is not a tokenizer.json: {fault}.") from error
 
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     return byte_lengths(tokenizer, vocabulary, description)
+
+
+def tokenizer_fault(content: bytes, error: Exception) -> str:
+    """Return in a clause what a file holds instead of a tokenizer.json."""
+    try:
+        value = json.loads(content)
+    except ValueError:  # of JSON or of UTF-8
+        return "it is not JSON"
+    if not isinstance(value, dict):
+        return f"it holds a {type(value).__name__}"
+    if value and all(isinstance(number, int) for number in value.values()):
+        return (
+            "it maps tokens to ids, as a vocab.json does, and lacks all else that a tokenizer "
+            "needs; give the tokenizer.json that belongs to it"
+        )
+    return str(error) if "model" in value else "it has no key 'model'"
 
 
 def byte_lengths(

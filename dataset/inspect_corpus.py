@@ -9,7 +9,6 @@ code 1. Everything is read in chunks, in whichever layout the corpus has.
 
 import argparse
 import json
-import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -359,7 +358,7 @@ def inspect(args: argparse.Namespace) -> None:
     tokenizer = corpus.tokenizer
     fits = tokenizer and len(tokenizer.byte_lengths) == corpus.any_metadata.vocab_size
     byte_lengths = tokenizer.byte_lengths if tokenizer and fits else None
-    generator = np.random.default_rng(args.seed)
+    generator = np.random.default_rng(args.seed % 2**64)
     measured = {}
     for name, meta in corpus.metadata.items():
         if not meta.total_groups:
@@ -386,11 +385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--png", type=Path, metavar="FILE", help="draw the figures there")
     add("--no-verify", action="store_true", help="do not compare files with their checksums")
     args = parser.parse_args(argv)
-    try:
-        run_cli(lambda: inspect(args))
-        sys.stdout.flush()
-    except BrokenPipeError:  # head or less has seen enough; Python would flush again at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    run_cli(lambda: inspect(args), closed_status=0)
 
 
 if __name__ == "__main__":

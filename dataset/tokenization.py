@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 from tokenizers import Tokenizer
 
-from dataset.common import UserError, byte_lengths, token_dtype
+from dataset.common import UserError, byte_lengths, token_dtype, tokenizer_fault
 from dataset.encoders import (
     CheckedEncoder,
     Encoder,
@@ -148,8 +148,14 @@ def _usable_cores() -> int:
 def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     """A tokenizer.json and what it says, without what would change or shorten a document's
     tokens."""
+    if path.is_dir():
+        inside = path / "tokenizer.json"
+        advice = f"name {inside}" if inside.is_file() else "name a file"
+        raise UserError(f"--tokenizer-json {path} is a folder; {advice}.")
+    content = b""
     try:
-        description = orjson.loads(path.read_bytes())
+        content = path.read_bytes()
+        description = orjson.loads(content)
         description["truncation"] = None
         description["padding"] = None
         if description["model"].get("dropout") is not None:
@@ -161,4 +167,8 @@ def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
             "dataset.train_tokenizer makes one."
         ) from error
     except Exception as error:  # tokenizers raises bare Exception for a malformed file
-        raise UserError(f"--tokenizer-json {path} is not a tokenizer.json ({error}).") from error
+        fault = tokenizer_fault(content, error)
+        raise UserError(
+            f"--tokenizer-json {path} is not a tokenizer.json: {fault}; dataset.train_tokenizer "
+            "makes one."
+        ) from error

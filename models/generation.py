@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dataset.common import is_byte_token
+from dataset.common import UserError, is_byte_token
 from models.key_value_cache import KeyValueCache
 from models.layers import SequenceInfo
 from models.losses import ACTLossHead
@@ -129,13 +129,21 @@ def draw(
     logits = logits.clone()
     if how.repetition_penalty != 1 and text:
         seen = torch.tensor(sorted(set(text)))
-        raw = logits[seen]
-        penalty = how.repetition_penalty
-        logits[seen] = torch.where(raw > 0, raw / penalty, raw * penalty)
+        raw, penalty = logits[seen].double(), how.repetition_penalty
+        most = torch.finfo(logits.dtype).max
+        changed = torch.where(raw > 0, raw / penalty, raw * penalty)
+        logits[seen] = changed.clamp(-most, most).to(logits.dtype)
     logits[list(never)] = -torch.inf
     if how.temperature == 0:
         return int(logits.argmax())
-    logits /= how.temperature
+    best_logit = logits.max()
+    if not best_logit.isfinite():
+        raise UserError(
+            "the model's logits are not finite, so that no token can be drawn: training diverged, "
+            "or its weights are damaged; take an earlier checkpoint"
+        )
+    # relative to the best, in float64: no temperature makes it infinite
+    logits = ((logits - best_logit).double() / how.temperature).float()
     if how.top_k is not None and how.top_k < len(logits):
         best = logits.topk(how.top_k)
         logits = torch.full_like(logits, -torch.inf).scatter(0, best.indices, best.values)
@@ -144,6 +152,7 @@ def draw(
         ordered, ids = probabilities.sort(descending=True, stable=True)
         # the likeliest stays, and every one that is needed to reach top_p
         beyond = ordered.cumsum(0) - ordered >= how.top_p
+        beyond[0] = False
         probabilities[ids[beyond]] = 0
     return int(torch.multinomial(probabilities, 1, generator=generator))
 

@@ -18,7 +18,7 @@ from models.losses import ACTLossHead
 from models.train_state import create_model, load_into, match_identifiers
 from utils.backend import Backend
 from utils.backend.cpu import CPUBackend
-from utils.checkpoint import Checkpoint, checkpoint_in, load_weights
+from utils.checkpoint import MANIFEST, Checkpoint, checkpoint_in, load_weights
 from utils.config import PretrainConfig, load_config
 from utils.corpora import Corpora
 from utils.data import Data
@@ -77,6 +77,10 @@ def load_language_model(
     `LanguageModel`.
     Raises UserError where there is no such model, or where it cannot continue a text.
     """
+    if Path(path).is_file():
+        folder = Path(path).parent
+        advice = str(folder) if (folder / MANIFEST).is_file() else "a run or a step_<n> in one"
+        raise UserError(f"checkpoint={path} is a file, but a checkpoint is a folder; name {advice}")
     if not Path(path).is_dir():
         raise UserError(f"checkpoint={path} is not a folder; name a checkpoint or a run")
     backend = backend or CPUBackend()

@@ -298,9 +298,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the top of this file."""
     arguments = sys.argv[1:] if argv is None else argv
     if "--help" in arguments or "-h" in arguments:
-        print(help_text())
-        return
-    run_cli(lambda: run(arguments))
+        return run_cli(lambda: print(help_text()), closed_status=0)
+    run_cli(lambda: run(arguments), closed_status=0)
 
 
 if __name__ == "__main__":

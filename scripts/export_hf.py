@@ -113,8 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the top of this file."""
     arguments = sys.argv[1:] if argv is None else argv
     if "--help" in arguments or "-h" in arguments:
-        print(key_value_help(Options, __doc__))
-        return
+        return run_cli(lambda: print(key_value_help(Options, __doc__)), closed_status=0)
     run_cli(lambda: run(parse(arguments)))
 
 

@@ -11,8 +11,10 @@ steps; keys and values of earlier tokens are kept, for every pass of the recursi
 """
 
 import io
+import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -178,15 +180,31 @@ def write_one(options: Options, model: LanguageModel, prompt: str) -> None:
 def talk(options: Options, model: LanguageModel) -> None:
     """A prompt, its continuation, the next prompt, until the input ends."""
     note("write the beginning of a text and press Enter; Ctrl-D ends")
+    lines = input_lines()
     while True:
-        try:
-            print("> ", end="", file=sys.stderr, flush=True)
-            prompt = input()
-        except EOFError:
+        print("> ", end="", file=sys.stderr, flush=True)
+        if (line := next(lines, None)) is None:
             print(file=sys.stderr)
             return
+        try:
+            prompt = text_of(line, 1)
+        except ValueError as error:
+            note(f"line skipped: {error}")
+            continue
         if prompt:
             write_one(options, model, prompt)
+
+
+def input_lines() -> Iterator[bytes]:
+    """Yield the lines of standard input as they come."""
+    if not sys.stdin.isatty():
+        yield from (line for _, line in read_lines(find_source("-", "text", "interactive")))
+        return
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    with suppress(EOFError):
+        while True:  # input() lets a line be edited
+            yield input().encode("utf-8", "surrogateescape")
 
 
 def prompts_of(path: Path) -> Iterator[str]:
@@ -220,8 +238,13 @@ def write_many(options: Options, model: LanguageModel, prompts: list[str]) -> No
         while rows := list(islice(numbers, options.batch_size)):
             done = model.write([ids[i] for i in rows], rows=rows, **settings(options))
             for i, written in zip(rows, done, strict=True):
-                line = {"prompt": prompts[i], "text": written.text, "ended": written.ended}
-                print(orjson.dumps(line).decode(), flush=True)
+                record = {"prompt": prompts[i], "text": written.text, "ended": written.ended}
+                line = orjson.dumps(record).decode()
+                try:
+                    line.encode(sys.stdout.encoding or "utf-8")
+                except UnicodeEncodeError:
+                    line = json.dumps(record, separators=(",", ":"))  # in ASCII: nothing is lost
+                print(line, flush=True)
             bar.update(len(rows))
 
 
@@ -244,9 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the top of this file."""
     arguments = sys.argv[1:] if argv is None else argv
     if "--help" in arguments or "-h" in arguments:
-        print(key_value_help(Options, __doc__))
-        return
-    run_cli(lambda: run(parse(arguments)))
+        return run_cli(lambda: print(key_value_help(Options, __doc__)), closed_status=0)
+    run_cli(lambda: run(parse(arguments)), closed_status=0, check_arguments=False)
 
 
 if __name__ == "__main__":

@@ -273,10 +273,17 @@ def load_weights(path: str | Path, which: str) -> tuple[dict[str, Tensor], Check
     if path.is_file():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        except Exception:  # of pickle, zip or torch, in paragraphs
+            state = None
+        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+            whole = (path.parent / MANIFEST).is_file()
+            advice = f"name its folder, {path.parent}" if whole else "name a run, a step_<n> in one"
             raise UserError(
-                f"{path} is not a file of weights that torch can read: {error}"
-            ) from None
+                f"{path} is not a file of weights (tensors by name, saved by torch); {advice}, or "
+                "a file of TRM's"
+            )
         return {_bare(name): value for name, value in state.items()}, None
     if not path.is_dir():
         raise UserError(f"load_checkpoint={path} does not exist; name a checkpoint folder or file")

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic_core import PydanticUndefined
 
-from dataset.common import UserError, check_decoded, escape_unprintable
+from dataset.common import UserError, check_decoded, guarded_output
 from utils.config_errors import did_you_mean, expected, show
 from utils.config_schema import PretrainConfig
 from utils.config_values import hydra_override
@@ -89,8 +89,8 @@ def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
     """
 
     @functools.wraps(fn)
+    @guarded_output()
     def main() -> Any:
-        escape_unprintable()
         try:
             check_decoded(sys.argv)
             arguments = _arguments(sys.argv[1:])

@@ -11,6 +11,7 @@ import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from utils.config_errors import to_float, to_int
+from utils.sampling import LARGEST_SEED
 
 
 def _to_text(value: Any) -> Any:
@@ -145,7 +146,9 @@ class PretrainConfig(pydantic.BaseModel):
 
     # Model
     arch: ArchConfig = Field(description="architecture and loss: a preset, and arch.<option>")
-    seed: CountInt = Field(0, description="of the weights, the order and the exploration")
+    seed: CountInt = Field(
+        0, le=LARGEST_SEED, description="of the weights, the order and the exploration"
+    )
     freeze_weights: bool = Field(False, description="train the identifier embedding only")
 
     # Length

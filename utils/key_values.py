@@ -28,12 +28,23 @@ def parse_key_values(
                 "with spaces, and see --help for the keys"
             )
         if value != "null" or key in verbatim:
-            given[key] = value
+            given[key] = _utf8(key, value) if key in verbatim else value
     try:
         return model.model_validate(given)
     except ValidationError as error:
         everywhere = list(model.model_fields)
         raise UserError("; ".join(problems_of(error, model, given, "", everywhere))) from None
+
+
+def _utf8(key: str, value: str) -> str:
+    """Return a text from the command line as UTF-8, also where the locale could not decode it."""
+    try:
+        return value.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError as error:
+        fault = f"byte 0x{error.object[error.start]:02x} at place {error.start + 1:,}"
+    except UnicodeEncodeError as error:
+        fault = f"character {value[error.start]!a}"
+    raise UserError(f"{key} is not valid UTF-8 ({fault}); set the terminal's encoding to UTF-8")
 
 
 def key_value_help(model: type[BaseModel], description: str | None) -> str:

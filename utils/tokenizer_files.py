@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataset.common import UserError
+from dataset.common import UserError, tokenizer_fault
 
 NAME = "tokenizer.json"
 
@@ -32,9 +32,10 @@ def check_tokenizers(data_paths: Sequence[str], vocab_size: int) -> Path | None:
                 "together must be built with one tokenizer"
             )
     try:
-        vocabulary = Tokenizer.from_str(content.decode()).get_vocab(with_added_tokens=True)
+        vocabulary = Tokenizer.from_buffer(content).get_vocab(with_added_tokens=True)
     except Exception as error:  # tokenizers raises bare Exception for a malformed file
-        raise UserError(f"{files[0]} is not a tokenizer.json ({error})") from None
+        fault = tokenizer_fault(content, error)
+        raise UserError(f"{files[0]} is not a tokenizer.json: {fault}") from None
     size = max(vocabulary.values()) + 1
     if size != vocab_size:
         raise UserError(

@@ -5,13 +5,14 @@ import io
 import json
 import lzma
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dataset import document_reader
-from dataset.common import UserError
+from dataset import build_corpus_dataset, document_reader
+from dataset.common import UserError, token_byte_lengths
 from dataset.document_reader import DocumentReader, ReadOptions
 from dataset.text_sources import find_sources
 from tests.dataset.conftest import random_text, write_jsonl
@@ -134,6 +135,38 @@ def test_each_fault_has_its_sentence(tmp_path, build, fails, monkeypatch, conten
     line = fails(lambda: build(path))
     assert expected in line and "a.jsonl" in line
     assert not (tmp_path / "corpus").exists()
+
+
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("vocab.json", b'{"a": 0, "b": 1}', "vocab.json"),
+        ("tokenizer_config.json", b'{"tokenizer_class": "Llama"}', "no key 'model'"),
+        ("a.json", b'["a", "b"]', "holds a list"),
+        ("model.pt", b"PK\x03\x04\x80\xff", "not JSON"),
+        ("cut.json", b'{"model": {"type": "BPE"', "not JSON"),
+        ("other.json", b'{"model": {"type": "Markov"}}', "tokenizer.json"),
+        ("folder", None, "tokenizer.json"),
+    ],
+)
+def test_what_is_no_tokenizer_is_named(tmp_path, fails, name, content, expected):
+    path = tmp_path / name
+    if content is None:
+        path.mkdir()
+        (path / "tokenizer.json").write_text("{}")
+        expected = f"name {path / 'tokenizer.json'}"
+    else:
+        path.write_bytes(content)
+    text = write_jsonl(tmp_path / "a.jsonl", ["abc"])
+    command = ["--tokenizer-json", str(path), "--input-files", str(text), "--seq-len", "8"]
+    message = fails(
+        lambda: build_corpus_dataset.main([*command, "--output-dir", str(tmp_path / "corpus")])
+    )
+    assert name in message and expected in message and "'model')" not in message
+    if content is not None:
+        with pytest.raises(UserError, match=re.escape(name)) as error:
+            token_byte_lengths(path)
+        assert expected in str(error.value)
 
 
 def test_only_line_feeds_end_a_line_of_text(tmp_path):

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from seeds import draw_rng
 from tokenizers import Tokenizer, decoders, models
 
+from dataset.common import UserError
 from models.generation import Decoder, Writer, draw, write
 from models.key_value_cache import KeyValueCache, cache_bytes, cache_slots
 from models.losses import ACTLossHead
@@ -142,6 +144,40 @@ def test_repetition_penalty_divides_what_is_likely_and_multiplies_what_is_not():
     assert draw(torch.tensor([3.0, 2.0, -1.0]), generator, how, text=[0, 0]) == 1
     assert draw(torch.tensor([-1.0, -1.9]), generator, how, text=[0]) == 1
     assert draw(torch.tensor([-1.0, -2.1]), generator, how, text=[0]) == 0
+
+
+@pytest.mark.parametrize(
+    "how, drawn",
+    [
+        ({"temperature": 1e-45}, {1}),
+        ({"temperature": 5e-324}, {1}),
+        ({"temperature": 1e308}, {0, 1, 2, 3}),
+        ({"temperature": 1.0, "top_p": 5e-324}, {1}),
+        ({"temperature": 1.0, "repetition_penalty": 5e-324}, {0}),
+        ({"temperature": 1.0, "repetition_penalty": 1e308}, {0, 1, 2}),
+        ({"temperature": 0.0, "repetition_penalty": 5e-324}, {0}),
+    ],
+)
+def test_extreme_values_draw_what_their_limits_would(how, drawn):
+    logits, generator = torch.tensor([1.0, 3.0, 0.0, -2.0, 9.0]), torch.Generator().manual_seed(0)
+    how = Sampling(**how)
+    found = {draw(logits, generator, how, text=[0, 3], never=[4]) for _ in range(200)}
+    assert found == drawn
+
+
+def test_logits_that_are_not_finite_are_a_sentence():
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="not finite"):
+            draw(torch.tensor([0.0, value]), torch.Generator(), Sampling())
+
+
+@pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
+def test_every_seed_that_is_accepted_works(seed):
+    how = Sampling(seed=seed, max_new_tokens=1)
+    assert len(write(CountsUp(), [[65], [66]], letters(), how, eos_id=None)) == 2
+    for wrong in (-1, 2**64):
+        with pytest.raises(ValidationError, match="seed"):
+            Sampling(seed=wrong)
 
 
 def test_forbidden_ids_are_never_drawn():

@@ -1,5 +1,6 @@
 """The command: texts as they come, many from a file, and clear refusals."""
 
+import io
 import json
 import os
 import subprocess
@@ -109,6 +110,71 @@ def test_interactive_answers_line_by_line(text_run):
         assert process.stdout.read(5) == "ab cd"
         out, _ = process.communicate("gh\n", timeout=60)
         assert "\ngh" in out and process.returncode == 0
+
+
+def test_lines_that_are_not_utf8_cost_the_others_nothing(text_run, capsys, monkeypatch):
+    data = b"\xef\xbb\xbfab cd\r\ncaf\xe9\ngh"
+    command = [f"checkpoint={text_run}", *CPU]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), "ascii"))
+    generate.main([*command, "interactive=true"])
+    out, err = capsys.readouterr()
+    assert out.startswith("ab cd") and "\ngh" in out and "caf" not in out
+    assert "byte 0xe9" in err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), "ascii"))
+    message = fails(capsys, *command, "prompts_file=-")
+    assert "standard input, line 2" in message and "0xe9" in message
+
+
+def test_arguments_that_the_locale_could_not_decode(text_run, capsys):
+    here = f"checkpoint={text_run}"
+    for key in ("prompt", "stop"):
+        message = fails(capsys, here, "prompt=a", f"{key}=caf\udce9", *CPU)
+        assert f"{key} " in message and "0xe9" in message and "UTF-8" in message
+    assert generate.parse([here, "prompt=\udce4\udcbb\udc8a"]).prompt == "今"
+
+
+def test_texts_are_whole_where_the_terminal_cannot_encode_them(text_run, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a今\n", encoding="utf-8")
+    for source, shown in (
+        ("prompt=a今", b"a?"),
+        (f"prompts_file={tmp_path}/prompts.txt", b"\\u4eca"),
+    ):
+        out = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, "ascii"))
+        generate.main([f"checkpoint={text_run}", source, *CPU])
+        assert shown in out.getvalue()
+
+
+def test_a_closed_pipe_ends_the_command_quietly(text_run, capfd, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        with pytest.raises(SystemExit) as end:
+            generate.main([f"checkpoint={text_run}", "prompt=ab", *CPU])
+    assert end.value.code == 0
+    assert all(line.startswith("note: ") for line in capfd.readouterr().err.splitlines())
+
+
+@pytest.mark.slow
+def test_head_may_stop_reading(text_run):
+    command = (
+        f"{sys.executable} scripts/generate.py checkpoint={text_run} prompt=ab {' '.join(CPU)}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} 2> >(grep -v ^note: >&2) | head -c 2"],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ab", "")
+
+
+def test_a_file_is_no_checkpoint(text_run, capsys):
+    weights = sorted(Path(text_run).glob("step_*/model.pt"))[-1]
+    message = fails(capsys, f"checkpoint={weights}", "prompt=a")
+    assert "model.pt is a file" in message and f"{weights.parent}" in message
+    message = fails(capsys, f"checkpoint={weights.parent / 'config.yaml'}", "prompt=a", *CPU)
+    assert f"name {weights.parent}" in message
+    assert "is a file" in fails(capsys, f"checkpoint={__file__}", "prompt=a", *CPU)
 
 
 def test_mistakes_are_named_together(capsys):
