@@ -1,6 +1,7 @@
 # Athena from a fresh clone. Every target makes the virtual environment that it needs.
 #   make quickstart                 PYTHON=python3.12 make test
-#   make test VENV=/path/to/a/venv  (an environment that is there already is only completed)
+#   make test VENV=/path/to/a/venv  (an environment that is there already is completed)
+# Packages get the versions of constraints.txt, which are those that were tested.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,22 +13,24 @@ OVERRIDES ?=
 
 PY := $(VENV)/bin/python
 INSTALL := python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
-PIP := $(VENV)/bin/$(INSTALL)
-# A stamp is named after what the requirements say, so a changed file installs again, and a fresh
-# checkout of the same files does not.
+PIP := $(VENV)/bin/$(INSTALL) -c constraints.txt
+# A stamp is named after what requirements and constraints say, so a changed file installs again,
+# and a fresh checkout of the same files does not.
 key = $(shell cat $(1) | cksum | cut -d' ' -f1)
-BASE := $(VENV)/.athena-$(call key,requirements-common.txt requirements.txt requirements-demo.txt)
-DEV := $(VENV)/.athena-dev-$(call key,requirements-*.txt requirements.txt)
+BASE := $(VENV)/.athena-$(call key,requirements-common.txt requirements.txt requirements-demo.txt \
+	constraints.txt)
+DEV := $(VENV)/.athena-dev-$(call key,requirements-*.txt requirements.txt constraints.txt)
+NEWEST := $(VENV)-newest
 # PyTorch/XLA needs another torch, and 6 GB: one environment for all checkouts, kept between runs.
 XLA := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/athena/xla-$(call key,\
-	requirements-xla.txt requirements-xla-deps.txt requirements-common.txt)
+	requirements-xla.txt requirements-xla-deps.txt requirements-common.txt constraints-xla.txt)
 
 DEMO := data/demo
 CORPUS := data/quickstart
 RUNS := checkpoints/athena
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart compare sudoku smoke test test-all test-nightly test-xla xla-venv notebook lint types clean
+.PHONY: help venv quickstart compare sudoku smoke test test-all test-nightly test-newest test-xla xla-venv notebook lint types clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -105,6 +108,20 @@ test-all: test  ## run all tests but the nightly ones
 # Another seed every time; a failure prints the line that repeats it.
 test-nightly: $(DEV)  ## run everything, with a seed drawn anew
 	ATHENA_TEST_SEED=$${ATHENA_TEST_SEED:-$$(date +%s)} $(PY) -m pytest
+	$(MAKE) test-newest
+
+# What somebody gets who installs today without constraints.txt; the requirements pin torch alone.
+# Exports are for whatever transformers their users have: the lowest lies in a folder of its own.
+test-newest:  ## run the quick tests with the newest packages, exports with the lowest transformers too
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/$(INSTALL) --upgrade --upgrade-strategy eager -r requirements-dev.txt
+	$(NEWEST)/bin/$(INSTALL) --no-deps -r requirements-demo.txt
+	rm -rf $(NEWEST)/lowest
+	$(NEWEST)/bin/$(INSTALL) --target $(NEWEST)/lowest \
+		"$$(sed -n 's/^transformers>=/transformers==/p' requirements-export.txt)"
+	$(NEWEST)/bin/python -m pytest -m "not slow and not nightly"
+	ATHENA_TRANSFORMERS=$(NEWEST)/lowest $(NEWEST)/bin/python -m pytest \
+		tests/scripts/test_export_hf.py tests/scripts/test_export_check.py
 
 # Under another name until it is whole; it is only ever called as `python -m`, which needs no paths.
 $(XLA):
@@ -112,8 +129,8 @@ $(XLA):
 	rm -rf $@.unfinished
 	mkdir -p $(@D)
 	$(PYTHON) -m venv $@.unfinished
-	$@.unfinished/bin/$(INSTALL) --no-deps -r requirements-xla.txt
-	$@.unfinished/bin/$(INSTALL) -r requirements-xla-deps.txt
+	$@.unfinished/bin/$(INSTALL) -c constraints-xla.txt --no-deps -r requirements-xla.txt
+	$@.unfinished/bin/$(INSTALL) -c constraints-xla.txt -r requirements-xla-deps.txt
 	mv $@.unfinished $@
 
 xla-venv: | $(XLA)
@@ -132,6 +149,6 @@ types: $(DEV)  ## check types
 	$(PY) -m mypy
 
 clean:  ## remove caches; environments, data and checkpoints stay
-	find . -name .git -prune -o -path './$(VENV)' -prune -o \
+	find . -name .git -prune -o -path './$(VENV)*' -prune -o \
 		-type d -name __pycache__ -exec rm -rf {} +
 	rm -rf .pytest_cache .ruff_cache .mypy_cache

@@ -33,6 +33,7 @@ from models.persistence import Saver, resolved
 from models.train_state import TrainState, choose_kernels, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint, lr_finder
+from utils.atomic import write_result
 from utils.backend import Backend, nondeterministic_operation, select_backend
 from utils.backend.memory import explain_out_of_memory
 from utils.config import PretrainConfig, check_ranks, hydra_entry, load_config
@@ -224,7 +225,8 @@ def build(
     watchdog = Watchdog(backend, clock, config.slow_step_factor, config.step_timeout)
     told = folder / "config.yaml"
     if backend.is_main and not (config.eval_only and told.exists()):  # a training's own is kept
-        told.write_text(yaml.safe_dump(resolved(config), sort_keys=False), "utf-8")
+        with write_result(told, f"checkpoint_path={folder}: config.yaml") as part:
+            part.write_text(yaml.safe_dump(resolved(config), sort_keys=False), encoding="utf-8")
     run = Run(
         config, backend, data, stream, folder, micro_batches, schedule, loggers, log, saver,
         create_evaluators(config.evaluators, data), tokenizer, clock, watchdog,

@@ -88,7 +88,7 @@ if ! command -v $python > /dev/null; then
     sudo apt-get update -q; sudo apt-get install -qy $python $python-venv
 fi
 [ -x .venv-tpu/bin/python ] || $python -m venv .venv-tpu
-.venv-tpu/bin/python -m pip install --quiet -r requirements-tpu.txt
+.venv-tpu/bin/python -m pip install --quiet -r requirements-tpu.txt -c constraints-xla.txt
 echo \"\$(hostname): ready\""
     ;;
 check)

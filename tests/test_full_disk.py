@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dataset import inspect_corpus, train_tokenizer
-from dataset.common import run_cli
+from dataset.common import UserError, run_cli
 from evaluators import loop
 from scripts import demo_corpus, export_hf, plot_run, report, smoke_test, sweep_optuna
 from utils import lr_finder
@@ -143,6 +143,13 @@ def test_a_search_on_a_full_disk_ends_in_one_sentence(text_corpus, small_disk, c
     arguments = ["--folder", str(disk / "s"), f"data_paths=[{text_corpus}]", "lr=interval(0.1, 2)"]
     message = fails(lambda _: sweep_optuna.main(arguments), disk, capsys)
     assert f"--folder {disk / 's'}" in message and "full" in message
+
+
+def test_training_on_a_full_disk_ends_before_it_begins(text_corpus, run_training, small_disk):
+    disk = small_disk(4096)
+    with pytest.raises(UserError, match=r"checkpoint_path=.*config\.yaml.*No space left"):
+        run_training(text_corpus, "unused", f"checkpoint_path={disk / 'run'}")
+    assert not list(disk.rglob("*config.yaml*"))
 
 
 # --- what training writes besides checkpoints: a warning, and the run continues -------------------

@@ -2,13 +2,17 @@
 and the requirements say what the code imports."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 # A part may import itself and what comes after it.
@@ -216,6 +220,72 @@ def test_torch_is_never_an_open_range(path: Path):
 
 def test_torch_of_cpu_and_cuda_is_the_pinned_one():
     assert requirements("requirements.txt")["torch"] == "==2.13.0"
+
+
+def constraints_for(name: str) -> str:
+    """The constraints file that a requirements file is installed with."""
+    return "constraints-xla.txt" if re.search("xla|tpu", name) else "constraints.txt"
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package -> version, of a constraints file."""
+    found = {}
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            package, version = line.split("==")
+            found[canonicalize_name(package)] = version
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("requirements*.txt")), ids=name_of)
+def test_the_tested_version_of_every_requirement_is_known(path: Path):
+    """Packages of one kind of storage are comments, so not among them."""
+    tested, wrong = pins(constraints_for(path.name)), []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.partition("#")[0].strip()
+        if text and not text.startswith("-r"):
+            required = Requirement(text)
+            version = tested.get(canonicalize_name(required.name))
+            if version is None or not required.specifier.contains(version):
+                wrong.append(f"{text}, but {constraints_for(path.name)} has {version}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-xla.txt"])
+def test_constraints_are_exact_and_for_any_device(name):
+    for package, version in pins(name).items():
+        assert re.fullmatch(r"[\d.]+((a|b|rc|\.post)\d+)*", version), f"{package}=={version}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "constraints"), [("venv", "constraints.txt"), ("xla-venv", "constraints-xla.txt")]
+)
+def test_make_installs_again_when_constraints_change(tmp_path, target, constraints):
+    for path in (
+        ROOT / "Makefile",
+        *ROOT.glob("requirements*.txt"),
+        *ROOT.glob("constraints*.txt"),
+    ):
+        shutil.copy(path, tmp_path)
+
+    def installs() -> tuple[list[str], list[str]]:
+        """Stamps that would be made, and commands of pip."""
+        settings = [f"VENV={tmp_path}/venv", f"PYTHON={sys.executable}", f"HOME={tmp_path}"]
+        command = ["make", "--dry-run", target, *settings]
+        env = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}
+        printed = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+        ).stdout
+        stamps = re.findall(r"^(?:touch|mv \S+) (\S+)$", printed, re.M)
+        return stamps, re.findall(r"^.* pip install .*$", printed, re.M)
+
+    stamps, lines = installs()
+    assert stamps and lines and all(f"-c {constraints} " in line for line in lines)
+    assert installs()[0] == stamps
+    with (tmp_path / constraints).open("a", encoding="utf-8") as file:
+        file.write("another==1.0\n")
+    assert not set(installs()[0]) & set(stamps)
 
 
 def test_everything_imported_is_required():

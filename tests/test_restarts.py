@@ -423,7 +423,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(text_corpus, run_trainin
     options = ["evaluators=[]", "epochs=20", "max_steps=8", "checkpoint_interval=2", *IDENTIFIERS]
     options += ["keep_checkpoints=null", "ema_rate=0.9"]
     whole = run_training(text_corpus, "whole", *options)
-    trained, real_batch, real_save = threading.Event(), pretrain.train_batch, writer._save
+    trained, real_batch, real_save = threading.Event(), pretrain.train_batch, writer.save_tensors
 
     def train_batch(run, state, batches):
         if state.step == 3:
@@ -436,7 +436,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(text_corpus, run_trainin
         real_save(value, path)
 
     monkeypatch.setattr(pretrain, "train_batch", train_batch)
-    monkeypatch.setattr(writer, "_save", save)
+    monkeypatch.setattr(writer, "save_tensors", save)
     run = run_training(text_corpus, "run", *options)
     for step in ("step_2", "step_8"):
         one, other = contents(whole / step), contents(run / step)

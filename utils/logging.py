@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dataset.common import UserError
+from utils.atomic import write_atomically
 from utils.reporting import tell
 
 
@@ -78,9 +79,8 @@ def _cut_back(path: Path, aside: Path, step: int) -> None:
         return
     with aside.open("a", encoding="utf-8") as file:
         file.writelines(moved)
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), "utf-8")
-    part.replace(path)
+    with write_atomically(path) as part:
+        part.write_text("".join(kept), "utf-8")
 
 
 class TensorBoardLogger:

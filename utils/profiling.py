@@ -8,6 +8,7 @@ from typing import Any
 from torch.autograd import DeviceType
 from torch.profiler import profile, schedule, supported_activities
 
+from utils.atomic import write_atomically
 from utils.backend import Backend
 from utils.reporting import tell
 
@@ -77,14 +78,15 @@ class StepProfiler:
     def _write_files(self, found: profile, last: int) -> None:
         assert self._folder is not None
         folder = self._folder / "profile"
-        folder.mkdir(parents=True, exist_ok=True)
         name = f"steps_{self._began + FIRST}_to_{self._began + last}_rank_{self._backend.rank}"
         trace = folder / f"{name}.json.gz"
-        found.export_chrome_trace(str(trace))
+        with write_atomically(trace) as part:
+            found.export_chrome_trace(str(part))
         events = found.key_averages()
         order = "self_device_time_total" if kernels(events) else "self_cpu_time_total"
         table = events.table(sort_by=order, row_limit=-1, max_name_column_width=80)
-        (folder / f"{name}.txt").write_text(table, "utf-8")
+        with write_atomically(folder / f"{name}.txt") as part:
+            part.write_text(table, encoding="utf-8")
         if self._backend.is_main:
             tell(costliest(events, last - FIRST + 1) + f"\n  trace: {trace}")
 
