@@ -4,6 +4,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dataset.common import LARGEST_SEED
+
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -31,4 +33,6 @@ class Sampling(BaseModel):
         allow_inf_nan=False,
         description="above 1: what the text has is less likely",
     )
-    seed: int = Field(default=0, ge=0, description="the same seed gives the same text")
+    seed: int = Field(
+        default=0, ge=0, le=LARGEST_SEED, description="the same seed gives the same text"
+    )
