@@ -46,6 +46,7 @@ from utils.profiling import StepProfiler
 from utils.reporting import (
     Clock,
     Progress,
+    advice_on_nonfinite,
     announce,
     ending,
     evaluation_table,
@@ -373,11 +374,11 @@ def skip_update(run: Run, state: TrainState) -> None:
     state.halted = run.backend.to_host(run.backend.all_gather(own.int())).astype(bool)
     say(run, f"step {state.step}: loss or gradient is not finite, update skipped")
     if state.nonfinite_in_a_row >= run.config.max_nonfinite:
-        good = checkpoint.checkpoints_of(run.folder)
-        place = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint"
+        run.saver.writer.settle()  # one may just be in work
+        advice = advice_on_nonfinite(run.config, checkpoint.checkpoints_of(run.folder))
         raise UserError(
             f"{state.nonfinite_in_a_row} updates in a row were not finite (max_nonfinite="
-            f"{run.config.max_nonfinite}); {place}; lower lr (now {run.config.lr:g}) and resume"
+            f"{run.config.max_nonfinite}); {advice}"
         )
 
 

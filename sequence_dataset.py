@@ -13,26 +13,13 @@ import numpy as np
 from dataset.common import UserError
 from utils.config_schema import IterationCurriculumConfig, PretrainConfig
 from utils.corpora import Corpora, did_you_mean
-from utils.example_order import EXPLORE, RELABEL, ExampleOrder, Examples, Position
+from utils.example_order import RELABEL, ExampleOrder, Examples, Position, exploration
 from utils.permutation import hash64
 from utils.read_ahead import InPlace, ReadAhead
 from utils.row_reader import Batch, RowReader, document_starts, relabel
 from utils.schedule import grown
 
 __all__ = ["Corpora", "EvalStream", "TrainStream", "document_starts", "exploration", "relabel"]
-
-
-def exploration(seed: int, step: int, slots: int, probability: float, maximum: int) -> np.ndarray:
-    """Least number of ACT steps that each slot is made to take: (slots,) int32, 0 for none.
-
-    With `probability` uniform in 2..maximum inclusive. A pure function of (seed, step, slot).
-    """
-    if maximum < 2:
-        return np.zeros(slots, np.int32)
-    key = np.concatenate([hash64(seed, EXPLORE), np.full(1, step, np.uint64)])
-    coin, steps = np.random.Philox(key=key).random_raw(2 * slots).reshape(slots, 2).T
-    explores = (coin >> np.uint64(11)) * 2.0**-53 < probability
-    return np.where(explores, 2 + steps % np.uint64(maximum - 1), 0).astype(np.int32)
 
 
 def _checked_weights(weights: Mapping[str, float], corpora: Corpora) -> dict[str, float]:
@@ -130,7 +117,14 @@ class TrainStream:
                 "iteration_targets.npy; build one with budgets, or use null."
             )
 
-        self.total_groups, self.total_steps = self._totals(epochs, max_draws)
+        self._other_sizes = (0, 0)  # steps, and rows in them, before global_batch_size changed
+        self.total_groups, self._draws = self._totals(epochs, max_draws)
+        self.total_steps = self._total_steps()
+        if self.total_steps is not None and self.total_steps < 1:
+            raise UserError(
+                f"{epochs} epochs of {corpora.num_groups} groups do not fill one batch of "
+                f"{global_batch_size} (feed=present); raise epochs or lower global_batch_size."
+            )
         limit = self.total_groups if feed == "consume" else None
         self._order = ExampleOrder(corpora, seed, self._weights, limit)
         self._source = self._row_source(num_workers)
@@ -141,26 +135,26 @@ class TrainStream:
         # What each slot holds, as its place in the stream; -1 for nothing.
         self._held_place = np.full(global_batch_size, -1, np.int64)
         self._held_offset = np.zeros(global_batch_size, np.int64)
-        self._restart_held = False
+        # Examples that enter again before any new one, as (place, offset).
+        self._again: list[tuple[int, int]] = []
 
-    def _totals(self, epochs: float, max_draws: int | None) -> tuple[int, int | None]:
-        """Groups that the run enters and, under `present`, TRM's number of steps."""
+    def _totals(self, epochs: float, max_draws: int | None) -> tuple[int, float]:
+        """Groups that the run enters, rounded and as asked for."""
         if not 0 < epochs < float("inf"):
             raise UserError(f"epochs is {epochs}; it must be above 0, and finite.")
-        groups, meta = self._corpora.num_groups, self._corpora.metadata
+        groups = self._corpora.num_groups
         draws = min(epochs * groups, float("inf") if max_draws is None else max_draws)
-        total = round(draws)
-        if total < 1:
+        if round(draws) < 1:
             raise UserError(f"{epochs} epochs of {groups} groups are less than one; raise epochs.")
+        return round(draws), draws
+
+    def _total_steps(self) -> int | None:
+        """Under `present`, TRM's number of steps."""
         if self._feed == "consume":
-            return total, None
-        steps = int(draws * meta.mean_puzzle_examples / self._size)
-        if steps < 1:
-            raise UserError(
-                f"{epochs} epochs of {groups} groups do not fill one batch of {self._size} "
-                "(feed=present); raise epochs or lower global_batch_size."
-            )
-        return total, steps
+            return None
+        steps, rows = self._other_sizes
+        left = self._draws * self._corpora.metadata.mean_puzzle_examples - rows
+        return steps + max(0, int(left / self._size))
 
     def _row_source(self, workers: int) -> InPlace | ReadAhead:
         if workers == 0:
@@ -274,16 +268,15 @@ class TrainStream:
     def _feed_freed(self, halted: np.ndarray) -> list[tuple[np.ndarray, Batch]] | None:
         """`consume`: rows for the slots of this rank that get any, and where they go; None at
         the end."""
-        parts, held = [], np.zeros(self._size, bool)
-        if self._restart_held:
-            assert halted.all(), "held rows restart only in a carry that holds nothing yet"
-            self._restart_held = False
-            held = self.occupied
-            again = np.flatnonzero(held & self._is_own(np.arange(self._size)))
-            examples = self._order.at(self._held_place[again], self._held_offset[again])
-            parts.append((again - self._slots.start, self._read(examples)))
-        freed = np.flatnonzero(halted & ~held)
+        parts, freed = [], np.flatnonzero(halted)
         self._held_place[freed] = -1
+        if self._again:
+            slots, freed = np.split(freed, [len(self._again)])
+            again, self._again = self._again[: slots.size], self._again[slots.size :]
+            self._held_place[slots], self._held_offset[slots] = np.array(again).reshape(-1, 2).T
+            own = slots[self._is_own(slots)]
+            examples = self._order.at(self._held_place[own], self._held_offset[own])
+            parts.append((own - self._slots.start, self._read(examples)))
         parts.append(self._rows_of_rank(self._enter(freed)))
         self._steps += 1
         return parts if self.occupied.any() else None
@@ -324,12 +317,14 @@ class TrainStream:
             "seed": self._seed,
             "feed": self._feed,
             "domain_weights": self._weights,
-            "global_batch_size": self._size,
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue, as JSON-able values; the same on all ranks."""
         return self._identity() | {
+            "global_batch_size": self._size,
+            "other_sizes": list(self._other_sizes),
+            "again": [list(example) for example in self._again],
             "position": self.position,
             "offset": self._position.offset,
             "steps": self._steps,
@@ -341,8 +336,9 @@ class TrainStream:
     def load_state_dict(self, state: Mapping[str, Any], *, restart_held: bool = False) -> None:
         """Continue where `state` was taken, whatever the world size and micro-batch count.
 
-        `restart_held`: the model's carry was not saved; the next call of `next`, whose flags
-        must all be True, gives every held slot its own example again, from its beginning.
+        `restart_held`: the model's carry was not saved, so that the flags of the next call of
+        `next` are all True; under `consume` the examples in `state`'s slots enter again, from their
+        beginning, before any new one. The same where the number of slots has changed.
         """
         for name, now in self._identity().items():
             if name not in state:
@@ -363,9 +359,22 @@ class TrainStream:
         self._source.restart(self._position)
         self._steps = int(state["steps"])
         self.examples_entered = int(state["examples_entered"])
-        self._held_place = np.array(state["held_places"], np.int64)
-        self._held_offset = np.array(state["held_offsets"], np.int64)
-        self._restart_held = restart_held and self._feed == "consume"
+        self._again = [(place, offset) for place, offset in state.get("again", ())]
+        steps, rows = state.get("other_sizes", (0, 0))
+        size = state["global_batch_size"]
+        if size != self._size:
+            steps, rows = self._steps, rows + (self._steps - steps) * size
+        self._other_sizes = (steps, rows)
+        self.total_steps = self._total_steps()
+        if size == self._size and not (restart_held and self._feed == "consume"):
+            self._held_place = np.array(state["held_places"], np.int64)
+            self._held_offset = np.array(state["held_offsets"], np.int64)
+            return
+        self._held_place = np.full(self._size, -1, np.int64)
+        self._held_offset = np.zeros(self._size, np.int64)
+        if self._feed == "consume":
+            held = zip(state["held_places"], state["held_offsets"], strict=True)
+            self._again = [example for example in held if example[0] >= 0] + self._again
 
 
 class EvalStream:

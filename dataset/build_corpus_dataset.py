@@ -26,6 +26,7 @@ from dataset.common import (
     UserError,
     command_parser,
     run_cli,
+    seed_number,
     sha256_file,
 )
 from dataset.corpus import (
@@ -370,7 +371,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add("--train-ratio", type=float, help=f"(default: {DEFAULT_TRAIN_RATIO}; 1 with --test-files)")
     add("--test-files", nargs="+", metavar="FILE", help="inputs, or further files, wholly test")
-    add("--seed", type=int, default=0, help="decides which documents are test (default: 0)")
+    add("--seed", type=seed_number, default=0, help="decides which documents are test (default: 0)")
     add(
         "--min-iterations", type=int, default=4, metavar="N",
         help="ACT steps that a row of one token repeated is given; the share of distinct tokens "

@@ -16,7 +16,14 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.array_writer import SplitWriter, write_json
-from dataset.common import BLANK_IDENTIFIER, FORMAT_VERSION, UserError, command_parser, run_cli
+from dataset.common import (
+    BLANK_IDENTIFIER,
+    FORMAT_VERSION,
+    UserError,
+    command_parser,
+    run_cli,
+    seed_number,
+)
 from dataset.corpus_folder import add_output_options, check_output_dir, corpus_folder
 
 BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
@@ -292,7 +299,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num-train", type=int, default=1000, help="(default: 1000)")
     add("--num-test", type=int, default=200, help="(default: 200)")
     add("--blanks", type=int, default=20, help="empty cells of each puzzle (default: 20)")
-    add("--seed", type=int, default=0, help="(default: 0)")
+    add("--seed", type=seed_number, default=0, help="(default: 0)")
     return parser.parse_args(argv)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.array_writer import write_json
-from dataset.common import UserError, command_parser, run_cli
+from dataset.common import UserError, command_parser, run_cli, seed_number
 from dataset.corpus import (
     SPLITS,
     CorpusSplit,
@@ -348,7 +348,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="longer responses lose their end (default: 1024)",
     )
     add("--train-ratio", type=float, default=0.98, help="(default: 0.98)")
-    add("--seed", type=int, default=7, help="decides which prompts are test (default: 7)")
+    add("--seed", type=seed_number, default=7, help="decides which prompts are test (default: 7)")
     add("--min-iterations", type=int, default=4, help="(default: 4)")
     add("--max-iterations", type=int, default=48, help="(default: 48)")
     add(

@@ -28,6 +28,8 @@ from tqdm import tqdm
 IGNORE_LABEL_ID = -100
 """What the loss ignores; the reader turns a corpus' own `ignore_label_id` into this."""
 
+LARGEST_SEED = 2**64 - 1
+
 FORMAT_VERSION = 1
 """Version of the folders that today's builders write; 0 stands for TRM's and older ones."""
 
@@ -85,6 +87,16 @@ def warnings_as_notes(shown: bool = True) -> Iterator[None]:
 
         warnings.showwarning = show
         yield
+
+
+def seed_number(text: str, largest: int = LARGEST_SEED) -> int:
+    """Read an argument --seed, for argparse."""
+    try:
+        if 0 <= (seed := int(text)) <= largest:
+            return seed
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {largest}")
 
 
 @contextmanager

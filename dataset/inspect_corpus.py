@@ -26,6 +26,7 @@ from dataset.common import (
     find_split,
     load_metadata,
     run_cli,
+    seed_number,
     sha256_file,
     token_byte_lengths,
     verify_arrays,
@@ -381,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("path", metavar="PATH", help="folder of a corpus, or its url")
     add("--split", choices=(*SPLITS, "all"), default="all", help="(default: all)")
     add("--rows", type=int, default=3, metavar="N", help="rows of a split to show (default: 3)")
-    add("--seed", type=int, default=0, help="decides which rows (default: 0)")
+    add("--seed", type=seed_number, default=0, help="decides which rows (default: 0)")
     add("--png", type=Path, metavar="FILE", help="draw the figures there")
     add("--no-verify", action="store_true", help="do not compare files with their checksums")
     args = parser.parse_args(argv)

@@ -56,4 +56,7 @@ class EMA:
     def load_state_dict(self, state: dict) -> None:
         self.updates = state["updates"]
         for name, shadow in self.shadow.items():
-            shadow.copy_(part_like(state["shadow"][name], shadow))
+            saved = state["shadow"].get(name)
+            shadow.copy_(
+                self.parameters[name].detach() if saved is None else part_like(saved, shadow)
+            )

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 import yaml
 
-from dataset.common import UserError
+from dataset.common import DatasetMetadata, UserError
 from evaluators.guard import FAILURES
 from models import cost
 from models.loading import fitting_weights, settle_anchor, usable_dtype
@@ -18,6 +18,7 @@ from models.losses import ACTLossHead
 from models.train_state import (
     TrainState,
     carry_rows,
+    create_model,
     load_into,
     source_files,
 )
@@ -38,6 +39,9 @@ HARMLESS = frozenset(
     "resume_allow load_checkpoint load_weights device_type parallel compile dry_run lr_find "
     "profile logger log_interval max_nonfinite slow_step_factor step_timeout deterministic".split()
 )
+# Keys that no resume_allow lets pass: with another order of examples some would come twice and
+# others never, and held rows have a fixed length.
+FIXED = frozenset(("seed", "feed", "domain_weights", "arch.puzzle_emb_len"))
 FORMAT = 2  # of a checkpoint's files; 2: optimizers know parameters by name
 
 
@@ -234,7 +238,7 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
     saved = yaml.safe_load(opened.text("config.yaml"))
     choose_dtype(config, backend, saved["arch"])
     settle_anchor(config, backend, saved["arch"]["loss"].get("kl_to"))
-    check_unchanged(config, saved)
+    check_unchanged(config, saved, opened)
     if backend.is_main and not config.eval_only:
         checkpoint.set_aside(run, folder, opened.json("state.json")["counters"]["step"])
         checkpoint.note_start(run, config.resume)
@@ -294,24 +298,61 @@ def folder_to_resume(config: PretrainConfig, run: Path) -> Path | None:
     )
 
 
-def check_unchanged(config: PretrainConfig, saved: dict[str, Any]) -> None:
-    """UserError that lists the keys which changed and would change the result."""
+def check_unchanged(config: PretrainConfig, saved: dict[str, Any], opened: Checkpoint) -> None:
+    """Raise UserError that lists the keys which changed and would change the result.
+
+    It offers resume_allow for those alone with which the run can be resumed.
+    """
     old, new = flat(saved), flat(resolved(config))
     allowed = set(config.resume_allow)
     # a base model that the run stays near is read anew, so it must be of the same weights
     harmless = HARMLESS - {"load_weights"} if config.arch.loss.options.get("kl_to") else HARMLESS
-    changed = []
+    changed: dict[str, str] = {}
     for key in sorted(old.keys() | new.keys()):
-        top = key.split(".")[0]
-        if old.get(key) == new.get(key) or top in harmless or {key, top} & allowed:
+        names = {key, key.split(".")[0]}
+        if old.get(key) == new.get(key) or names & harmless or (names & allowed - FIXED):
             continue
-        changed.append(f"{key} (was {old.get(key)}, is {new.get(key)})")
-    if changed:
-        keys = ",".join(line.split(" ")[0] for line in changed)
-        raise UserError(
-            f"resuming with changed keys would change the result: {'; '.join(changed)}. Take them "
-            f"back, allow them with resume_allow=[{keys}], or start a new run"
+        changed[key] = f"{key} (was {old.get(key)}, is {new.get(key)})"
+    if not changed:
+        return
+    fixed = [key for key in changed if {key, key.split(".")[0]} & FIXED]
+    arch = [key for key in changed if key.startswith("arch.") and key not in fixed]
+    if not arch or weights_fit(config, opened):
+        arch = []
+    advice = ["Take them back"]
+    if possible := [key for key in changed if key not in (*fixed, *arch)]:
+        advice.append(f"allow {', '.join(possible)} with resume_allow=[{','.join(possible)}]")
+    if arch:
+        advice.append(f"train a new run, because the saved weights do not fit {', '.join(arch)}")
+    else:
+        advice.append(
+            f"start a new run from these weights with load_checkpoint={opened.folder} and another "
+            "run_name"
         )
+    raise UserError(
+        f"resuming with changed keys would change the result: {'; '.join(changed.values())}. "
+        f"{', '.join(advice[:-1])}, or {advice[-1]}"
+    )
+
+
+def weights_fit(config: PretrainConfig, opened: Checkpoint) -> bool:
+    """Whether a checkpoint's weights are those of the model that `config` describes."""
+    metadata = DatasetMetadata.model_validate_json(opened.text("dataset.json"))
+    weighed = bool(config.arch.loss.options.get("reasoning_loss_weight"))
+    try:
+        model = create_model(
+            config.model_copy(deep=True),
+            metadata,
+            batch_size=1,
+            reasoning_ids=int(weighed),
+            device="meta",
+        )
+    except UserError:
+        return False
+    own, saved = model.state_dict(), opened.tensors("model")
+    return {name: value.shape for name, value in own.items()} == {
+        name: value.shape for name, value in saved.items()
+    }
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -378,12 +419,18 @@ def restore(
     And after the evaluation there, if that one was finished.
     """
     saved = opened.json("state.json")
-    share = len(state.halted) // backend.world_size
-    slots = range(backend.rank * share, (backend.rank + 1) * share)
-    rows = opened.carry(slots) if config.checkpoint_carry else None
+    position, rows = saved["stream"], None
+    size, before = config.global_batch_size, position["global_batch_size"]
+    if config.checkpoint_carry and size == before:
+        share = size // backend.world_size
+        rows = opened.carry(range(backend.rank * share, (backend.rank + 1) * share))
+    if rows is None and (flags := opened.carry(range(before), only="halted")) is not None:
+        places = zip(position["held_places"], flags["halted"].tolist(), strict=True)
+        position["held_places"] = [-1 if halted else place for place, halted in places]
     # First, because other corpora are the likeliest reason for weights of other shapes.
-    stream.load_state_dict(saved["stream"], restart_held=rows is None)
-    state.load_tensors(opened.tensors)
+    stream.load_state_dict(position, restart_held=rows is None)
+    if not state.load_tensors(opened) and backend.is_main:
+        print("note: the checkpoint has no moments for this optimizer, they start from zero")
     state.load_counters(saved["counters"])
     done = None
     if backend.is_main and opened.folder.parent.resolve() == run.resolve():
@@ -395,8 +442,11 @@ def restore(
     if backend.is_main and not config.eval_only:
         checkpoint.link_best(run, state.best_step)
     if rows is None:
+        reason = "held rows were not saved"
+        if size != before:
+            reason = f"global_batch_size is {size} and was {before}"
         if backend.is_main:
-            print("note: held rows were not saved, they start again; the run is not exact")
+            print(f"note: {reason}, so rows that were held start again; the run is not exact")
         return
     state.load_carry(rows, micro_batches)
     own = torch.cat([carry.halted for carry in state.carries])

@@ -36,6 +36,7 @@ from utils.backend.state import (
     release,
     scalar,
 )
+from utils.checkpoint import Checkpoint
 from utils.config_schema import EarlyStoppingConfig, PretrainConfig
 from utils.functions import load_class
 from utils.optim import AdamATan2, create_optimizers
@@ -261,13 +262,21 @@ class TrainState:
         """All but the identifier embedding's, which has no state."""
         return [o for o in self.optimizers if not isinstance(o, SparseEmbeddingSignSGD)]
 
-    def load_tensors(self, read: Callable[[str], Any]) -> None:
-        load_into(self.model, read("model"))
-        for optimizer, state in zip(self.main_optimizers, read("optimizer"), strict=True):
+    def load_tensors(self, opened: Checkpoint) -> bool:
+        """Load what `tensors` gave; return whether it held the state of these optimizers.
+
+        Averages that it does not hold begin with the weights.
+        """
+        load_into(self.model, opened.tensors("model"))
+        states = opened.tensors("optimizer")
+        same = len(states) == len(self.main_optimizers)
+        for optimizer, state in zip(self.main_optimizers, states, strict=True) if same else ():
             load_optimizer(self.model, optimizer, state)
         if self.ema is not None:
-            self.ema.load_state_dict(read("ema"))
-        torch.set_rng_state(read("rng"))
+            saved = opened.tensors("ema") if "ema.pt" in opened else {"updates": 0, "shadow": {}}
+            self.ema.load_state_dict(saved)
+        torch.set_rng_state(opened.tensors("rng"))
+        return same
 
     def load_carry(self, rows: dict[str, Tensor], micro_batches: int) -> None:
         """Held rows of all this replica's slots, split into its micro-batches."""

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
-from dataset.common import UserError, command_parser, run_cli
+from dataset.common import UserError, command_parser, run_cli, seed_number
 from evaluators.loop import create_evaluators
 from scripts.plot_run import METRICS, RunMetrics, read_records
 from utils.atomic import write_result
@@ -369,7 +370,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="of pretrain.py: 'torchrun --nproc-per-node 4' (default: this Python)")  # fmt: skip
     add("--startup-trials", type=int, default=5,
         help="trials that are never ended early (default: 5)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the search (default: 0)")
+    add(
+        "--seed",
+        type=partial(seed_number, largest=2**32 - 1),
+        default=0,
+        help="of the search (default: 0)",
+    )
     args = parser.parse_intermixed_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and the trial ends
     run_cli(lambda: run(args))

@@ -226,7 +226,7 @@ def test_held_rows_can_restart_without_a_saved_carry(corpus, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 6}, {"feed": "present"}, {"global_batch_size": 16}, {"domain_weights": "other"}],
+    [{"seed": 6}, {"feed": "present"}, {"domain_weights": "other"}],
 )
 def test_resuming_something_else_is_refused_with_both_values(corpus, change):
     weights = {"p": 1, "q": 1, "r": 2}

@@ -35,8 +35,14 @@ def test_a_non_finite_loss_skips_the_update_and_at_last_stops(
         return model
 
     monkeypatch.setattr("pretrain.create_model", poisoned)
-    with pytest.raises(UserError, match="max_nonfinite=3"):
-        run_training(text_corpus, "run", "max_steps=9", "evaluators=[]", "max_nonfinite=3")
+    options = ["evaluators=[]", "max_nonfinite=3", "lr_warmup_steps=7"]
+    with pytest.raises(UserError, match="max_nonfinite=3") as error:
+        run_training(text_corpus, "run", "max_steps=9", *options)
+    advice = str(error.value)
+    assert "resume" not in advice, "there is nothing to resume"
+    assert "lr (now 0.001)" in advice and "lr_warmup_steps (now 7)" in advice
+    with pytest.raises(UserError, match=r"step_2.*lr.*resume_allow=\[lr\]"):
+        run_training(text_corpus, "run", "max_steps=9", *options, "checkpoint_interval=2")
 
 
 def test_freeze_weights_trains_identifiers_only(text_corpus, run_training):

@@ -205,8 +205,11 @@ class Checkpoint:
     def json(self, name: str) -> Any:
         return json.loads(self.text(name))
 
-    def carry(self, slots: range) -> dict[str, Tensor] | None:
-        """The held rows of a range of slots, wherever ranks stored them; None if not saved."""
+    def carry(self, slots: range, only: str = "") -> dict[str, Tensor] | None:
+        """The held rows of a range of slots, wherever ranks stored them; None if not saved.
+
+        only: the one of their tensors to return; all where it is empty.
+        """
         parts = []
         for name in sorted(n for n in self.files if re.fullmatch(r"carry_\d+\.pt", n)):
             path = self.folder / name
@@ -215,7 +218,8 @@ class Checkpoint:
             low, high = shard["slots"]
             start, stop = max(low, slots.start), min(high, slots.stop)
             if start < stop:
-                rows = {k: v[start - low : stop - low] for k, v in shard["carry"].items()}
+                names = [only] if only else shard["carry"]
+                rows = {k: shard["carry"][k][start - low : stop - low] for k in names}
                 parts.append((start, rows))
         if not parts:
             return None

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from utils.functions import load_class, nearest
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 CONFIG_NAME = "cfg_pretrain"
+SWEEPS = Path("checkpoints/sweeps")  # as hydra.sweep.dir says
 _HYDRA_VERSION = "1.3"  # the behaviour asked of Hydra; from 1.2 on it keeps the working directory
 
 _ASSIGNMENT = re.compile(r"(?P<plus>\+{0,2})(?P<key>[A-Za-z_]\w*(\.\w+)*)=(?P<value>.*)", re.DOTALL)
@@ -187,7 +189,29 @@ def _arguments(argv: list[str]) -> list[str]:
     if any(flag in ("--cfg", "-c") for flag in flags):
         _refuse_unknown(overrides, groups)
     sweep = any(flag in ("--multirun", "-m") for flag in flags)
-    return flags + _normalised(overrides, groups, sweep)
+    given = _normalised(overrides, groups, sweep)
+    if sweep and not any("hydra.sweep.dir=" in override for override in overrides):
+        given += _record_elsewhere()
+    return flags + given
+
+
+def _record_elsewhere() -> list[str]:
+    """Put Hydra's record of a sweep into a temporary folder where its usual one cannot be made."""
+    try:
+        SWEEPS.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=SWEEPS).close()
+        return []
+    except OSError as error:
+        reason = f"{SWEEPS.absolute()} cannot be written ({error.strerror or error})"
+    try:
+        folder = tempfile.mkdtemp(prefix="sweep_")
+    except OSError as error:
+        raise UserError(
+            f"{reason}, nor a temporary folder ({error.strerror or error}); name one for Hydra's "
+            "record of the sweep with hydra.sweep.dir=<folder>"
+        ) from None
+    print(f"note: {reason}; Hydra's record of the sweep is in {folder}", file=sys.stderr)
+    return [f"hydra.sweep.dir={folder}"]
 
 
 def _refuse_unknown(overrides: list[str], groups: set[str]) -> None:

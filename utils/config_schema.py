@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from dataset.common import LARGEST_SEED
 from utils.config_errors import to_float, to_int
-from utils.sampling import LARGEST_SEED
 
 
 def _to_text(value: Any) -> Any:
@@ -36,6 +36,7 @@ MetricName = Annotated[Text, AfterValidator(lambda name: name.removeprefix("eval
 
 PositiveInt = Annotated[Int, Field(ge=1)]
 CountInt = Annotated[Int, Field(ge=0)]
+Seed = Annotated[Int, Field(ge=0, le=LARGEST_SEED)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Ratio = Annotated[Float, Field(ge=0, le=1)]
@@ -146,9 +147,7 @@ class PretrainConfig(pydantic.BaseModel):
 
     # Model
     arch: ArchConfig = Field(description="architecture and loss: a preset, and arch.<option>")
-    seed: CountInt = Field(
-        0, le=LARGEST_SEED, description="of the weights, the order and the exploration"
-    )
+    seed: Seed = Field(0, description="of the weights, the order and the exploration")
     freeze_weights: bool = Field(False, description="train the identifier embedding only")
 
     # Length

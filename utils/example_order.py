@@ -21,6 +21,19 @@ ORDER, PUZZLE, RELABEL, EXPLORE = 1, 2, 3, 4
 _AT_ONCE = 1024  # places that are drawn together: the arithmetic is vectorised
 
 
+def exploration(seed: int, step: int, slots: int, probability: float, maximum: int) -> np.ndarray:
+    """Least number of ACT steps that each slot is made to take: (slots,) int32, 0 for none.
+
+    With `probability` uniform in 2..maximum inclusive. A pure function of (seed, step, slot).
+    """
+    if maximum < 2:
+        return np.zeros(slots, np.int32)
+    key = np.concatenate([hash64(seed, EXPLORE), np.full(1, step, np.uint64)])
+    coin, steps = np.random.Philox(key=key).random_raw(2 * slots).reshape(slots, 2).T
+    explores = (coin >> np.uint64(11)) * 2.0**-53 < probability
+    return np.where(explores, 2 + steps % np.uint64(maximum - 1), 0).astype(np.int32)
+
+
 class Position(NamedTuple):
     """Where a run stands: groups entered, and rows taken of the last one's puzzle (0: all)."""
 

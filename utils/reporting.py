@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +51,18 @@ class Clock:
         finally:
             self._start += time.monotonic() - begun
             self._paused_at = None
+
+
+def advice_on_nonfinite(config: PretrainConfig, good: Sequence[Path]) -> str:
+    """What to do about updates that are not finite; `good`: the run's checkpoints."""
+    lower = f"lower lr (now {config.lr:g})"
+    if good:
+        return f"the last good checkpoint is {good[-1]}; {lower} and resume, resume_allow=[lr]"
+    return (
+        f"nothing was saved before, so start again: {lower}, or raise lr_warmup_steps (now "
+        f"{config.lr_warmup_steps}); a lower checkpoint_interval (now "
+        f"{config.checkpoint_interval or 'null'}) saves earlier"
+    )
 
 
 def ending(last: Path, state: Counters, began: int) -> str:

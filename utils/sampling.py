@@ -4,7 +4,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-LARGEST_SEED = 2**64 - 1  # of torch's generators
+from dataset.common import LARGEST_SEED
+
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
