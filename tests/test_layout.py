@@ -275,7 +275,13 @@ def test_make_installs_again_when_constraints_change(tmp_path, target, constrain
         command = ["make", "--dry-run", target, *settings]
         env = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}
         printed = subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+            command,
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+            encoding="utf-8",
         ).stdout
         stamps = re.findall(r"^(?:touch|mv \S+) (\S+)$", printed, re.M)
         return stamps, re.findall(r"^.* pip install .*$", printed, re.M)

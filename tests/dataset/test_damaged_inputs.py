@@ -153,7 +153,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path, fails, name, content, expected)
     path = tmp_path / name
     if content is None:
         path.mkdir()
-        (path / "tokenizer.json").write_text("{}")
+        (path / "tokenizer.json").write_text("{}", "utf-8")
         expected = f"name {path / 'tokenizer.json'}"
     else:
         path.write_bytes(content)

@@ -164,7 +164,7 @@ def test_head_may_stop_reading(text_run):
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command} 2> >(grep -v ^note: >&2) | head -c 2"],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    encoding="utf-8")  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "ab", "")
 
 

@@ -11,7 +11,7 @@ from utils.checkpoint import load_weights
 
 def test_a_file_without_weights_is_a_sentence(tmp_path):
     """Also those beside a checkpoint's weights, for which its folder is the right name."""
-    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0}))
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0}), "utf-8")
     torch.save([{"state": {}}], tmp_path / "optimizer.pt")
     torch.save({"shadow": {"w": torch.ones(2)}}, tmp_path / "ema.pt")
     torch.save(torch.ones(2), tmp_path / "tensor.pt")
@@ -20,7 +20,7 @@ def test_a_file_without_weights_is_a_sentence(tmp_path):
             load_weights(path, "raw")
         message = str(error.value)
         assert str(path) in message and "\n" not in message and "step_<n>" in message
-    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "manifest.json").write_text("{}", "utf-8")
     with pytest.raises(UserError, match=f"name its folder, {tmp_path}"):
         load_weights(tmp_path / "optimizer.pt", "raw")
     torch.save({"_orig_mod.model.w": torch.ones(2)}, tmp_path / "step_1")
