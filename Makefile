@@ -119,7 +119,7 @@ test-newest:  ## run the quick tests with the newest packages, exports with the 
 	rm -rf $(NEWEST)/lowest
 	$(NEWEST)/bin/$(INSTALL) --target $(NEWEST)/lowest \
 		"$$(sed -n 's/^transformers>=/transformers==/p' requirements-export.txt)"
-	$(NEWEST)/bin/python -m pytest -m "not slow and not nightly"
+	$(NEWEST)/bin/python -m pytest -n 2 -m "not slow and not nightly"
 	ATHENA_TRANSFORMERS=$(NEWEST)/lowest $(NEWEST)/bin/python -m pytest \
 		tests/scripts/test_export_hf.py tests/scripts/test_export_check.py
 
