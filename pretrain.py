@@ -33,7 +33,8 @@ from models.persistence import Saver, resolved
 from models.train_state import TrainState, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint, lr_finder
-from utils.backend import Backend, nondeterministic_operation, select_backend
+from utils.backend import Backend, select_backend
+from utils.backend.determinism import explain_nondeterminism
 from utils.config import PretrainConfig, check_ranks, hydra_entry, load_config
 from utils.config_trained import as_trained
 from utils.data import Data, open_data
@@ -141,7 +142,7 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
     with closing(RunFolder(config, backend)) as folder:
         run, state = build(folder.path, data, backend, config)
         try:
-            with backend.signals() as received:
+            with explain_nondeterminism(backend.device), backend.signals() as received:
                 run = run._replace(received=received)
                 if not config.eval_only:
                     return train_loop(run, state)
@@ -156,14 +157,6 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
                 f"out of memory with {rows} rows at once; lower micro_batch_size (now {rows}), or "
                 "global_batch_size, or set arch.use_gradient_checkpointing=true"
             ) from None
-        except RuntimeError as error:
-            if (operation := nondeterministic_operation(error)) is None:
-                raise
-            raise UserError(
-                f"{operation} gives other bits each time on {backend.device}, which "
-                "deterministic=true does not allow; replace it, or set deterministic=false, and "
-                "a resumed run is the same up to rounding only"
-            ) from error
         finally:
             run.saver.close()
             run.stream.close()
