@@ -34,7 +34,8 @@ from models.train_state import TrainState, choose_kernels, create_model, create_
 from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint, lr_finder
 from utils.atomic import write_result
-from utils.backend import Backend, nondeterministic_operation, select_backend
+from utils.backend import Backend, select_backend
+from utils.backend.determinism import explain_nondeterminism
 from utils.backend.memory import explain_out_of_memory
 from utils.config import PretrainConfig, check_ranks, hydra_entry, load_config
 from utils.config_trained import as_trained
@@ -149,7 +150,11 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
             "global_batch_size, or set arch.use_gradient_checkpointing=true"
         )
         try:
-            with explain_out_of_memory(advice), backend.signals() as received:
+            with (
+                explain_out_of_memory(advice),
+                explain_nondeterminism(backend.device),
+                backend.signals() as received,
+            ):
                 run = run._replace(received=received)
                 if not config.eval_only:
                     return train_loop(run, state)
@@ -158,14 +163,6 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
                 return FAILED_IN_PART if state.failed_evaluations else 0
         except Interrupted as interrupted:  # in an evaluation alone
             return 128 + interrupted.signal
-        except RuntimeError as error:
-            if (operation := nondeterministic_operation(error)) is None:
-                raise
-            raise UserError(
-                f"{operation} gives other bits each time on {backend.device}, which "
-                "deterministic=true does not allow; replace it, or set deterministic=false, and "
-                "a resumed run is the same up to rounding only"
-            ) from error
         finally:
             run.saver.close()
             run.stream.close()

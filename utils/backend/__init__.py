@@ -1,12 +1,12 @@
 """Picks the backend for `device_type`."""
 
-from utils.backend.base import Backend, Received, nondeterministic_operation, require
+from utils.backend.base import Backend, Received, require
 from utils.backend.cpu import CPUBackend
 from utils.backend.cuda import CUDABackend
 from utils.backend.mps import MPSBackend
 from utils.backend.xla import TPUBackend, XLABackend
 
-__all__ = ["Backend", "Received", "nondeterministic_operation", "select_backend"]
+__all__ = ["Backend", "Received", "select_backend"]
 
 BACKENDS: dict[str, type[Backend]] = {
     "xla": XLABackend,

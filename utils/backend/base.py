@@ -10,7 +10,6 @@ import gc
 import inspect
 import itertools
 import os
-import re
 import shutil
 import signal
 import sys
@@ -146,7 +145,7 @@ class Backend:
     def set_deterministic(self, wanted: bool) -> None:
         """Has the same operations give the same bits each time, where that costs something.
 
-        An operation that cannot then raises a RuntimeError, see `nondeterministic_operation`.
+        An operation that cannot then raises a RuntimeError, see `explain_nondeterminism`.
         """
 
     def any_algorithm(self) -> AbstractContextManager:
@@ -356,12 +355,6 @@ def free_host_memory() -> int:
     if limit.is_file() and (text := limit.read_text("utf-8").strip()).isdigit():
         free = min(free, max(0, int(text) - int(used.read_text("utf-8"))))
     return free
-
-
-def nondeterministic_operation(error: RuntimeError) -> str | None:
-    """Return the operation that `set_deterministic` does not allow, if that is the error."""
-    found = re.match(r"(\S+).* does not have a deterministic implementation", str(error))
-    return None if found is None else found[1]
 
 
 def require(backend: type[Backend]) -> Backend:

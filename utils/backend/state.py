@@ -106,7 +106,7 @@ def _options(model: nn.Module) -> StateDictOptions:
     return StateDictOptions(full_state_dict=sharded, cpu_offload=sharded)
 
 
-def model_state(model: nn.Module) -> dict[str, Tensor]:
+def model_state(model: nn.Module) -> dict[str, Any]:
     """Whole weights by name, those of the model itself; of a sharded one on rank 0 only, on the
     host."""
     return dict(get_model_state_dict(model, options=_options(model)))  # type: ignore[arg-type]

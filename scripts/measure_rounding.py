@@ -1,0 +1,155 @@
+"""How far rounding carries a recursion: float32 and bfloat16 against float64, by ACT step.
+
+    python scripts/measure_rounding.py arch=athena_trm_large arch.hidden_size=64 arch.num_heads=4
+
+The same weights and rows in three precisions. Printed are the relative difference of z_H from
+float64's, and the cosine of the loss' gradient with float64's: 1 where rounding does not matter, 0
+where it decides. Then the float32 model is trained for `--updates`, with `lr` and its warm-up, and
+measured again. Rows are bytes of the texts in docs/. Overrides are those of pretrain.py.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from dataset.common import DatasetMetadata, run_cli
+from models.losses import ACTLossHead
+from models.train_state import create_model, create_train_state
+from utils.backend import select_backend
+from utils.config import PretrainConfig, compose_config, load_config
+from utils.schedule import warmup_cosine
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+DTYPES = ("float64", "float32", "bfloat16")
+VOCAB, LENGTH, ROWS = 256, 64, 8
+
+
+class Difference(NamedTuple):
+    """From float64, after an ACT step: of z_H, relative, and the cosine of the gradients."""
+
+    latents: float
+    cosine: float
+
+
+def rows(count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw a batch of `count` rows from the texts in docs/."""
+    text = b"\n".join(path.read_bytes() for path in sorted(DOCS.glob("*.md")))
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).int()
+    starts = torch.randint(len(data) - LENGTH - 1, (count, 1), generator=generator)
+    drawn = data[starts + torch.arange(LENGTH + 1)]
+    return {
+        "inputs": drawn[:, :-1].contiguous(),
+        "labels": drawn[:, 1:].contiguous(),
+        "puzzle_identifiers": torch.zeros(count, dtype=torch.int32),
+    }
+
+
+def build(overrides: Sequence[str], dtype: str) -> tuple[PretrainConfig, ACTLossHead]:
+    """The model of a config in a precision; its first weights are the same in all of them."""
+    config = load_config(
+        compose_config(
+            ["data_paths=[unread]", f"global_batch_size={ROWS}", *overrides, "device_type=cpu",
+             f"arch.forward_dtype={dtype}", "arch.post_refinement_steps=0"]
+        )
+    )  # fmt: skip
+    metadata = DatasetMetadata(
+        pad_id=0, ignore_label_id=None, vocab_size=VOCAB, seq_len=LENGTH, total_groups=1,
+        num_puzzle_identifiers=1, mean_puzzle_examples=1, total_puzzles=1,
+    )  # fmt: skip
+    return config, create_model(config, metadata, batch_size=ROWS)
+
+
+def run(head: ACTLossHead, batch: dict[str, Tensor], steps: int) -> list[tuple[Tensor, Tensor]]:
+    """z_H and the gradient after each of so many ACT steps, in which no row halts."""
+    head.eval()
+    carry, found = head.initial_carry(batch), []
+    for _ in range(steps):
+        head.zero_grad()
+        carry, loss, *_ = head(return_keys=(), carry=carry, batch=batch)
+        loss.backward()
+        grads = [p.grad.double().flatten() for p in head.parameters() if p.grad is not None]
+        found.append((carry.inner_carry.z_H.double(), torch.cat(grads)))
+    head.zero_grad()
+    return found
+
+
+def differences(
+    heads: dict[str, ACTLossHead], batch: dict[str, Tensor], steps: int
+) -> dict[str, list[Difference]]:
+    """Of each precision from the first, by ACT step."""
+    exact, *others = heads
+    reference = run(heads[exact], batch, steps)
+    return {
+        name: [
+            Difference(
+                ((z - z_exact).norm() / z_exact.norm()).item(),
+                torch.cosine_similarity(grad, grad_exact, 0).item(),
+            )
+            for (z, grad), (z_exact, grad_exact) in zip(
+                run(heads[name], batch, steps), reference, strict=True
+            )
+        ]
+        for name in others
+    }
+
+
+def measure(overrides: Sequence[str], updates: Sequence[int], steps: int) -> None:
+    """Print differences after each number of updates."""
+    configs = {dtype: build(overrides, dtype) for dtype in DTYPES}
+    heads = {dtype: head for dtype, (_, head) in configs.items()}
+    config, trained = configs["float32"]
+    arch = trained.model.config
+    passes = arch.answer_passes(1)[0] if hasattr(arch, "answer_passes") else arch.num_layers
+    print(
+        f"{passes} layer passes per ACT step, width {arch.hidden_size}, lr {config.lr:g} after "
+        f"{config.lr_warmup_steps} updates of warm-up"
+    )
+    backend, _ = select_backend("cpu")
+    state = create_train_state(config, trained, backend=backend)
+    generator = torch.Generator().manual_seed(config.seed)
+    batch = rows(ROWS, generator)
+    carry = trained.initial_carry(batch)
+    print("updates  loss   " + "".join(f"{d:>10}: z_H, cosine by ACT step" for d in DTYPES[1:]))
+    done = 0
+    for wanted in sorted(updates):
+        for done in range(done + 1, wanted + 1):  # noqa: B020
+            trained.train()
+            carry, loss, *_ = trained(return_keys=(), carry=carry, batch=rows(ROWS, generator))
+            (loss / ROWS).backward()
+            state.clip_gradients(config.grad_clip_norm)
+            state.update(warmup_cosine(done, config.lr_warmup_steps, 0.0, config.lr_min_ratio))
+            for optimizer in state.optimizers:
+                optimizer.zero_grad()
+        for head in heads.values():
+            head.load_state_dict(trained.state_dict())
+        found = differences(heads, batch, steps)
+        with torch.no_grad():
+            _, loss, *_ = heads["float64"]((), heads["float64"].initial_carry(batch), batch)
+        cells = [
+            "  ".join(f"{d.latents:.0e} {d.cosine:5.2f}" for d in found[dtype])
+            for dtype in DTYPES[1:]
+        ]
+        print(f"{wanted:7}  {loss.item() / ROWS:5.2f}   " + "   |   ".join(cells), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="key=value, as for pretrain.py")
+    parser.add_argument("--updates", type=int, nargs="+", default=[0], help="measure after these")
+    parser.add_argument("--steps", type=int, default=3, help="ACT steps")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    measure(given.overrides, given.updates, given.steps)
+
+
+if __name__ == "__main__":
+    run_cli(main)
