@@ -109,7 +109,7 @@ def _options(model: nn.Module) -> StateDictOptions:
 def model_state(model: nn.Module) -> dict[str, Any]:
     """Whole weights by name, those of the model itself; of a sharded one on rank 0 only, on the
     host."""
-    return dict(get_model_state_dict(model, options=_options(model)))  # type: ignore[arg-type]
+    return dict(get_model_state_dict(model, options=_options(model)))
 
 
 def load_model_state(model: nn.Module, weights: dict[str, Tensor]) -> None:
