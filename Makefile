@@ -49,8 +49,13 @@ $(BASE): | $(PY)
 	$(PIP) --no-deps -r requirements-demo.txt
 	@touch $@
 
+# adam-atan2 without its CUDA kernel, for tests of what is around it; beside the environment, so that
+# nothing else finds it, and not from pip's cache, where an installation for a GPU would find it.
 $(DEV): $(BASE)
 	$(PIP) -r requirements-dev.txt
+	rm -rf $(VENV)/adam-atan2
+	$(PIP) --no-deps --no-cache-dir --target $(VENV)/adam-atan2 \
+		$$(sed -n 's/^adam-atan2==/&/p' requirements-cuda.txt)
 	@touch $@
 
 # --- a small text model ----------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The optimizer of the package adam-atan2: the real package, its CUDA kernel replaced by a float64
 reference that, like the kernel, reads plain memory only."""
 
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -52,13 +53,16 @@ RUN = [
 def package(tmp_path_factory) -> Path:
     """A folder with the package as pip builds it where torch is not at hand: without its kernel."""
     folder = tmp_path_factory.mktemp("adam_atan2")
-    # no cache: a later installation for a GPU must not find a wheel without the kernel there
-    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-cache-dir", "--target"]
-    done = subprocess.run(
-        [*pip, str(folder), VERSION], capture_output=True, text=True, encoding="utf-8"
-    )
-    if done.returncode:
-        pytest.skip(f"pip cannot fetch {VERSION}: {done.stderr.strip().splitlines()[-1]}")
+    fetched = Path(sys.prefix) / "adam-atan2"  # by `make venv`
+    if fetched.is_dir():
+        shutil.copytree(fetched, folder, dirs_exist_ok=True)
+    else:
+        # no cache: a later installation for a GPU must not find a wheel without the kernel there
+        pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-cache-dir", "--target"]
+        command = [*pip, str(folder), VERSION]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
+        if done.returncode:
+            pytest.skip(f"pip cannot fetch {VERSION}: {done.stderr.strip().splitlines()[-1]}")
     (folder / "adam_atan2_backend.py").write_text(KERNEL, "utf-8")
     return folder
 
