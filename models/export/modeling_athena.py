@@ -167,11 +167,9 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         logits = LOSSES[self.config.loss_type].softmax_logits(
             inner.predict(z[:, -logits_to_keep:] if logits_to_keep else z)
         )
-        output = CausalLMOutputWithPast(
-            loss=None if labels is None else _loss(logits, labels, real, num_items_in_batch),
-            logits=logits,
-            **{_CACHE_FIELD: cache},  # type: ignore[arg-type]
-        )
+        loss = None if labels is None else _loss(logits, labels, real, num_items_in_batch)
+        named: dict[str, Any] = {_CACHE_FIELD: cache}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **named)
         return output.to_tuple() if return_dict is False else output
 
     def _cache(self, given: Any, use_cache: bool | None, steps: int) -> RecursionCache | None:
