@@ -38,12 +38,14 @@ def _held_out(
     held_out: set[Source] = set()
     extra_groups = []
     for pattern in args.test_files or []:
+        named = [s for s in sources if pattern in (s.path.name, str(s.path))]  # data[1].txt, say
         matches = [
             source
-            for source in sources
+            for source in named or sources
             if not Path(pattern).is_file()  # else that very file, and none of its name elsewhere
             and (
-                fnmatch.fnmatchcase(source.path.name, pattern)
+                source in named
+                or fnmatch.fnmatchcase(source.path.name, pattern)
                 or fnmatch.fnmatchcase(str(source.path), pattern)
             )
         ]

@@ -246,6 +246,13 @@ def test_a_path_holds_out_that_file_and_a_pattern_all_of_its_name(build, tmp_pat
     assert documents_of(corpus, "test").keys() == {"one", "two"}
 
 
+def test_a_name_that_is_also_a_pattern_holds_out_the_file_of_that_name(build, tmp_path):
+    for name in ("data[1].jsonl", "data1.jsonl"):
+        write_jsonl(tmp_path / name, [f"text of {name}"])
+    corpus = build(tmp_path, options="--test-files data[1].jsonl")
+    assert documents_of(corpus, "test") == {"data[1]": ["text of data[1].jsonl"]}
+
+
 def test_domain_labels(build, tmp_path, rng, fails):
     (tmp_path / "many").mkdir()
     for name in ("a", "b"):

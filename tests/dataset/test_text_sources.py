@@ -175,3 +175,34 @@ def test_progress_ends_at_the_size_on_disk(tmp_path, rng):
         reader = DocumentReader(ReadOptions(), seen.append)
         assert len(list(reader.texts(find_sources([str(path)])[0][0]))) == 99
         assert sum(seen) == path.stat().st_size
+
+
+def test_folders_with_links(tmp_path):
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    corpus.mkdir()
+    elsewhere.mkdir()
+    (corpus / "a.txt").write_text("one", "utf-8")
+    (elsewhere / "b.txt").write_text("two", "utf-8")
+    (corpus / "part").symlink_to(elsewhere)
+    (corpus / "again").symlink_to(elsewhere)
+    (corpus / "loop").symlink_to(corpus)
+    (corpus / "z.txt").symlink_to("a.txt")
+    assert read(corpus) == ["one", "two"]
+    assert read(f"{corpus}/*.txt") == ["one"]
+    (elsewhere / "gone.txt").symlink_to(tmp_path / "moved.txt")
+    for argument in (corpus, f"{elsewhere}/*.txt"):
+        with pytest.raises(UserError, match=r"gone\.txt .*moved\.txt"):
+            read(argument)
+
+
+def test_files_that_a_folder_does_not_give_are_named(tmp_path):
+    for name in ("a.txt", "b.log", "README", ".hidden"):
+        (tmp_path / name).write_text(name, "utf-8")
+    with pytest.warns(UserWarning, match=r"2 file.*README.*b\.log"):
+        assert read(tmp_path, given_format="text") == ["a.txt"]
+
+
+@pytest.mark.parametrize("argument", ["", " ", "~no_such_user/a.txt", "x" * 300 + ".txt"])
+def test_names_that_name_nothing(argument):
+    with pytest.raises(UserError, match="input"):
+        read(argument)
