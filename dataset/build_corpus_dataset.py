@@ -82,9 +82,10 @@ class Build:
 
     def identity(self) -> dict[str, Any]:
         """What a resumed build must have in common with the one that it goes on with."""
-        if any(entry.source.is_stdin for entry in self.inputs) and self.args.resume:
+        pipes = [str(entry.source) for entry in self.inputs if entry.source.is_pipe]
+        if pipes and self.args.resume:
             raise UserError(
-                "--resume: standard input cannot be read again from its beginning; write it to a "
+                f"--resume: {pipes[0]} cannot be read again from its beginning; write it to a "
                 "file first."
             )
         options = {n: str(v) for n, v in vars(self.args).items() if n not in FREE_OPTIONS}

@@ -43,6 +43,11 @@ class Source:
         return self.path == STDIN
 
     @property
+    def is_pipe(self) -> bool:
+        """Whether it can be read only once."""
+        return self.is_stdin or self.path.is_fifo()
+
+    @property
     def size(self) -> int:
         """Bytes on disk; 0 for standard input."""
         return 0 if self.is_stdin else self.path.stat().st_size
@@ -192,8 +197,8 @@ def _files_below(folder: Path, argument: str) -> list[Path]:
     if others:
         shown = ", ".join(sorted(others)[:3]) + (", …" if len(others) > 3 else "")
         warnings.warn(
-            f"{len(others)} file(s) in {argument} are not read, because their names tell no format: "
-            f"{shown}; a glob names them",
+            f"{len(others)} file(s) in {argument} are not read, because their names tell no format "
+            f"({shown}); a glob names them",
             stacklevel=1,
         )
     _check_links(found)
