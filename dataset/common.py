@@ -86,6 +86,14 @@ def warnings_as_notes(shown: bool = True) -> Iterator[None]:
         yield
 
 
+def replace_closed_streams() -> None:
+    """Give sys.stdout and sys.stderr somewhere to write to where their descriptors are closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # python >&-
+            nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for as long as it runs
+            setattr(sys, name, nowhere)
+
+
 def escape_unprintable() -> None:
     """Print characters that the locale's encoding lacks as escapes, instead of failing there."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -107,6 +115,7 @@ def run_cli(fn: Callable[[], T]) -> T:
 
     So does output that cannot be written; a reader that has gone ends it silently.
     """
+    replace_closed_streams()
     escape_unprintable()
     try:
         check_decoded(sys.argv)

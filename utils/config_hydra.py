@@ -24,7 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic_core import PydanticUndefined
 
-from dataset.common import UserError, check_decoded, escape_unprintable
+from dataset.common import (
+    UserError,
+    check_decoded,
+    escape_unprintable,
+    replace_closed_streams,
+)
 from utils.config_errors import did_you_mean, expected, show
 from utils.config_schema import PretrainConfig
 from utils.config_values import hydra_override
@@ -90,6 +95,7 @@ def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
 
     @functools.wraps(fn)
     def main() -> Any:
+        replace_closed_streams()
         escape_unprintable()
         try:
             check_decoded(sys.argv)
