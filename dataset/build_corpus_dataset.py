@@ -314,7 +314,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--train-ratio is {args.train_ratio}; it must lie in 0..1.")
     check_iterations(args)
     for name in ("min_chars", "save_every", "max_bad_lines"):
-        if (value := getattr(args, name)) < 0:
+        if not (value := getattr(args, name)) >= 0:  # nan, too
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 0 or more.")
     if args.max_chars is not None and args.max_chars < max(1, args.min_chars):
         raise UserError(

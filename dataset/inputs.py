@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.common import UserError
+from dataset.common import BLANK_IDENTIFIER, UserError
 from dataset.text_sources import Source, find_sources
 
 
@@ -25,6 +25,11 @@ def plan_inputs(args: argparse.Namespace) -> tuple[list[Input], list[str]]:
     sources = [source for group in groups for source in group]
     held_out, extra_groups = _held_out(args, sources)
     labels = _labels(args.domain_labels, groups, extra_groups)
+    if BLANK_IDENTIFIER in labels.values():
+        raise UserError(
+            f"a domain cannot be named {BLANK_IDENTIFIER}, which stands for none; give another "
+            "name with --domain-labels."
+        )
     domains = {label: index for index, label in enumerate(dict.fromkeys(labels.values()))}
     inputs = [Input(source, domains[label], source in held_out) for source, label in labels.items()]
     return sorted(inputs, key=lambda entry: not entry.held_out), list(domains)
