@@ -35,6 +35,7 @@ MetricName = Annotated[Text, AfterValidator(lambda name: name.removeprefix("eval
 
 PositiveInt = Annotated[Int, Field(ge=1)]
 CountInt = Annotated[Int, Field(ge=0)]
+Seed = Annotated[CountInt, Field(lt=2**64)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Ratio = Annotated[Float, Field(ge=0, le=1)]
@@ -145,7 +146,7 @@ class PretrainConfig(pydantic.BaseModel):
 
     # Model
     arch: ArchConfig = Field(description="architecture and loss: a preset, and arch.<option>")
-    seed: CountInt = Field(0, description="of the weights, the order and the exploration")
+    seed: Seed = Field(0, description="of the weights, the order and the exploration")
     freeze_weights: bool = Field(False, description="train the identifier embedding only")
 
     # Length
