@@ -225,9 +225,15 @@ def build(
     if backend.is_main and not (config.eval_only and told.exists()):  # a training's own is kept
         with write_result(told, f"checkpoint_path={folder}: config.yaml") as part:
             part.write_text(yaml.safe_dump(resolved(config), sort_keys=False), encoding="utf-8")
+    evaluators = create_evaluators(config.evaluators, data)
+    if config.early_stopping is not None and data.test is None and not evaluators:
+        raise UserError(
+            f"early_stopping.metric={config.early_stopping.metric} is never evaluated, because the "
+            "corpora have no test split; name one with data_paths_test, or leave early_stopping out"
+        )
     run = Run(
         config, backend, data, stream, folder, micro_batches, schedule, loggers, log, saver,
-        create_evaluators(config.evaluators, data), tokenizer, clock, watchdog,
+        evaluators, tokenizer, clock, watchdog,
         StepProfiler(folder if config.profile else None, backend, state.step),
     )  # fmt: skip
     return run, state

@@ -83,9 +83,10 @@ class Build:
 
     def identity(self) -> dict[str, Any]:
         """What a resumed build must have in common with the one that it goes on with."""
-        if any(entry.source.is_stdin for entry in self.inputs) and self.args.resume:
+        pipes = [str(entry.source) for entry in self.inputs if entry.source.is_pipe]
+        if pipes and self.args.resume:
             raise UserError(
-                "--resume: standard input cannot be read again from its beginning; write it to a "
+                f"--resume: {pipes[0]} cannot be read again from its beginning; write it to a "
                 "file first."
             )
         options = {n: str(v) for n, v in vars(self.args).items() if n not in FREE_OPTIONS}
@@ -314,7 +315,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--train-ratio is {args.train_ratio}; it must lie in 0..1.")
     check_iterations(args)
     for name in ("min_chars", "save_every", "max_bad_lines"):
-        if (value := getattr(args, name)) < 0:
+        if not (value := getattr(args, name)) >= 0:  # nan, too
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 0 or more.")
     if args.max_chars is not None and args.max_chars < max(1, args.min_chars):
         raise UserError(

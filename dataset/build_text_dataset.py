@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.array_writer import write_json
-from dataset.common import UserError, command_parser, run_cli, seed_number
+from dataset.common import BLANK_IDENTIFIER, UserError, command_parser, run_cli, seed_number
 from dataset.corpus import (
     SPLITS,
     CorpusSplit,
@@ -83,6 +83,8 @@ class ExampleReader:
         domain = meta.get("domain", label)
         if not isinstance(domain, str) or not domain:
             raise UserError(f"meta.domain is {domain!r}, not a name")
+        if domain == BLANK_IDENTIFIER:
+            raise UserError(f"meta.domain is {domain!r}, which stands for none")
         prompt, response = (_text(record, *key) for key in self._keys.items())
         return Example(prompt, response, domain, self._budget(meta))
 
@@ -110,8 +112,10 @@ def _number(meta: dict[str, Any], key: str) -> float | None:
     value = meta.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"meta.{key} is {value!r}, not a number")
+    if not abs(value) < 2**63:  # nan, too
+        raise UserError(f"meta.{key} is {str(value)[:40]}, which no row can hold")
     return value
 
 
@@ -226,6 +230,8 @@ def parse_weights(given: list[str]) -> dict[str, float]:
             raise UserError(
                 f"--domain-weights {argument!r} is not NAME=WEIGHT with a weight of 0 or more."
             )
+        if name in weights:
+            raise UserError(f"--domain-weights names {name!r} twice; name it once.")
         weights[name] = weight
     if weights and not any(weights.values()):
         raise UserError("--domain-weights are all 0; give at least one domain a positive weight.")
@@ -274,7 +280,8 @@ def build(args: argparse.Namespace) -> None:
     )
     sources = [source for group in find_sources(args.input_files, "jsonl") for source in group]
     if plain := [source for source in sources if source.format != "jsonl"]:
-        raise UserError(f"{plain[0]} is plain text; prompts and responses come as JSON lines.")
+        kind = {"text": "plain text", "parquet": "Parquet"}[plain[0].format]
+        raise UserError(f"{plain[0]} is {kind}; prompts and responses come as JSON lines.")
     router = DocumentRouter(args.seed, args.train_ratio, dedup=False, journal=Journal(""))
     size = sum(source.size for source in sources)
     with (

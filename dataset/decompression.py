@@ -81,25 +81,40 @@ _OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
 }
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_not_a_pointer(source: Source, start: bytes) -> None:
+    """Refuse what a clone without Git LFS has in place of a file, given the file's first bytes."""
+    if start.startswith(_POINTER):
+        raise UserError(
+            f"{source} is a pointer of Git LFS, not the file itself; fetch it with git lfs pull."
+        )
+
+
 @contextmanager
 def open_source(source: Source) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
     """The decompressed bytes of a source, and a function that tells how many bytes of the file on
     disk have been read so far. Faults inside the block become `UserError`s."""
     if source.is_stdin:
+        if sys.stdin is None:  # python <&-
+            raise UserError("standard input is closed; name a file, or pipe one into the command.")
         yield sys.stdin.buffer, lambda: 0
         return
     position = 0
     try:
-        with open(source.path, "rb", buffering=_BUFFER) as raw:
+        with io.BufferedReader(io.FileIO(source.path), _BUFFER) as raw:
+            tell = raw.tell if raw.seekable() else lambda: 0  # a pipe such as <(cat FILE)
+            check_not_a_pointer(source, raw.peek(len(_POINTER)))
             if source.compression is None:
-                yield raw, raw.tell
+                yield raw, tell
                 return
             with _OPENERS[source.compression](raw) as stream:
                 buffered = io.BufferedReader(cast(io.RawIOBase, stream), _BUFFER)
                 try:
-                    yield cast(IO[bytes], buffered), raw.tell
+                    yield cast(IO[bytes], buffered), tell
                 finally:
-                    position = raw.tell()
+                    position = tell()
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise _reading_fault(source, error, position) from error
     except Exception as error:

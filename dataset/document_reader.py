@@ -6,6 +6,7 @@ Whatever reads a user's lines, prompts and tasks included, does so by `read_line
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -174,10 +175,38 @@ def read_lines(
                 )
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
+                _check_first_line(source, line)
             yield number, line
             if progress is not None and (now := position()) != reported:
                 progress(now - reported)
                 reported = now
+
+
+def _check_first_line(source: Source, line: bytes) -> None:
+    """Refuse what is no text though it may be valid UTF-8, and point out a file without lines."""
+    kind, advice = "", "extract its files and name those"
+    if line[257:262] == b"ustar":
+        kind = "a tar archive"
+    elif line.startswith(b"PK\x03\x04"):
+        kind = "a zip archive"
+    elif line.startswith(b"BZh") and line[4:10] == b"1AY&SY":
+        kind, advice = "bzip2 data", "decompress it with bunzip2"
+    elif _is_wide(line[:1024]):
+        kind, advice = "UTF-16", "convert the file to UTF-8"
+    if kind:
+        raise UserError(f"{source} looks like {kind}; {advice}.")
+    if not line.endswith(b"\n") and (returns := line.rstrip().count(b"\r")):
+        warnings.warn(
+            f"{source} is one line: it has {returns:,} carriage returns, but no line feed; to have "
+            "lines, convert it (tr '\\r' '\\n' < FILE)",
+            stacklevel=1,
+        )
+
+
+def _is_wide(start: bytes) -> bool:
+    """Return whether every other byte of a text is NUL, as in UTF-16 without a byte order mark."""
+    nuls = [start[place::2].count(0) for place in (0, 1)]
+    return min(nuls) == 0 and max(nuls) > 1 and 2 * max(nuls) > len(start) // 2
 
 
 def text_of(line: bytes, number: int) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.common import UserError
+from dataset.common import BLANK_IDENTIFIER, UserError
 from dataset.text_sources import Source, find_sources
 
 
@@ -25,6 +25,11 @@ def plan_inputs(args: argparse.Namespace) -> tuple[list[Input], list[str]]:
     sources = [source for group in groups for source in group]
     held_out, extra_groups = _held_out(args, sources)
     labels = _labels(args.domain_labels, groups, extra_groups)
+    if BLANK_IDENTIFIER in labels.values():
+        raise UserError(
+            f"a domain cannot be named {BLANK_IDENTIFIER}, which stands for none; give another "
+            "name with --domain-labels."
+        )
     domains = {label: index for index, label in enumerate(dict.fromkeys(labels.values()))}
     inputs = [Input(source, domains[label], source in held_out) for source, label in labels.items()]
     return sorted(inputs, key=lambda entry: not entry.held_out), list(domains)
@@ -38,12 +43,14 @@ def _held_out(
     held_out: set[Source] = set()
     extra_groups = []
     for pattern in args.test_files or []:
+        named = [s for s in sources if pattern in (s.path.name, str(s.path))]  # data[1].txt, say
         matches = [
             source
-            for source in sources
+            for source in named or sources
             if not Path(pattern).is_file()  # else that very file, and none of its name elsewhere
             and (
-                fnmatch.fnmatchcase(source.path.name, pattern)
+                source in named
+                or fnmatch.fnmatchcase(source.path.name, pattern)
                 or fnmatch.fnmatchcase(str(source.path), pattern)
             )
         ]

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from dataset.common import UserError
+from dataset.decompression import check_not_a_pointer
 from dataset.text_sources import Source
 from utils.functions import has_utf8_name
 
@@ -22,6 +23,8 @@ def parquet_records(
     """
     pq, arrow_error = _pyarrow()
     try:
+        with source.path.open("rb") as start:
+            check_not_a_pointer(source, start.read(100))
         # Buffered: otherwise a whole row group is held, which may be gigabytes.
         own = has_utf8_name(source.path)  # Arrow opens no other
         with (
@@ -70,6 +73,8 @@ def _pyarrow() -> tuple[Any, type[Exception]]:
 def _check_column(source: Source, schema: Any, column: str) -> None:
     import pyarrow
 
+    if schema.names.count(column) > 1:
+        raise UserError(f"{source} has several columns {column!r}; write it with one of that name.")
     if column not in schema.names:
         there = ", ".join(schema.names[:10])
         raise UserError(

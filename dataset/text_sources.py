@@ -6,6 +6,8 @@ into a local cache.
 
 import argparse
 import glob
+import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +41,11 @@ class Source:
     @property
     def is_stdin(self) -> bool:
         return self.path == STDIN
+
+    @property
+    def is_pipe(self) -> bool:
+        """Whether it can be read only once."""
+        return self.is_stdin or self.path.is_fifo()
 
     @property
     def size(self) -> int:
@@ -144,29 +151,73 @@ def _remote_files(argument: str) -> list[str]:
 
 
 def _expand(argument: str) -> list[Path]:
-    path = Path(argument).expanduser()
-    if path == STDIN or path.is_file() or path.is_fifo():
-        return [path]
-    if path.is_dir():
-        matches = sorted(
-            file
-            for file in path.rglob("*")
-            if file.is_file()
-            and split_name(file)[1]
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
-        if not matches:
-            raise UserError(
-                f"the folder {argument} holds no file that ends in {' '.join(FORMATS)} "
-                f"(or these and {' '.join(COMPRESSIONS)}); name its files with a glob."
-            )
-        return matches
-    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-    matches = [match for match in matches if match.is_file()]
+    if not argument.strip():
+        raise UserError("an input is named by an empty text; name a file, or . for this folder.")
+    try:
+        path = Path(argument).expanduser()
+        if path == STDIN or path.is_file() or path.is_fifo():
+            return [path]
+        if path.is_dir():
+            return _each_once(_files_below(path, argument))
+        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        _check_links(matches)
+        matches = [match for match in matches if match.is_file()]
+    except RuntimeError:  # no such user, or no home folder
+        raise UserError(f"the input {argument!r}: whose folder ~ is is not known here.") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot read the input {argument!r}: {reason}.") from error
     if not matches:
         what = "matches no file" if glob.has_magic(argument) else "does not exist"
         raise UserError(f"the input {argument!r} {what}; check the path.")
-    return matches
+    return _each_once(matches)
+
+
+def _files_below(folder: Path, argument: str) -> list[Path]:
+    """Readable files of a folder and its subfolders, links to folders included, hidden ones not."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, others, entered = [], [], set()
+    for place, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(place)) in entered:  # a link to a folder further up, say
+            subfolders.clear()
+            continue
+        entered.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        paths = [Path(place, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if split_name(path)[1]]
+        others += [str(path) for path in paths if not split_name(path)[1]]
+    if not found:
+        raise UserError(
+            f"the folder {argument} holds no file that ends in {' '.join(FORMATS)} "
+            f"(or these and {' '.join(COMPRESSIONS)}); name its files with a glob."
+        )
+    if others:
+        shown = ", ".join(sorted(others)[:3]) + (", …" if len(others) > 3 else "")
+        warnings.warn(
+            f"{len(others)} file(s) in {argument} are not read, because their names tell no format "
+            f"({shown}); a glob names them",
+            stacklevel=1,
+        )
+    _check_links(found)
+    return sorted(path for path in found if path.is_file())
+
+
+def _check_links(paths: list[Path]) -> None:
+    """Refuse links to files that are not there: their text would be missing silently."""
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist.")
+
+
+def _each_once(paths: list[Path]) -> list[Path]:
+    """The paths without further links to the same files."""
+    once: dict[Path, Path] = {}
+    for path in paths:
+        once.setdefault(path.resolve(), path)
+    return list(once.values())
 
 
 def _source(path: Path, given_format: str | None, url: str | None = None) -> Source:

@@ -75,7 +75,7 @@ class TextTokenizer:
         workers = min(workers, _usable_cores())  # more would only wait for each other
         use_threads(workers)
         self.path = path
-        self.tokenizer, description = _load(path)
+        self.tokenizer, self._description = _load(path)
         # A token that is named for the one is no candidate for the other.
         eos_usual = tuple(token for token in EOS_TOKENS if token != pad_token)
         pad_usual = tuple(token for token in PAD_TOKENS if token != eos_token)
@@ -88,12 +88,12 @@ class TextTokenizer:
             )
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         self.eos_id, self.pad_id = vocabulary[self.eos_token], vocabulary[self.pad_token]
-        self.byte_lengths = byte_lengths(self.tokenizer, vocabulary, description)
+        self.byte_lengths = byte_lengths(self.tokenizer, vocabulary, self._description)
         self.vocab_size = len(self.byte_lengths)
         self.dtype = token_dtype(self.vocab_size)
         self.ignore_label_id = int(np.iinfo(self.dtype).max)
         special = {self.eos_token, self.pad_token}
-        plain = PlainTokenizer(self.tokenizer, description, special, self.byte_lengths)
+        plain = PlainTokenizer(self.tokenizer, self._description, special, self.byte_lengths)
         self.lossless, self.unknown_id = plain.lossless, plain.unknown_id
         self.token_dtype = self.dtype if self.lossless else sized_dtype(self.dtype)
         self.encoder: Encoder
@@ -134,6 +134,10 @@ class TextTokenizer:
                 f"tokens, or leave {option} out to have {usual[0]} added."
             )
         token = token or usual[0]
+        if self.tokenizer.token_to_id(token) is None and _has_holes(self._description["model"]):
+            highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+            self._description["model"]["vocab"][token] = highest + 1
+            self.tokenizer = Tokenizer.from_str(orjson.dumps(self._description).decode())
         self.tokenizer.add_special_tokens([token])  # also marks a token that is there as special
         return token
 
@@ -160,7 +164,11 @@ def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
         description["padding"] = None
         if description["model"].get("dropout") is not None:
             description["model"]["dropout"] = None  # training noise; a corpus is built once
+        if _has_holes(description["model"]):
+            _keep_added_ids(description)
         return Tokenizer.from_str(orjson.dumps(description).decode()), description
+    except UserError as error:
+        raise UserError(f"--tokenizer-json {path}: {error}") from None
     except OSError as error:
         raise UserError(
             f"cannot read --tokenizer-json {path}: {error.strerror or error}; "
@@ -172,3 +180,25 @@ def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
             f"--tokenizer-json {path} is not a tokenizer.json: {fault}; dataset.train_tokenizer "
             "makes one."
         ) from error
+
+
+def _has_holes(model: dict[str, Any]) -> bool:
+    """Return whether ids below the model's highest have no token. The library numbers added tokens
+    from the count of the model's tokens, which then is the id of one of them."""
+    vocabulary = model["vocab"]  # a Unigram model's is a list, which has none
+    return isinstance(vocabulary, dict) and max(vocabulary.values(), default=-1) >= len(vocabulary)
+
+
+def _keep_added_ids(description: dict[str, Any]) -> None:
+    """Give added tokens the ids of their own that the file names, by entering them in the model's
+    vocabulary."""
+    vocabulary = description["model"]["vocab"]
+    for token in description.get("added_tokens") or []:
+        vocabulary.setdefault(token["content"], token["id"])
+    owners: dict[int, str] = {}
+    for token, index in vocabulary.items():
+        if (other := owners.setdefault(index, token)) != token:
+            raise UserError(
+                f"{other!r} and {token!r} both have the id {index}; give each token an id of its "
+                "own"
+            )

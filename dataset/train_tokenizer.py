@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file, such as {output}/tok.json.")
     sources = [source for group in find_sources(args.input_files, args.format) for source in group]
+    if any(not s.is_pipe and output.resolve() == s.path.resolve() for s in sources):
+        raise UserError(f"--output {output} is one of the inputs; name another file.")
     options = ReadOptions(args.documents, args.text_key, args.max_bad_lines)
     size = sum(source.size for source in sources)
     with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:

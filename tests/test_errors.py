@@ -162,6 +162,14 @@ def test_an_empty_test_split_skips_evaluation_with_one_sentence(copied, tmp_path
     assert "evaluation is skipped" in capsys.readouterr().out
 
 
+def test_early_stopping_without_a_test_split_is_refused_before_the_first_step(copied, tmp_path):
+    shutil.rmtree(copied / "test")
+    run = [f"checkpoint_path={tmp_path}/run", "early_stopping={metric: loss}", "eval_interval=0.1"]
+    with pytest.raises(UserError, match=r"early_stopping.*loss.*data_paths_test"):
+        launch(compose_config([*TINY, f"data_paths=[{copied}]", *run]))
+    assert not list((tmp_path / "run").glob("step_*"))
+
+
 def test_new_run_in_the_folder_of_an_old_one(text_corpus, run_training):
     run_training(text_corpus, "run", "max_steps=1", "evaluators=[]")
     with pytest.raises(UserError, match="resume=none"):

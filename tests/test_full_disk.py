@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from training_tools import ROOT
 
 from dataset import inspect_corpus, train_tokenizer
 from dataset.common import UserError, run_cli
@@ -198,3 +200,13 @@ def test_a_reader_that_has_gone_ends_a_command_silently(monkeypatch, capsys):
         with pytest.raises(SystemExit) as end:
             run_cli(lambda: print("text", flush=True))
     assert end.value.code == 141 and capsys.readouterr().err == ""
+
+
+def test_a_closed_standard_output_does_not_end_a_command(monkeypatch, capsys):
+    def command() -> None:
+        warnings.warn_explicit("a note", UserWarning, str(ROOT / "dataset" / "common.py"), 1)
+        print("text")
+
+    monkeypatch.setattr(sys, "stdout", None)
+    run_cli(command)
+    assert capsys.readouterr().err == ""

@@ -17,10 +17,11 @@ def write_atomically(target: str | Path) -> Iterator[Path]:
     folder replace those of the same names in a folder that exists. On any exception `target` is as
     it was, and neither what was written so far nor parent folders that were made for it remain.
     """
-    target = Path(os.path.realpath(target))  # a link stays one
+    target = Path(target)
     if target.exists() and not target.is_file() and not target.is_dir():
         yield target  # a pipe or a device, such as /dev/stdout
         return
+    target = Path(os.path.realpath(target))  # a link stays one
     made = [folder for folder in target.parents if not folder.exists()]
     part = target.with_name(f".{target.stem[:50]}.part-{os.getpid()}{target.suffix}")
     try:

@@ -4,6 +4,7 @@ Each check names the keys that it reads. One of them being wrong already, the ch
 out, so that a user never reads a complaint about a value that they did not give.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -136,8 +137,14 @@ def _paths_once(c: Context) -> Iterator[str]:
         paths = getattr(c.config, key)
         if any(not path.strip() for path in paths):
             yield f"{key} holds an empty path: remove it"
-        for path in sorted({path for path in paths if paths.count(path) > 1}):
-            yield f"{key} names '{path}' twice: to weigh a corpus, use domain_weights"
+        once: dict[str, str] = {}
+        for path in paths:
+            place = path if "://" in path else os.path.realpath(path)
+            if place not in once:
+                once[place] = path
+                continue
+            also = "" if once[place] == path else f", once as '{once[place]}'"
+            yield f"{key} names '{path}' twice{also}: to weigh a corpus, use domain_weights"
 
 
 @_reads("min_iterations")
@@ -239,6 +246,13 @@ def _lr_find(c: Context) -> Iterator[str]:
 
 
 # --- checkpoints ------------------------------------------------------------------------
+
+
+@_reads("load_checkpoint", "checkpoint_path")
+def _paths_given(c: Context) -> Iterator[str]:
+    for key in ("load_checkpoint", "checkpoint_path"):  # as by a variable that is not set
+        if (path := getattr(c.config, key)) is not None and not path.strip():
+            yield f"{key} is empty: give a path, or null for none"
 
 
 @_reads("resume", "load_checkpoint")

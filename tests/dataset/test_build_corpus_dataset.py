@@ -246,6 +246,13 @@ def test_a_path_holds_out_that_file_and_a_pattern_all_of_its_name(build, tmp_pat
     assert documents_of(corpus, "test").keys() == {"one", "two"}
 
 
+def test_a_name_that_is_also_a_pattern_holds_out_the_file_of_that_name(build, tmp_path):
+    for name in ("data[1].jsonl", "data1.jsonl"):
+        write_jsonl(tmp_path / name, [f"text of {name}"])
+    corpus = build(tmp_path, options="--test-files data[1].jsonl")
+    assert documents_of(corpus, "test") == {"data[1]": ["text of data[1].jsonl"]}
+
+
 def test_domain_labels(build, tmp_path, rng, fails):
     (tmp_path / "many").mkdir()
     for name in ("a", "b"):
@@ -260,6 +267,8 @@ def test_domain_labels(build, tmp_path, rng, fails):
     assert documents_of(corpus, "test") == {"x": ["in c"]}
     message = fails(lambda: build(many, c, options=f"{base} x y z w", out="four"))
     assert "--domain-labels names 4" in message
+    # With the name of the blank identifier a model would be asked under one that was not trained.
+    assert "<blank>" in fails(lambda: build(c, options=f"{base} <blank>", out="four"))
 
 
 def test_an_empty_test_split_says_so(build, tmp_path, capsys):
@@ -345,6 +354,7 @@ def test_other_tokenizers_get_eos_and_pad(tmp_path, build, fails):
         ("--workers 0", "--workers is 0"),
         ("--min-chars -1", "--min-chars is -1"),
         ("--save-every -1", "--save-every is -1"),
+        ("--save-every nan", "--save-every is nan"),
         ("--seq-len 1e3", "argument --seq-len: invalid int value: '1e3'"),
         ("--format csv", "--format: invalid choice: 'csv'"),
     ],

@@ -1,6 +1,7 @@
 """Prompts and responses: what is scored, what is cut, which budget a row gets."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -153,7 +154,19 @@ def test_one_prompt_lands_in_one_split(build_text, tmp_path, monkeypatch):
         ({"prompt": "p", "response": 3}, "key 'response' holds no text"),
         ({"prompt": "p", "response": "r", "meta": 3}, "key 'meta' holds no object"),
         ({"prompt": "p", "response": "r", "meta": {"domain": 3}}, "meta.domain is 3"),
+        (
+            {"prompt": "p", "response": "r", "meta": {"domain": "<blank>"}},
+            "meta.domain is '<blank>'",
+        ),
         ({"prompt": "p", "response": "r", "meta": {"complexity": "x"}}, "meta.complexity is 'x'"),
+        (
+            {"prompt": "p", "response": "r", "meta": {"complexity": 10**400}},
+            "meta.complexity is 10",
+        ),
+        (
+            {"prompt": "p", "response": "r", "meta": {"complexity": math.nan}},
+            "meta.complexity is n",
+        ),
     ],
 )
 def test_bad_examples_are_named_or_skipped(build_text, tmp_path, fails, record, message):
@@ -170,6 +183,7 @@ def test_bad_examples_are_named_or_skipped(build_text, tmp_path, fails, record, 
     ("options", "message"),
     [
         ("--domain-weights maths=1", "names maths, but the domains are qa"),
+        ("--domain-weights qa=1 qa=2", "names 'qa' twice"),
         ("--domain-weights qa", "'qa' is not NAME=WEIGHT"),
         ("--domain-weights qa=-1", "'qa=-1' is not NAME=WEIGHT"),
         ("--max-context-tokens 0", "--max-context-tokens is 0"),

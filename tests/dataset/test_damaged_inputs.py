@@ -118,7 +118,7 @@ def test_damaged_files_are_read_rightly_or_refused(
         (b'{"body": "x"}\n', "no key 'text' (keys there: body"),
         (b'{"text": 3}\n', "holds a number, not text"),
         ('{"text": "ä"}\n'.encode("latin-1"), "is not valid UTF-8"),
-        ('{"text": "x"}\n'.encode("utf-16"), "is not valid UTF-8"),
+        ('{"text": "x"}\n'.encode("utf-16"), "looks like UTF-16"),
         (b'{"text": "x"}\x00\n', "not valid JSON"),
         (b'[{"text": "x"}, {"text": "y"}]', "one JSON array"),
         (b'[\n {"text": "x"}\n]\n', "one JSON array"),

@@ -58,3 +58,14 @@ def test_columns_of_other_things_are_named(tmp_path, values):
     parquet.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"'text'.*not text.*--text-key"):
         read(tmp_path / "a.parquet", bad_lines=9)
+
+
+def test_what_cannot_be_read_as_a_column_is_named(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="several columns 'text'"):
+        read(tmp_path / "a.parquet")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n"
+    (tmp_path / "a.parquet").write_bytes(pointer)
+    with pytest.raises(UserError, match="git lfs pull"):
+        read(tmp_path / "a.parquet")

@@ -1,10 +1,14 @@
 """Reading: every format and compression gives the same documents; every fault is named."""
 
+import bz2
 import gzip
 import io
 import json
 import lzma
+import os
 import sys
+import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -167,6 +171,69 @@ def test_standard_input(monkeypatch):
         read("-", given_format="text")
 
 
+def test_a_closed_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input is closed"):
+        read("-", given_format="text")
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_pipes_are_read_as_files_are(tmp_path, ending):
+    path = tmp_path / f"a.jsonl{ending}"
+    os.mkfifo(path)
+    data = COMPRESS[ending](b'{"text": "one"}\n{"text": "two"}\n')
+    writer = threading.Thread(target=path.write_bytes, args=[data])
+    writer.start()
+    assert read(path) == ["one", "two"]
+    writer.join()
+
+
+def tar(data: bytes) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", encoding="utf-8") as archive:
+        member = tarfile.TarInfo("a.txt")
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize(
+    "data, kind",
+    [
+        (tar(b"some text\n"), "tar"),
+        (b"PK\x03\x04\x14\0\0\0\x08\0", "zip"),
+        (bz2.compress(b"some text\n"), "bzip2"),
+        ("some text\nmore".encode("utf-16-le"), "UTF-16"),
+        ("some text\nmore".encode("utf-16-be"), "UTF-16"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", "git lfs pull"),
+    ],
+    ids=["tar", "zip", "bzip2", "little endian", "big endian", "pointer"],
+)
+def test_what_is_no_text_is_not_read_as_text(tmp_path, ending, data, kind):
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(data if "lfs" in kind else COMPRESS[ending](data))
+    with pytest.raises(UserError, match=rf"a\.txt.*{kind}"):
+        read(path, max_bad_lines=9)
+
+
+@pytest.mark.parametrize("text", ["a\0b\n", "\0" * 99, "a\0\0b c", "na\0ïve\0\0\n", "PK and BZh"])
+def test_text_may_hold_nul_characters(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text, "utf-8")
+    assert read(tmp_path / "a.txt") == [text.removesuffix("\n")]
+
+
+def test_a_file_whose_lines_end_in_carriage_returns_is_pointed_out(tmp_path, recwarn):
+    (tmp_path / "a.txt").write_bytes(b"one\rtwo\rthree\r")
+    with pytest.warns(UserWarning, match=r"a\.txt.*2 carriage returns.*tr"):
+        assert read(tmp_path / "a.txt") == ["one\rtwo\rthree\r"]
+    recwarn.clear()
+    for data in (b"one\r\ntwo", b"one\r", b"one\rtwo\n"):
+        (tmp_path / "a.txt").write_bytes(data)
+        read(tmp_path / "a.txt")
+    assert not recwarn.list
+
+
 def test_progress_ends_at_the_size_on_disk(tmp_path, rng):
     for ending, compress in COMPRESS.items():
         path = tmp_path / f"a.txt{ending}"
@@ -175,3 +242,34 @@ def test_progress_ends_at_the_size_on_disk(tmp_path, rng):
         reader = DocumentReader(ReadOptions(), seen.append)
         assert len(list(reader.texts(find_sources([str(path)])[0][0]))) == 99
         assert sum(seen) == path.stat().st_size
+
+
+def test_folders_with_links(tmp_path):
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    corpus.mkdir()
+    elsewhere.mkdir()
+    (corpus / "a.txt").write_text("one", "utf-8")
+    (elsewhere / "b.txt").write_text("two", "utf-8")
+    (corpus / "part").symlink_to(elsewhere)
+    (corpus / "again").symlink_to(elsewhere)
+    (corpus / "loop").symlink_to(corpus)
+    (corpus / "z.txt").symlink_to("a.txt")
+    assert read(corpus) == ["one", "two"]
+    assert read(f"{corpus}/*.txt") == ["one"]
+    (elsewhere / "gone.txt").symlink_to(tmp_path / "moved.txt")
+    for argument in (corpus, f"{elsewhere}/*.txt"):
+        with pytest.raises(UserError, match=r"gone\.txt .*moved\.txt"):
+            read(argument)
+
+
+def test_files_that_a_folder_does_not_give_are_named(tmp_path):
+    for name in ("a.txt", "b.log", "README", ".hidden"):
+        (tmp_path / name).write_text(name, "utf-8")
+    with pytest.warns(UserWarning, match=r"2 file.*README.*b\.log"):
+        assert read(tmp_path, given_format="text") == ["a.txt"]
+
+
+@pytest.mark.parametrize("argument", ["", " ", "~no_such_user/a.txt", "x" * 300 + ".txt"])
+def test_names_that_name_nothing(argument):
+    with pytest.raises(UserError, match="input"):
+        read(argument)

@@ -77,3 +77,13 @@ def test_the_message_names_option_value_and_reason(tmp_path):
         write_result(target, f"--output {target}") as part,
     ):
         part.write_text("x", "utf-8")
+
+
+def test_a_pipe_is_written_to():
+    """As with --output /dev/stdout in a pipeline."""
+    reader, writer = os.pipe()
+    with open(reader, "rb") as stream:
+        with write_result(f"/dev/fd/{writer}", "--output") as part:
+            part.write_text("text", "utf-8")
+        os.close(writer)
+        assert stream.read() == b"text"
