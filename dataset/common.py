@@ -354,7 +354,7 @@ def tokenizer_fault(content: bytes, error: Exception) -> str:
     """Return in a clause what a file holds instead of a tokenizer.json."""
     try:
         value = json.loads(content)
-    except ValueError:  # of JSON or of UTF-8
+    except (ValueError, RecursionError):  # of JSON or of UTF-8
         return "it is not JSON"
     if not isinstance(value, dict):
         return f"it holds a {type(value).__name__}"
