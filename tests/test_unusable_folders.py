@@ -31,7 +31,7 @@ def unwritable(tmp_path):
         pytest.skip("root may write everywhere, and nothing can be mounted")
     else:
         yield folder
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def pretrain(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -39,7 +39,7 @@ def pretrain(folder: Path, *arguments: str, **environment: str) -> subprocess.Co
         [sys.executable, str(ROOT / "pretrain.py"), *TINY, "max_steps=1", "evaluators=[]",
          *arguments],
         cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True, encoding="utf-8", timeout=200,
+        capture_output=True, encoding="utf-8", timeout=400,
     )  # fmt: skip
 
 
