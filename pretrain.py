@@ -404,6 +404,11 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
     """
     config, backend = run.config, run.backend
     if run.data.test is None and not run.evaluators:
+        if config.eval_only:
+            raise UserError(
+                f"there is nothing to evaluate: {', '.join(run.data.test_paths)} has no test "
+                "split, or an empty one; name another corpus with data_paths_test"
+            )
         say(run, "the corpora have no test split, or an empty one: evaluation is skipped")
         return {}
     rows = persistence.evaluation_rows(config, backend, run.micro_batches, run.data.test)
@@ -428,7 +433,7 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
                 run.data.train,
                 run.tokenizer,
                 backend,
-                rows // backend.world_size,
+                (config.eval_batch_size or rows) // backend.world_size,
                 run.watchdog.sign,
             ),
         )

@@ -391,9 +391,10 @@ def evaluation_rows(
     """Rows of an evaluation batch, over all ranks: as configured, or as in training."""
     ranks = backend.world_size
     at_once = config.rows_per_rank(ranks) // micro_batches
+    rows = config.eval_batch_size or ranks * at_once
     if not backend.compiles(config.compile) and test is not None:
-        at_once = min(at_once, -(-test.num_rows // ranks))  # another shape, if compiled, takes long
-    return config.eval_batch_size or ranks * at_once
+        rows = min(rows, ranks * -(-test.num_rows // ranks))  # more would be padding alone
+    return rows  # another shape than in training, if compiled, takes long
 
 
 def saved_micro_rows(resumed: Checkpoint | None, rows: int) -> int | None:

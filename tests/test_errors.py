@@ -13,7 +13,8 @@ from training_tools import ROOT, TINY, make_config
 
 from dataset import build_corpus_dataset
 from dataset.common import UserError, load_metadata
-from pretrain import launch, main, open_data
+from pretrain import launch, main, open_data, train
+from utils.backend.cpu import CPUBackend
 from utils.config import compose_config
 
 
@@ -160,6 +161,14 @@ def test_an_empty_test_split_skips_evaluation_with_one_sentence(copied, tmp_path
     run = [f"checkpoint_path={tmp_path}/run", "max_steps=1"]
     launch(compose_config([*TINY, f"data_paths=[{copied}]", *run]))
     assert "evaluation is skipped" in capsys.readouterr().out
+
+
+def test_evaluating_on_nothing_is_an_error(copied, text_run, tmp_path):
+    shutil.rmtree(copied / "test")
+    run = ["eval_only=true", f"load_checkpoint={text_run}", f"checkpoint_path={tmp_path}/run"]
+    config = make_config(copied, *run, "arch.loss.loss_type=stablemax_cross_entropy")
+    with pytest.raises(UserError, match=r"copy .*data_paths_test"):
+        train(CPUBackend(), config)
 
 
 def test_early_stopping_without_a_test_split_is_refused_before_the_first_step(copied, tmp_path):

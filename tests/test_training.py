@@ -93,6 +93,21 @@ def test_evaluation_saves_named_outputs_and_reports_by_step(text_corpus, run_tra
     )
 
 
+def test_a_batch_larger_than_the_test_split_costs_no_more_than_the_split(
+    text_corpus, run_training, monkeypatch
+):
+    shapes = set()
+    real = EvalStream.from_config
+
+    def from_config(corpora, config, arch, rows, **ranks):
+        shapes.add((rows, corpora.num_rows))
+        return real(corpora, config, arch, rows, **ranks)
+
+    monkeypatch.setattr(EvalStream, "from_config", from_config)
+    run_training(text_corpus, "run", "max_steps=1", "eval_batch_size=1024")
+    assert all(rows == test_rows for rows, test_rows in shapes) and shapes
+
+
 def test_early_stopping_ends_a_run_that_no_longer_improves(text_corpus, run_training):
     run = run_training(
         text_corpus, "run", "lr=0", "puzzle_emb_lr=0", "epochs=50", "max_steps=200",

@@ -89,7 +89,7 @@ class Corpora:
         if split == "train" and (self.num_rows == 0 or self.num_groups == 0):
             raise UserError(
                 f"{', '.join(self.data_paths)}: the train split has no rows; "
-                "build it with more text or a higher train ratio."
+                "build it with more text or a higher train ratio, or name it as data_paths_test."
             )
         self.metadata = _joined_metadata(metadata, self.identifiers, self.domains)
         self.has_targets = any(part.has_targets for part in self._parts)
