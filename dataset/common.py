@@ -148,10 +148,10 @@ def _fails(stream: Any) -> bool:
         poll = select.poll()
         poll.register(stream.fileno(), 0)  # errors are always reported
         return bool(poll.poll(0))
+    except (AttributeError, io.UnsupportedOperation):  # Windows; a stream without a file
+        return False
     except OSError:
         return True
-    except AttributeError:  # Windows; a stream without a file
-        return False
 
 
 def check_decoded(texts: Iterable[str]) -> None:

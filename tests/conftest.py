@@ -23,6 +23,9 @@ from training_tools import puzzle_corpus, run_training, text_corpus, text_run
 
 __all__ = ["puzzle_corpus", "run_training", "text_corpus", "text_run"]
 
+# For the processes that tests start: idle threads of two processes wait for work on the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 TIERS = ("canary", "slow", "nightly")
 
 FAILED = pytest.StashKey[bool]()

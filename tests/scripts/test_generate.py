@@ -136,7 +136,7 @@ def test_arguments_that_the_locale_could_not_decode(text_run, capsys):
 def test_texts_are_whole_where_the_terminal_cannot_encode_them(text_run, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a今\n", encoding="utf-8")
     for source, shown in (
-        ("prompt=a今", b"a?"),
+        ("prompt=a今", b"a\\u4eca"),
         (f"prompts_file={tmp_path}/prompts.txt", b"\\u4eca"),
     ):
         out = io.BytesIO()
