@@ -137,7 +137,7 @@ def test_texts_are_whole_where_the_terminal_cannot_encode_them(text_run, tmp_pat
     (tmp_path / "prompts.txt").write_text("a今\n", encoding="utf-8")
     for source, shown in (
         ("prompt=a今", b"a\\u4eca"),
-        (f"prompts_file={tmp_path}/prompts.txt", b"\\u4eca"),
+        (f"prompts_file={tmp_path}/prompts.txt", "a今".encode()),
     ):
         out = io.BytesIO()
         monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, "ascii"))
