@@ -17,7 +17,12 @@ from tqdm import tqdm
 
 from dataset.array_writer import SplitWriter, write_json
 from dataset.common import BLANK_IDENTIFIER, FORMAT_VERSION, UserError, command_parser, run_cli
-from dataset.corpus_folder import add_output_options, check_output_dir, corpus_folder
+from dataset.corpus_folder import (
+    add_output_options,
+    check_output_dir,
+    corpus_folder,
+    resolve_output,
+)
 
 BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 FRUITLESS_GRIDS = 300
@@ -236,7 +241,7 @@ def check_options(args: argparse.Namespace) -> None:
             f"--num-train {args.num_train} must be at least 1 and --num-test {args.num_test} at "
             "least 0."
         )
-    check_output_dir(args.output_dir.expanduser().resolve(), args.overwrite)
+    check_output_dir(resolve_output(args.output_dir), args.overwrite)
 
 
 def build(args: argparse.Namespace) -> None:
