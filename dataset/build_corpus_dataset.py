@@ -44,6 +44,7 @@ from dataset.corpus_folder import (
     check_output_dir,
     clear_leftovers,
     is_corpus,
+    resolve_output,
     resumable_folder,
 )
 from dataset.document_reader import DocumentReader, ReadOptions
@@ -329,7 +330,7 @@ def build(args: argparse.Namespace) -> None:
     """Build the corpus that the command line asks for, whole or not at all."""
     started = time.perf_counter()
     check_options(args)
-    target = args.output_dir.expanduser().resolve()
+    target = resolve_output(args.output_dir)
     if args.resume and not args.overwrite and target.is_dir() and is_corpus(target):
         clear_leftovers(target)
         print(f"{args.output_dir} is finished; there is nothing to resume")

@@ -24,7 +24,12 @@ from dataset.common import (
     run_cli,
     seed_number,
 )
-from dataset.corpus_folder import add_output_options, check_output_dir, corpus_folder
+from dataset.corpus_folder import (
+    add_output_options,
+    check_output_dir,
+    corpus_folder,
+    resolve_output,
+)
 
 BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 FRUITLESS_GRIDS = 300
@@ -243,7 +248,7 @@ def check_options(args: argparse.Namespace) -> None:
             f"--num-train {args.num_train} must be at least 1 and --num-test {args.num_test} at "
             "least 0."
         )
-    check_output_dir(args.output_dir.expanduser().resolve(), args.overwrite)
+    check_output_dir(resolve_output(args.output_dir), args.overwrite)
 
 
 def build(args: argparse.Namespace) -> None:

@@ -31,7 +31,12 @@ from dataset.corpus import (
     finish_corpus,
     print_summary,
 )
-from dataset.corpus_folder import add_output_options, check_output_dir, corpus_folder
+from dataset.corpus_folder import (
+    add_output_options,
+    check_output_dir,
+    corpus_folder,
+    resolve_output,
+)
 from dataset.document_reader import DocumentReader, ReadOptions
 from dataset.journal import Journal
 from dataset.packing import PackOptions, make_rows
@@ -248,7 +253,7 @@ def check_options(args: argparse.Namespace) -> None:
     if not 0 <= args.train_ratio <= 1:
         raise UserError(f"--train-ratio is {args.train_ratio}; it must lie in 0..1.")
     check_iterations(args)
-    check_output_dir(args.output_dir.expanduser().resolve(), args.overwrite)
+    check_output_dir(resolve_output(args.output_dir), args.overwrite)
 
 
 def open_splits(

@@ -37,6 +37,16 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def resolve_output(output_dir: str | Path) -> Path:
+    """Return the absolute path of the folder that --output-dir names."""
+    try:
+        return Path(output_dir).expanduser().resolve()
+    except RuntimeError:  # no such user, or no home folder
+        raise UserError(
+            f"--output-dir {output_dir}: whose folder ~ is is not known here; write the path out."
+        ) from None
+
+
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
     """Refuse, before any work is done, a folder that must not be replaced."""
     if not output_dir.exists():
@@ -69,7 +79,7 @@ def corpus_folder(output_dir: str | Path, overwrite: bool) -> Iterator[Path]:
 
     On any exception the sibling is removed and `output_dir` is as it was.
     """
-    target = Path(output_dir).expanduser().resolve()
+    target = resolve_output(output_dir)
     check_output_dir(target, overwrite)
     building = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     with _disk_faults(building):
@@ -119,7 +129,7 @@ def resumable_folder(
     its `identity` is the same; without, an unfinished build is an error, or, with `overwrite`,
     thrown away.
     """
-    target = Path(output_dir).expanduser().resolve()
+    target = resolve_output(output_dir)
     check_output_dir(target, overwrite)
     building = target.with_name(f".{target.name}.building")
     with _disk_faults(building):
@@ -195,7 +205,7 @@ def _open_journal(building: Path, target: Path, overwrite: bool, resume: bool) -
 
 def clear_leftovers(output_dir: Path) -> None:
     """Remove what a build that was killed right after its last rename has left."""
-    target = output_dir.expanduser().resolve()
+    target = resolve_output(output_dir)
     building = target.with_name(f".{target.name}.building")
     if not (building / "journal.sqlite").is_file():
         for left in building.glob("journal.sqlite-*"):  # its removal was cut short

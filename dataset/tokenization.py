@@ -164,8 +164,8 @@ def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
         description["padding"] = None
         if description["model"].get("dropout") is not None:
             description["model"]["dropout"] = None  # training noise; a corpus is built once
-        if _has_holes(description["model"]):
-            _keep_added_ids(description)
+        if isinstance(description["model"]["vocab"], dict):  # a Unigram model's is a list
+            _keep_ids(description)
         return Tokenizer.from_str(orjson.dumps(description).decode()), description
     except UserError as error:
         raise UserError(f"--tokenizer-json {path}: {error}") from None
@@ -185,18 +185,22 @@ def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
 def _has_holes(model: dict[str, Any]) -> bool:
     """Return whether ids below the model's highest have no token. The library numbers added tokens
     from the count of the model's tokens, which then is the id of one of them."""
-    vocabulary = model["vocab"]  # a Unigram model's is a list, which has none
+    vocabulary = model["vocab"]
     return isinstance(vocabulary, dict) and max(vocabulary.values(), default=-1) >= len(vocabulary)
 
 
-def _keep_added_ids(description: dict[str, Any]) -> None:
-    """Give added tokens the ids of their own that the file names, by entering them in the model's
-    vocabulary."""
-    vocabulary = description["model"]["vocab"]
-    for token in description.get("added_tokens") or []:
-        vocabulary.setdefault(token["content"], token["id"])
+def _keep_ids(description: dict[str, Any]) -> None:
+    """Have each token keep an id of its own: where there are holes, added tokens have those that
+    the file names, entered in the model's vocabulary."""
+    model = description["model"]
+    if _has_holes(model):
+        for token in description.get("added_tokens") or []:
+            model["vocab"].setdefault(token["content"], token["id"])
+    tokens = model["vocab"]
+    if len(set(tokens.values())) == len(tokens):
+        return
     owners: dict[int, str] = {}
-    for token, index in vocabulary.items():
+    for token, index in tokens.items():
         if (other := owners.setdefault(index, token)) != token:
             raise UserError(
                 f"{other!r} and {token!r} both have the id {index}; give each token an id of its "

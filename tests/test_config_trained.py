@@ -63,3 +63,17 @@ def test_a_run_that_goes_on_has_its_own_architecture(text_run, text_corpus):
     assert width(f"checkpoint_path={text_run}") > 32, "which did not start from a checkpoint"
     assert width("load_checkpoint=gone", "checkpoint_path=new") > 32
     assert width(f"resume={newest}", "arch=athena_trm_small") > 32
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(text_run, text_corpus, monkeypatch):
+    """Only some shells expand it behind `key=`, and none does within brackets."""
+    monkeypatch.setenv("HOME", str(text_corpus.parent))
+    (text_corpus.parent / "run").symlink_to(text_run)
+    given = [f"data_paths=[~/{text_corpus.name}]", "load_checkpoint=~/run", "checkpoint_path=~/new"]
+    config = load_config(as_trained(compose_config(given), given))
+    assert config.arch.options["hidden_size"] == 32  # the checkpoint's
+    assert config.data_paths == [str(text_corpus)]
+    assert config.load_checkpoint == str(text_corpus.parent / "run")
+    assert config.checkpoint_path == str(text_corpus.parent / "new")
+    assert load_config(compose_config([given[0], "resume=~/run"])).resume == config.load_checkpoint
+    (text_corpus.parent / "run").unlink()

@@ -1,7 +1,9 @@
 """What a user sees who made a mistake: one sentence, no traceback, before a model is built."""
 
 import json
+import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -104,6 +106,17 @@ def test_a_truncated_array(copied):
     path = copied / "train" / "all" / "inputs.npy"
     path.write_bytes(path.read_bytes()[:-100])
     assert "inputs.npy" in opening(copied)
+
+
+def test_more_arrays_than_files_may_be_open(copied):
+    """The limit of macOS is 256; the arrays are whole."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 2, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"\.npy: Too many open files.*ulimit"):
+            open_data(make_config(copied))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_missing_array(copied):

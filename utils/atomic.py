@@ -17,7 +17,7 @@ def write_atomically(target: str | Path) -> Iterator[Path]:
     folder replace those of the same names in a folder that exists. On any exception `target` is as
     it was, and neither what was written so far nor parent folders that were made for it remain.
     """
-    target = Path(target)
+    target = Path(os.path.expanduser(target))
     if target.exists() and not target.is_file() and not target.is_dir():
         yield target  # a pipe or a device, such as /dev/stdout
         return

@@ -77,7 +77,7 @@ def did_you_mean(path: str, siblings: Iterable[str], everywhere: Iterable[str]) 
         return f"did you mean '{found}'?"
     if len(siblings) <= 12:
         return "valid here: " + (", ".join(siblings) or "nothing")
-    return "python pretrain.py --help lists every key"
+    return "--help lists every key"
 
 
 def expected(annotation: Any) -> str:

@@ -5,6 +5,7 @@ a test holds the yaml to them. Options of the architecture, the loss and the eva
 declared by those classes themselves (their `Config`) and are extra keys here.
 """
 
+import os
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -31,6 +32,8 @@ def _name_only(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(to_int)]
 Float = Annotated[float, BeforeValidator(to_float), Field(allow_inf_nan=False)]
 Text = Annotated[str, BeforeValidator(_to_text)]
+# no shell expands ~ within brackets, and few do behind key=
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
 # logs show evaluation metrics below eval/
 MetricName = Annotated[Text, AfterValidator(lambda name: name.removeprefix("eval/"))]
 
@@ -118,8 +121,8 @@ class PretrainConfig(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
     # Data
-    data_paths: list[str] = Field([], description="corpus folders to train on")
-    data_paths_test: list[str] = Field(
+    data_paths: list[PathText] = Field([], description="corpus folders to train on")
+    data_paths_test: list[PathText] = Field(
         [], description="corpus folders to evaluate on; [] is data_paths"
     )
     domain_weights: dict[str, NonNegativeFloat] | None = Field(
@@ -218,7 +221,7 @@ class PretrainConfig(pydantic.BaseModel):
     # Checkpoints
     project_name: Text = Field("athena", description="folder of checkpoints, project of loggers")
     run_name: Text | None = Field(None, description="name of the run; null: two random words")
-    checkpoint_path: Text | None = Field(
+    checkpoint_path: PathText | None = Field(
         None, description="the run's own folder; null: checkpoints/<project_name>/<run_name>"
     )
     checkpoint_every_eval: bool = Field(True, description="save before every evaluation")
@@ -233,11 +236,11 @@ class PretrainConfig(pydantic.BaseModel):
     )
     best_mode: Literal["min", "max"] = Field("min", description="whether less or more is better")
     checkpoint_carry: bool = Field(True, description="save held rows, for an exact resume")
-    resume: Annotated[str, BeforeValidator(_null_is_none_word)] = Field(
+    resume: Annotated[PathText, BeforeValidator(_null_is_none_word)] = Field(
         "auto", description="auto: go on where the run's folder ends; none; or a checkpoint"
     )
     resume_allow: list[str] = Field([], description="keys that may differ when resuming")
-    load_checkpoint: Text | None = Field(
+    load_checkpoint: PathText | None = Field(
         None, description="start a new run from the weights of this checkpoint"
     )
     load_weights: Literal["ema", "raw"] = Field(

@@ -1,5 +1,6 @@
 """Evaluating a checkpoint or training it further: what it was trained as need not be repeated."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,11 +69,15 @@ def _value_at(cfg: DictConfig, name: str) -> Any:
 
 def _source(cfg: DictConfig) -> Path | None:
     """The checkpoint that a run goes on from, else the one that it starts from."""
-    load, resume = cfg.get("load_checkpoint"), str(cfg.get("resume") or "auto")
+    load, resume, own = (
+        os.path.expanduser(str(cfg.get(key) or ""))
+        for key in ("load_checkpoint", "resume", "checkpoint_path")
+    )
+    resume = resume or "auto"
     if not (cfg.get("eval_only") or cfg.get("lr_find")) and (load or resume != "auto"):
-        run = folder_of(cfg.get("checkpoint_path"), cfg.get("project_name"), cfg.get("run_name"))
+        run = folder_of(own or None, cfg.get("project_name"), cfg.get("run_name"))
         places = [Path(resume), run and run / resume] if resume != "auto" else [run]
         for place in places:
             if place is not None and (found := checkpoint_in(place) / MANIFEST).is_file():
                 return found.parent
-    return checkpoint_in(Path(str(load))) if load and Path(str(load)).is_dir() else None
+    return checkpoint_in(Path(load)) if load and Path(load).is_dir() else None

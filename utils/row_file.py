@@ -5,6 +5,7 @@ cold disk. So rows are read with `preadv` from a descriptor for which read-ahead
 that cannot be done (another system, arrays stored by column) the map serves instead.
 """
 
+import errno
 import mmap
 import os
 import weakref
@@ -161,6 +162,9 @@ def map_array(path: Path) -> np.memmap:
     try:
         mapped = np.load(path, mmap_mode="r")
     except (ValueError, OSError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            advice = "; raise the limit, with ulimit -n" if error.errno == errno.EMFILE else ""
+            raise UserError(f"cannot read {path}: {error.strerror}{advice}.") from error
         # numpy takes what is no array for pickled data, and advises to load that.
         why = "" if "pickle" in str(error) else f" ({error})"
         raise UserError(

@@ -354,6 +354,7 @@ def test_other_tokenizers_get_eos_and_pad(tmp_path, build, fails):
         ("--workers 0", "--workers is 0"),
         ("--min-chars -1", "--min-chars is -1"),
         ("--save-every -1", "--save-every is -1"),
+        ("--output-dir ~no_such_user/corpus", "~no_such_user/corpus"),
         ("--save-every nan", "--save-every is nan"),
         ("--seq-len 1e3", "argument --seq-len: invalid int value: '1e3'"),
         ("--format csv", "--format: invalid choice: 'csv'"),

@@ -56,3 +56,8 @@ def test_tokens_that_share_an_id_are_named(tmp_path, build, fails):
     path = write_jsonl(tmp_path / "a.jsonl", ["one two"])
     line = fails(lambda: build(path, options=f"--tokenizer-json {tmp_path / 'tok.json'}"))
     assert repr(token) in line and "'<|eos|>'" in line and str(index) in line
+    description = json.loads(byte_level().to_str())
+    description["model"]["vocab"]["zz"] = description["model"]["vocab"]["Ċ"]
+    (tmp_path / "tok.json").write_text(json.dumps(description), "utf-8")
+    line = fails(lambda: build(path, options=f"--tokenizer-json {tmp_path / 'tok.json'}"))
+    assert "'Ċ'" in line and "'zz'" in line

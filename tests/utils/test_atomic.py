@@ -87,3 +87,11 @@ def test_a_pipe_is_written_to():
             part.write_text("text", "utf-8")
         os.close(writer)
         assert stream.read() == b"text"
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with write_result("~/a.txt", "--output") as part:
+        part.write_text("text", "utf-8")
+    assert everything(tmp_path) == ["a.txt"]
