@@ -132,6 +132,7 @@ def test_batch_size_changes_nothing(build, tmp_path, rng, monkeypatch):
         monkeypatch.setattr("dataset.documents.BATCH_DOCUMENTS", 3)
         monkeypatch.setattr("dataset.packing.BLOCK_TOKENS", size)
         monkeypatch.setattr("dataset.encoders.PIECE_CHARS", size)
+        monkeypatch.setattr("dataset.encoders.PART_CHARS", 7 * size)
         assert file_bytes(build(a, b, c, options=options, out=f"parts{size}")) == whole
 
 
@@ -144,6 +145,7 @@ def test_cutting_long_texts_keeps_their_tokens(tmp_path, monkeypatch, rng):
     whole = tokenizer.encode([text])[0]
     for size in (1, 2, 3, 50):
         monkeypatch.setattr("dataset.encoders.PIECE_CHARS", size)
+        monkeypatch.setattr("dataset.encoders.PART_CHARS", 7 * size)
         assert tokenizer.encode([text])[0].tolist() == whole.tolist()
         assert size > 3 or len(tokenizer.encoder._cut(text)) > 100
 
