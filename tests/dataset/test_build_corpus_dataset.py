@@ -291,6 +291,14 @@ def test_what_may_not_be_meant_is_said(build, tmp_path, capsys):
     assert "no training row is of domain b" in said and "99% of the training rows is" in said
     build(a, options="--seq-len 4 --train-ratio 0", out="none")
     assert "the training split is empty" in capsys.readouterr().out
+    (tmp_path / "books").mkdir()
+    for number in range(20):
+        write_jsonl(tmp_path / "books" / f"{number}.jsonl", [f"book {number}"])
+    build(tmp_path / "books", options="--seq-len 64 --train-ratio 1", out="books_apart")
+    said = capsys.readouterr().out
+    assert "20 domains" in said and "--domain-labels" in said and "--seq-len" not in said
+    build(tmp_path / "books", options="--seq-len 8 --domain-labels books", out="one")
+    assert "--domain-labels" not in capsys.readouterr().out
 
 
 def test_a_last_window_is_padded_not_dropped(build, tmp_path):
