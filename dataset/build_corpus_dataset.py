@@ -57,6 +57,7 @@ from dataset.text_sources import add_input_options
 from dataset.tokenization import TextTokenizer, add_tokenizer_options
 
 DEFAULT_TRAIN_RATIO = 0.995
+MANY_DOMAINS, MANY_ROWS = 16, 8  # more domains with fewer rows each are hardly meant
 # Options that may change between a build and its --resume: they do not change the result.
 FREE_OPTIONS = {
     "workers",
@@ -177,7 +178,11 @@ class Build:
         if missing := [self.domains[d] for d in sorted(trained) if not train.count(d).rows]:
             print(f"note: no training row is of domain {', '.join(missing[:9])}: all its documents "
                   "were left out, or are test")  # fmt: skip
-        if train.total.stored_tokens < places / 2:
+        rows = train.total.rows
+        if len(trained) > MANY_DOMAINS and rows < MANY_ROWS * len(trained):
+            print(f"note: {len(trained):,} domains, one for each name of an input, share {rows:,} "
+                  "training rows; --domain-labels names one for all files of an input")  # fmt: skip
+        elif train.total.stored_tokens < places / 2:
             print(f"note: {1 - train.total.stored_tokens / places:.0%} of the training rows is "
                   f"padding; lower --seq-len (now {args.seq_len})")  # fmt: skip
         if args.documents == "line" and any(e.source.format == "text" for e in self.inputs):

@@ -9,7 +9,7 @@ import array
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ from dataset.common import UserError, byte_alphabet
 PIECE_CHARS = 1 << 12
 """Long texts are cut into pieces of about this size: the library works through them a quarter
 faster than through whole chapters, and its threads share them evenly."""
+PART_CHARS = 1 << 21
+"""Text that is encoded at once: a document may have any size, its encodings must not."""
 # One space or line feed between two words: GPT-2's pre-tokenizer always starts a token there.
 _SAFE_CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
 
@@ -71,15 +73,16 @@ class HuggingFaceEncoder:
             cut = self._cut(text.decode())
             pieces += cut
             sizes.append(len(cut))
-        try:
-            encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-        except Exception as error:  # tokenizers raises bare Exception, e.g. for a missing unk
-            raise UserError(f"the tokenizer cannot encode the text ({error}).") from error
         ids = array.array("I")  # takes a list of integers at twice the speed of numpy
         counts = []
-        for encoding in encodings:
-            ids.extend(piece := encoding.ids)
-            counts.append(len(piece))
+        for some in _in_parts(pieces):  # an encoding takes forty times its text
+            try:
+                encodings = self._tokenizer.encode_batch_fast(some, add_special_tokens=False)
+            except Exception as error:  # tokenizers raises bare Exception, e.g. for a missing unk
+                raise UserError(f"the tokenizer cannot encode the text ({error}).") from error
+            for encoding in encodings:
+                ids.extend(piece := encoding.ids)
+                counts.append(len(piece))
         per_piece = np.array(counts, np.int64)
         if len(pieces) != len(texts):
             per_piece = np.add.reduceat(per_piece, np.cumsum([0, *sizes[:-1]]))
@@ -94,6 +97,20 @@ class HuggingFaceEncoder:
             pieces.append(text[start : cut.start()])
             start = cut.start()
         return [*pieces, text[start:]]
+
+
+def _in_parts(texts: list[str]) -> Iterator[list[str]]:
+    """Yield the texts in order, about PART_CHARS at once."""
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        part.append(text)
+        size += len(text)
+        if size >= PART_CHARS:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 class GigatokenEncoder:

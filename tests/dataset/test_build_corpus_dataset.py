@@ -132,6 +132,7 @@ def test_batch_size_changes_nothing(build, tmp_path, rng, monkeypatch):
         monkeypatch.setattr("dataset.documents.BATCH_DOCUMENTS", 3)
         monkeypatch.setattr("dataset.packing.BLOCK_TOKENS", size)
         monkeypatch.setattr("dataset.encoders.PIECE_CHARS", size)
+        monkeypatch.setattr("dataset.encoders.PART_CHARS", 7 * size)
         assert file_bytes(build(a, b, c, options=options, out=f"parts{size}")) == whole
 
 
@@ -144,6 +145,7 @@ def test_cutting_long_texts_keeps_their_tokens(tmp_path, monkeypatch, rng):
     whole = tokenizer.encode([text])[0]
     for size in (1, 2, 3, 50):
         monkeypatch.setattr("dataset.encoders.PIECE_CHARS", size)
+        monkeypatch.setattr("dataset.encoders.PART_CHARS", 7 * size)
         assert tokenizer.encode([text])[0].tolist() == whole.tolist()
         assert size > 3 or len(tokenizer.encoder._cut(text)) > 100
 
@@ -289,6 +291,14 @@ def test_what_may_not_be_meant_is_said(build, tmp_path, capsys):
     assert "no training row is of domain b" in said and "99% of the training rows is" in said
     build(a, options="--seq-len 4 --train-ratio 0", out="none")
     assert "the training split is empty" in capsys.readouterr().out
+    (tmp_path / "books").mkdir()
+    for number in range(20):
+        write_jsonl(tmp_path / "books" / f"{number}.jsonl", [f"book {number}"])
+    build(tmp_path / "books", options="--seq-len 64 --train-ratio 1", out="books_apart")
+    said = capsys.readouterr().out
+    assert "20 domains" in said and "--domain-labels" in said and "--seq-len" not in said
+    build(tmp_path / "books", options="--seq-len 8 --domain-labels books", out="one")
+    assert "--domain-labels" not in capsys.readouterr().out
 
 
 def test_a_last_window_is_padded_not_dropped(build, tmp_path):

@@ -1,10 +1,13 @@
 """What a tokenizer.json brings: its ids are those that the corpus holds."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tokenizers import pre_tokenizers
+from training_tools import ROOT
 
 from dataset.tokenization import TextTokenizer
 from tests.dataset.conftest import write_jsonl
@@ -61,3 +64,22 @@ def test_tokens_that_share_an_id_are_named(tmp_path, build, fails):
     (tmp_path / "tok.json").write_text(json.dumps(description), "utf-8")
     line = fails(lambda: build(path, options=f"--tokenizer-json {tmp_path / 'tok.json'}"))
     assert "'Ċ'" in line and "'zz'" in line
+
+
+ENCODE_A_LONG_TEXT = """
+import resource, sys
+from pathlib import Path
+from dataset.tokenization import TextTokenizer
+def memory(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+encoder, text = TextTokenizer(Path(sys.argv[1])).encoder, b"one day in the life of a fox " * 800_000
+before = memory()
+encoder.encode([text])
+print((memory() - before) / len(text))
+"""
+
+
+@pytest.mark.slow
+def test_a_document_of_any_size_takes_a_few_times_its_size(tokenizer_json):
+    command = [sys.executable, "-c", ENCODE_A_LONG_TEXT, str(tokenizer_json)]
+    times = float(subprocess.run(command, check=True, capture_output=True, cwd=ROOT).stdout)
+    assert times < 20  # three times that where it was encoded at once
