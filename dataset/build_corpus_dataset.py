@@ -377,7 +377,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "row (default: concat)",
     )  # fmt: skip
     add("--train-ratio", type=float, help=f"(default: {DEFAULT_TRAIN_RATIO}; 1 with --test-files)")
-    add("--test-files", nargs="+", metavar="FILE", help="inputs, or further files, wholly test")
+    add(
+        "--test-files", nargs="+", action="extend", metavar="FILE",
+        help="inputs, or further files, wholly test",
+    )  # fmt: skip
     add("--seed", type=seed_number, default=0, help="decides which documents are test (default: 0)")
     add(
         "--min-iterations", type=int, default=4, metavar="N",
@@ -389,7 +392,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="ACT steps that a row of distinct tokens is given; training caps them at "
         "arch.halt_max_steps (default: 48)",
     )  # fmt: skip
-    add("--domain-labels", nargs="+", help="one per --input-files argument, or one per file")
+    add(
+        "--domain-labels", nargs="+", action="extend",
+        help="one per --input-files argument, or one per file",
+    )  # fmt: skip
     add(
         "--identifiers", choices=("none", "domain", "sequence"), default="domain",
         help="what a learned identifier embedding stands for (default: domain)",
@@ -402,7 +408,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--min-chars", type=int, default=0, help="leave shorter documents out (default: 0)")
     add("--max-chars", type=int, help="leave longer documents out (default: keep them)")
     add(
-        "--quality", nargs="+", default=[], metavar="RULE",
+        "--quality", nargs="+", action="extend", default=[], metavar="RULE",
         help=f"leave out documents that break a rule of Gopher's: {', '.join(PRESETS)}, one of "
         f"{', '.join(RULES)}, or no_<rule> to leave one out (default: none)",
     )  # fmt: skip

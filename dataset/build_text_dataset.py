@@ -341,6 +341,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--input-files",
         nargs="+",
+        action="extend",
         required=True,
         metavar="FILE",
         help="JSON lines, as described above",
@@ -366,6 +367,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--domain-weights",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=WEIGHT",
         help="share of each domain in training, relative to 1 for those that are not named "

@@ -105,7 +105,7 @@ def open_source(source: Source) -> Iterator[tuple[IO[bytes], Callable[[], int]]]
     try:
         with io.BufferedReader(io.FileIO(source.path), _BUFFER) as raw:
             tell = raw.tell if raw.seekable() else lambda: 0  # a pipe such as <(cat FILE)
-            check_not_a_pointer(source, raw.peek(len(_POINTER)))
+            check_not_a_pointer(source, cast(io.BufferedReader, raw).peek(len(_POINTER)))
             if source.compression is None:
                 yield raw, tell
                 return

@@ -58,7 +58,7 @@ class DocumentReader:
     def documents(self, source: Source, skip: int = 0) -> Iterator[tuple[int, str]]:
         """Documents of one source after its first `skip` records, each with the number of records
         read so far."""
-        found = skip > 0
+        found, bad_lines = skip > 0, self.bad_lines
         for number, text in self._pieces(source, skip):
             if not text or text.isspace():
                 self.blank_documents += 1
@@ -66,9 +66,9 @@ class DocumentReader:
             found = True
             yield number, text
         if not found:
-            raise UserError(
-                f"{source} holds no document: it is empty or blank; leave it out of the inputs."
-            )
+            bad = self.bad_lines - bad_lines
+            why = f"its {bad:,} lines are bad ones" if bad else "it is empty or blank"
+            raise UserError(f"{source} holds no document: {why}; leave it out of the inputs.")
 
     def records(self, source: Source, skip: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         """Line numbers and JSON objects of one source, whatever their keys."""

@@ -50,7 +50,7 @@ class Source:
     @property
     def size(self) -> int:
         """Bytes on disk; 0 for standard input."""
-        return 0 if self.is_stdin else self.path.stat().st_size
+        return 0 if self.is_stdin else self._stat().st_size
 
     @property
     def version(self) -> str:
@@ -58,7 +58,13 @@ class Source:
         copy of a remote file; empty for standard input."""
         if self.is_stdin:
             return ""
-        return self.path.parent.name if self.url else str(self.path.stat().st_mtime_ns)
+        return self.path.parent.name if self.url else str(self._stat().st_mtime_ns)
+
+    def _stat(self) -> os.stat_result:
+        try:
+            return self.path.stat()
+        except OSError as error:  # it was there when it was found
+            raise UserError(f"cannot read {self}: {error.strerror}.") from error
 
     def __str__(self) -> str:
         return "standard input" if self.is_stdin else self.url or str(self.path)
@@ -69,6 +75,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input-files",
         nargs="+",
+        action="extend",
         required=True,
         metavar="FILE",
         help="files, globs, folders, - for standard input, or remote ones such as "

@@ -65,7 +65,8 @@ class SetFigures:
         parts = [self.rows, torch.cat(self.curve), *self.histograms.values()]
         sizes = [part.numel() for part in parts]
         rows, curve, *histograms = reduce(torch.cat(parts)).cpu().split(sizes)
-        count = max(rows.item(), 1.0)
+        if not (count := rows.item()):
+            return {"rows": 0}  # a mean of nothing is not 0, which would be the best loss there is
         curve = (curve / count).view(self.max_steps, -1)
         names = ("lm_loss", "accuracy", "exact_accuracy")
         found: dict[str, Any] = {}

@@ -108,6 +108,20 @@ def test_a_batch_larger_than_the_test_split_costs_no_more_than_the_split(
     assert all(rows == test_rows for rows, test_rows in shapes) and shapes
 
 
+def test_a_test_split_without_labels_has_no_loss(text_corpus, run_training, tmp_path, capsys):
+    """Documents of one token have none; a loss of 0 would be the best checkpoint's for good."""
+    corpus = Path(shutil.copytree(text_corpus, tmp_path / "corpus"))
+    split = corpus / "test" / "all"
+    labels = np.load(split / "labels.npy")
+    np.save(split / "labels.npy", np.full_like(labels, np.iinfo(labels.dtype).max))
+    metadata = json.loads((split / "dataset.json").read_text("utf-8"))
+    (split / "dataset.json").write_text(json.dumps(metadata | {"checksums": {}}), "utf-8")
+    run = run_training(corpus, "run", "max_steps=1")
+    assert metrics_of(run, "eval/all/rows") == [0]
+    assert not metrics_of(run, "eval/all/lm_loss")
+    assert "best_metric=lm_loss" in capsys.readouterr().out
+
+
 def test_early_stopping_ends_a_run_that_no_longer_improves(text_corpus, run_training):
     run = run_training(
         text_corpus, "run", "lr=0", "puzzle_emb_lr=0", "epochs=50", "max_steps=200",

@@ -255,6 +255,14 @@ def test_a_name_that_is_also_a_pattern_holds_out_the_file_of_that_name(build, tm
     assert documents_of(corpus, "test") == {"data[1]": ["text of data[1].jsonl"]}
 
 
+def test_an_option_that_is_given_twice_adds_to_the_first(build, tmp_path):
+    a, b, c = (write_jsonl(tmp_path / f"{name}.jsonl", [f"in {name}"]) for name in "abc")
+    options = f"--input-files {b} --input-files {c} --domain-labels x --domain-labels y z"
+    corpus = build(a, options=f"{options} --train-ratio 1 --test-files {b} --test-files {c}")
+    assert documents_of(corpus, "train") == {"x": ["in a"]}
+    assert documents_of(corpus, "test") == {"y": ["in b"], "z": ["in c"]}
+
+
 def test_domain_labels(build, tmp_path, rng, fails):
     (tmp_path / "many").mkdir()
     for name in ("a", "b"):

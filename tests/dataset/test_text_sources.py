@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dataset.common import UserError
-from dataset.document_reader import DocumentReader, ReadOptions
+from dataset.document_reader import DocumentReader, ReadOptions, read_lines
 from dataset.text_sources import find_sources
 from tests.dataset.conftest import random_text, write_jsonl
 
@@ -190,7 +190,7 @@ def test_pipes_are_read_as_files_are(tmp_path, ending):
 
 def tar(data: bytes) -> bytes:
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", encoding="utf-8") as archive:
+    with tarfile.TarFile(fileobj=file, mode="w") as archive:
         member = tarfile.TarInfo("a.txt")
         member.size = len(data)
         archive.addfile(member, io.BytesIO(data))
@@ -273,3 +273,19 @@ def test_files_that_a_folder_does_not_give_are_named(tmp_path):
 def test_names_that_name_nothing(argument):
     with pytest.raises(UserError, match="input"):
         read(argument)
+
+
+def test_a_file_that_vanishes_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("one", "utf-8")
+    source = find_sources([str(tmp_path / "a.txt")])[0][0]
+    (tmp_path / "a.txt").unlink()
+    for use in (lambda: source.size, lambda: source.version, lambda: list(read_lines(source))):
+        with pytest.raises(UserError, match=r"cannot read .*a\.txt: No such file"):
+            use()
+
+
+def test_a_file_of_bad_lines_alone_is_not_called_empty(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "x"}\n' * 3, "utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl .*3 lines are bad"):
+        read(path, max_bad_lines=9)
