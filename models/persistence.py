@@ -310,7 +310,11 @@ def check_unchanged(config: PretrainConfig, saved: dict[str, Any], opened: Check
     changed: dict[str, str] = {}
     for key in sorted(old.keys() | new.keys()):
         names = {key, key.split(".")[0]}
-        if old.get(key) == new.get(key) or names & harmless or (names & allowed - FIXED):
+        if (
+            old.get(key) == new.get(key)
+            or names & harmless
+            or (names & allowed and not names & FIXED)
+        ):
             continue
         changed[key] = f"{key} (was {old.get(key)}, is {new.get(key)})"
     if not changed:
