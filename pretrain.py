@@ -30,6 +30,7 @@ from models import cost, persistence
 from models.dry_run import dry_run
 from models.loading import examined, load_anchor, open_tokenizer
 from models.persistence import Saver, resolved
+from models.sparse_embedding import SparseEmbeddingSignSGD
 from models.train_state import TrainState, choose_kernels, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
 from utils import checkpoint, lr_finder
@@ -343,6 +344,9 @@ def train_batch(
     if norm is not None:
         finite &= torch.isfinite(norm)
         totals["grad_norm"] = norm
+    for optimizer in state.optimizers:
+        if isinstance(optimizer, SparseEmbeddingSignSGD):  # not part of the norm
+            finite &= optimizer.finite()
     state.step += 1
     flags = share_flags(run, state, finite)
     if flags.finite:

@@ -139,7 +139,7 @@ class TrainStream:
         self._again: list[tuple[int, int]] = []
 
     def _totals(self, epochs: float, max_draws: int | None) -> tuple[int, float]:
-        """Groups that the run enters, rounded and as asked for."""
+        """Return the groups that the run enters, rounded and as asked for."""
         if not 0 < epochs < float("inf"):
             raise UserError(f"epochs is {epochs}; it must be above 0, and finite.")
         groups = self._corpora.num_groups
@@ -149,7 +149,7 @@ class TrainStream:
         return round(draws), draws
 
     def _total_steps(self) -> int | None:
-        """Under `present`, TRM's number of steps."""
+        """Return TRM's number of steps, under `present`."""
         if self._feed == "consume":
             return None
         steps, rows = self._other_sizes

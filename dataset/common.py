@@ -142,7 +142,7 @@ _OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIP
 
 
 def _fails(stream: Any) -> bool:
-    """Whether a stream is a closed pipe, or holds output that cannot be written."""
+    """Return whether a stream is a closed pipe, or holds output that cannot be written."""
     try:
         stream.flush()
         poll = select.poll()

@@ -153,7 +153,7 @@ class DocumentReader:
             yield number + 1, _without_end(text).replace("\r\n", "\n") if by_paragraph else text
 
     def _lines(self, source: Source, skip: int) -> Iterator[tuple[int, bytes]]:
-        """Numbered lines with their ends after the first `skip`."""
+        """Return the numbered lines with their ends after the first `skip`."""
         return (item for item in read_lines(source, self._progress) if item[0] > skip)
 
 

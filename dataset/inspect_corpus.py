@@ -359,7 +359,7 @@ def inspect(args: argparse.Namespace) -> None:
     tokenizer = corpus.tokenizer
     fits = tokenizer and len(tokenizer.byte_lengths) == corpus.any_metadata.vocab_size
     byte_lengths = tokenizer.byte_lengths if tokenizer and fits else None
-    generator = np.random.default_rng(args.seed % 2**64)
+    generator = np.random.default_rng(args.seed)
     measured = {}
     for name, meta in corpus.metadata.items():
         if not meta.total_groups:

@@ -92,7 +92,7 @@ def _check_column(source: Source, schema: Any, column: str) -> None:
 
 
 def _stored_type(kind: Any) -> Any:
-    """The type of the values themselves, without what encodes or renames them."""
+    """Return the type of the values themselves, without what encodes or renames them."""
     import pyarrow
 
     while True:

@@ -199,7 +199,7 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _merged(model: dict[str, Any], pair: Any) -> tuple[str, str, str]:
-    """Both parts of a merge, and what it makes of them."""
+    """Return both parts of a merge, and what it makes of them."""
     first, second = pair.split(" ") if isinstance(pair, str) else pair
     prefix = model.get("continuing_subword_prefix") or ""
     return first, second, first + second[len(prefix) :]
@@ -239,7 +239,7 @@ def _has_byte_level(description: dict[str, Any]) -> bool:
 
 
 def _stages(stage: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer and all that it is made of, in order."""
+    """Return a normalizer or pre-tokenizer and all that it is made of, in order."""
     if stage is None:
         return []
     if stage["type"] == "Sequence":
@@ -249,7 +249,7 @@ def _stages(stage: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _keeps_text(stage: dict[str, Any]) -> bool:
-    """Whether a pre-tokenizer hands all text on, or spaces as another character."""
+    """Return whether a pre-tokenizer hands all text on, or spaces as another character."""
     if stage["type"] in ("Split", "Punctuation"):
         return stage["behavior"] != "Removed"
     return stage["type"] in ("ByteLevel", "Digits", "Metaspace")

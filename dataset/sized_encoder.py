@@ -79,7 +79,7 @@ class _Symbols:
         symbol_spans: np.ndarray,
         symbols: Encoding,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Starts of tokens (n,), and the spans of the text that are in tokens (m, 2)."""
+        """Return the starts of tokens (n,), and the spans of the text that are in tokens (m, 2)."""
         symbol_spans = symbol_spans[np.array(symbols.ids, np.int64) != self._dropped]
         ends = np.cumsum(self._sizes[ids])
         if len(ids) == 0 or ends[-1] != len(symbol_spans):
@@ -95,5 +95,5 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
 
 
 def _spans(encoding: Encoding, places: np.ndarray) -> np.ndarray:
-    """Bytes at which tokens begin and end, (n, 2) int64."""
+    """Return the bytes at which tokens begin and end, (n, 2) int64."""
     return places[np.array(encoding.offsets, np.int64).reshape(-1, 2)]

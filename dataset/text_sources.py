@@ -44,7 +44,7 @@ class Source:
 
     @property
     def is_pipe(self) -> bool:
-        """Whether it can be read only once."""
+        """Return whether it can be read only once."""
         return self.is_stdin or self.path.is_fifo()
 
     @property
@@ -220,7 +220,7 @@ def _check_links(paths: list[Path]) -> None:
 
 
 def _each_once(paths: list[Path]) -> list[Path]:
-    """The paths without further links to the same files."""
+    """Return the paths without further links to the same files."""
     once: dict[Path, Path] = {}
     for path in paths:
         once.setdefault(path.resolve(), path)

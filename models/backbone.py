@@ -240,7 +240,7 @@ class Backbone(nn.Module):
 
 
 def real_tokens(data: Batch) -> Tensor | None:
-    """(B, S) bool, False on padding; None where the batch does not tell.
+    """Return (B, S) bool, False on padding; None where the batch does not tell.
 
     Padding is marked by a document start behind the row. Rows of one text each give its `lengths`
     (B,) instead: a causal model needs no mask then, because padding follows the text.

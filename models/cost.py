@@ -219,7 +219,7 @@ class _Sizes:
 
 
 def _masks_densely(model: nn.Module, device: str) -> bool:
-    """Whether attention keeps a mask of all pairs of positions."""
+    """Return whether attention keeps a mask of all pairs of positions."""
     config = config_of(model)
     if not config.document_mask:
         return False

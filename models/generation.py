@@ -121,7 +121,7 @@ def draw(
     text: Sequence[int] = (),
     never: Sequence[int] = (),
 ) -> int:
-    """One id from (V,) logits on the host; temperature 0 takes the likeliest.
+    """Draw one id from (V,) logits on the host; temperature 0 takes the likeliest.
 
     text: ids that the repetition penalty (Keskar et al. 2019, arXiv 1909.05858) makes less likely.
     never: ids left out.
@@ -213,7 +213,7 @@ class Writer:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def _new(self, whole: str) -> str:
-        """What the recent ids, `whole` as text, add to their context."""
+        """Return what the recent ids, `whole` as text, add to their context."""
         if whole.startswith(self._context):
             return whole[len(self._context) :]
         pairs = zip(self._context, whole, strict=False)

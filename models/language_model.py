@@ -298,7 +298,7 @@ class LanguageModel:
         compute: Callable[[list[int]], Sequence[Any]],
         one_shape: bool = False,
     ) -> list[tuple[int, Any]]:
-        """(number, result) of every item, the batches divided over the ranks.
+        """Return (number, result) of every item, the batches divided over the ranks.
 
         one_shape: all batches have the same shape, so that a compiled model may run compiled.
         """

@@ -310,7 +310,11 @@ def check_unchanged(config: PretrainConfig, saved: dict[str, Any], opened: Check
     changed: dict[str, str] = {}
     for key in sorted(old.keys() | new.keys()):
         names = {key, key.split(".")[0]}
-        if old.get(key) == new.get(key) or names & harmless or (names & allowed - FIXED):
+        if (
+            old.get(key) == new.get(key)
+            or names & harmless
+            or (names & allowed and not names & FIXED)
+        ):
             continue
         changed[key] = f"{key} (was {old.get(key)}, is {new.get(key)})"
     if not changed:
@@ -336,7 +340,7 @@ def check_unchanged(config: PretrainConfig, saved: dict[str, Any], opened: Check
 
 
 def weights_fit(config: PretrainConfig, opened: Checkpoint) -> bool:
-    """Whether a checkpoint's weights are those of the model that `config` describes."""
+    """Return whether a checkpoint's weights are those of the model that `config` describes."""
     metadata = DatasetMetadata.model_validate_json(opened.text("dataset.json"))
     weighed = bool(config.arch.loss.options.get("reasoning_loss_weight"))
     try:
@@ -388,7 +392,7 @@ def micro_batch_rows(
 def evaluation_rows(
     config: PretrainConfig, backend: Backend, micro_batches: int, test: Corpora | None
 ) -> int:
-    """Rows of an evaluation batch, over all ranks: as configured, or as in training."""
+    """Return the rows of an evaluation batch, over all ranks: as configured, or as in training."""
     ranks = backend.world_size
     at_once = config.rows_per_rank(ranks) // micro_batches
     rows = config.eval_batch_size or ranks * at_once

@@ -63,6 +63,15 @@ class SparseEmbeddingSignSGD(Optimizer):
         self.embedding.used.clear()
 
     @torch.no_grad()
+    def finite(self) -> Tensor:
+        """Return whether all gradients of this rank are finite, () bool. In `step` one that is not
+        would reach every row used."""
+        found = torch.ones((), dtype=torch.bool, device=self.embedding.weights.device)
+        for _, rows in self.embedding.used:
+            found = found & _gradient(rows).isfinite().all()
+        return found
+
+    @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
         used = self.embedding.used
         if not used:

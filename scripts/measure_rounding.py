@@ -67,7 +67,7 @@ def build(overrides: Sequence[str], dtype: str) -> tuple[PretrainConfig, ACTLoss
 
 
 def run(head: ACTLossHead, batch: dict[str, Tensor], steps: int) -> list[tuple[Tensor, Tensor]]:
-    """z_H and the gradient after each of so many ACT steps, in which no row halts."""
+    """Return z_H and the gradient after each of `steps` ACT steps, in which no row halts."""
     head.eval()
     carry, found = head.initial_carry(batch), []
     for _ in range(steps):
@@ -83,7 +83,7 @@ def run(head: ACTLossHead, batch: dict[str, Tensor], steps: int) -> list[tuple[T
 def differences(
     heads: dict[str, ACTLossHead], batch: dict[str, Tensor], steps: int
 ) -> dict[str, list[Difference]]:
-    """Of each precision from the first, by ACT step."""
+    """Return the differences of each precision from the first, by ACT step."""
     exact, *others = heads
     reference = run(heads[exact], batch, steps)
     return {

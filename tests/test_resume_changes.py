@@ -226,6 +226,12 @@ def test_what_cannot_work_is_not_offered(text_corpus, run_training, ended, chang
     run_training(text_corpus, "other", *RESUMED, change, "max_steps=1", f"load_checkpoint={ended}")
 
 
+def test_the_length_of_held_rows_stays_though_arch_is_allowed(text_corpus, run_training, ended):
+    options = [*RESUMED, "max_steps=2", f"resume={ended}", "arch.puzzle_emb_len=2"]
+    with pytest.raises(UserError, match=r"arch\.puzzle_emb_len \(was .*, is 2\)"):
+        run_training(text_corpus, "run", *options, "resume_allow=[arch]")
+
+
 def test_averages_that_were_not_kept_begin_with_the_weights(text_corpus, run_training):
     options = [*RESUMED, "resume_allow=[ema,max_steps]"]
     run_training(text_corpus, "run", *options, "ema=false", "max_steps=2")

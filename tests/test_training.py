@@ -12,6 +12,7 @@ from seeds import draw_rng
 from training_tools import IDENTIFIERS, TEXT, contents, finish, make_config, metrics_of, start
 
 from dataset.common import UserError
+from models.sparse_embedding import CastedSparseEmbedding
 from pretrain import train
 from sequence_dataset import EvalStream
 from utils.backend.cpu import CPUBackend
@@ -53,6 +54,30 @@ def test_freeze_weights_trains_identifiers_only(text_corpus, run_training):
     one, three = contents(run / "step_1"), contents(run / "step_3")
     changed = [k for k in one if k.startswith("model/") and not torch.equal(one[k], three[k])]
     assert changed == ["model/model.inner.puzzle_emb.weights"]
+
+
+def test_an_infinite_gradient_of_one_identifier_changes_none(
+    text_corpus, run_training, monkeypatch
+):
+    """There is no norm of other gradients that would be infinite, too."""
+    real, calls = CastedSparseEmbedding.forward, []
+
+    def overflowing(self, ids):
+        rows = real(self, ids)
+        calls.append(rows)
+        if len(calls) == 2:
+            rows.register_hook(
+                lambda gradient: gradient.index_fill(0, torch.tensor([0]), torch.inf)
+            )
+        return rows
+
+    monkeypatch.setattr(CastedSparseEmbedding, "forward", overflowing)
+    run = run_training(
+        text_corpus, "run", "max_steps=3", "evaluators=[]", "freeze_weights=true", *IDENTIFIERS
+    )
+    table = contents(run / "step_3")["model/model.inner.puzzle_emb.weights"]
+    assert table.isfinite().all()
+    assert metrics_of(run, "train/nonfinite")[-1] == 1
 
 
 def test_an_epoch_of_the_real_loop_enters_every_example_once(text_corpus, tmp_path, monkeypatch):

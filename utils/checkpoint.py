@@ -206,7 +206,7 @@ class Checkpoint:
         return json.loads(self.text(name))
 
     def carry(self, slots: range, only: str = "") -> dict[str, Tensor] | None:
-        """The held rows of a range of slots, wherever ranks stored them; None if not saved.
+        """Return the held rows of a range of slots, wherever ranks stored them; None if not saved.
 
         only: the one of their tensors to return; all where it is empty.
         """

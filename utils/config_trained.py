@@ -60,7 +60,7 @@ def as_trained(cfg: DictConfig, overrides: Sequence[str] | None = None) -> DictC
 
 
 def _value_at(cfg: DictConfig, name: str) -> Any:
-    """The plain value of a key, for OmegaConf to store."""
+    """Return the plain value of a key, for OmegaConf to store."""
     value = OmegaConf.select(cfg, name)
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=True)

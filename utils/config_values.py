@@ -94,7 +94,7 @@ def decode_keys(tree: Any) -> Any:
 
 
 def _kind(key: str) -> type | None:
-    """str for a key of text, list for one of a list of texts, None for any other."""
+    """Return str for a key of text, list for one of a list of texts, None for any other."""
     field = PretrainConfig.model_fields.get(key)
     kinds = {kind for kind in branches(field.annotation) if kind is not type(None)} if field else {}
     if kinds == {str}:
@@ -104,7 +104,7 @@ def _kind(key: str) -> type | None:
 
 
 def _parsed(value: str) -> Any:
-    """What Hydra makes of a value, as an Override; None where it cannot read it."""
+    """Return what Hydra makes of a value, as an Override; None where it cannot read it."""
     try:
         return OverridesParser.create().parse_override(f"key={value}")
     except HydraException:
@@ -112,7 +112,7 @@ def _parsed(value: str) -> Any:
 
 
 def _split(text: str, nested: bool = False) -> list[str]:
-    """Parts between commas; `nested`: those outside of brackets only."""
+    """Return the parts between commas; `nested`: those outside of brackets only."""
     parts, start, depth, at = [], 0, 0, 0
     while at < len(text):
         quoted = _QUOTED.match(text, at) if at == start or text[at - 1] in "[{" else None
@@ -161,7 +161,7 @@ def _quoted(text: str) -> str:
 
 
 def _protected(text: str, escapes: bool = False) -> str:
-    """The text with each `${` escaped that is not an interpolation.
+    """Return the text with each `${` escaped that is not an interpolation.
 
     escapes: a backslash before it is an escape already, as inside of quotes.
     """
@@ -180,7 +180,7 @@ def _escaped(match: re.Match) -> str:
 
 
 def _refers(text: str, start: int) -> bool:
-    """Whether `${`, which ends at `start`, begins an interpolation."""
+    """Return whether `${`, which ends at `start`, begins an interpolation."""
     found = _REFERENCE.match(text, start)
     if found is None or "}" not in text[start:]:
         return False
@@ -269,5 +269,5 @@ def _key(text: str) -> str:
 
 
 def _decoded(key: Any) -> Any:
-    """The key as text, also where Hydra took it for a number, as the domain `2024`."""
+    """Return the key as text, also where Hydra took it for a number, as the domain `2024`."""
     return re.sub(r"\\U([0-9a-f]{8})", lambda match: chr(int(match[1], 16)), str(key))

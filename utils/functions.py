@@ -157,5 +157,5 @@ def random_run_name(rng: random.Random | None = None) -> str:
 
 
 def has_utf8_name(path: Path) -> bool:
-    """Whether the path is stored as UTF-8, as libraries in C++ and Rust take it to be."""
+    """Return whether the path is stored as UTF-8, as libraries in C++ and Rust take it to be."""
     return os.fsencode(path) == str(path).encode("utf-8", "replace")

@@ -326,7 +326,7 @@ class Backend:
         return free_host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
     def memory_bytes(self) -> int | None:
-        """Peak memory of this process on its device since the run began, if known."""
+        """Return the peak memory of this process on its device since the run began, if known."""
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024

@@ -107,7 +107,7 @@ class CUDABackend(Backend):
         return missing_for_triton()
 
     def available_memory(self) -> int:
-        """What is free, and what the allocator keeps without using it."""
+        """Return what is free, and what the allocator keeps without using it."""
         free, _ = torch.cuda.mem_get_info(self.device)
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return free + kept
