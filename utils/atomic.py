@@ -13,9 +13,10 @@ from dataset.common import UserError
 def write_atomically(target: str | Path) -> Iterator[Path]:
     """Yield a path beside `target` to write a file or a folder to; move it there at the end.
 
-    The path has the file extension of `target`. A file replaces one that exists; the files of a
-    folder replace those of the same names in a folder that exists. On any exception `target` is as
-    it was, and neither what was written so far nor parent folders that were made for it remain.
+    The path has the file extension of `target`. A file replaces one that exists and keeps its mode;
+    the files of a folder replace those of the same names in a folder that exists, one by one. On an
+    exception in the block `target` is as it was, and neither what was written so far nor parent
+    folders that were made for it remain.
     """
     target = Path(os.path.expanduser(target))
     if target.exists() and not target.is_file() and not target.is_dir():
@@ -28,6 +29,9 @@ def write_atomically(target: str | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove(part)  # of an earlier process of the same number
         yield part
+        if target.is_file() and part.is_file():
+            with suppress(OSError):  # some network storage has no modes
+                shutil.copymode(target, part)
         _move(part, target)
     except BaseException:
         with suppress(OSError):

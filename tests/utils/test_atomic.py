@@ -25,6 +25,16 @@ def test_a_file_replaces_another_once_it_is_whole(tmp_path):
     assert everything(tmp_path) == ["made", "made/for it", "made/for it/curves.png"]
 
 
+def test_a_file_keeps_the_mode_that_its_owner_gave_it(tmp_path):
+    target = tmp_path / "report.html"
+    target.touch()
+    for mode in (0o600, 0o664):
+        target.chmod(mode)
+        with write_atomically(target) as part:
+            part.write_text("again", "utf-8")
+        assert stat.S_IMODE(target.stat().st_mode) == mode
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "nothing"])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_what_was_there_stays_when_writing_fails(tmp_path, kind, error):
