@@ -43,7 +43,7 @@ def resolve_output(output_dir: str | Path) -> Path:
         return Path(output_dir).expanduser().resolve()
     except RuntimeError:  # no such user, or no home folder
         raise UserError(
-            f"--output-dir {output_dir}: whose folder ~ is is not known here; write the path out."
+            f"--output-dir {output_dir}: ~ names no home folder here; write the path out."
         ) from None
 
 
