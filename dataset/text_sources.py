@@ -170,7 +170,9 @@ def _expand(argument: str) -> list[Path]:
         _check_links(matches)
         matches = [match for match in matches if match.is_file()]
     except RuntimeError:  # no such user, or no home folder
-        raise UserError(f"the input {argument!r}: ~ names no home folder here; write the path out.") from None
+        raise UserError(
+            f"the input {argument!r}: ~ names no home folder here; write the path out."
+        ) from None
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot read the input {argument!r}: {reason}.") from error
