@@ -75,8 +75,8 @@ $(CORPUS)/build_report.json: $(DEMO)/tokenizer.json
 		--domain-labels plays --identifiers none --seq-len 256 \
 		--min-iterations 2 --max-iterations 2 --output-dir $(CORPUS) --overwrite
 
-# resume=auto, the default: a run that was interrupted goes on, a finished one is evaluated and
-# shown again, and nothing is lost. To start afresh: another RUN_NAME, or remove the run's folder.
+# resume=auto, the default: a run that was interrupted is resumed, a finished one is only shown
+# again, and nothing is lost. To start afresh: another RUN_NAME, or remove the run's folder.
 quickstart: $(BASE) $(CORPUS)/build_report.json  ## train a small model on plays, sample from it, plot it
 	$(PY) pretrain.py experiment=quickstart run_name=$(RUN_NAME) $(OVERRIDES)
 	$(PY) scripts/generate.py checkpoint=$(RUNS)/$(RUN_NAME) prompt="HAMLET." \

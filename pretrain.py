@@ -260,7 +260,8 @@ def train_loop(run: Run, state: TrainState) -> int:
                     evaluate_and_save(run, state)
         except Interrupted as interrupted:
             return leave(run, state, interrupted.signal)
-    say(run, ending(checkpoint.step_folder(run.folder, state.step), state, began))
+    last = checkpoint.step_folder(run.folder, state.step)
+    say(run, ending(run.config, last, state, began))
     return FAILED_IN_PART if state.failed_evaluations else 0
 
 

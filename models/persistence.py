@@ -325,7 +325,8 @@ def check_unchanged(config: PretrainConfig, saved: dict[str, Any], opened: Check
         arch = []
     advice = ["Take them back"]
     if possible := [key for key in changed if key not in (*fixed, *arch)]:
-        advice.append(f"allow {', '.join(possible)} with resume_allow=[{','.join(possible)}]")
+        together = ",".join([*config.resume_allow, *possible])
+        advice.append(f"allow {', '.join(possible)} with resume_allow=[{together}]")
     if arch:
         advice.append(f"train a new run, because the saved weights do not fit {', '.join(arch)}")
     else:

@@ -1,7 +1,9 @@
 """eval_only=true load_checkpoint=… alone: what the checkpoint was trained as need not be said."""
 
+import pytest
 from training_tools import altered
 
+from dataset.common import UserError
 from utils.checkpoint import checkpoints_of
 from utils.config import compose_config, load_config
 from utils.config_trained import as_trained
@@ -26,12 +28,23 @@ def test_a_checkpoint_brings_its_own_architecture_and_corpus(text_run, text_corp
     assert config("debug=default", f"data_paths=[{text_corpus}]").arch.options["hidden_size"] > 32
 
 
+def test_a_checkpoint_that_is_not_there_is_named_before_anything_else(text_run):
+    """Not as a lack of data_paths, which the checkpoint would have named."""
+    for given in (["eval_only=true"], ["data_paths=[x]"]):
+        given = [*given, f"load_checkpoint={text_run}/step_33"]
+        with pytest.raises(
+            UserError, match=r"load_checkpoint=.*/step_33 .*did you mean .*/step_3\?"
+        ):
+            as_trained(compose_config(given), given)
+
+
 def test_training_further_takes_the_architecture_alone(text_run, text_corpus, tmp_path):
     def config(checkpoint, *overrides: str):
         given = [f"load_checkpoint={checkpoint}", f"data_paths=[{text_corpus}]", *overrides]
         return load_config(as_trained(compose_config(given), given))
 
-    found, plain = config(text_run), config("weights.pt")
+    (tmp_path / "weights.pt").touch()
+    found, plain = config(text_run), config(tmp_path / "weights.pt")
     assert found.arch.options["hidden_size"] == 32
     found.arch, found.load_checkpoint = plain.arch, plain.load_checkpoint
     assert found == plain
@@ -61,7 +74,8 @@ def test_a_run_that_goes_on_has_its_own_architecture(text_run, text_corpus):
     assert width(f"resume={newest.name}", f"checkpoint_path={text_run}") == 32
     assert width(f"resume={newest}") == width(f"resume={text_run}") == 32
     assert width(f"checkpoint_path={text_run}") > 32, "which did not start from a checkpoint"
-    assert width("load_checkpoint=gone", "checkpoint_path=new") > 32
+    with pytest.raises(UserError, match="load_checkpoint=gone does not exist"):
+        width("load_checkpoint=gone", "checkpoint_path=new")
     assert width(f"resume={newest}", "arch=athena_trm_small") > 32
 
 

@@ -85,7 +85,10 @@ def test_resuming_with_changed_keys_lists_them(text_corpus, run_training):
     run_training(text_corpus, "run", "max_steps=2", "evaluators=[]")
     with pytest.raises(UserError, match=r"lr \(was 0.001, is 0.002\)"):
         run_training(text_corpus, "run", "max_steps=2", "evaluators=[]", "lr=2e-3")
-    run_training(text_corpus, "run", "max_steps=2", "evaluators=[]", "lr=2e-3", "resume_allow=[lr]")
+    allowed = ["max_steps=3", "lr=2e-3", "evaluators=[]"]
+    with pytest.raises(UserError, match=r"resume_allow=\[lr,max_steps\]"):  # both, not one in turn
+        run_training(text_corpus, "run", *allowed, "resume_allow=[lr]")
+    run_training(text_corpus, "run", *allowed, "resume_allow=[lr,max_steps]")
 
 
 def damage(path: Path) -> None:
@@ -237,6 +240,16 @@ def test_an_evaluation_that_is_done_is_not_repeated(text_corpus, run_training, c
     assert (
         len((run / "metrics.jsonl").read_text("utf-8").splitlines()) == len(again.splitlines()) + 1
     )
+
+
+def test_a_run_that_is_over_names_the_limit_that_ended_it(text_corpus, run_training, capsys):
+    options = ["epochs=50", "evaluators=[]", "max_steps=1000", "max_seconds=0.2"]
+    for _ in range(2):
+        run_training(text_corpus, "run", *options)
+    out = capsys.readouterr().out
+    assert "raise max_seconds (now 0.2" in out and "resume_allow=[max_seconds]" in out
+    run_training(text_corpus, "run", *options[:3], "max_seconds=0.4", "resume_allow=[max_seconds]")
+    assert "finished at step" in capsys.readouterr().out
 
 
 def test_two_micro_batches_are_chosen_again_on_resume(text_corpus, run_training):

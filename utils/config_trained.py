@@ -11,8 +11,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from dataset.common import UserError
 from utils.checkpoint import MANIFEST, checkpoint_in
 from utils.config_values import literal, readable
+from utils.functions import nearest
 from utils.run_folder import folder_of
 
 # What is taken from the checkpoint, unless the command line says otherwise: by an evaluation, and
@@ -80,4 +82,8 @@ def _source(cfg: DictConfig) -> Path | None:
         for place in places:
             if place is not None and (found := checkpoint_in(place) / MANIFEST).is_file():
                 return found.parent
-    return checkpoint_in(Path(load)) if load and Path(load).is_dir() else None
+    if load and not (path := Path(load)).exists():
+        near = nearest(path.name, [other.name for other in path.parent.glob("*")])
+        advice = f"did you mean {path.parent / near}?" if near else "name a checkpoint, or a run"
+        raise UserError(f"load_checkpoint={load} does not exist; {advice}")
+    return checkpoint_in(path) if load and path.is_dir() else None

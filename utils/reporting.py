@@ -65,9 +65,9 @@ def advice_on_nonfinite(config: PretrainConfig, good: Sequence[Path]) -> str:
     )
 
 
-def ending(last: Path, state: Counters, began: int) -> str:
-    """One sentence for a run that is over: where its last checkpoint lies, or why nothing was left
-    to train."""
+def ending(config: PretrainConfig, last: Path, state: Counters, began: int) -> str:
+    """Say in one sentence where the last checkpoint of a run lies, or why nothing was left to train
+    and which key would change that."""
     if state.step > began:
         return f"finished at step {state.step:,}: {last}"
     if state.stopped:
@@ -75,10 +75,14 @@ def ending(last: Path, state: Counters, began: int) -> str:
             f"nothing is left to train: the run stopped early at step {state.step:,}, {last}; "
             "early_stopping=null trains on"
         )
+    key, now = "epochs", f"now {config.epochs}"
+    if config.max_steps is not None and state.step >= config.max_steps:
+        key, now = "max_steps", f"now {config.max_steps}"
+    elif config.max_seconds is not None and state.seconds >= config.max_seconds:
+        key, now = "max_seconds", f"now {config.max_seconds:g}, used {state.seconds:.1f}"
     return (
         f"nothing is left to train: the run is at step {state.step:,} already, {last}; to train "
-        "on, raise epochs or max_steps and allow that, e.g. resume_allow=[max_steps]; "
-        "eval_only=true evaluates it again"
+        f"on, raise {key} ({now}) and add resume_allow=[{key}]; eval_only=true evaluates it again"
     )
 
 
