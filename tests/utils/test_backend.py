@@ -182,8 +182,16 @@ def test_the_cache_of_the_allocator_counts_as_free(monkeypatch):
     assert card(monkeypatch, (9, 0)).available_memory() == 65
 
 
+@pytest.fixture
+def dynamo_config():
+    """The compiler's settings, which are as before after the test."""
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield torch._dynamo.config
+    torch.compiler.reset()
+
+
 @pytest.mark.slow
-def test_a_run_of_a_sweep_compiles_and_measures_for_itself(monkeypatch):
+def test_a_run_of_a_sweep_compiles_and_measures_for_itself(dynamo_config):
     """torch gives up a function after some shapes, and peaks would be those of earlier runs."""
     shapes: list[int] = []
 
@@ -191,7 +199,6 @@ def test_a_run_of_a_sweep_compiles_and_measures_for_itself(monkeypatch):
         shapes.append(len(inputs[0]))
         return graph.forward
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     compiled = torch.compile(lambda x: x + 1, backend=note, dynamic=False)
     for n in range(1, 15):
         compiled(torch.zeros(n))
@@ -201,7 +208,7 @@ def test_a_run_of_a_sweep_compiles_and_measures_for_itself(monkeypatch):
     for n in range(1, 15):
         compiled(torch.zeros(n))
     assert shapes[-14:] == list(range(1, 15))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    dynamo_config.recompile_limit = 8
     for n in range(15, 30):
         compiled(torch.zeros(n))
     before = torch.ones(60 << 20)
