@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from several_runs import FAULTS, train_all
-from training_tools import TEXT, contents, finish, metrics_of, start
+from training_tools import PUZZLES, TEXT, contents, finish, metrics_of, start
 
 from utils.checkpoint import Checkpoint
 
@@ -20,11 +20,6 @@ WAYS = {
     "fsdp": (2, "parallel=fsdp"),
     "fsdp micro": (2, "parallel=fsdp grad_accum_steps=2"),
 }
-PUZZLES = [
-    "arch=trm", "arch.hidden_size=32", "arch.num_heads=2", "arch.H_cycles=2", "arch.L_cycles=2",
-    "arch.puzzle_emb_len=1", "arch.halt_max_steps=4", "arch.halt_exploration_prob=0.3",
-    "feed=consume", "puzzle_emb_lr=1e-2", "grad_clip_norm=0.5",
-]  # fmt: skip
 SHARED = """run_name=ranks device_type=cpu arch.forward_dtype=float64 max_steps=20 lr=1e-3
     lr_warmup_steps=0 evaluators=[] log_interval=1 global_batch_size=8 ema_rate=0.9 epochs=40
     eval_max_batches=3 eval_batch_size=8""".split()

@@ -47,6 +47,11 @@ TEXT = [
     "arch.halt_max_steps=5", "arch.force_min_steps=1", "arch.halt_exploration_prob=0.3",
     "arch.post_refinement_steps=0", "puzzle_emb_lr=1e-2", "optimizer=adamw", "grad_clip_norm=0.5",
 ]  # fmt: skip
+PUZZLES = [
+    "arch=trm", "arch.hidden_size=32", "arch.num_heads=2", "arch.H_cycles=2", "arch.L_cycles=2",
+    "arch.puzzle_emb_len=1", "arch.halt_max_steps=4", "arch.halt_exploration_prob=0.3",
+    "feed=consume", "puzzle_emb_lr=1e-2", "grad_clip_norm=0.5",
+]  # fmt: skip
 
 
 def write_texts(folder: Path, seed: int, documents: int) -> list[Path]:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import PUZZLES
-from training_tools import contents, metrics_of
+from training_tools import PUZZLES, contents, metrics_of
 from xla_tools import REPLICA, TEXT, apart, compiled, differences, fallbacks, run_on, unequal
 
 import pretrain
