@@ -12,6 +12,7 @@ import gc
 import os
 import random
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,8 @@ def pytest_runtest_setup(item) -> None:
 
 def _watch_processes(event: str, arguments: tuple) -> None:
     """Refuse Python processes to tests of `make test`: such tests belong in a slower tier."""
-    if event == "subprocess.Popen" and _in_process:
+    own = threading.current_thread() is threading.main_thread()  # not work beside several tests
+    if event == "subprocess.Popen" and _in_process and own:
         command = arguments[1] if isinstance(arguments[1], list | tuple) else [arguments[1]]
         program = Path(os.fsdecode(command[0])).name
         if program.startswith(("python", "torchrun", "bash", "make")):

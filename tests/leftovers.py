@@ -16,20 +16,21 @@ def threads() -> set[threading.Thread]:
 
 
 def children() -> set[str]:
-    """Python processes that were started and have not ended, as `pid command`.
+    """Python processes that the main thread started and that have not ended, as `pid command`.
 
-    Others belong to libraries, such as wandb's, which serves all runs of a process.
+    Others belong to libraries, such as wandb's, which serves all runs of a process, or to work that
+    goes on beside several tests.
     """
     found = set()
-    for task in Path("/proc/self/task").glob("*/children"):
-        for pid in task.read_text("utf-8").split():
-            try:
-                status = Path("/proc", pid, "stat").read_text("utf-8").rpartition(")")[2].split()[0]
-                words = Path("/proc", pid, "cmdline").read_text("utf-8").split("\0")
-            except OSError:  # it has ended meanwhile
-                continue
-            if status != "Z" and Path(words[0]).name.startswith("python"):
-                found.add(" ".join([pid, *words]))
+    started = Path(f"/proc/self/task/{os.getpid()}/children").read_text("utf-8").split()
+    for pid in started:
+        try:
+            status = Path("/proc", pid, "stat").read_text("utf-8").rpartition(")")[2].split()[0]
+            words = Path("/proc", pid, "cmdline").read_text("utf-8").split("\0")
+        except OSError:  # it has ended meanwhile
+            continue
+        if status != "Z" and Path(words[0]).name.startswith("python"):
+            found.add(" ".join([pid, *words]))
     return found
 
 

@@ -3,8 +3,11 @@
 import importlib.util
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+
+HERE = Path(__file__).resolve().parent
 
 collect_ignore_glob = [] if importlib.util.find_spec("torch_xla") else ["test_*.py"]
 
@@ -18,6 +21,9 @@ def pytest_collection_modifyitems(items: list) -> None:
 
     Called with the items of the whole session, wherever they lie.
     """
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker("slow")
     items.sort(key=lambda item: hasattr(getattr(item, "function", None), "waits_for"))
 
 
