@@ -16,7 +16,8 @@ def write_atomically(target: str | Path) -> Iterator[Path]:
     The path has the file extension of `target`. A file replaces one that exists and keeps its mode;
     the files of a folder replace those of the same names in a folder that exists, one by one. On an
     exception in the block `target` is as it was, and neither what was written so far nor parent
-    folders that were made for it remain.
+    folders that were made for it remain. Only where moving the files of a folder fails midway may
+    some of them have replaced others.
     """
     target = Path(os.path.expanduser(target))
     if target.exists() and not target.is_file() and not target.is_dir():
