@@ -23,6 +23,9 @@ NARROWEST = 16
 """The smallest head size that it takes."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SHAPES = 64  # of one function, compiled in a run
+# Below 128 positions Inductor would take its decoding kernel, which compiles for no more than 128
+# query positions times query heads per key head: 97 positions of grouped heads are too many.
+_KERNEL_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 class Choice(NamedTuple):
@@ -125,12 +128,16 @@ def _compiled() -> Any:
 
 def flex_attend(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
     """Attend under a block mask: query (B, N, L, K), key and value (B, M, L, K) -> (B, N, L, K)."""
-    grouped = query.shape[1] != key.shape[1]
+    options: dict[str, Any] = dict(
+        block_mask=mask,
+        enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=_KERNEL_OPTIONS,
+    )
     if torch.compiler.is_compiling():  # part of a region that is compiled as a whole
         from torch.nn.attention.flex_attention import flex_attention
 
-        return flex_attention(query, key, value, block_mask=mask, enable_gqa=grouped)
-    return _compiled()(query, key, value, block_mask=mask, enable_gqa=grouped)
+        return flex_attention(query, key, value, **options)
+    return _compiled()(query, key, value, **options)
 
 
 def failure(

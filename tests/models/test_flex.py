@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from evaluators.loop import SetFigures, run_batch
 from models import layers
-from models.flex import attention_kernel, block_mask, failure
+from models.flex import attention_kernel, block_mask, failure, flex_attend
 from models.losses import ACTLossHead
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from utils.backend.cpu import CPUBackend
@@ -146,6 +146,24 @@ def test_flex_attention_is_part_of_a_compiled_block():
                 results.append(whole(x, info))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(results[2], results[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_short_rows_take_the_kernel_that_compiles_for_any_length():
+    """Inductor's decoding kernel does not compile for 97 positions of grouped queries."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    mask = layers.visible(packed_rows(2, 97), 0, True, "flex")
+    query, key = torch.randn(2, 4, 97, 32), torch.randn(2, 2, 97, 32)
+    with torch.no_grad():
+        torch.compile(flex_attend, backend=keep, fullgraph=True)(query, key, key, mask)
+    calls = [node for graph in graphs for node in graph.graph.nodes if "flex" in str(node.target)]
+    given = [argument for argument in calls[0].args if isinstance(argument, dict)]
+    assert given[0]["FORCE_USE_FLEX_ATTENTION"] is True
 
 
 def test_an_evaluation_makes_its_mask_once_for_all_steps():
