@@ -95,6 +95,10 @@ def fused_adam_atan2() -> type[Optimizer]:
     class FusedAdamATan2(Kernel):
         """Add what torch expects of an optimizer: a closure, and parameters that are sharded."""
 
+        def _cuda_graph_capture_health_check(self) -> None:
+            """Do nothing; some versions of torch lack the method that the package calls, others
+            warn that it is deprecated. A step is never captured in a CUDA graph."""
+
         @torch.no_grad()
         def step(self, closure=None):
             loss = None

@@ -12,7 +12,7 @@ import torch
 from training_tools import TINY, contents, finish, start
 
 from models import train_state
-from utils.optim import AdamATan2, create_optimizers
+from utils.optim import AdamATan2, create_optimizers, fused_adam_atan2
 
 pytestmark = pytest.mark.slow
 
@@ -142,4 +142,18 @@ def test_it_takes_a_closure_as_torch_expects(package, monkeypatch):
         return loss
 
     assert optimizer.step(closure).item() == 3
+    assert (weight < 1).all()
+
+
+def test_a_step_works_where_torch_has_renamed_its_check(package, monkeypatch, recwarn):
+    """torch 2.11 has no `_cuda_graph_capture_health_check`; the package calls it at each step."""
+    monkeypatch.syspath_prepend(str(package))
+    optimizer = fused_adam_atan2()([weight := torch.nn.Parameter(torch.ones(3))], lr=0.01)
+    weight.square().sum().backward()
+    optimizer.step()
+    assert not [str(w.message) for w in recwarn if "graph_capture" in str(w.message)]
+    monkeypatch.delattr(
+        torch.optim.Optimizer, "_cuda_graph_capture_health_check", raising=False
+    )
+    optimizer.step()
     assert (weight < 1).all()
