@@ -16,7 +16,7 @@ from training_tools import ROOT
 from dataset import inspect_corpus, train_tokenizer
 from dataset.common import UserError, run_cli
 from evaluators import loop
-from scripts import demo_corpus, export_hf, plot_run, report, smoke_test, sweep_optuna
+from scripts import demo_corpus, export_hf, plot_run, report, smoke_test
 from utils import lr_finder
 from utils.config_schema import LRFindConfig
 
@@ -141,6 +141,9 @@ def test_trm_s_file_is_whole_or_absent(puzzle_corpus, run_training, small_disk, 
 
 
 def test_a_search_on_a_full_disk_ends_in_one_sentence(text_corpus, small_disk, capsys):
+    pytest.importorskip("optuna")  # the script cannot be imported without it
+    from scripts import sweep_optuna
+
     disk = small_disk(65536)
     arguments = ["--folder", str(disk / "s"), f"data_paths=[{text_corpus}]", "lr=interval(0.1, 2)"]
     message = fails(lambda _: sweep_optuna.main(arguments), disk, capsys)
