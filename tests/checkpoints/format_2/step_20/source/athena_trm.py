@@ -1,0 +1,338 @@
+"""AthenaTRM: one small network applied many times to two latent streams, with adaptive halting.
+
+z_H carries the answer, z_L the working state. After Tiny Recursive Models (Jolicoeur-Martineau
+2025, arXiv 2510.04871), made fit for text: causal, masked by document, budgets per example.
+
+Shape letters: B rows, S tokens, P prefix positions, D hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.backbone import Backbone, BackboneConfig, Batch, mean_over, real_tokens
+from models.common import trunc_normal_init_
+from models.layers import Block, CastedLinear, SequenceInfo, at_least_float32, perhaps_any, rms_norm
+
+# Redrawn at every step; a row that is held must not keep its first draw.
+PER_STEP_KEYS = frozenset({"explore"})
+
+
+@dataclass
+class InnerCarry:
+    """z_H, z_L: (B, P+S, D) in the forward dtype, without gradient."""
+
+    z_H: Tensor
+    z_L: Tensor
+
+
+@dataclass
+class Carry:
+    """What a row keeps between ACT steps.
+
+    steps (B,) int32: ACT steps done. halted (B,) bool: the next batch's row may move in.
+    current_data: the batch entries of the example that the row holds, all of them.
+    last_loss (B,) float32: the row's loss at its last step, infinite before the first.
+    """
+
+    inner_carry: InnerCarry
+    steps: Tensor
+    halted: Tensor
+    current_data: Batch
+    last_loss: Tensor
+
+
+class AthenaTRMConfig(BackboneConfig):
+    """Options of `AthenaTRM`."""
+
+    H_cycles: int = Field(3, ge=1, description="outer cycles of an ACT step")
+    L_cycles: int = Field(6, ge=1, description="updates of z_L in an outer cycle")
+    L_layers: int | None = Field(None, ge=1, description="blocks of L_level; null: L_cycles")
+    H_layers: int = Field(0, description="accepted for TRM's configs, without effect")
+    H_grad_cycles: int = Field(1, ge=1, description="last outer cycles that carry gradient")
+    mlp_t: bool = Field(False, description="mix positions by an MLP instead of attention")
+
+    halt_max_steps: int = Field(16, ge=1, description="ACT steps at most")
+    halt_exploration_prob: float = Field(
+        0.1, ge=0, le=1, description="chance that a step demands a random minimum of steps"
+    )
+    force_min_steps: int = Field(0, ge=0, description="ACT steps at least, in training")
+    no_ACT_continue: bool = Field(True, description="halt when q_halt > 0; no continue target")
+    eval_halting: Literal["max", "fixed", "budget", "act"] = Field(
+        "max", description="what decides the number of steps in evaluation"
+    )
+    eval_steps: int | None = Field(None, ge=1, description="ACT steps under eval_halting: fixed")
+
+    post_refinement_steps: int = Field(0, ge=0, description="z_H passes after halting")
+    post_refinement_train: bool = Field(False, description="train those passes too")
+
+    reasoning_seq_len: int = Field(96, ge=1, description="token positions it reads")
+    reasoning_vocab_size: int = Field(32000, ge=1, description="its vocabulary")
+    enable_reasoning_stream: bool | Literal["auto"] = Field(
+        "auto", description="a head that decodes z_L; auto: only where a loss uses it"
+    )
+
+    @property
+    def layers(self) -> int:
+        return self.L_layers or self.L_cycles
+
+    @property
+    def max_eval_steps(self) -> int:
+        """ACT steps that every row and rank runs in evaluation."""
+        if self.eval_halting == "fixed" and self.eval_steps is not None:
+            return self.eval_steps
+        return self.halt_max_steps
+
+    def answer_passes(self, steps: int) -> tuple[int, int, int]:
+        """Blocks run in `AthenaTRMInner.answer`: in the recursion, in one outer cycle of it, and
+        in the refinement after it."""
+        cycle = (self.L_cycles + 1) * self.layers
+        return (steps * self.H_cycles * cycle, cycle, self.post_refinement_steps * self.layers)
+
+    @model_validator(mode="after")
+    def _steps_fit(self):
+        if self.force_min_steps > self.halt_max_steps:
+            raise ValueError(
+                f"force_min_steps={self.force_min_steps} exceeds halt_max_steps="
+                f"{self.halt_max_steps}; lower the first or raise the second"
+            )
+        if self.H_grad_cycles > self.H_cycles:
+            raise ValueError(
+                f"H_grad_cycles={self.H_grad_cycles} exceeds H_cycles={self.H_cycles}; at most "
+                "all outer cycles can carry gradient"
+            )
+        if (self.eval_halting == "fixed") != (self.eval_steps is not None):
+            raise ValueError(
+                f"eval_halting={self.eval_halting} and eval_steps={self.eval_steps} clash: "
+                "eval_steps is needed for `fixed` and for nothing else"
+            )
+        if self.mlp_t and (self.causal or self.document_mask):
+            raise ValueError(
+                f"mlp_t=true mixes all positions, but causal={self.causal} and document_mask="
+                f"{self.document_mask}; set both to false or mlp_t to false"
+            )
+        return self
+
+
+class ReasoningModule(nn.Module):
+    """L_level: adds the injection, then runs its blocks."""
+
+    def __init__(self, layers: list[Block], norm_type: str, eps: float, checkpointed: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm_type, self.eps, self.checkpointed = norm_type, eps, checkpointed
+
+    def forward(self, h: Tensor, injection: Tensor, info: SequenceInfo) -> Tensor:
+        h = h + injection
+        for layer in self.layers:
+            if self.checkpointed and torch.is_grad_enabled():
+                h = checkpoint(layer, h, info, use_reentrant=False)
+            else:
+                h = layer(h, info)
+        return rms_norm(h, self.eps) if self.norm_type == "pre" else h
+
+
+class AthenaTRMInner(Backbone):
+    """The recursion: no halting, no losses."""
+
+    config: AthenaTRMConfig
+    H_init: Tensor
+    L_init: Tensor
+
+    def __init__(self, config: AthenaTRMConfig):
+        super().__init__(config)
+        self.q_head = CastedLinear(config.hidden_size, 2, bias=True)
+        mixer_size = config.prefix_len + config.seq_len if config.mlp_t else None
+        self.L_level = ReasoningModule(
+            [self.make_block(mixer_size) for _ in range(config.layers)],
+            config.norm_type,
+            config.rms_norm_eps,
+            config.use_gradient_checkpointing,
+        )
+        for name in ("H_init", "L_init"):
+            self.register_buffer(name, trunc_normal_init_(torch.empty(config.hidden_size)))
+        if config.enable_reasoning_stream is True:
+            self.reasoning_head = CastedLinear(config.hidden_size, config.reasoning_vocab_size)
+        with torch.no_grad():  # almost never halts at first, as in TRM
+            self.q_head.weight.zero_()
+            self.q_head.bias.fill_(-5)  # type: ignore[union-attr]
+
+    def recur(
+        self, z_H: Tensor, z_L: Tensor, x: Tensor, info: SequenceInfo
+    ) -> tuple[Tensor, Tensor]:
+        """One ACT step: z_H, z_L (B, P+S, D), with gradient through the last H_grad_cycles."""
+        config = self.config
+
+        def cycle(z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
+            for _ in range(config.L_cycles):
+                z_L = self.L_level(z_L, z_H + x, info)
+            return self.L_level(z_H, z_L, info), z_L
+
+        with torch.no_grad():
+            for _ in range(config.H_cycles - config.H_grad_cycles):
+                z_H, z_L = cycle(z_H, z_L)
+        for _ in range(config.H_grad_cycles):
+            z_H, z_L = cycle(z_H, z_L)
+        return z_H, z_L
+
+    def refine(self, z_H: Tensor, z_L: Tensor, info: SequenceInfo) -> Tensor:
+        for _ in range(self.config.post_refinement_steps):
+            z_H = self.L_level(z_H, z_L, info)
+        return z_H
+
+    def answer(self, x: Tensor, info: SequenceInfo, steps: int) -> Tensor:
+        """z_H (B, L, D) after so many ACT steps from the start, refined, without halting: what
+        `forward` comes to in evaluation. x: embedded positions (B, L, D)."""
+        z_H, z_L = (init.to(x.dtype).expand_as(x) for init in (self.H_init, self.L_init))
+        for _ in range(steps):
+            z_H, z_L = self.recur(z_H, z_L, x, info)
+        return self.refine(z_H, z_L, info)
+
+    def halt_logits(self, z_H: Tensor, data: Batch) -> tuple[Tensor, Tensor]:
+        """q_halt, q_continue: (B,) each, at least float32."""
+        prefix = self.config.prefix_len
+        if self.config.causal or self.masks_documents(data):
+            # the first position sees nothing of the row there
+            pooled = mean_over(z_H[:, prefix:], real_tokens(data))
+        else:
+            pooled = z_H[:, 0]
+        halt, proceed = at_least_float32(self.q_head(pooled)).unbind(-1)
+        return halt, proceed
+
+
+class AthenaTRM(nn.Module):
+    """The recursion under adaptive computation time (ACT).
+
+    `config_dict` holds the options of `AthenaTRMConfig`; an unknown or inconsistent one raises
+    `pydantic.ValidationError` (a ValueError) that names it.
+    """
+
+    Config = AthenaTRMConfig
+
+    def __init__(self, config_dict: dict):
+        super().__init__()
+        self.config = AthenaTRMConfig(**config_dict)
+        self.inner = AthenaTRMInner(self.config).to(self.config.param_dtype)
+
+    def initial_carry(self, batch: Batch) -> Carry:
+        """A carry in which every row is free. Needs any batch of the right shapes."""
+        rows, length = batch["inputs"].shape
+        device = batch["inputs"].device
+        shape = (rows, self.config.prefix_len + length, self.config.hidden_size)
+        z = torch.zeros(shape, dtype=self.config.dtype, device=device)
+        return Carry(
+            InnerCarry(z, z.clone()),
+            steps=torch.zeros(rows, dtype=torch.int32, device=device),
+            halted=torch.ones(rows, dtype=torch.bool, device=device),
+            current_data={
+                k: torch.zeros_like(v) for k, v in batch.items() if k not in PER_STEP_KEYS
+            },
+            last_loss=torch.full((rows,), torch.inf, device=device),
+        )
+
+    def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, Batch]:
+        """One ACT step of every row; free rows first take their row of `batch`.
+
+        Returns the new carry and outputs: logits (B, S, V); q_halt_logits, q_continue_logits
+        (B,) at least float32; where they apply target_q_continue (B,), reasoning_logits,
+        unrefined_logits.
+        """
+        carry = self.admit(carry, batch)
+        data, inner = carry.current_data, self.inner
+        info, z = inner.sequence_info(data), carry.inner_carry
+        z_H, z_L = inner.recur(z.z_H, z.z_L, inner.embed(data), info)
+        if not self.training:  # a row that has halted keeps what it had
+            done = carry.halted.view(-1, 1, 1)
+            z_H = torch.where(done, z.z_H, z_H)
+            z_L = torch.where(done, z.z_L, z_L)
+        q_halt, q_continue = inner.halt_logits(z_H, data)
+        steps = torch.where(carry.halted, carry.steps, carry.steps + 1)
+        halted = carry.halted | self.halts(steps, q_halt, q_continue, data, batch.get("explore"))
+        outputs = {"q_halt_logits": q_halt, "q_continue_logits": q_continue}
+        outputs |= self._readout(z_H, z_L, halted, info)
+        new = replace(
+            carry,
+            inner_carry=InnerCarry(z_H.detach(), z_L.detach()),
+            steps=steps,
+            halted=halted.detach(),
+        )
+        if self.training and not self.config.no_ACT_continue:
+            outputs["target_q_continue"] = self._continue_target(new, data, info)
+        return new, outputs
+
+    def admit(self, carry: Carry, batch: Batch) -> Carry:
+        """Lets the batch's examples into free rows; held rows keep all their own data.
+
+        In evaluation a row that has halted after some steps is done, not free.
+        """
+        free = carry.halted if self.training else carry.halted & (carry.steps == 0)
+        z, inner = carry.inner_carry, self.inner
+        return Carry(
+            InnerCarry(
+                torch.where(free.view(-1, 1, 1), inner.H_init.to(z.z_H.dtype), z.z_H),
+                torch.where(free.view(-1, 1, 1), inner.L_init.to(z.z_L.dtype), z.z_L),
+            ),
+            steps=torch.where(free, 0, carry.steps),
+            halted=carry.halted & ~free,
+            current_data={
+                key: torch.where(free.view(-1, *[1] * (held.ndim - 1)), batch[key], held)
+                for key, held in carry.current_data.items()
+            },
+            last_loss=torch.where(free, torch.inf, carry.last_loss),
+        )
+
+    @torch.no_grad()
+    def halts(
+        self, steps: Tensor, q_halt: Tensor, q_continue: Tensor, data: Batch, explore: Tensor | None
+    ) -> Tensor:
+        """(B,) bool: which rows stop after `steps` (already raised by this step)."""
+        config = self.config
+        says = q_halt > 0 if config.no_ACT_continue else q_halt > q_continue
+        never = torch.zeros_like(steps, dtype=torch.bool)
+        spent = steps >= data["iteration_targets"] if "iteration_targets" in data else never
+        if self.training:
+            if explore is None:
+                explore = draw_exploration(steps, config)
+            wants = (says | spent) & (steps >= config.force_min_steps) & (steps >= explore)
+        else:
+            wants = {"act": says, "budget": spent}.get(config.eval_halting, never)
+        return wants | (
+            steps >= (config.halt_max_steps if self.training else config.max_eval_steps)
+        )
+
+    def _readout(self, z_H: Tensor, z_L: Tensor, halted: Tensor, info: SequenceInfo) -> Batch:
+        config, inner, outputs = self.config, self.inner, {}
+        answer = z_H
+        refines = config.post_refinement_train if self.training else perhaps_any(halted)
+        if config.post_refinement_steps and refines:
+            # the carry stays unrefined: only the logits of rows that have halted change
+            answer = torch.where(halted.view(-1, 1, 1), inner.refine(z_H, z_L, info), z_H)
+            if not self.training:
+                outputs["unrefined_logits"] = inner.logits(z_H)
+        outputs["logits"] = inner.logits(answer)
+        if config.enable_reasoning_stream is True:
+            read = z_L[:, config.prefix_len :][:, : config.reasoning_seq_len]
+            outputs["reasoning_logits"] = inner.reasoning_head(read)
+        return outputs
+
+    @torch.no_grad()
+    def _continue_target(self, carry: Carry, data: Batch, info: SequenceInfo) -> Tensor:
+        """TRM's bootstrapped Q-learning target: what the next step would say, (B,)."""
+        z = carry.inner_carry
+        z_H, _ = self.inner.recur(z.z_H, z.z_L, self.inner.embed(data), info)
+        halt, proceed = self.inner.halt_logits(z_H, data)
+        last = carry.steps >= self.config.halt_max_steps
+        return torch.sigmoid(torch.where(last, halt, torch.maximum(halt, proceed)))
+
+
+def draw_exploration(steps: Tensor, config: AthenaTRMConfig) -> Tensor:
+    """Minimum steps demanded of each row, drawn here when the batch does not bring them, (B,)."""
+    if config.halt_exploration_prob == 0 or config.halt_max_steps < 2:
+        return torch.zeros_like(steps)
+    demanded = torch.randint_like(steps, 2, config.halt_max_steps + 1)
+    explores = torch.rand(steps.shape, device=steps.device) < config.halt_exploration_prob
+    return torch.where(explores, demanded, 0)

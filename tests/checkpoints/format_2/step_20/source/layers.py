@@ -1,0 +1,257 @@
+"""The blocks: linear maps, norm, rotary positions, attention, SwiGLU.
+
+The one place that decides which attention kernel runs.
+
+Shape letters: B rows, L = P + S positions, D hidden, N query heads, M key/value heads, K head size.
+"""
+
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.common import trunc_normal_init_
+
+
+class SequenceInfo(NamedTuple):
+    """What every block of one forward needs to know about positions.
+
+    cos, sin: (B or 1, L, 1, K) rotary factors, or None without rotary positions.
+    mask:     which keys a query may see (`visible`); None when `causal` says it all.
+    causal:   position i sees positions 0..i only.
+    cache:    what earlier forwards left to attend to, in generation (`models/key_value_cache.py`).
+    """
+
+    cos: Tensor | None
+    sin: Tensor | None
+    mask: Any
+    causal: bool
+    cache: Any = None
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def perhaps_any(mask: Tensor) -> bool:
+    """Whether any element is set; True without a look on XLA, where programs must not depend on
+    data, and a look would run all that was noted so far."""
+    return mask.device.type == "xla" or bool(mask.any())
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """RMS norm without weights over the last dimension, computed in at least float32."""
+    return F.rms_norm(at_least_float32(x), (x.shape[-1],), eps=eps).to(x.dtype)
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(value // -multiple) * multiple
+
+
+class CastedLinear(nn.Module):
+    """A linear map whose master weights keep their precision and follow the input's dtype."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        weight = torch.empty(out_features, in_features)
+        self.weight = nn.Parameter(trunc_normal_init_(weight, std=in_features**-0.5))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class CastedEmbedding(nn.Module):
+    """A table of vectors; rows are looked up first, then cast to `dtype`."""
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, init_std: float, dtype: torch.dtype
+    ):
+        super().__init__()
+        self.dtype = dtype
+        table = torch.empty(num_embeddings, embedding_dim)
+        self.embedding_weight = nn.Parameter(trunc_normal_init_(table, std=init_std))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.embedding_weight).to(self.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions (Su et al. 2021, arXiv 2104.09864), (positions, K)."""
+
+    cos_cached: Tensor
+    sin_cached: Tensor
+
+    def __init__(self, dim: int, max_positions: int, base: float, dtype: torch.dtype):
+        super().__init__()
+        inverse = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles = torch.outer(torch.arange(max_positions, dtype=torch.float64), inverse)
+        angles = torch.cat((angles, angles), dim=-1)
+        self.register_buffer("cos_cached", angles.cos().to(dtype), persistent=False)
+        self.register_buffer("sin_cached", angles.sin().to(dtype), persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions: (B or 1, L) integers. Returns two tensors (B or 1, L, 1, K)."""
+        return self.cos_cached[positions].unsqueeze(-2), self.sin_cached[positions].unsqueeze(-2)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x (B, L, N, K) by the angles of its positions, in the precision of `cos`."""
+    wide = x.to(cos.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    return torch.addcmul(wide * cos, torch.cat((-second, first), dim=-1), sin).to(x.dtype)
+
+
+def visible(document_starts: Tensor, prefix: int, causal: bool) -> Any:
+    """The attention mask of rows that hold several documents.
+
+    document_starts: (B, S) integers, equal for tokens of one document. Prefix positions are seen
+    by all and see only each other, so that nothing crosses a border through them.
+    Returns (B, 1, P+S, P+S) bool, True where a query (third axis) may look at a key (last); on
+    CUDA a BlockMask of the same content, which skips the blocks that nobody sees.
+    """
+    owner = F.pad(document_starts, (prefix, 0), value=-1)
+    if owner.is_cuda:
+        return block_mask(owner, prefix, causal)
+    positions = torch.arange(owner.shape[1], device=owner.device)
+    mask = (owner[:, :, None] == owner[:, None, :]) | (positions < prefix)
+    if causal:
+        mask = mask & (positions[:, None] >= positions)
+    return mask.unsqueeze(1)
+
+
+def block_mask(owner: Tensor, prefix: int, causal: bool) -> Any:
+    """What `visible` says, as flex attention takes it; owner (B, P+S), -1 on the prefix."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        allowed = (owner[b, query] == owner[b, key]) | (key < prefix)
+        return allowed & (query >= key) if causal else allowed
+
+    rows, length = owner.shape
+    return create_block_mask(sees, rows, None, length, length, device=owner.device)
+
+
+@cache
+def _compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
+    """query (B, N, L, K), key and value (B, M, L, K) -> (B, N, L, K); N is a multiple of M.
+
+    Grouped keys and values are never repeated in memory. On CUDA fused kernels take no mask
+    together with grouped queries, so masked attention runs as flex attention there.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if info.mask is not None and not isinstance(info.mask, Tensor):
+        flex = _compiled_flex_attention()
+        return flex(query, key, value, block_mask=info.mask, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=info.mask,
+        is_causal=info.causal and info.mask is None,
+        enable_gqa=grouped,
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, num_key_value_heads: int):
+        super().__init__()
+        self.num_heads, self.num_key_value_heads = num_heads, num_key_value_heads
+        self.head_dim = hidden_size // num_heads
+        heads = num_heads + 2 * num_key_value_heads
+        self.qkv_proj = CastedLinear(hidden_size, heads * self.head_dim)
+        self.o_proj = CastedLinear(num_heads * self.head_dim, hidden_size)
+
+    def forward(self, x: Tensor, info: SequenceInfo) -> Tensor:
+        """x: (B, L, D). Returns (B, L, D)."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # B, L, N + 2M, K
+        rotated = self.num_heads + self.num_key_value_heads
+        query_key, value = heads.split((rotated, self.num_key_value_heads), dim=2)
+        if info.cos is not None and info.sin is not None:
+            query_key = apply_rotary(query_key, info.cos, info.sin)
+        query, key = query_key.split((self.num_heads, self.num_key_value_heads), dim=2)
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        if info.cache is not None:
+            key, value = info.cache.extend(key, value)
+        out = attend(query.transpose(1, 2), key, value, info)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, expansion: float):
+        super().__init__()
+        inner = self.inner_size(hidden_size, expansion)
+        self.gate_up_proj = CastedLinear(hidden_size, 2 * inner)
+        self.down_proj = CastedLinear(inner, hidden_size)
+
+    @staticmethod
+    def inner_size(hidden_size: int, expansion: float) -> int:
+        return round_up(round(expansion * hidden_size * 2 / 3), 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """(B, L, D) as (B, D, L). Copied in bfloat16, where products with a transposed operand copy it
+    anyway, batch by batch and each time anew; float32 products take it as it lies."""
+    x = x.transpose(1, 2)
+    return x.contiguous() if x.dtype == torch.bfloat16 else x
+
+
+class Block(nn.Module):
+    """One transformer block: mixes positions (attention, or an MLP over them), then channels.
+
+    `mixer_size` is P + S where an MLP mixes positions, else None.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        expansion: float,
+        norm_type: Literal["post", "pre"],
+        rms_norm_eps: float,
+        mixer_size: int | None = None,
+    ):
+        super().__init__()
+        self.norm_type, self.eps = norm_type, rms_norm_eps
+        self.mixes_by_mlp = mixer_size is not None
+        if mixer_size is not None:
+            self.mlp_t = SwiGLU(mixer_size, expansion)
+        else:
+            self.self_attn = Attention(hidden_size, num_heads, num_key_value_heads)
+        self.mlp = SwiGLU(hidden_size, expansion)
+
+    def forward(self, x: Tensor, info: SequenceInfo) -> Tensor:
+        """x: (B, L, D). Returns (B, L, D)."""
+        if self.norm_type == "pre":
+            x = x + self._mix(rms_norm(x, self.eps), info)
+            return x + self.mlp(rms_norm(x, self.eps))
+        if self.mixes_by_mlp:  # TRM normalises this sum over positions, not over channels
+            x = transposed(x)
+            x = transposed(rms_norm(x + self.mlp_t(x), self.eps))
+        else:
+            x = rms_norm(x + self.self_attn(x, info), self.eps)
+        return rms_norm(x + self.mlp(x), self.eps)
+
+    def _mix(self, x: Tensor, info: SequenceInfo) -> Tensor:
+        if self.mixes_by_mlp:
+            return transposed(self.mlp_t(transposed(x)))
+        return self.self_attn(x, info)
