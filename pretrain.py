@@ -29,7 +29,7 @@ from evaluators.loop import create_evaluators, evaluate
 from models import cost, persistence
 from models.dry_run import dry_run
 from models.loading import examined, load_anchor, open_tokenizer
-from models.persistence import Saver, resolved
+from models.persistence import Saver
 from models.sparse_embedding import SparseEmbeddingSignSGD
 from models.train_state import TrainState, choose_kernels, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
@@ -39,6 +39,7 @@ from utils.backend import Backend, select_backend
 from utils.backend.determinism import explain_nondeterminism
 from utils.backend.memory import explain_out_of_memory
 from utils.config import PretrainConfig, check_ranks, hydra_entry, load_config
+from utils.config_saved import dump_config
 from utils.config_trained import as_trained
 from utils.data import Data, open_data
 from utils.feed_ahead import PresentAhead
@@ -102,7 +103,8 @@ FAILED_IN_PART = 3  # exit status: the run is over, but a warning tells of somet
 
 def launch(cfg: DictConfig) -> None:
     """Checks everything that can be checked, then runs on the device that was asked for."""
-    config = load_config(as_trained(cfg), world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    with warnings_as_notes(shown=os.environ.get("RANK", "0") == "0"):
+        config = load_config(as_trained(cfg), world_size=int(os.environ.get("WORLD_SIZE", 1)))
     if config.lr_find:
         config = lr_finder.settled(config)
     if config.dry_run:
@@ -179,7 +181,13 @@ def build(
     labels = data.reasoning_ids() if config.arch.loss.options.get("reasoning_loss_weight") else 0
     with backend.taking_turns():
         anchor = load_anchor(config, data, backend)
-        model = create_model(config, data.train.metadata, batch_size=rows, reasoning_ids=labels)
+        model = create_model(
+            config.arch,
+            data.train.metadata,
+            batch_size=rows,
+            seed=config.seed,
+            reasoning_ids=labels,
+        )
         model.anchor = anchor
     choose_kernels(config, model, backend)
     loaded_step = 0
@@ -205,7 +213,7 @@ def build(
     schedule = (lr_finder.Sweep if config.lr_find else Schedule)(config, stream)
     names = config.logger if backend.is_main else []
     place = None if config.eval_only else state.step
-    loggers = Loggers(names, folder, resolved(config), place)
+    loggers = Loggers(names, folder, dump_config(config), place)
     peak = backend.peak_flops(model.model.config.dtype)
     log = TrainingLog(
         loggers,
@@ -225,7 +233,7 @@ def build(
     told = folder / "config.yaml"
     if backend.is_main and not (config.eval_only and told.exists()):  # a training's own is kept
         with write_result(told, f"checkpoint_path={folder}: config.yaml") as part:
-            part.write_text(yaml.safe_dump(resolved(config), sort_keys=False), encoding="utf-8")
+            part.write_text(yaml.safe_dump(dump_config(config), sort_keys=False), encoding="utf-8")
     evaluators = create_evaluators(config.evaluators, data)
     if config.early_stopping is not None and data.test is None and not evaluators:
         raise UserError(

@@ -47,7 +47,10 @@ class BackboneConfig(BaseModel):
     rms_norm_eps: float = Field(1e-5, gt=0, description="added to the mean square")
     puzzle_emb_ndim: int = Field(0, ge=0, description="width of the identifier embedding; 0: none")
     puzzle_emb_len: int = Field(
-        0, ge=0, description="prefix positions it is spread over; 0: ceil(ndim / hidden_size)"
+        0,
+        ge=0,
+        description="prefix positions it is spread over; 0: ceil(ndim / hidden_size)",
+        json_schema_extra={"on_resume": "fixed"},  # held rows have this many positions
     )
     forward_dtype: Literal["bfloat16", "float32", "float64"] = Field(
         "bfloat16", description="dtype of activations"

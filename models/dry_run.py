@@ -11,21 +11,21 @@ from dataset.common import DatasetMetadata, UserError
 from models import cost
 from models.loading import KL_TO
 from models.losses import ACTLossHead
-from models.persistence import resolved
 from models.train_state import create_model
 from utils.backend import select_backend
+from utils.config_saved import dump_config
 from utils.config_schema import PretrainConfig
 from utils.data import Data, open_data
 
 
 def dry_run(config: PretrainConfig) -> None:
-    """Prints the resolved config and the cost of a run; reads at most the corpora's metadata."""
+    """Print the whole config and the cost of a run; reads at most the corpora's metadata."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     head, _ = planned_model(config, ranks)
     near = config.arch.loss.options.get("kl_to")
     if near is not None and not Path(near).is_dir():
         raise UserError(f"{KL_TO}={near} is not a folder; name a checkpoint or a run")
-    print(yaml.safe_dump(resolved(config), sort_keys=False))
+    print(yaml.safe_dump(dump_config(config), sort_keys=False))
     device, free = "cuda", None
     rows = micro_rows = config.rows_per_rank(ranks)
     why = f"as there is no {config.device_type} here to fit them to"
@@ -60,7 +60,7 @@ def planned_model(config: PretrainConfig, ranks: int) -> tuple[ACTLossHead, Data
             mean_puzzle_examples=1, total_puzzles=0,
         )  # fmt: skip
     rows = config.rows_per_rank(ranks)
-    return create_model(config, metadata, batch_size=rows, device="meta"), data
+    return create_model(config.arch, metadata, batch_size=rows, device="meta"), data
 
 
 def counts(model: nn.Module) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Language models from checkpoints, and from a run that is under way."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from models.train_state import create_model, load_into, match_identifiers
 from utils.backend import Backend
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint import MANIFEST, Checkpoint, checkpoint_in, load_weights
-from utils.config import PretrainConfig, load_config
+from utils.config_saved import read_arch
+from utils.config_schema import PretrainConfig
 from utils.corpora import Corpora
 from utils.data import Data
 from utils.functions import load_class
@@ -86,8 +88,7 @@ def load_language_model(
     backend = backend or CPUBackend()
     values, opened = load_weights(path, weights)
     assert opened is not None
-    arch = yaml.safe_load(opened.text("config.yaml"))["arch"]
-    forward_dtype = forward_dtype or usable_dtype(arch, backend)
+    forward_dtype = forward_dtype or usable_dtype(saved_arch(opened), backend)
     head, metadata = build_model(opened, steps, refinement, forward_dtype)
     if not head.model.config.causal:
         raise UserError(
@@ -126,6 +127,14 @@ def cast_weights(head: ACTLossHead) -> None:
             module.to(config.dtype)
 
 
+def saved_arch(opened: Checkpoint) -> dict[str, Any]:
+    """Return the options of the architecture, with its name and its loss, that a checkpoint keeps.
+
+    Of its config it takes nothing else to use the model.
+    """
+    return yaml.safe_load(opened.text("config.yaml"))["arch"]
+
+
 def build_model(
     opened: Checkpoint,
     steps: int | None = None,
@@ -134,25 +143,29 @@ def build_model(
     device: str = "cpu",
     metadata: DatasetMetadata | None = None,
 ) -> tuple[ACTLossHead, DatasetMetadata]:
-    """The model that a checkpoint's own config and corpus describe, its weights not yet loaded.
+    """Build the model that a checkpoint describes, its weights not yet loaded.
+
+    Options that no longer exist are ignored with a warning; those that came later have the values
+    that `utils/config_saved.py` gives them.
 
     steps: ACT steps of every evaluation; None: as configured, and the most where the rows decide.
     refinement: passes after them; None: as configured. metadata: of another corpus to use it on.
     """
-    raw = yaml.safe_load(opened.text("config.yaml"))
-    # How the run divided its batch over ranks need not work for the one process here.
-    raw |= {"micro_batch_size": "auto", "grad_accum_steps": 1}
-    raw["arch"] |= _depth(raw["arch"], steps, refinement)
+    saved = saved_arch(opened)
+    saved |= _depth(saved, steps, refinement)
     if forward_dtype is not None:
-        raw["arch"]["forward_dtype"] = forward_dtype
+        saved["forward_dtype"] = forward_dtype
+    arch, gone = read_arch(saved)
+    if gone:
+        warnings.warn(
+            f"{opened.folder} was trained with {', '.join(gone)}, which no longer exists: it is "
+            "ignored",
+            stacklevel=2,
+        )
     metadata = metadata or DatasetMetadata.model_validate_json(opened.text("dataset.json"))
-    loss = raw["arch"]["loss"]
+    weight = arch.loss.options.get("reasoning_loss_weight")
     head = create_model(
-        load_config(raw),
-        metadata,
-        batch_size=1,
-        reasoning_ids=int(bool(loss.get("reasoning_loss_weight"))),
-        device=device,
+        arch, metadata, batch_size=1, reasoning_ids=int(bool(weight)), device=device
     )
     return head, metadata
 
@@ -220,7 +233,7 @@ def load_anchor(config: PretrainConfig, data: Data, backend: Backend) -> Anchor 
         KL_TO, path, config.load_weights, data.train.identifiers, data.tokenizer
     )
     assert opened is not None  # settle_anchor has seen a folder
-    saved = yaml.safe_load(opened.text("config.yaml"))["arch"]
+    saved = saved_arch(opened)
     head, _ = build_model(
         opened,
         saved.get("halt_max_steps"),

@@ -15,33 +15,22 @@ from evaluators.guard import FAILURES
 from models import cost
 from models.loading import fitting_weights, settle_anchor, usable_dtype
 from models.losses import ACTLossHead
+from models.source_code import source_files
 from models.train_state import (
     TrainState,
     carry_rows,
     create_model,
     load_into,
-    source_files,
 )
 from utils import checkpoint
 from utils.backend import Backend
 from utils.checkpoint import Checkpoint
 from utils.checkpoint_writer import CheckpointWriter, Contents
+from utils.config_saved import changed_keys, dump_config, is_fixed
 from utils.config_schema import PretrainConfig
 from utils.corpora import Corpora, did_you_mean
 from utils.reporting import tell
 
-# Keys that leave the training curve as it is, up to rounding; all others must agree on resume.
-HARMLESS = frozenset(
-    "data_paths data_paths_test vocab_size seq_len micro_batch_size grad_accum_steps num_workers "
-    "evaluators eval_interval min_eval_interval eval_batch_size eval_max_batches eval_only "
-    "eval_save_outputs early_stopping best_metric best_mode project_name run_name checkpoint_path "
-    "checkpoint_every_eval checkpoint_interval keep_checkpoints checkpoint_carry resume "
-    "resume_allow load_checkpoint load_weights device_type parallel compile dry_run lr_find "
-    "profile logger log_interval max_nonfinite slow_step_factor step_timeout deterministic".split()
-)
-# Keys that no resume_allow lets pass: with another order of examples some would come twice and
-# others never, and held rows have a fixed length.
-FIXED = frozenset(("seed", "feed", "domain_weights", "arch.puzzle_emb_len"))
 FORMAT = 2  # of a checkpoint's files; 2: optimizers know parameters by name
 
 
@@ -49,11 +38,6 @@ class Resumable(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any], *, restart_held: bool = False) -> None: ...
-
-
-def resolved(config: PretrainConfig) -> dict[str, Any]:
-    """The whole config as plain values."""
-    return config.model_dump(mode="json")
 
 
 class Saver:
@@ -78,13 +62,14 @@ class Saver:
         self.run = run
         self.writer = CheckpointWriter(run, backend, config.keep_checkpoints)
         texts = {
-            "config.yaml": yaml.safe_dump(resolved(config), sort_keys=False),
+            "config.yaml": yaml.safe_dump(dump_config(config), sort_keys=False),
             "dataset.json": corpora.metadata.model_dump_json(),
             "identifiers.json": json.dumps(corpora.identifiers),
         }
         # As they are now: in the days of a run they may change, or go.
         self.files = {name: text.encode() for name, text in texts.items()}
-        self.files |= {name: path.read_bytes() for path, name in source_files(state.model)}
+        for name, path in source_files(state.model.modules()).items():
+            self.files[f"source/{name}"] = path.read_bytes()
         if tokenizer is not None:
             self.files[tokenizer.name] = tokenizer.read_bytes()
         # rank 0's word, because network storage may show ranks different things
@@ -303,23 +288,12 @@ def check_unchanged(config: PretrainConfig, saved: dict[str, Any], opened: Check
 
     It offers resume_allow for those alone with which the run can be resumed.
     """
-    old, new = flat(saved), flat(resolved(config))
-    allowed = set(config.resume_allow)
-    # a base model that the run stays near is read anew, so it must be of the same weights
-    harmless = HARMLESS - {"load_weights"} if config.arch.loss.options.get("kl_to") else HARMLESS
-    changed: dict[str, str] = {}
-    for key in sorted(old.keys() | new.keys()):
-        names = {key, key.split(".")[0]}
-        if (
-            old.get(key) == new.get(key)
-            or names & harmless
-            or (names & allowed and not names & FIXED)
-        ):
-            continue
-        changed[key] = f"{key} (was {old.get(key)}, is {new.get(key)})"
+    changed, gone = changed_keys(config, saved)
+    if gone:
+        tell(f"note: the run's config has {', '.join(gone)}, which no longer exists: it is ignored")
     if not changed:
         return
-    fixed = [key for key in changed if {key, key.split(".")[0]} & FIXED]
+    fixed = [key for key in changed if is_fixed(config, key)]
     arch = [key for key in changed if key.startswith("arch.") and key not in fixed]
     if not arch or weights_fit(config, opened):
         arch = []
@@ -334,8 +308,9 @@ def check_unchanged(config: PretrainConfig, saved: dict[str, Any], opened: Check
             f"start a new run from these weights with load_checkpoint={opened.folder} and another "
             "run_name"
         )
+    listed = "; ".join(f"{key} (was {old}, is {new})" for key, (old, new) in changed.items())
     raise UserError(
-        f"resuming with changed keys would change the result: {'; '.join(changed.values())}. "
+        f"resuming with changed keys would change the result: {listed}. "
         f"{', '.join(advice[:-1])}, or {advice[-1]}"
     )
 
@@ -346,7 +321,7 @@ def weights_fit(config: PretrainConfig, opened: Checkpoint) -> bool:
     weighed = bool(config.arch.loss.options.get("reasoning_loss_weight"))
     try:
         model = create_model(
-            config.model_copy(deep=True),
+            config.arch,
             metadata,
             batch_size=1,
             reasoning_ids=int(weighed),
@@ -358,17 +333,6 @@ def weights_fit(config: PretrainConfig, opened: Checkpoint) -> bool:
     return {name: value.shape for name, value in own.items()} == {
         name: value.shape for name, value in saved.items()
     }
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as {"arch.loss.name": value}."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def micro_batch_rows(

@@ -3,12 +3,10 @@
 Model, optimizers, averages, held rows and counters; the stream keeps its own position.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,26 +35,27 @@ from utils.backend.state import (
     scalar,
 )
 from utils.checkpoint import Checkpoint
-from utils.config_schema import EarlyStoppingConfig, PretrainConfig
+from utils.config_schema import ArchConfig, EarlyStoppingConfig, PretrainConfig
 from utils.functions import load_class
 from utils.optim import AdamATan2, create_optimizers
 
 
 def create_model(
-    config: PretrainConfig,
+    arch: ArchConfig,
     metadata: DatasetMetadata,
     *,
     batch_size: int,
+    seed: int = 0,
     reasoning_ids: int = 0,
     device: str | torch.device = "cpu",
 ) -> ACTLossHead:
-    """The architecture inside its loss head, initialised from `config.seed` on the CPU.
+    """Build an architecture inside its loss head, with weights drawn from `seed` on the CPU.
 
     `reasoning_ids` is the highest label of the corpus' reasoning stream + 1, 0 without one;
     `device` is "meta" to count a model without allocating it.
     """
-    options, loss = config.arch.options, config.arch.loss
-    architecture = load_class(config.arch.name)
+    options, loss = arch.options, arch.loss
+    architecture = load_class(arch.name)
     if "enable_reasoning_stream" in architecture.Config.model_fields:  # type: ignore[attr-defined]
         wanted = options.get("enable_reasoning_stream", "auto")
         used = bool(loss.options.get("reasoning_loss_weight")) and reasoning_ids > 0
@@ -72,7 +71,7 @@ def create_model(
         vocab_size=metadata.vocab_size,
         num_puzzle_identifiers=metadata.num_puzzle_identifiers,
     )
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     try:
         with torch.device(device):
             model = architecture(options | sizes)
@@ -430,10 +429,3 @@ def carry_from_rows(rows: dict[str, Tensor]) -> Carry:
     own: dict[str, Any] = {f.name: rows[f.name] for f in fields(Carry) if f.name in rows}
     inner = InnerCarry(rows["z_H"], rows["z_L"])
     return Carry(inner_carry=inner, current_data=data, **own)
-
-
-def source_files(model: ACTLossHead) -> list[tuple[Path, str]]:
-    """Source of the architecture, the loss and what they are made of, to keep with the weights."""
-    files = {Path(inspect.getfile(type(module))) for module in model.modules()}
-    own = [path for path in sorted(files) if "site-packages" not in path.parts]
-    return [(path, f"source/{path.name}") for path in own]

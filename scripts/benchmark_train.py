@@ -42,9 +42,13 @@ def make_step(
         pad_id=0, ignore_label_id=None, vocab_size=vocab, seq_len=length, total_groups=1,
         num_puzzle_identifiers=1, mean_puzzle_examples=1, total_puzzles=1,
     )  # fmt: skip
-    model = create_model(config, metadata, batch_size=rows).to(backend.device).train()
+    model = (
+        create_model(config.arch, metadata, batch_size=rows, seed=config.seed)
+        .to(backend.device)
+        .train()
+    )
     if config.arch.loss.options.get("kl_to"):  # random too, and of the same kind
-        base = create_model(config, metadata, batch_size=rows)
+        base = create_model(config.arch, metadata, batch_size=rows, seed=config.seed)
         cast_weights(base)
         model.anchor = Anchor(base.model.to(backend.device), base.loss.softmax_logits)
     choose_kernels(config, model, backend)

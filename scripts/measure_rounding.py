@@ -63,7 +63,7 @@ def build(overrides: Sequence[str], dtype: str) -> tuple[PretrainConfig, ACTLoss
         pad_id=0, ignore_label_id=None, vocab_size=VOCAB, seq_len=LENGTH, total_groups=1,
         num_puzzle_identifiers=1, mean_puzzle_examples=1, total_puzzles=1,
     )  # fmt: skip
-    return config, create_model(config, metadata, batch_size=ROWS)
+    return config, create_model(config.arch, metadata, batch_size=ROWS, seed=config.seed)
 
 
 def run(head: ACTLossHead, batch: dict[str, Tensor], steps: int) -> list[tuple[Tensor, Tensor]]:

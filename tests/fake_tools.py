@@ -33,7 +33,7 @@ def model_of(config: PretrainConfig, mode: FakeTensorMode, device: torch.device)
         pad_id=0, ignore_label_id=None, vocab_size=VOCAB, seq_len=LENGTH, total_groups=1,
         num_puzzle_identifiers=3, mean_puzzle_examples=1, total_puzzles=1,
     )  # fmt: skip
-    head = create_model(config, metadata, batch_size=ROWS)
+    head = create_model(config.arch, metadata, batch_size=ROWS)
     with mode, torch.no_grad():
         for module in head.modules():
             for name, p in module._parameters.items():

@@ -144,7 +144,7 @@ class CheckpointWriter:
             save_tensors(contents.shard, folder / names[-1])
         for name, content in contents.files.items():
             names.append(name)
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
         for name in names:
             _fsync(folder / name)

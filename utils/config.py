@@ -18,6 +18,7 @@ from utils.config_checks import Context, clashes, config_warnings, divided_by_ra
 from utils.config_errors import clashes_within, coerced, did_you_mean, problems_of
 from utils.config_hydra import compose_config, hydra_entry
 from utils.config_schema import (
+    PLACEHOLDERS,
     ArchConfig,
     EarlyStoppingConfig,
     EvaluatorConfig,
@@ -39,15 +40,6 @@ __all__ = [
     "hydra_entry",
     "load_config",
 ]
-
-# Sizes that the data decide. While the config is checked no data is open: large enough here
-# that no bound of the architecture is met by accident.
-_PLACEHOLDERS = {
-    "batch_size": 1,
-    "seq_len": 65536,
-    "vocab_size": 65536,
-    "num_puzzle_identifiers": 1,
-}
 
 
 def load_config(cfg: DictConfig | Mapping[str, Any], world_size: int = 1) -> PretrainConfig:
@@ -150,7 +142,7 @@ class _ComponentCheck:
         model = getattr(self.cls, "Config", None)
         if inspect.isclass(model) and issubclass(model, pydantic.BaseModel):
             self.model = model
-            self.placeholders = {k: v for k, v in _PLACEHOLDERS.items() if k in model.model_fields}
+            self.placeholders = {k: v for k, v in PLACEHOLDERS.items() if k in model.model_fields}
 
     def keys(self) -> list[str]:
         """The full names of the options that the class takes."""

@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dataset.common import UserError
 from utils.checkpoint import MANIFEST, checkpoint_in
+from utils.config_saved import is_valid, read_arch
 from utils.config_values import literal, readable
 from utils.functions import nearest
 from utils.run_folder import folder_of
@@ -45,11 +47,14 @@ def as_trained(cfg: DictConfig, overrides: Sequence[str] | None = None) -> DictC
     trained = yaml.safe_load(file.read_text("utf-8"))
     now: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     for key in AS_TRAINED if cfg.get("eval_only") else TRAINED_FURTHER:
-        if key not in named and key in trained:
+        if key in named or key not in trained:
+            continue
+        if key == "arch":
+            now[key] = _architecture(trained["arch"], source)
+        elif is_valid(key, trained[key]):
             now[key] = trained[key]
-            if key == "arch":  # what that run stayed near is no part of the model
-                for option in ("kl_to", "kl_weight"):
-                    now[key]["loss"].pop(option, None)
+        else:
+            _warn(f"{source} was trained with {key}={trained[key]}, which no longer exists")
     changed = OmegaConf.create(literal(now))
     single = [o for o in overrides if re.match(rf"\+*({'|'.join(AS_TRAINED)})\.", o)]
     for override in OverridesParser.create().parse_overrides(list(map(readable, single))):
@@ -59,6 +64,21 @@ def as_trained(cfg: DictConfig, overrides: Sequence[str] | None = None) -> DictC
         value = _value_at(cfg, name) if said is None else said
         OmegaConf.update(changed, name, value, merge=True, force_add=True)
     return changed
+
+
+def _architecture(saved: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Return a checkpoint's architecture as today's version knows it."""
+    arch, gone = read_arch(saved)
+    if gone:
+        _warn(f"{source} was trained with {', '.join(gone)}, which no longer exists")
+    values = arch.model_dump(mode="json")
+    for option in ("kl_to", "kl_weight"):  # what that run stayed near is no part of the model
+        values["loss"].pop(option, None)
+    return values
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(f"{sentence}: it is ignored", stacklevel=2)
 
 
 def _value_at(cfg: DictConfig, name: str) -> Any:

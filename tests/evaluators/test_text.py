@@ -32,7 +32,7 @@ def test_perplexity_is_that_of_the_models_own_loss(text_corpus, run_training, lo
     options = ["max_steps=30", "epochs=9", f"arch.loss.loss_type={loss_type}", "lr=1e-2"]
     run = run_training(text_corpus, "run", *options, "ema_rate=0.9")
     test = Corpora([str(text_corpus)], "test")
-    model = create_model(make_config(text_corpus, *options), test.metadata, batch_size=1).model
+    model = create_model(make_config(text_corpus, *options).arch, test.metadata, batch_size=1).model
     load_into(model, load_weights(run, "ema")[0])
     model.eval()
     tokenizer = Tokenizer.from_file(str(text_corpus / "tokenizer.json"))

@@ -83,7 +83,7 @@ def test_auto_compiles_on_cards_that_triton_serves(triton, monkeypatch):
 def test_one_note_says_what_is_slow_without_a_compiler(text_corpus, triton, monkeypatch, capsys):
     (triton / "bin" / "gcc").unlink()
     config = make_config(text_corpus)
-    model = create_model(config, open_data(config).train.metadata, batch_size=8)
+    model = create_model(config.arch, open_data(config).train.metadata, batch_size=8)
     choose_kernels(config, model, card(monkeypatch, (9, 0)))
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
     assert len(notes) == 1 and "compile=auto" in notes[0] and "dense" in notes[0]
@@ -153,7 +153,7 @@ class Roomy(CPUBackend):
 
 def test_the_rank_with_the_least_memory_decides(text_corpus):
     config = make_config(text_corpus)
-    model = create_model(config, open_data(config).train.metadata, batch_size=8)
+    model = create_model(config.arch, open_data(config).train.metadata, batch_size=8)
     assert micro_batch_rows(config, Roomy(1 << 40), model, None) == 8
     assert micro_batch_rows(config, Roomy(1 << 40, others=(2, 4)), model, None) == 2
 
@@ -163,7 +163,7 @@ def test_what_lies_on_the_device_is_planned_once(text_corpus, text_run):
     near = [f"arch.loss.kl_to={text_run}", "arch.loss.kl_weight=0.5"]
     config = make_config(text_corpus, *near, "arch.puzzle_emb_ndim=32")
     data = open_data(config)
-    model = create_model(config, data.train.metadata, batch_size=8)
+    model = create_model(config.arch, data.train.metadata, batch_size=8)
     model.anchor = load_anchor(config, data, CPUBackend())
     parts = cost.memory(model.model, config, micro_rows=8, device="cpu")
     there = [*model.parameters(), *model.buffers()]

@@ -35,7 +35,7 @@ def three_batches() -> list[dict[str, np.ndarray]]:
 
 def gradients(device: torch.device, mesh: xs.Mesh | None):
     """Summed over three steps of the same carry: by name, the losses, and the carry."""
-    head = create_model(CONFIG, DATA.train.metadata, batch_size=8).to(device).train()
+    head = create_model(CONFIG.arch, DATA.train.metadata, batch_size=8).to(device).train()
     carry, losses = None, []
     for batch in three_batches():
         moved = {k: torch.from_numpy(v).to(device) for k, v in batch.items()}

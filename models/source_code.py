@@ -1,0 +1,55 @@
+"""The project's own modules that a model is made of, to keep beside its weights."""
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from utils.functions import PROJECT_ROOT
+
+
+def source_files(objects: Iterable[object]) -> dict[str, Path]:
+    """Return the file of every module of the project that the classes of `objects` import, directly
+    or through others, by its path as a package: `models/layers.py`."""
+    names = {cls.__module__ for item in objects for cls in type(item).__mro__}
+    found: dict[str, Path] = {}
+    todo = sorted(name for name in names if _file_of(name) is not None)
+    while todo:
+        name = todo.pop()
+        path = _file_of(name)
+        if path is None or path in found.values():
+            continue
+        package = path.name == "__init__.py"
+        found[f"{name.replace('.', '/')}{'/__init__' if package else ''}.py"] = path
+        todo += _imports(path, name if package else name.rpartition(".")[0])
+    return dict(sorted(found.items()))
+
+
+def _imports(path: Path, package: str) -> list[str]:
+    """Return the names that a file imports, of modules or of what they define."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            names += [module, *(f"{module}.{alias.name}" for alias in node.names)]
+    return names
+
+
+def _file_of(name: str) -> Path | None:
+    """Return the file of a module of the project; None for anything else."""
+    top = PROJECT_ROOT / name.partition(".")[0]
+    loaded = sys.modules.get(name)
+    file = getattr(loaded, "__file__", None)
+    if file is None and (top.is_dir() or top.with_suffix(".py").is_file()):
+        try:
+            spec = importlib.util.find_spec(name)
+        except ModuleNotFoundError:  # a name within a module
+            return None
+        file = None if spec is None else spec.origin
+    path = Path(file) if file is not None else None
+    ours = path is not None and path.is_relative_to(PROJECT_ROOT)
+    return path if ours and "site-packages" not in path.parts else None  # type: ignore[union-attr]
