@@ -149,13 +149,16 @@ class ExampleRows:
         responses = self._tokenizer.encode_tokens([example.response for _, example in batch])
         rows: dict[tuple[str, int], list[tuple[np.ndarray, int, int]]] = {}
         for (split, example), prompt, response in zip(batch, prompts, responses, strict=True):
-            tokens, prompt_length = self._layout(prompt, response)
-            if len(tokens) < 2:  # a normalizer may leave nothing of a text
-                self.empty_examples += 1
-                continue
             if example.domain not in self.domains:
                 self.domains.append(example.domain)
             domain = self.domains.index(example.domain)
+            for text, part in ((example.prompt, prompt), (example.response, response)):
+                if not len(part):  # a normalizer may leave nothing of a text
+                    self._splits[split].count_lost_text(domain, len(text.encode()))
+            tokens, prompt_length = self._layout(prompt, response)
+            if len(tokens) < 2:
+                self.empty_examples += 1
+                continue
             kept_bytes = int(bytes_of(tokens, self._tokenizer.byte_lengths).sum(dtype=np.int64))
             self._splits[split].count_document(domain, kept_bytes, len(tokens))
             self._splits[split].count_losses(domain, tokens)
