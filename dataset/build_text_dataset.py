@@ -67,8 +67,8 @@ class ExampleReader:
         self.clipped_budgets = 0
 
     def examples(self, source: Source) -> Iterator[Example]:
-        """Examples of one source; a source without any is an error."""
-        found = False
+        """Examples of one source."""
+        found, bad_lines = False, self._reader.bad_lines
         for number, record in self._reader.records(source):
             try:
                 example = self._example(record, source.label)
@@ -77,8 +77,7 @@ class ExampleReader:
                 continue
             found = True
             yield example
-        if not found:
-            raise UserError(f"{source} holds no example; leave it out of --input-files.")
+        self._reader.end_source(source, found, self._reader.bad_lines - bad_lines)
 
     def _example(self, record: dict[str, Any], label: str) -> Example:
         meta = record.get("meta")
@@ -303,6 +302,7 @@ def build(args: argparse.Namespace) -> None:
         rows = ExampleRows(args, tokenizer, splits)
         for batch in routed_batches(sources, reader, router, args.dedup == "exact"):
             rows.add(batch)
+        lines.check_sources()
         if unknown := weights.keys() - set(rows.domains):
             raise UserError(
                 f"--domain-weights names {', '.join(sorted(unknown))}, but the domains are "
