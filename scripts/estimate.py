@@ -81,7 +81,11 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
         names = list(Options.model_fields)
         raise UserError("; ".join(problems_of(error, Options, own, "", names))) from None
     if options.hardware not in HARDWARE:
-        raise UserError(f"hardware={options.hardware} is unknown; there are {', '.join(HARDWARE)}")
+        near = nearest(options.hardware, list(HARDWARE), cutoff=0.8)  # a b200 is no h200
+        advice = f"did you mean '{near}'? " if near else ""
+        raise UserError(
+            f"hardware={options.hardware} is unknown; {advice}there are {', '.join(HARDWARE)}"
+        )
     return options, overrides
 
 

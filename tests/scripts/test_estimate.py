@@ -92,6 +92,7 @@ def test_measurement_stands_beside_the_estimate(capsys):
     [
         (["hardwre=h200"], "did you mean 'hardware'"),
         (["hardware=b200"], "h200, h100, a100"),
+        (["hardware=v48"], "did you mean 'v4-8'"),
         (["lrr=1"], "did you mean 'lr'"),
         (["utilisation=2"], "utilisation must be at most 1"),
         (["devices=5", "global_batch_size=16"], "not a multiple of 5"),
