@@ -80,7 +80,7 @@ class MarkEncoder:
         marked = np.array([_MARK in text for text in texts], bool)
         tokens["bytes"][first] -= np.where(marked, 0, added)[counts > 0].astype(np.uint32)
         if marked.any():
-            exact, _ = self._exact.encode([texts[n] for n in np.flatnonzero(marked)])
+            exact, _ = self._exact.encode([text for text in texts if _MARK in text])
             tokens[np.repeat(marked, counts)] = exact
         return tokens, counts
 
