@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,7 +140,7 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
     check_ranks(config, backend.world_size)
     backend.set_deterministic(config.deterministic)
     data = open_data(config)
-    with closing(RunFolder(config, backend)) as folder:
+    with RunFolder(config, backend) as folder:
         with explain_out_of_memory(
             "while the run is built; choose a smaller model (a preset of arch, arch.hidden_size), "
             "ema=false, or parallel=fsdp on several GPUs, and look for other programs on the device"
@@ -165,6 +164,7 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
                     run_evaluation(run, state)
                 return FAILED_IN_PART if state.failed_evaluations else 0
         except Interrupted as interrupted:  # in an evaluation alone
+            folder.failed = True
             return 128 + interrupted.signal
         finally:
             run.saver.close()
@@ -210,6 +210,12 @@ def build(
         persistence.restore(config, state, stream, backend, resumed, folder, micro_batches)
     elif config.eval_only:
         state.step = loaded_step
+    evaluators = create_evaluators(config.evaluators, data)
+    if config.early_stopping is not None and data.test is None and not evaluators:
+        raise UserError(
+            f"early_stopping.metric={config.early_stopping.metric} is never evaluated, because the "
+            "corpora have no test split; name one with data_paths_test, or leave early_stopping out"
+        )
     schedule = (lr_finder.Sweep if config.lr_find else Schedule)(config, stream)
     names = config.logger if backend.is_main else []
     place = None if config.eval_only else state.step
@@ -234,12 +240,6 @@ def build(
     if backend.is_main and not (config.eval_only and told.exists()):  # a training's own is kept
         with write_result(told, f"checkpoint_path={folder}: config.yaml") as part:
             part.write_text(yaml.safe_dump(dump_config(config), sort_keys=False), encoding="utf-8")
-    evaluators = create_evaluators(config.evaluators, data)
-    if config.early_stopping is not None and data.test is None and not evaluators:
-        raise UserError(
-            f"early_stopping.metric={config.early_stopping.metric} is never evaluated, because the "
-            "corpora have no test split; name one with data_paths_test, or leave early_stopping out"
-        )
     run = Run(
         config, backend, data, stream, folder, micro_batches, schedule, loggers, log, saver,
         evaluators, tokenizer, clock, watchdog,

@@ -67,8 +67,8 @@ class ExampleReader:
         self.clipped_budgets = 0
 
     def examples(self, source: Source) -> Iterator[Example]:
-        """Examples of one source; a source without any is an error."""
-        found = False
+        """Examples of one source."""
+        found, bad_lines = False, self._reader.bad_lines
         for number, record in self._reader.records(source):
             try:
                 example = self._example(record, source.label)
@@ -77,8 +77,7 @@ class ExampleReader:
                 continue
             found = True
             yield example
-        if not found:
-            raise UserError(f"{source} holds no example; leave it out of --input-files.")
+        self._reader.end_source(source, found, self._reader.bad_lines - bad_lines)
 
     def _example(self, record: dict[str, Any], label: str) -> Example:
         meta = record.get("meta")
@@ -149,13 +148,16 @@ class ExampleRows:
         responses = self._tokenizer.encode_tokens([example.response for _, example in batch])
         rows: dict[tuple[str, int], list[tuple[np.ndarray, int, int]]] = {}
         for (split, example), prompt, response in zip(batch, prompts, responses, strict=True):
-            tokens, prompt_length = self._layout(prompt, response)
-            if len(tokens) < 2:  # a normalizer may leave nothing of a text
-                self.empty_examples += 1
-                continue
             if example.domain not in self.domains:
                 self.domains.append(example.domain)
             domain = self.domains.index(example.domain)
+            for text, part in ((example.prompt, prompt), (example.response, response)):
+                if not len(part):  # a normalizer may leave nothing of a text
+                    self._splits[split].count_lost_text(domain, len(text.encode()))
+            tokens, prompt_length = self._layout(prompt, response)
+            if len(tokens) < 2:
+                self.empty_examples += 1
+                continue
             kept_bytes = int(bytes_of(tokens, self._tokenizer.byte_lengths).sum(dtype=np.int64))
             self._splits[split].count_document(domain, kept_bytes, len(tokens))
             self._splits[split].count_losses(domain, tokens)
@@ -300,6 +302,7 @@ def build(args: argparse.Namespace) -> None:
         rows = ExampleRows(args, tokenizer, splits)
         for batch in routed_batches(sources, reader, router, args.dedup == "exact"):
             rows.add(batch)
+        lines.check_sources()
         if unknown := weights.keys() - set(rows.domains):
             raise UserError(
                 f"--domain-weights names {', '.join(sorted(unknown))}, but the domains are "

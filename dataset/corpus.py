@@ -183,6 +183,12 @@ class CorpusSplit:
         counts.unknown_bytes += int(unknown["bytes"].sum(dtype=np.int64))
         counts.lost_bytes += int(tokens["lost"].sum(dtype=np.int64))
 
+    def count_lost_text(self, domain: int, text_bytes: int) -> None:
+        """Count a text of `text_bytes` bytes that became no token."""
+        counts = self.count(domain)
+        counts.text_bytes += text_bytes
+        counts.lost_bytes += text_bytes
+
     def write(self, domain: int, rows: Rows, targets: np.ndarray) -> None:
         """Append rows of one domain with their iteration targets (n,)."""
         count = len(rows.inputs)
@@ -343,7 +349,8 @@ def print_losses(splits: dict[str, CorpusSplit]) -> None:
     if found:
         print(
             f"note: the tokenizer cannot spell all of the text: of {text:,} bytes, "
-            f"{' and '.join(found)}; bits per byte counts them, but no model can learn them"
+            f"{' and '.join(found)}; no model can learn them, and bits per byte counts them except "
+            "for texts without any token"
         )
 
 

@@ -26,6 +26,8 @@ MAGIC = {
 MAX_LINE_BYTES = 1 << 30
 """A longer line is taken for a file that has no lines at all."""
 
+NAMED_SOURCES = 3
+
 
 @dataclass(frozen=True)
 class ReadOptions:
@@ -48,10 +50,15 @@ class DocumentReader:
         self.options = options
         self.bad_lines = 0
         self.blank_documents = 0
+        self.found = False
+        """Whether any source so far held something."""
+        self.blank_sources = 0
+        self.first_blank_sources: list[str] = []
+        """Names of the first few."""
         self._progress = progress or (lambda count: None)
 
     def texts(self, source: Source) -> Iterator[str]:
-        """Documents of one source; blank ones are skipped; none at all is an error."""
+        """Documents of one source; blank ones are skipped."""
         for _, text in self.documents(source):
             yield text
 
@@ -65,10 +72,36 @@ class DocumentReader:
                 continue
             found = True
             yield number, text
-        if not found:
-            bad = self.bad_lines - bad_lines
-            why = f"its {bad:,} lines are bad ones" if bad else "it is empty or blank"
-            raise UserError(f"{source} holds no document: {why}; leave it out of the inputs.")
+        self.end_source(source, found, self.bad_lines - bad_lines)
+
+    def end_source(self, source: Source, found: bool, bad_lines: int) -> None:
+        """Count a source as blank if nothing was found in it; only bad lines are an error."""
+        self.found |= found
+        if found:
+            return
+        if bad_lines:
+            raise UserError(
+                f"{source} holds no document: its {bad_lines:,} lines are bad ones; leave it out "
+                "of the inputs."
+            )
+        self.blank_sources += 1
+        if self.blank_sources <= NAMED_SOURCES:
+            self.first_blank_sources.append(str(source))
+
+    def check_sources(self) -> None:
+        """Note which of the sources were blank, after the last one; all of them is an error."""
+        if not self.blank_sources:
+            return
+        more = ", …" if self.blank_sources > len(self.first_blank_sources) else ""
+        shown = ", ".join(self.first_blank_sources) + more
+        if not self.found:
+            verb = "hold" if self.blank_sources > 1 else "holds"
+            raise UserError(f"{shown} {verb} no document: empty or blank; name other inputs.")
+        warnings.warn(
+            f"{self.blank_sources:,} input file(s) are skipped, because they are empty or blank "
+            f"({shown})",
+            stacklevel=1,
+        )
 
     def records(self, source: Source, skip: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         """Line numbers and JSON objects of one source, whatever their keys."""

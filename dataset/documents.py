@@ -96,6 +96,7 @@ class DocumentFeed:
                     yield batch
                     batch = Batch()
             self._input, self._records = self._input + 1, 0
+        self._reader.check_sources()
         if len(batch):
             yield batch
 
@@ -118,6 +119,8 @@ class DocumentFeed:
             "documents_read": self.documents_read,
             "bad_lines": self._reader.bad_lines,
             "blank_documents": self._reader.blank_documents,
+            "blank_sources": self._reader.blank_sources,
+            "first_blank_sources": self._reader.first_blank_sources,
             "by_length": self._lengths.left_out,
             "router": self._router.state_dict(),
             "quality": self._quality.state_dict(),
@@ -128,6 +131,9 @@ class DocumentFeed:
         self.documents_read = state["documents_read"]
         self._reader.bad_lines = state["bad_lines"]
         self._reader.blank_documents = state["blank_documents"]
+        self._reader.blank_sources = state.get("blank_sources", 0)
+        self._reader.first_blank_sources = state.get("first_blank_sources", [])
+        self._reader.found = self.documents_read > 0
         self._lengths.left_out = state["by_length"]
         self._router.load_state_dict(state["router"])
         self._quality.load_state_dict(state["quality"])

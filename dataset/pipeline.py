@@ -161,6 +161,7 @@ class PackedCorpus:
         for number, (split, domain, size, tokens) in enumerate(keys):
             if not tokens:  # a normalizer may leave nothing of a text
                 self.empty_documents += 1
+                self._splits[split].count_lost_text(domain, size)
                 continue
             self._splits[split].count_document(domain, size, tokens + 1)
             run = last.get(split, -1)

@@ -37,6 +37,7 @@ class PlainTokenizer:
     `unknown_id` is the original id of text that the vocabulary cannot spell, None without one.
     `lossless`: the ids of any text give its number of bytes, the one space that some tokenizers
     put before a text counted in. Decided by the definition, and where in doubt it is False.
+    `lossless_without_mark`: they do for text without `SPACE`, which reads like a space.
 
     Args:
         tokenizer: the original one, with all its special tokens.
@@ -55,8 +56,9 @@ class PlainTokenizer:
         self.tokenizer, self.description = tokenizer, description
         self.original_ids: np.ndarray | None = None
         special = _special_tokens(description) | added
-        self.lossless = _is_lossless(description, special, byte_lengths)
-        if not self.lossless or _may_spell(description, special):
+        keeps_size = _is_lossless(description, special, byte_lengths)
+        marks_spaces = _marks_spaces(description)
+        if not keeps_size or marks_spaces or _may_spell(description, special):
             self.description = orjson.loads(tokenizer.to_str())
             self.description["post_processor"] = None  # it may trim the places of tokens
             original_names = self._hide()
@@ -64,9 +66,11 @@ class PlainTokenizer:
             self._find_ids(tokenizer, original_names)
             special = _special_tokens(self.description)
             # All text is spelled then, and nothing is DROPPED.
-            self.lossless = not self._moves_ids() and _is_lossless(
+            keeps_size = not self._moves_ids() and _is_lossless(
                 self.description, special, byte_lengths
             )
+        self.lossless = keeps_size and not marks_spaces
+        self.lossless_without_mark = keeps_size
         self.tokenizer.encode_special_tokens = True
         name = _unknown_token(self.description["model"])
         unknown = None if name is None else self.tokenizer.token_to_id(name)
@@ -143,7 +147,7 @@ class PlainTokenizer:
 
 def _is_lossless(description: dict[str, Any], special: set[str], byte_lengths: np.ndarray) -> bool:
     """Whether it is byte-level BPE, or has byte fallback, with all bytes and no stage that changes
-    or drops text."""
+    or drops text, apart from writing `SPACE` for spaces."""
     model = description["model"]
     if model.get("type") not in ("BPE", "Unigram"):
         return False
@@ -280,6 +284,15 @@ def _spells_spaces(
     return all(
         byte_lengths[index] == sizes.get(token, len(token.replace(SPACE, shown).encode()))
         for token, index in pieces.items()
+    )
+
+
+def _marks_spaces(description: dict[str, Any]) -> bool:
+    """Return whether the model gets `SPACE` for each space, so that its ids do not distinguish
+    the two."""
+    stages = _stages(description.get("pre_tokenizer"))
+    return any(stage["type"] == "Metaspace" for stage in stages) or _REPLACE in _stages(
+        description.get("normalizer")
     )
 
 

@@ -6,8 +6,8 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from dataset.common import UserError
-from dataset.encoders import Encoded
-from dataset.plain_tokenizer import BYTE_PIECES, DROPPED, PlainTokenizer
+from dataset.encoders import Encoded, HuggingFaceEncoder
+from dataset.plain_tokenizer import BYTE_PIECES, DROPPED, SPACE, PlainTokenizer
 from dataset.tokens import byte_places, divide, sized_dtype
 
 
@@ -50,6 +50,42 @@ class SizedEncoder:
         if len(tokens):
             divide(tokens, starts, spans, int(places[-1]))
         return tokens
+
+
+class MarkEncoder:
+    """A `SizedEncoder` for tokenizers that write `SPACE` for spaces, and are lossless otherwise:
+    the library finds the places of tokens, which is slow, only in texts that hold `SPACE`.
+
+    Args:
+        byte_lengths: (V,) bytes by id, of text without `SPACE`.
+    """
+
+    name = "huggingface"
+
+    def __init__(self, plain: PlainTokenizer, byte_lengths: np.ndarray) -> None:
+        self._fast = HuggingFaceEncoder(plain.tokenizer, plain.description)
+        self._exact = SizedEncoder(plain)
+        self._byte_lengths = byte_lengths
+
+    def encode(self, texts: Sequence[bytes]) -> Encoded:
+        """See `Encoder`."""
+        ids, counts = self._fast.encode(texts)
+        tokens = np.zeros(len(ids), sized_dtype(ids.dtype))
+        tokens["id"], tokens["bytes"] = ids, self._byte_lengths[ids]
+        # The tokenizer may put a space before a text; the first token does not count it.
+        ends = np.append(0, np.cumsum(counts))
+        sizes = np.append(0, np.cumsum(tokens["bytes"], dtype=np.int64))
+        added = np.diff(sizes[ends]) - np.fromiter(map(len, texts), np.int64, len(texts))
+        first = ends[:-1][counts > 0]
+        marked = np.array([_MARK in text for text in texts], bool)
+        tokens["bytes"][first] -= np.where(marked, 0, added)[counts > 0].astype(np.uint32)
+        if marked.any():
+            exact, _ = self._exact.encode([text for text in texts if _MARK in text])
+            tokens[np.repeat(marked, counts)] = exact
+        return tokens, counts
+
+
+_MARK = SPACE.encode()
 
 
 class _Symbols:

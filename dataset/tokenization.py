@@ -23,7 +23,7 @@ from dataset.encoders import (
     use_threads,
 )
 from dataset.plain_tokenizer import PlainTokenizer
-from dataset.sized_encoder import SizedEncoder
+from dataset.sized_encoder import MarkEncoder, SizedEncoder
 from dataset.tokens import ids_of, sized_dtype
 
 EOS_TOKENS = ("<|eos|>", "<|endoftext|>", "</s>")
@@ -99,6 +99,8 @@ class TextTokenizer:
         self.encoder: Encoder
         if self.lossless:
             self.encoder = HuggingFaceEncoder(plain.tokenizer, plain.description)
+        elif plain.lossless_without_mark:
+            self.encoder = MarkEncoder(plain, self.byte_lengths)
         else:
             self.encoder = SizedEncoder(plain)
         if library == "gigatoken":

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
         reader = DocumentReader(options, bar.update)
         texts = (text for source in sources for text in reader.texts(source))
         tokenizer = train_tokenizer(texts, args.vocab_size)
+        reader.check_sources()
     with write_result(output, f"--output {output}") as part:
         part.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     learned = tokenizer.get_vocab_size()

@@ -32,10 +32,12 @@ PositiveInt = Annotated[int, Field(ge=1)]
 class Item(NamedTuple):
     """One example: (context, continuation) of each choice, and which is right.
 
+    lengths: characters of each choice, without the delimiter.
     answer None: there is one pair, and every token of its continuation is to be the likeliest.
     """
 
     pairs: list[tuple[str, str]]
+    lengths: list[int]
     answer: int | None
     group: str
 
@@ -49,7 +51,8 @@ class MultipleChoiceEvaluator:
     """Figures of one file, over all ranks, below <prefix>/<task>/:
 
     accuracy            of the choice with the largest summed log-probability
-    accuracy_norm       … with the largest log-probability per byte of the choice
+    accuracy_norm       … with the largest log-probability per character of the choice, which is
+                        `acc_norm` of lm-evaluation-harness
     stderr, stderr_norm their standard errors, sqrt(p(1 - p)/(n - 1))
     chance              what guessing gives
     perplexity          without choices: of the continuations, per continuation
@@ -156,9 +159,8 @@ class MultipleChoiceEvaluator:
             }  # fmt: skip
         summed, by_length = [], []
         for i, item in zip(chosen, items, strict=True):
-            size = [max(1, len(after.strip().encode())) for _, after in item.pairs]
             summed.append(nats[i].argmin() == item.answer)
-            by_length.append((nats[i] / size).argmin() == item.answer)
+            by_length.append((nats[i] / item.lengths).argmin() == item.answer)
         return {
             **_accuracy("", np.array(summed)),
             **_accuracy("_norm", np.array(by_length)),
@@ -187,37 +189,41 @@ def _accuracy(suffix: str, right: np.ndarray) -> dict[str, float]:
 def read_item(where: str, record: dict[str, Any], config: MultipleChoiceEvaluator.Config) -> Item:
     """One example of a file; UserError that says what is wrong with it."""
     try:
-        pairs, answer = _pairs(record, config.delimiter)
-        if not all(continuation.strip() for _, continuation in pairs):
+        pairs, choices, answer = _pairs(record, config.delimiter)
+        if not all(choice.strip() for choice in choices):
             raise UserError("a choice or continuation is empty")
         group = "" if config.group_key is None else str(_value(record, config.group_key))
         group = group.replace("/", "_")  # it becomes a part of a figure's name
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return Item(pairs, answer, group)
+    return Item(pairs, [len(choice) for choice in choices], answer, group)
 
 
-def _pairs(record: dict[str, Any], delimiter: str) -> tuple[list[tuple[str, str]], int | None]:
+def _pairs(
+    record: dict[str, Any], delimiter: str
+) -> tuple[list[tuple[str, str]], list[str], int | None]:
+    """Return the pairs of an example, the choice in each of them, and which pair is right."""
     if "sentence_good" in record and "sentence_bad" in record:
         good, bad = (_text(record, key) for key in ("sentence_good", "sentence_bad"))
-        return [("", good), ("", bad)], 0
+        return [("", good), ("", bad)], [good, bad], 0
     if "context_options" in record:
         contexts = _texts(record, "context_options")
         continuation = _text(record, "continuation")
         pairs = [_joined(context, delimiter, continuation) for context in contexts]
-        return pairs, _answer(record, contexts)
+        return pairs, [continuation] * len(pairs), _answer(record, contexts)
     if "choices" in record:
         choices = _texts(record, "choices")
         question = _text(record, next((key for key in QUESTION if key in record), QUESTION[0]))
-        return [_joined(question, delimiter, c) for c in choices], _answer(record, choices)
+        pairs = [_joined(question, delimiter, choice) for choice in choices]
+        return pairs, choices, _answer(record, choices)
     if "context" in record and "continuation" in record:
         context, continuation = (_text(record, key) for key in ("context", "continuation"))
-        return [_joined(context, delimiter, continuation)], None
+        return [_joined(context, delimiter, continuation)], [continuation], None
     if "text" in record:
         text = _text(record, "text").rstrip()
         begin = len(text) - len((text.split() or [""])[-1])
         begin -= text[:begin].endswith(" ")  # a space belongs to the word's token
-        return [(text[:begin], text[begin:])], None
+        return [(text[:begin], text[begin:])], [text[begin:]], None
     raise UserError(
         f"no kind of task has the keys {', '.join(sorted(record)[:10]) or 'of an empty object'}; "
         "there are question, choices, answer; context_options, continuation, answer; "

@@ -13,6 +13,7 @@ from models.loading import KL_TO
 from models.losses import ACTLossHead
 from models.train_state import create_model
 from utils.backend import select_backend
+from utils.checkpoint import missing_advice
 from utils.config_saved import dump_config
 from utils.config_schema import PretrainConfig
 from utils.data import Data, open_data
@@ -24,7 +25,7 @@ def dry_run(config: PretrainConfig) -> None:
     head, _ = planned_model(config, ranks)
     near = config.arch.loss.options.get("kl_to")
     if near is not None and not Path(near).is_dir():
-        raise UserError(f"{KL_TO}={near} is not a folder; name a checkpoint or a run")
+        raise UserError(f"{KL_TO}={near} is not a folder; {missing_advice(Path(near))}")
     print(yaml.safe_dump(dump_config(config), sort_keys=False))
     device, free = "cuda", None
     rows = micro_rows = config.rows_per_rank(ranks)

@@ -19,7 +19,7 @@ from models.losses import ACTLossHead
 from models.train_state import create_model, load_into, match_identifiers
 from utils.backend import Backend
 from utils.backend.cpu import CPUBackend
-from utils.checkpoint import MANIFEST, Checkpoint, checkpoint_in, load_weights
+from utils.checkpoint import MANIFEST, Checkpoint, checkpoint_in, load_weights, missing_advice
 from utils.config_saved import read_arch
 from utils.config_schema import PretrainConfig
 from utils.corpora import Corpora
@@ -84,7 +84,7 @@ def load_language_model(
         advice = str(folder) if (folder / MANIFEST).is_file() else "a run or a step_<n> in one"
         raise UserError(f"checkpoint={path} is a file, but a checkpoint is a folder; name {advice}")
     if not Path(path).is_dir():
-        raise UserError(f"checkpoint={path} is not a folder; name a checkpoint or a run")
+        raise UserError(f"checkpoint={path} is not a folder; {missing_advice(Path(path))}")
     backend = backend or CPUBackend()
     values, opened = load_weights(path, weights)
     assert opened is not None
@@ -213,7 +213,7 @@ def settle_anchor(config: PretrainConfig, backend: Backend, saved: str | None) -
             if path.resolve() == began or place.resolve() == began.parent:
                 return saved
         if not path.is_dir() and not config.eval_only:  # which has no use for it
-            raise UserError(f"{KL_TO}={path} is not a folder; name a checkpoint or a run")
+            raise UserError(f"{KL_TO}={path} is not a folder; {missing_advice(path)}")
         try:
             path = checkpoint_in(path)
         except UserError as error:

@@ -13,6 +13,7 @@ training steps on this machine and prints what they took beside the estimate.
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ EXPENSIVE = 5000
 """US dollars that do."""
 DEEP = 1000
 """Layer passes per trained token that do: a decoder of as many layers."""
+SHOWN = 3
+"""Settings that a warning offers at most."""
 _SHORT = ["arch.halt_max_steps=8", "arch.H_cycles=3"]
 CHEAPER = (
     ["arch.halt_max_steps=8"],
@@ -81,7 +84,11 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
         names = list(Options.model_fields)
         raise UserError("; ".join(problems_of(error, Options, own, "", names))) from None
     if options.hardware not in HARDWARE:
-        raise UserError(f"hardware={options.hardware} is unknown; there are {', '.join(HARDWARE)}")
+        near = nearest(options.hardware, list(HARDWARE), cutoff=0.8)  # a b200 is no h200
+        advice = f"did you mean '{near}'? " if near else ""
+        raise UserError(
+            f"hardware={options.hardware} is unknown; {advice}there are {', '.join(HARDWARE)}"
+        )
     return options, overrides
 
 
@@ -188,7 +195,7 @@ def warnings_of(options: Options, overrides: Sequence[str], p: Plan) -> list[str
 def advice(
     options: Options, overrides: Sequence[str], p: Plan, settings: Sequence[list[str]], gain: str
 ) -> str:
-    """The settings that help, each counted anew on the same tokens."""
+    """Return the settings that help, less what is set already, each counted on the same tokens."""
     helpful: dict[tuple[float, ...], str] = {}
     recursive = hasattr(p.model.config, "H_cycles")
     for extra in settings:
@@ -207,15 +214,31 @@ def advice(
         if better and other.counted.parameters <= p.counted.parameters:
             room = "" if other.fits else ", which does not fit"
             counted = (other.total, other.counted.parameters, other.seconds)
-            helpful.setdefault(  # a preset may say no more than a single key before it
-                counted,
-                f"\n    {' '.join(extra)}: {size(other.total)}{room}, "
+            if counted in helpful:
+                continue  # a preset may say no more than a single key before it
+            named = " ".join(differing(overrides, extra, p.devices))
+            helpful[counted] = (
+                f"\n    {named}: {size(other.total)}{room}, "
                 f"{number(other.counted.parameters)} parameters, {duration(other.seconds)}, "
-                f"{dollars(other.money)}",
+                f"{dollars(other.money)}"
             )
+            if len(helpful) == SHOWN:
+                break
     if not helpful:
         return "; no single preset here changes that: take more or larger devices, or fewer tokens"
-    return "; with" + "".join(list(helpful.values())[:3])
+    return "; with" + "".join(helpful.values())
+
+
+def differing(overrides: Sequence[str], extra: Sequence[str], devices: int) -> list[str]:
+    """Return those of `extra` that make a difference in place of `overrides`."""
+    whole = configure(changed(overrides, extra), devices)
+    kept = list(extra)
+    for setting in extra:
+        fewer = [other for other in kept if other != setting]
+        with suppress(UserError):  # clashes without it
+            if configure(changed(overrides, fewer), devices) == whole:
+                kept = fewer
+    return kept
 
 
 # --- the command ---------------------------------------------------------------------------

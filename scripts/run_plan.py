@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,7 +126,7 @@ def plan(options: Options, overrides: Sequence[str], tokens: float | None = None
     config = configure(overrides, devices)
     head, data = planned_model(config, devices)
     model, counted = head.model, cost.measure_run(head.model, config)
-    memory = hardware.memory or free_host_memory()
+    memory = hardware.memory or host_memory()
     sizes: dict[str, Any] = dict(ranks=devices, device=hardware.device)
     micro_rows = config.micro_rows(devices)
     if micro_rows is None:
@@ -198,8 +199,16 @@ def budget(
     return 20.0 * counted.parameters
 
 
+@cache
+def host_memory() -> float:
+    """Return the bytes free on this machine, measured once so that plans can be compared."""
+    return free_host_memory()
+
+
+@cache
 def cpu_rate(dtype: str, side: int = 1024) -> float:
-    """FLOP/s of a matrix product on this CPU, the best of some."""
+    """Return the FLOP/s of a matrix product on this CPU, the best of some, measured once so that
+    plans can be compared."""
     a = torch.randn(side, side).to(getattr(torch, dtype))
     best = float("inf")
     for _ in range(5):

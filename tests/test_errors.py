@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_tools import ROOT, TINY, make_config
+from training_tools import ROOT, TINY, make_config, metrics_of
 
 from dataset import build_corpus_dataset
 from dataset.common import UserError, load_metadata
@@ -178,10 +178,35 @@ def test_an_empty_test_split_skips_evaluation_with_one_sentence(copied, tmp_path
 
 def test_evaluating_on_nothing_is_an_error(copied, text_run, tmp_path):
     shutil.rmtree(copied / "test")
-    run = ["eval_only=true", f"load_checkpoint={text_run}", f"checkpoint_path={tmp_path}/run"]
+    place = f"checkpoint_path={tmp_path}/made/run"
+    run = ["eval_only=true", f"load_checkpoint={text_run}", place]
     config = make_config(copied, *run, "arch.loss.loss_type=stablemax_cross_entropy")
     with pytest.raises(UserError, match=r"copy .*data_paths_test"):
         train(CPUBackend(), config)
+    assert not (tmp_path / "made").exists()
+
+
+def test_an_evaluation_that_fails_leaves_only_what_was_there(text_corpus, text_run, tmp_path):
+    """No folder where there was none, and each file of one that was there."""
+
+    def evaluate(place: Path, *more: str) -> None:
+        given = ["eval_only=true", f"load_checkpoint={text_run}", f"checkpoint_path={place}"]
+        given += ["arch.loss.loss_type=stablemax_cross_entropy", "eval_max_batches=1"]
+        train(CPUBackend(), make_config(text_corpus, *given, *more))
+
+    made, own = tmp_path / "made" / "run", tmp_path / "own"
+    own.mkdir()
+    (own / "notes.txt").write_text("", "utf-8")
+    task = "{name: tasks@MultipleChoiceEvaluator, path: %s}"
+    faults = [f"evaluators=[{task % (tmp_path / 'none.jsonl')}]", f"load_checkpoint={own}"]
+    for fault in [*faults, "seq_len=9"]:
+        for place in (made, own):
+            with pytest.raises(UserError):
+                evaluate(place, fault)
+        assert not (tmp_path / "made").exists(), fault
+        assert (own / "notes.txt").exists(), fault
+    evaluate(made)
+    assert metrics_of(made, "eval/text/bits_per_byte")
 
 
 def test_early_stopping_without_a_test_split_is_refused_before_the_first_step(copied, tmp_path):

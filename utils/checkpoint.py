@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dataset.common import UserError
-from utils.functions import has_utf8_name
+from utils.functions import has_utf8_name, nearest
 from utils.reporting import tell
 
 MANIFEST = "manifest.json"
@@ -52,6 +52,12 @@ def checkpoint_in(path: Path) -> Path:
     if not (path / MANIFEST).is_file() and (newest := checkpoints_of(path)):
         return newest[-1]
     return path
+
+
+def missing_advice(path: Path) -> str:
+    """Return what to do about a path that does not exist: the nearest name beside it, if any."""
+    near = nearest(path.name, sorted(other.name for other in path.parent.glob("*")))
+    return f"did you mean {path.parent / near}?" if near else "name a checkpoint, or a run"
 
 
 def sha256(path: Path) -> str:
@@ -290,7 +296,7 @@ def load_weights(path: str | Path, which: str) -> tuple[dict[str, Tensor], Check
             )
         return {_bare(name): value for name, value in state.items()}, None
     if not path.is_dir():
-        raise UserError(f"load_checkpoint={path} does not exist; name a checkpoint folder or file")
+        raise UserError(f"load_checkpoint={path} does not exist; {missing_advice(path)}")
     checkpoint = Checkpoint(checkpoint_in(path))
     checkpoint.verify()
     weights = checkpoint.tensors("model")

@@ -13,10 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from dataset.common import UserError
-from utils.checkpoint import MANIFEST, checkpoint_in
+from utils.checkpoint import MANIFEST, checkpoint_in, missing_advice
 from utils.config_saved import is_valid, read_arch
 from utils.config_values import literal, readable
-from utils.functions import nearest
 from utils.run_folder import folder_of
 
 # What is taken from the checkpoint, unless the command line says otherwise: by an evaluation, and
@@ -103,7 +102,5 @@ def _source(cfg: DictConfig) -> Path | None:
             if place is not None and (found := checkpoint_in(place) / MANIFEST).is_file():
                 return found.parent
     if load and not (path := Path(load)).exists():
-        near = nearest(path.name, [other.name for other in path.parent.glob("*")])
-        advice = f"did you mean {path.parent / near}?" if near else "name a checkpoint, or a run"
-        raise UserError(f"load_checkpoint={load} does not exist; {advice}")
+        raise UserError(f"load_checkpoint={load} does not exist; {missing_advice(path)}")
     return checkpoint_in(path) if load and path.is_dir() else None

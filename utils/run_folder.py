@@ -1,4 +1,5 @@
-"""The folder of a run: its name, that all ranks see it, that one process writes it at a time."""
+"""The folder of a run: its name, that all ranks see it, that one process writes it at a time, that
+a failed evaluation leaves none behind."""
 
 import fcntl
 import os
@@ -20,7 +21,8 @@ _WAIT = 20.0  # seconds for the process before to leave, and for slow shared sto
 
 
 class RunFolder:
-    """Opens `path`, naming the run alike on all ranks; `close` lets others in. A collective."""
+    """Opens `path`, naming the run alike on all ranks; a context manager that lets others in at its
+    end. A collective."""
 
     def __init__(self, config: PretrainConfig, backend: Backend):
         config.run_name = backend.broadcast_object(
@@ -31,7 +33,10 @@ class RunFolder:
         self.path = path
         if config.lr_find:
             self.path /= lr_finder.FOLDER
+        self.failed = False
+        """Set where a failure is not raised through the context manager."""
         self._lock: TextIO | None = None
+        self._made: list[Path] = []  # for an evaluation; the innermost comes first
         token = backend.from_main(lambda: self._open(config))
         if not config.eval_only and not _sees(self.path, token):
             raise UserError(
@@ -44,7 +49,10 @@ class RunFolder:
         """Makes and locks the folder; what the lock says."""
         print(f"run: {config.run_name}, folder {self.path}", flush=True)
         try:
+            missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
+            if config.eval_only:
+                self._made = missing
             self._lock = None if config.eval_only else _locked(self.path)
         except OSError as error:
             raise UserError(
@@ -53,9 +61,26 @@ class RunFolder:
             ) from None
         return _holder()
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self._lock is not None:
             self._lock.close()
+        if (self.failed or kind is not None) and self._made:
+            with suppress(OSError):
+                self._remove_unused()
+
+    def _remove_unused(self) -> None:
+        """Remove the folders that were made for an evaluation, unless one holds more than what is
+        written before the first result."""
+        entries = list(self.path.iterdir())
+        if any(e.name != "config.yaml" and (e.is_dir() or e.stat().st_size) for e in entries):
+            return
+        for entry in entries:
+            entry.unlink()
+        for folder in self._made:
+            folder.rmdir()
 
 
 def folder_of(checkpoint_path: str | None, project_name: str, run_name: str | None) -> Path | None:

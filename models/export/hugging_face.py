@@ -124,7 +124,6 @@ def card(model: LanguageModel, dtype: torch.dtype, weights: str) -> str:
     counted = cost.measure(model.model)
     corpora = ", ".join(Path(path).name for path in run["data_paths"])
     domains = ", ".join(model.metadata.domains)
-    step = opened.json("state.json")["counters"]["step"]
     trained = {
         "parameters": f"{counted.parameters:,}, of which {counted.core_parameters:,} are no "
         "embeddings",
@@ -133,7 +132,7 @@ def card(model: LanguageModel, dtype: torch.dtype, weights: str) -> str:
         "window": f"{model.window} tokens",
         "vocabulary": f"{model.metadata.vocab_size} tokens",
         "corpora": corpora + (f" ({domains})" if domains else ""),
-        "optimizer steps": f"{step:,} of {run['global_batch_size']} rows",
+        "optimizer steps": _steps(opened.json("state.json")),
         "optimizer": f"{run['optimizer']}, learning rate {run['lr']:g}, decay "
         f"{run['weight_decay']:g}, betas {run['beta1']:g} and {run['beta2']:g}",
         "loss": run["arch"]["loss"]["loss_type"],
@@ -150,6 +149,19 @@ def card(model: LanguageModel, dtype: torch.dtype, weights: str) -> str:
     megabytes = model.cache_bytes(1) / 1e6
     return _CARD.format(
         rows=rows, identifiers=identifiers, steps=model.steps, megabytes=f"{megabytes:,.1f}"
+    )
+
+
+def _steps(state: dict[str, Any]) -> str:
+    """Return the optimizer steps of a checkpoint and their rows, for a run whose global_batch_size
+    changed as well: of the earlier steps it has their number and the sum of their rows."""
+    stream, step = state["stream"], state["counters"]["step"]
+    earlier, rows = stream.get("other_sizes", (0, 0))
+    if not earlier:
+        return f"{step:,} of {stream['global_batch_size']} rows"
+    return (
+        f"{step:,}: the first {earlier:,} of {rows / earlier:.4g} rows on average, the last "
+        f"{step - earlier:,} of {stream['global_batch_size']} rows"
     )
 
 

@@ -212,6 +212,25 @@ def test_lines_taken_for_documents_are_pointed_out(build, tmp_path, capsys):
             assert told == (ending == ".txt" and documents == "line")
 
 
+@pytest.mark.parametrize("more", ["", "--dedup near"])
+def test_blank_files_are_skipped_with_one_note(build, tmp_path, capsys, fails, more):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("one\n\ntwo", "utf-8")
+    for number, content in enumerate(["", "\n", " \t\n\n", "\ufeff\n"]):
+        (texts / f"blank{number}.txt").write_text(content, "utf-8")
+    (texts / "z.jsonl").write_text('{"text": "three"}\n', "utf-8")
+    corpus = build(texts, options=f"--train-ratio 1 --seq-len 16 {more}")
+    (note,) = (line for line in capsys.readouterr().out.splitlines() if "blank0.txt" in line)
+    assert note.startswith("note: 4 ") and "blank0.txt" in note and "blank3.txt" not in note
+    report = json.loads((corpus / "build_report.json").read_bytes())
+    assert report["splits"]["train"]["total"]["documents"] == 3
+    blank = list(texts.glob("blank*"))
+    message = fails(lambda: build(*blank, out="none"))
+    assert "no document" in message and "blank1.txt" in message
+    assert not (tmp_path / "none").exists()
+
+
 def test_documents_are_filtered_by_length(build, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["a", "bb", "ccc", "dddd"])
     corpus = build(path, options="--seq-len 8 --train-ratio 1 --min-chars 2 --max-chars 3")

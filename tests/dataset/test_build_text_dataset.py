@@ -120,6 +120,17 @@ def test_budgets_domains_and_weights(build_text, tmp_path):
     assert json.loads((corpus / "build_report.json").read_text("utf-8"))["clipped_budgets"] == 2
 
 
+def test_blank_files_are_skipped(build_text, tmp_path, capsys, fails):
+    (tmp_path / "texts").mkdir()
+    write_examples(tmp_path / "texts/qa.jsonl", [{"prompt": "p", "response": "r"}])
+    (tmp_path / "texts/blank.jsonl").write_text("\n \n", "utf-8")
+    corpus = build_text(tmp_path / "texts", "--train-ratio 1")
+    assert read_split(corpus, "train").metadata.documents == 1
+    assert "blank.jsonl" in capsys.readouterr().out
+    blank = tmp_path / "texts/blank.jsonl"
+    assert "blank.jsonl" in fails(lambda: build_text(blank, "", out="none"))
+
+
 def test_one_prompt_lands_in_one_split(build_text, tmp_path, monkeypatch):
     records = [
         {"prompt": f"prompt {i % 40}", "response": f"answer {i}", "meta": {"domain": "xy"[i % 2]}}

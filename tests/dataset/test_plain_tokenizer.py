@@ -11,9 +11,9 @@ from dataset.tokenization import TextTokenizer
 from dataset.tokens import ids_of
 from tests.dataset.conftest import WORDS, random_text
 from tests.dataset.test_encoders import odd_text
-from tests.dataset.tokenizer_variants import CASES, LOSSLESS, LOSSY, case
+from tests.dataset.tokenizer_variants import CASES, LOSSLESS, LOSSY, MARKED, case
 
-ALL = LOSSLESS | LOSSY
+ALL = LOSSLESS | MARKED | LOSSY
 # Beside special tokens: what a normalizer turns into them, and what spells the piece of a byte.
 SPELLED = ["</s>", "<pad>", "<unk>", "</S>", "＜/s＞", "<0x0A>", "<0xE6>", "the", "e", "\n"]
 
@@ -74,10 +74,12 @@ def test_other_text_has_the_ids_that_the_library_gives(load, name, rng):
     assert compared or "no unk" in name
 
 
-@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize("name", LOSSLESS | MARKED)
 def test_lossless_means_that_ids_tell_the_bytes(load, name, rng):
     tokenizer = load(name)
-    assert tokenizer.lossless and tokenizer.encode_tokens(["a"])[0].dtype == tokenizer.dtype
+    assert tokenizer.lossless == (name in LOSSLESS)
+    if tokenizer.lossless:
+        assert tokenizer.encode_tokens(["a"])[0].dtype == tokenizer.dtype
     texts = [odd_text(rng, rng.randrange(1, 300)) for _ in range(60)] + spelling_texts(rng)
     texts = [text.replace("▁", "_") for text in texts]  # SentencePiece takes it for a space
     for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
@@ -87,7 +89,7 @@ def test_lossless_means_that_ids_tell_the_bytes(load, name, rng):
         assert decoded.lstrip(" ") == text.lstrip(" ")  # `<0x0A>` is no line feed
 
 
-@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("name", MARKED | LOSSY)
 def test_tokens_of_lossy_tokenizers_share_the_bytes_of_the_text(load, name, rng):
     tokenizer = load(name)
     assert not tokenizer.lossless
@@ -95,6 +97,17 @@ def test_tokens_of_lossy_tokenizers_share_the_bytes_of_the_text(load, name, rng)
     for text, tokens in zip(texts, tokenizer.encode_tokens(texts), strict=True):
         assert len(tokens) == 0 or tokens["bytes"].sum() == len(text.encode()), text
         assert (tokens["lost"] <= tokens["bytes"]).all()
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_a_literal_mark_of_a_space_has_its_bytes(load, name):
+    """U+2581 is what these tokenizers write for a space: one id, three bytes or one."""
+    tokenizer = load(name)
+    texts = ["fox▁fox", "fox fox", "▁", "", " fox", "the ▁▁ fox"]
+    found = tokenizer.encode_tokens(texts)
+    assert [tokens["bytes"].sum() for tokens in found] == [9, 7, 3, 0, 4, 14]
+    assert ids_of(found[0]).tolist() == ids_of(found[1]).tolist()
+    assert not any(tokens["lost"].any() for tokens in found)
 
 
 def test_each_token_has_the_text_up_to_the_next(rng):

@@ -15,7 +15,7 @@ from dataset.common import IGNORE_LABEL_ID, load_metadata, token_byte_lengths, v
 from evaluators.text import PerplexityEvaluator
 from sequence_dataset import EvalStream
 from tests.dataset.conftest import file_bytes, random_text, write_jsonl
-from tests.dataset.tokenizer_variants import CASES, LOSSLESS, LOSSY
+from tests.dataset.tokenizer_variants import CASES, LOSSLESS, LOSSY, MARKED
 from utils.corpora import Corpora
 from utils.row_reader import RowReader
 
@@ -165,11 +165,8 @@ def test_three_documents_have_three_ends(build, tmp_path):
     assert len(real) == np.flatnonzero(inputs[0] == 1)[-1] + 1  # padding stands at the end alone
 
 
-@pytest.mark.parametrize(
-    "name", ["byte level", "byte fallback, prefix", "unigram, byte fallback, prefix"]
-)
-def test_lossless_tokenizers_write_nothing_more(build, tmp_path, rng, name, capsys):
-    LOSSLESS[name]().save(str(tmp_path / "tok.json"))
+def test_lossless_tokenizers_write_nothing_more(build, tmp_path, rng, capsys):
+    LOSSLESS["byte level"]().save(str(tmp_path / "tok.json"))
     path = write_jsonl(tmp_path / "a.jsonl", [random_text(rng, 40) for _ in range(30)])
     corpus = build(tmp_path / "tok.json", path, options="--seq-len 16 --train-ratio 0.5")
     assert not list(corpus.rglob("scored_bytes*"))
@@ -178,6 +175,42 @@ def test_lossless_tokenizers_write_nothing_more(build, tmp_path, rng, name, caps
     labels = np.load(corpus / "test/all/labels.npy")
     scored = load_metadata(corpus / "test/all").scored_bytes
     assert scored == lengths.take(labels, mode="clip").sum()
+
+
+@pytest.mark.parametrize("name", ["byte fallback, prefix", "unigram, byte fallback, prefix"])
+def test_marks_of_spaces_are_counted_as_the_bytes_they_are(build, tmp_path, rng, name, capsys):
+    MARKED[name]().save(str(tmp_path / "tok.json"))
+    texts = [f"fox {random_text(rng, 20)} fox▁fox ▁" for _ in range(20)]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    corpus = build(tmp_path / "tok.json", path, options="--seq-len 16 --train-ratio 0")
+    assert "spell" not in capsys.readouterr().out
+    report = json.loads((corpus / "build_report.json").read_bytes())["splits"]["test"]["total"]
+    size = sum(len(text.encode()) for text in set(texts))
+    firsts = size - report["scored_bytes"]  # nothing predicts the first token of a document
+    assert report["text_bytes"] == size and 0 <= firsts <= len("fox") * len(set(texts))
+    assert sizes_of(corpus).sum() == report["scored_bytes"]
+
+
+def test_texts_without_any_token_are_lost(build, tmp_path, capsys):
+    """Of both builders, and by the split that they fell to."""
+    path = write_jsonl(tmp_path / "a.jsonl", ["hello world", "zz 犬!"])
+    corpus = build(NOUNK, path, options="--seq-len 8 --train-ratio 1")
+    total = json.loads((corpus / "build_report.json").read_bytes())["splits"]["train"]["total"]
+    assert (total["documents"], total["text_bytes"], total["lost_bytes"]) == (1, 18, 8)
+    assert "of 18 bytes, 8 bytes are in no token" in capsys.readouterr().out
+    examples = [("hello", "world"), ("zz!", "foo"), ("zzz", "犬")]
+    lines = (json.dumps({"prompt": a, "response": b}) for a, b in examples)
+    (tmp_path / "qa.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    build_text_dataset.main(
+        [
+            *("--tokenizer-json", str(NOUNK), "--input-files", str(tmp_path / "qa.jsonl")),
+            *("--output-dir", str(tmp_path / "qa"), "--train-ratio", "1"),
+        ]
+    )
+    report = json.loads((tmp_path / "qa/build_report.json").read_bytes())
+    total = report["splits"]["train"]["total"]
+    assert report["skipped"]["examples_without_tokens"] == 1
+    assert (total["text_bytes"], total["lost_bytes"]) == (22, 9)
 
 
 @pytest.mark.parametrize("layout", ["npy", "stream"])

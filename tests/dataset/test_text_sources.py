@@ -34,7 +34,9 @@ COMPRESS = {
 def read(*arguments: Path | str, given_format: str | None = None, **options) -> list[str]:
     reader = DocumentReader(ReadOptions(**options))
     groups = find_sources([str(argument) for argument in arguments], given_format)
-    return [text for group in groups for source in group for text in reader.texts(source)]
+    texts = [text for group in groups for source in group for text in reader.texts(source)]
+    reader.check_sources()
+    return texts
 
 
 @pytest.mark.parametrize("ending", COMPRESS)

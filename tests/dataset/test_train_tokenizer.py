@@ -50,3 +50,15 @@ def test_mistakes_end_in_one_sentence(tmp_path, fails, options, message):
     assert "is a folder" in fails(lambda: run(path, tmp_path))
     assert "one of the inputs" in fails(lambda: run(path, path))
     assert path.read_text("utf-8").startswith('{"text"')
+
+
+def test_blank_files_are_skipped(tmp_path, capsys, fails):
+    (tmp_path / "blank.txt").write_text("\n", "utf-8")
+    (tmp_path / "text.txt").write_text("a b", "utf-8")
+    output = ("--output", str(tmp_path / "tok.json"), "--vocab-size", "258")
+    files = [str(tmp_path / name) for name in ("blank.txt", "text.txt")]
+    train_tokenizer.main(["--input-files", *files, *output])
+    assert "blank.txt" in capsys.readouterr().out
+    (tmp_path / "tok.json").unlink()
+    assert "blank.txt" in fails(lambda: train_tokenizer.main(["--input-files", files[0], *output]))
+    assert not (tmp_path / "tok.json").exists()

@@ -147,6 +147,10 @@ LOSSLESS: dict[str, Callable[[], Tokenizer]] = {
     "byte level, no regex, whole": lambda: model(byte_level(use_regex=False), ignore_merges=True),
     "byte level, added text": lambda: byte_level(added=["quick fox", "</s>!", "<think>"]),
     "byte level, a common word is special": lambda: special(byte_level(), "the", "fox"),
+}
+
+# Lossless but for text that holds U+2581, which they take for a space.
+MARKED: dict[str, Callable[[], Tokenizer]] = {
     "byte fallback, prefix": llama,
     "byte fallback, spaces replaced": gemma,
     "byte fallback, metaspace, prefix": lambda: metaspace(llama()),

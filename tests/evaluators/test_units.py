@@ -12,6 +12,7 @@ from evaluators.examples import read_json_lines, spread
 from evaluators.generation import GenerationEvaluator
 from evaluators.puzzle import ExactMatchEvaluator, View, vote
 from evaluators.tasks import MultipleChoiceEvaluator
+from models.language_model import Score
 from utils.functions import load_class
 
 
@@ -97,6 +98,7 @@ def test_a_delimiter_is_not_doubled(question, delimiter, choice, whole, tmp_path
         ({"question": "q", "choices": ["a", "b"], "answer": 2}, "'answer' holds 2"),
         ({"question": "q", "choices": ["a"], "answer": 0}, "no list of two texts"),
         ({"question": "q", "choices": ["a", " "], "answer": 0}, "is empty"),
+        ({"context": "q", "continuation": ""}, "is empty"),
         ({"choices": ["a", "b"], "answer": 0}, "no key 'question'"),
         ({"story": "x"}, "no kind of task has the keys story"),
         ({"context": 3, "continuation": "x"}, "is no text"),
@@ -105,7 +107,7 @@ def test_a_delimiter_is_not_doubled(question, delimiter, choice, whole, tmp_path
 def test_a_faulty_example_is_named_with_its_line(record, says, tmp_path):
     good = {"question": "q", "choices": ["a", "b"], "answer": 0}
     with pytest.raises(UserError, match=r"task\.jsonl, line 2: .*") as error:
-        tasks(lines(tmp_path, good, record))
+        tasks(lines(tmp_path, good, record), delimiter="\nAnswer: ")
     assert says in str(error.value)
 
 
@@ -122,6 +124,67 @@ def test_solved_examples_are_drawn_without_the_question_itself(tmp_path):
     pairs = lines(tmp_path, *[{"sentence_good": "a", "sentence_bad": "b"}] * 3, name="pairs.jsonl")
     with pytest.raises(UserError, match="means nothing"):
         tasks(pairs, num_few_shot=1)
+
+
+class Costs:
+    """A model that charges as many nats for each choice as a test decides."""
+
+    steps = window = 1
+
+    def __init__(self, nats: list[float]) -> None:
+        self.nats = nats
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[str, str]:
+        return context, continuation
+
+    def score(self, pairs, identifier=None) -> list[Score]:
+        return [Score(nats, False) for nats in self.nats]
+
+
+def accuracies(path: str, nats: list[float], **options) -> dict[str, float]:
+    evaluator = tasks(path, **options)
+    evaluator.examine(Costs(nats), None)
+    return {name.split("/")[-1]: value for name, value in evaluator.result(None, 0, 1).items()}
+
+
+@pytest.mark.parametrize(
+    "choices, nats, answer",
+    [
+        (["ab", "abcdefgh"], [4.0, 10.0], 1),  # 2 and 1.25 nats a character
+        (["ab", "犬犬犬"], [4.0, 6.5], 0),  # 2 and 2.17; of bytes the second would be the better
+    ],
+)
+def test_choices_are_normalised_by_their_own_characters(choices, nats, answer, tmp_path):
+    """With the delimiter the first would be ahead: 4/10 nats against 10/16."""
+    path = lines(tmp_path, {"question": "q", "choices": choices, "answer": answer})
+    found = accuracies(path, nats, delimiter="\nAnswer: ")
+    assert found["accuracy_norm"] == 1 and found["accuracy"] == (answer == 0)
+
+
+@pytest.mark.slow
+def test_accuracy_norm_is_that_of_the_harness(tmp_path):
+    api = pytest.importorskip("lm_eval.api.task")
+    rng = draw_rng()
+    differ = 0
+    for number in range(40):
+        choices = ["".join(rng.choice(list("ab é犬"), n)) + "x" for n in rng.integers(1, 9, 3)]
+        record = {"question": "q", "choices": choices, "answer": int(rng.integers(3))}
+        path = lines(tmp_path, record, name=f"{number}.jsonl")
+        nats = rng.uniform(1, 12, 3).tolist()
+        if number == 0:
+            task = api.ConfigurableTask(config={
+                "task": "choices", "dataset_path": "json", "test_split": "train",
+                "dataset_kwargs": {"data_files": path}, "output_type": "multiple_choice",
+                "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}",
+                "doc_to_target": "answer", "target_delimiter": "\nAnswer: ",
+                "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+            })  # fmt: skip
+        wanted = task.process_results(record, [(-value, False) for value in nats])
+        found = accuracies(path, nats, delimiter="\nAnswer: ")
+        assert found["accuracy"] == wanted["acc"]
+        assert found["accuracy_norm"] == wanted["acc_norm"], (choices, nats)
+        differ += wanted["acc"] != wanted["acc_norm"]
+    assert differ
 
 
 def test_a_limit_takes_examples_from_all_over_the_file(tmp_path):

@@ -31,6 +31,20 @@ def test_advice_for_a_model_that_does_not_fit_fits(capsys):
     assert "DOES NOT FIT" not in first
 
 
+def test_this_machine_is_measured_once():
+    """Or noise would make one of two equal plans the cheaper one."""
+    options, overrides = estimate.parse(["arch=athena_trm_tiny", "hardware=cpu", "tokens=1e9"])
+    one, two = (plan(options, overrides) for _ in range(2))
+    assert (one.seconds, one.memory) == (two.seconds, two.memory)
+
+
+def test_what_is_set_already_is_not_advised(capsys):
+    given = ["arch=athena_trm_small", "arch.halt_max_steps=8", "hardware=4060", "tokens=1e12"]
+    offered = re.findall(r"^    (\S+=\S+(?: \S+=\S+)*): ", printed(capsys, *given), re.M)
+    assert "arch.H_cycles=3" in offered
+    assert not any(key in " ".join(offered) for key in ("arch=athena_trm_small", "halt_max_steps"))
+
+
 def test_time_and_money_follow_from_flops_and_price():
     options, overrides = estimate.parse(
         "arch=athena_trm_small hardware=a100 devices=4 tokens=1e9 utilisation=0.5 price=2".split()
@@ -92,6 +106,7 @@ def test_measurement_stands_beside_the_estimate(capsys):
     [
         (["hardwre=h200"], "did you mean 'hardware'"),
         (["hardware=b200"], "h200, h100, a100"),
+        (["hardware=v48"], "did you mean 'v4-8'"),
         (["lrr=1"], "did you mean 'lr'"),
         (["utilisation=2"], "utilisation must be at most 1"),
         (["devices=5", "global_batch_size=16"], "not a multiple of 5"),

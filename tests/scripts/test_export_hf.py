@@ -326,6 +326,20 @@ def test_tied_embeddings_are_stored_once(text_run, tmp_path):
     assert [t.shape[0] for t in tensors.values()].count(300) == 1
 
 
+@pytest.mark.slow
+def test_the_card_names_every_batch_size(text_corpus, run_training, tmp_path):
+    steps = r"\| optimizer steps \| (.*) \|"
+    options = ["evaluators=[]", "resume_allow=[global_batch_size,max_steps]"]
+    run = run_training(text_corpus, "run", *options, "max_steps=2")
+    card = (export(run, tmp_path / "one") / "README.md").read_text("utf-8")
+    assert re.search(steps, card)[1] == "2 of 8 rows"
+    run_training(text_corpus, "run", *options, "global_batch_size=12", "max_steps=5")
+    run_training(text_corpus, "run", *options, "global_batch_size=6", "max_steps=6")
+    card = (export(run, tmp_path / "three") / "README.md").read_text("utf-8")
+    found = re.findall(r"\d+(?:\.\d+)?", re.search(steps, card)[1])
+    assert found == ["6", "5", "10.4", "1", "6"]  # (2 * 8 + 3 * 12) / 5 rows
+
+
 # --- refusals ----------------------------------------------------------------------------------
 
 

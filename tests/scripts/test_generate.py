@@ -177,6 +177,15 @@ def test_a_file_is_no_checkpoint(text_run, capsys):
     assert "is a file" in fails(capsys, f"checkpoint={__file__}", "prompt=a", *CPU)
 
 
+def test_a_mistyped_run_is_recognized(text_run, tmp_path, capsys):
+    for name in ("plays", "novels"):
+        (tmp_path / name).symlink_to(text_run)
+    message = fails(capsys, f"checkpoint={tmp_path}/noveles", "prompt=a", *CPU)
+    assert f"{tmp_path}/noveles" in message and f"did you mean {tmp_path / 'novels'}?" in message
+    message = fails(capsys, f"checkpoint={tmp_path}/qqq", "prompt=a", *CPU)
+    assert f"{tmp_path}/qqq" in message and "did you mean" not in message
+
+
 def test_mistakes_are_named_together(capsys):
     message = fails(capsys, "promt=x", "checkpoint=here", "temperature=hot", "steps=0")
     assert "did you mean 'prompt'" in message
