@@ -114,6 +114,10 @@ def test_a_later_version_evaluates_and_fine_tunes(later, text_corpus, tmp_path):
     )  # fmt: skip
     assert code == 0, out + err
     assert saved_config(tmp_path / "tuned")["arch"]["hidden_size"] == 32
+    code, out, err = finish(start(f"checkpoint={later}", f"output={tmp_path / 'exported'}",
+                                  script="scripts/export_hf.py"))  # fmt: skip
+    assert code == 0, out + err
+    assert "gone" in (tmp_path / "exported" / "README.md").read_text("utf-8")
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def card(model: LanguageModel, dtype: torch.dtype, weights: str) -> str:
     assert opened is not None
     run = yaml.safe_load(opened.text("config.yaml"))
     counted = cost.measure(model.model)
-    corpora = ", ".join(Path(path).name for path in run["data_paths"])
+    corpora = ", ".join(Path(path).name for path in run.get("data_paths", ()))
     domains = ", ".join(model.metadata.domains)
     trained = {
         "parameters": f"{counted.parameters:,}, of which {counted.core_parameters:,} are no "
@@ -133,8 +133,7 @@ def card(model: LanguageModel, dtype: torch.dtype, weights: str) -> str:
         "vocabulary": f"{model.metadata.vocab_size} tokens",
         "corpora": corpora + (f" ({domains})" if domains else ""),
         "optimizer steps": _steps(opened.json("state.json")),
-        "optimizer": f"{run['optimizer']}, learning rate {run['lr']:g}, decay "
-        f"{run['weight_decay']:g}, betas {run['beta1']:g} and {run['beta2']:g}",
+        "optimizer": _optimizer(run),
         "loss": run["arch"]["loss"]["loss_type"],
         "weights": f"{weights}, {str(dtype).removeprefix('torch.')}",
     }
@@ -150,6 +149,15 @@ def card(model: LanguageModel, dtype: torch.dtype, weights: str) -> str:
     return _CARD.format(
         rows=rows, identifiers=identifiers, steps=model.steps, megabytes=f"{megabytes:,.1f}"
     )
+
+
+def _optimizer(run: dict[str, Any]) -> str:
+    """Return the optimizer and its settings, as far as the config of the run has them."""
+    settings = {
+        "learning rate": "lr", "decay": "weight_decay", "beta1": "beta1", "beta2": "beta2",
+    }  # fmt: skip
+    known = [f"{name} {run[key]}" for name, key in settings.items() if key in run]
+    return ", ".join([str(run.get("optimizer", "unknown")), *known])
 
 
 def _steps(state: dict[str, Any]) -> str:
