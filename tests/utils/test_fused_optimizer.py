@@ -152,8 +152,6 @@ def test_a_step_works_where_torch_has_renamed_its_check(package, monkeypatch, re
     weight.square().sum().backward()
     optimizer.step()
     assert not [str(w.message) for w in recwarn if "graph_capture" in str(w.message)]
-    monkeypatch.delattr(
-        torch.optim.Optimizer, "_cuda_graph_capture_health_check", raising=False
-    )
+    monkeypatch.delattr(torch.optim.Optimizer, "_cuda_graph_capture_health_check", raising=False)
     optimizer.step()
     assert (weight < 1).all()
