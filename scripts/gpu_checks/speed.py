@@ -28,15 +28,19 @@ _TINY = "global_batch_size=2 vocab_size=50 seq_len=32 arch.hidden_size=32 arch.n
 
 
 def median_seconds(session: Session, fn: Callable[[], Any], rounds: int = 5) -> float:
-    """Return the median time of `fn`, which is called once before."""
-    times = []
-    for _ in range(rounds + 1):
+    """Return the median time of `fn`, after calls for as long as clocks may need to rise."""
+
+    def once() -> float:
         begun = time.perf_counter()
         fn()
         if session.on_cuda:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[1:])
+        return time.perf_counter() - begun
+
+    warmed = once()
+    while warmed < (0 if session.tiny else 0.3):
+        warmed += once()
+    return statistics.median(once() for _ in range(rounds))
 
 
 def product_rate(session: Session, dtype: torch.dtype = torch.bfloat16) -> float:
@@ -72,6 +76,7 @@ def check_environment(session: Session) -> None:
 
 def check_speed(session: Session) -> None:
     """Time, memory and costliest kernels of a training step of three models."""
+    session.backend.set_deterministic(True)  # as in a run, by default
     peak = product_rate(session)
     for model, options in MODELS.items():
         overrides = options.split()

@@ -31,6 +31,7 @@ SMALL = """
     arch=athena_trm_tiny arch.hidden_size=128 arch.num_heads=4 arch.L_layers=1
     arch.halt_exploration_prob=0.0
 """.split()
+UNMASKED = "arch.document_mask=false"
 ROOM = 5e8
 """Bytes that the memory part has; training takes ten times as many."""
 
@@ -56,7 +57,7 @@ def check_resume(session: Session) -> None:
     saving = [f"checkpoint_interval={half}", "keep_checkpoints=null", "arch.forward_dtype=bfloat16"]
     given, ways = [session.corpora(), *TINY, *RUN, *saving], session.ways()
     if not session.tiny:
-        ways["without document masks"] = (EAGER, "arch.document_mask=false")
+        ways["without document masks"] = (EAGER, UNMASKED)
 
     def train_twice(name: str) -> list[Checkpoint]:
         whole, resumed = session.folder / f"{name} whole", session.folder / f"{name} resumed"
@@ -104,11 +105,10 @@ def check_deterministic(session: Session) -> None:
     session.backend.set_deterministic(True)
     sizes = ["global_batch_size=8", "vocab_size=300", f"seq_len={32 if session.tiny else 512}"]
     small = [*SMALL, *sizes, "arch.forward_dtype=bfloat16"]
-    unmasked = "arch.document_mask=false"
     kinds = {name: [*small, *way] for name, way in session.ways().items()} | {
-        "without document masks": [*small, EAGER, unmasked],
+        "without document masks": [*small, EAGER, UNMASKED],
         "float32": [*small, EAGER, "arch.forward_dtype=float32"],
-        "MLP over positions": [*small, EAGER, unmasked, "arch.mlp_t=true", "arch.causal=false"],
+        "MLP over positions": [*small, EAGER, UNMASKED, "arch.mlp_t=true", "arch.causal=false"],
     }
 
     def weights(overrides: list[str]) -> Tensor:
@@ -180,7 +180,7 @@ def check_memory(session: Session) -> None:
         corpora, message = session.corpora(), "nothing: it fits"
         try:
             with little_memory(session.on_cuda):
-                session.train("run", corpora, *TINY, *RUN, EAGER, *rows)
+                session.train("run", corpora, *TINY, *RUN, EAGER, UNMASKED, *rows)
         except UserError as error:
             message = str(error)
         named = all(word in message for word in ("out of memory", "micro_batch_size"))
