@@ -86,6 +86,11 @@ def run(way: Way, overrides: Sequence[str], folder: Path) -> Curve:
         status = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, env=env).returncode
     if status:
         raise UserError(f"`{' '.join(command)}` ended with status {status}; see {log}")
+    return read_curve(folder)
+
+
+def read_curve(folder: Path) -> Curve:
+    """Read what a run of STEPS steps left in its folder."""
     lines = [
         json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()
     ]

@@ -26,6 +26,7 @@ DOCUMENTS = (
     "docs/running.md",
     "docs/evaluation.md",
     "docs/further.md",
+    "docs/performance.md",
 )
 # Sizes for seconds on a CPU: what a command says, and what it is run with.
 SMALLER = {
@@ -59,6 +60,7 @@ ELSEWHERE = {
     "--rdzv-id": "tests/test_launchers.py runs two nodes",
     "pip install": "an environment is there already; tests/test_layout.py compares the files",
     "scripts/report.py": "tests/scripts/test_report.py",
+    "scripts/gpu_check.py": "needs a GPU; tests/scripts/test_gpu_check.py runs it on the CPU",
     "scripts/plot_run.py RUN": "tests/scripts/test_plot_run.py",
 }
 

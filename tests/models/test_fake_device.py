@@ -106,5 +106,6 @@ def test_a_tensor_that_stays_on_the_host_is_found(monkeypatch):
         return z.mean(1) * torch.ones(z.shape[-1])
 
     monkeypatch.setattr(athena_trm, "mean_over", mean_over)
-    with pytest.raises(Exception, match="meta and cpu"):
+    # which devices; how the sentence names them differs between versions of torch
+    with pytest.raises(Exception, match=r"\bmeta\b.*\bcpu\b"):
         take_steps(config_of("athena_trm_tiny", "optimizer=adamw"))

@@ -1,0 +1,177 @@
+r"""Check Athena on this machine's GPU: its numbers, restarts, speed and memory.
+
+    python scripts/gpu_check.py
+    python scripts/gpu_check.py curve resume --output results.jsonl
+    python scripts/gpu_check.py --tiny
+
+Runs each part in a process of its own, in the order of --list, and ends one that takes longer than
+its limit. Each result is printed and appended to a file of JSON lines as soon as it is known;
+`passed` is null for a measurement. Ends with status 1 if a check failed. Needs no network.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from argparse import SUPPRESS, Namespace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset.common import UserError, command_parser, run_cli
+
+SECONDS = 480
+PARTS = {
+    "environment": ("speed@check_environment", 15),
+    "curve": ("training@check_curve", 65),
+    "resume": ("training@check_resume", 55),
+    "compile": ("training@check_compile", 30),
+    "kernels": ("kernels@check_kernels", 50),
+    "deterministic": ("training@check_deterministic", 25),
+    "waits": ("training@check_waits", 30),
+    "speed": ("speed@check_speed", 105),
+    "generation": ("speed@check_generation", 15),
+    "training": ("training@train_on_plays", 70),
+    "memory": ("training@check_memory", 20),
+}
+"""module@function below scripts/gpu_checks, and a limit: seconds of SECONDS."""
+FAILED = 1  # exit status
+_NOT_SHOWN = ("part", "check", "passed", "trace", "text")
+
+
+def load(part: str) -> Callable[[Any], None]:
+    module, _, function = PARTS[part][0].partition("@")
+    return getattr(importlib.import_module(f"scripts.gpu_checks.{module}"), function)
+
+
+def readable(record: dict[str, Any]) -> str:
+    """Return a result as a line, with its table below if it has one."""
+    sign = {True: "PASS", False: "FAIL", None: "    "}[record["passed"]]
+    values = [f"{k.replace('_', ' ')} {shown(v)}" for k, v in record.items() if k not in _NOT_SHOWN]
+    line = f"{sign}  {record['part']}: {record['check']}: {', '.join(values)}"
+    return line + ("\n" + record["text"] if "text" in record else "")
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def run_here(part: str, work: Path, tiny: bool) -> int:
+    """Run a part in this process; results go to standard output, all else to standard error."""
+    results = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+
+    from scripts.gpu_checks.session import Session
+    from utils.backend import select_backend
+
+    folder = work / part
+    folder.mkdir(parents=True, exist_ok=True)
+    backend, _ = select_backend("auto")
+    session = Session(backend, folder, tiny, lambda found: print(json.dumps(found), file=results))
+    load(part)(session)
+    return FAILED if session.failed else 0
+
+
+def run_part(
+    part: str, limit: float, work: Path, tiny: bool, write: Callable[[dict[str, Any]], None]
+) -> bool:
+    """Run a part in another process and write its results; return whether all of it passed."""
+    begun, log, ended = time.monotonic(), work / f"{part}.log", threading.Event()
+    command = [sys.executable, __file__, part, "--here", str(work), *["--tiny"][: int(tiny)]]
+    with log.open("w", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+            encoding="utf-8", start_new_session=True,
+        )  # fmt: skip
+
+    def end() -> None:
+        """End the part and what it started."""
+        ended.set()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(limit, end)
+    timer.start()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            write({"part": part} | json.loads(line))
+        status = process.wait()
+        too_long = ended.is_set()
+    finally:
+        timer.cancel()
+        end()
+    found: dict[str, Any] = {"seconds": round(time.monotonic() - begun, 1)}
+    if too_long:
+        found["problem"] = f"ended after {limit:.0f} s, its limit; --seconds raises it"
+    elif status not in (0, FAILED):
+        last = " | ".join(log.read_text("utf-8", errors="replace").splitlines()[-5:])
+        found["problem"] = f"ended with status {status}: {last[-800:]}"
+    write({"part": part, "check": "all", "passed": status == 0} | found)
+    return status == 0
+
+
+def run(args: Namespace) -> int:
+    """Run the parts that are named; return the exit status."""
+    if unknown := [part for part in args.parts if part not in PARTS]:
+        raise UserError(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if args.here is not None:
+        return run_here(args.parts[0], args.here, args.tiny)
+    limits = {part: seconds * args.seconds / SECONDS for part, (_, seconds) in PARTS.items()}
+    if args.list:
+        for part, limit in limits.items():
+            print(f"{part:<15}{limit:4.0f} s  {load(part).__doc__}")
+        return 0
+    import torch
+
+    if not args.tiny and not torch.cuda.is_available():
+        raise UserError("torch finds no CUDA device here; --tiny tries the checks on a CPU")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    work, failed = Path(tempfile.mkdtemp(prefix="athena_gpu_check_")), []
+    with args.output.open("a", encoding="utf-8", buffering=1) as file:
+
+        def write(record: dict[str, Any]) -> None:
+            print(json.dumps(record), file=file)
+            print(readable(record), flush=True)
+
+        for part in (part for part in PARTS if part in (args.parts or PARTS)):
+            if not run_part(part, limits[part], work, args.tiny, write):
+                failed.append(part)
+    print(f"results: {args.output}")
+    if failed:
+        print(f"failed: {', '.join(failed)}; what they printed: {work}/*.log")
+        return FAILED
+    shutil.rmtree(work)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the top of this file."""
+    parser = command_parser("python scripts/gpu_check.py", __doc__)
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help="(default: all)")
+    add("--list", action="store_true", help="list the parts with their limits, and run nothing")
+    add("--output", type=Path, default=Path("data/gpu_check.jsonl"), metavar="FILE",
+        help="(default: data/gpu_check.jsonl)")  # fmt: skip
+    add("--seconds", type=float, default=SECONDS, help="limit of all parts together, of which each "
+        f"has a share; raise it for a slower card (default: {SECONDS})")  # fmt: skip
+    add("--tiny", action="store_true", help="use small sizes, on a CPU too: does everything run?")
+    add("--here", type=Path, metavar="FOLDER", help=SUPPRESS)
+    args = parser.parse_args(argv)
+    if status := run_cli(lambda: run(args)):
+        raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""What the card gives, and what training and generating take of it."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import profile, supported_activities
+
+from models import cost
+from models.generation import Decoder
+from scripts import measure_rounding
+from scripts.benchmark_train import make_step
+from scripts.gpu_checks.session import Session
+from utils.config import PretrainConfig
+from utils.profiling import costliest
+
+_TEXT = "global_batch_size=16 vocab_size=32000 seq_len=2048"
+MODELS = {
+    "trm": "arch=trm global_batch_size=768 vocab_size=11 seq_len=81",
+    "athena_trm_medium": f"arch=athena_trm_medium {_TEXT}",
+    "transformer": "arch=transformer arch.hidden_size=1024 arch.num_heads=16 arch.num_layers=12 "
+    + _TEXT,
+}
+_TINY = "global_batch_size=2 vocab_size=50 seq_len=32 arch.hidden_size=32 arch.num_heads=2"
+
+
+def median_seconds(session: Session, fn: Callable[[], Any], rounds: int = 5) -> float:
+    """Return the median time of `fn`, after calls for as long as clocks may need to rise."""
+
+    def once() -> float:
+        begun = time.perf_counter()
+        fn()
+        if session.on_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    warmed = once()
+    while warmed < (0 if session.tiny else 0.3):
+        warmed += once()
+    return statistics.median(once() for _ in range(rounds))
+
+
+def product_rate(session: Session, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Return the FLOP/s of a large matrix product."""
+    n = 256 if session.tiny else 8192
+    one, other = (torch.randn(n, n, device=session.backend.device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / median_seconds(session, lambda: one @ other)
+
+
+def check_environment(session: Session) -> None:
+    """Versions, and the ceilings of the card."""
+    with session.check("versions") as found:
+        found.update(python=platform.python_version(), torch=torch.__version__)
+        if session.on_cuda:
+            found.update(device=torch.cuda.get_device_name(), cuda=torch.version.cuda)
+            found.update(cudnn=torch.backends.cudnn.version())
+            found.update(free_gb=session.backend.available_memory() / 1e9)
+        found.update(date=time.strftime("%Y-%m-%d %H:%M"))
+    with session.check("torch.compile") as found:
+        reason = session.backend.cannot_compile()
+        found.update(passed=reason is None, answer=reason or "works")
+    kinds = {"bfloat16": torch.bfloat16, "float32": torch.float32, "TF32": torch.float32}
+    for name, dtype in kinds.items():
+        with session.check(f"product in {name}") as found:
+            torch.set_float32_matmul_precision("high" if name == "TF32" else "highest")
+            found["tflop_a_second"] = product_rate(session, dtype) / 1e12
+    with session.check("copy, read and written") as found:
+        size = 2**20 if session.tiny else 2**31
+        source = torch.zeros(size, dtype=torch.uint8, device=session.backend.device)
+        target = torch.empty_like(source)
+        found["tb_a_second"] = 2e-12 * size / median_seconds(session, lambda: target.copy_(source))
+
+
+def check_speed(session: Session) -> None:
+    """Time, memory and costliest kernels of a training step of three models."""
+    session.backend.set_deterministic(True)  # as in a run, by default
+    peak = product_rate(session)
+    for model, options in MODELS.items():
+        overrides = options.split()
+        if session.tiny:
+            overrides = [o for o in overrides if o.startswith("arch=")] + _TINY.split()
+            overrides += [] if model == "transformer" else ["arch.H_cycles=2", "arch.L_cycles=2"]
+        for way, compiled in session.ways().items():
+            session.backend.forget_earlier_runs()
+            time_step(session, f"{model}, {way}", session.config(*overrides, *compiled), peak)
+
+
+def time_step(session: Session, name: str, config: PretrainConfig, peak: float) -> None:
+    """Measure a step's time, and its memory beside the estimate. peak: FLOP/s of a product."""
+    rows, backend = config.global_batch_size, session.backend
+    with session.check(name) as found:
+        begun = time.perf_counter()
+        step, state = make_step(config, backend)
+        step()
+        found["build_and_first_step_s"] = time.perf_counter() - begun
+        step()
+        if session.on_cuda:  # what compiling took is no part of a step
+            torch.cuda.reset_peak_memory_stats()
+        seconds, model = median_seconds(session, step, 3), state.model.model
+        rate = cost.measure(model).row_train_flops * rows / seconds
+        found.update(ms=seconds * 1e3, tflop_a_second=rate / 1e12, of_measured_peak=rate / peak)
+        if nominal := backend.peak_flops(torch.bfloat16):
+            found["of_nominal_peak"] = rate / nominal
+        if session.on_cuda:
+            used = torch.cuda.max_memory_allocated()
+            planned = sum(cost.memory(model, config, micro_rows=rows, device="cuda").values())
+            # what is planned with must be enough
+            found.update(passed=used < 1.05 * planned, gb=used / 1e9, estimated_gb=planned / 1e9)
+        with profile(activities=supported_activities()) as profiler:
+            step()
+        found["text"] = costliest(profiler.key_averages(), 1)
+
+
+def check_generation(session: Session) -> None:
+    """Kept keys and values give the logits that recomputed ones give; time of a token."""
+    texts, tokens = [[1, 2, 3], [4] * 40, [5]], 3 if session.tiny else 20
+    options = ["arch=athena_trm_tiny", "arch.hidden_size=128", "arch.num_heads=4"]
+    for dtype, bar in {"float32": 1e-3, "bfloat16": 0.2}.items():
+        with session.check(dtype) as found:
+            _, head = measure_rounding.build(options, dtype)
+            head.to(session.backend.device).eval()
+            identifiers = torch.zeros(len(texts), dtype=torch.long, device=session.backend.device)
+            both = []
+            for name, cached in {"kept": True, "recomputed": False}.items():
+                decoder = Decoder(head, identifiers, 4, cached=cached)
+                logits = [decoder.begin(texts).float().cpu()]
+                begun = time.perf_counter()
+                for i in range(tokens):
+                    logits.append(decoder.extend([i + 1] * len(texts)).float().cpu())
+                found[f"{name}_ms_a_token"] = 1e3 * (time.perf_counter() - begun) / tokens
+                both.append(torch.stack(logits))
+            apart = ((both[0] - both[1]).abs().max() / both[1].abs().max()).item()
+            found.update(passed=apart < bar, relative_difference=apart)
