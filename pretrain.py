@@ -21,31 +21,34 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from dataset.common import UserError, warnings_as_notes
-from dataset.tokenization import TextTokenizer
+from dataset.tokens.tokenization import TextTokenizer
 from evaluators.guard import FAILURES, Interrupted
 from evaluators.interface import Evaluator
 from evaluators.loop import create_evaluators, evaluate
-from models import cost, persistence
-from models.dry_run import dry_run
-from models.loading import examined, load_anchor, open_tokenizer
-from models.persistence import Saver
+from models import cost
+from models.inference.loading import examined, load_anchor, open_tokenizer
 from models.sparse_embedding import SparseEmbeddingSignSGD
-from models.train_state import TrainState, choose_kernels, create_model, create_train_state
 from sequence_dataset import EvalStream, TrainStream
-from utils import checkpoint, lr_finder
-from utils.atomic import write_result
 from utils.backend import Backend, select_backend
 from utils.backend.determinism import explain_nondeterminism
+from utils.backend.feed_ahead import PresentAhead
 from utils.backend.memory import explain_out_of_memory
-from utils.config import PretrainConfig, check_ranks, hydra_entry, load_config
-from utils.config_saved import dump_config
-from utils.config_trained import as_trained
-from utils.data import Data, open_data
-from utils.feed_ahead import PresentAhead
-from utils.logging import Loggers
-from utils.metrics import added
-from utils.profiling import StepProfiler
-from utils.reporting import (
+from utils.checkpoint import format as checkpoint
+from utils.checkpoint.run_config import as_trained
+from utils.checkpoint.run_folder import RunFolder
+from utils.config.load import PretrainConfig, check_ranks, hydra_entry, load_config
+from utils.config.saved import dump_config
+from utils.core.atomic import write_result
+from utils.corpus.data import Data, open_data
+from utils.monitoring.loggers import Loggers
+from utils.monitoring.metrics import added
+from utils.monitoring.profiling import StepProfiler
+from utils.monitoring.watchdog import Watchdog
+from utils.training import lr_finder
+from utils.training import resume as persistence
+from utils.training.dry_run import dry_run
+from utils.training.log import TrainingLog
+from utils.training.messages import (
     Clock,
     Progress,
     advice_on_nonfinite,
@@ -56,10 +59,9 @@ from utils.reporting import (
     tell,
     ticking,
 )
-from utils.run_folder import RunFolder
-from utils.schedule import Schedule
-from utils.training_log import TrainingLog
-from utils.watchdog import Watchdog
+from utils.training.resume import Saver
+from utils.training.schedule import Schedule
+from utils.training.state import TrainState, choose_kernels, create_model, create_train_state
 
 
 class Run(NamedTuple):

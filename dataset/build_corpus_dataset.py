@@ -20,7 +20,6 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from dataset.array_writer import write_json
 from dataset.common import (
     FORMAT_VERSION,
     UserError,
@@ -38,7 +37,13 @@ from dataset.corpus import (
     finish_corpus,
     print_summary,
 )
-from dataset.corpus_folder import (
+from dataset.filters.quality import PRESETS, RULES, QualityFilter
+from dataset.input.document_reader import DocumentReader, ReadOptions
+from dataset.input.documents import Batch, DocumentFeed, LengthFilter
+from dataset.input.inputs import describe_inputs, plan_inputs
+from dataset.input.text_sources import add_input_options
+from dataset.output.array_writer import write_json
+from dataset.output.corpus_folder import (
     Workplace,
     add_output_options,
     check_output_dir,
@@ -47,14 +52,9 @@ from dataset.corpus_folder import (
     resolve_output,
     resumable_folder,
 )
-from dataset.document_reader import DocumentReader, ReadOptions
-from dataset.documents import Batch, DocumentFeed, LengthFilter
-from dataset.inputs import describe_inputs, plan_inputs
+from dataset.output.spool import DocumentSpool
 from dataset.pipeline import PACKERS, PackedCorpus, Stopwatch, tokenize_all
-from dataset.quality import PRESETS, RULES, QualityFilter
-from dataset.spool import DocumentSpool
-from dataset.text_sources import add_input_options
-from dataset.tokenization import TextTokenizer, add_tokenizer_options
+from dataset.tokens.tokenization import TextTokenizer, add_tokenizer_options
 
 DEFAULT_TRAIN_RATIO = 0.995
 MANY_DOMAINS, MANY_ROWS = 16, 8  # more domains with fewer rows each are hardly meant

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from dataset.array_writer import SplitWriter, write_json
 from dataset.common import (
     BLANK_IDENTIFIER,
     FORMAT_VERSION,
@@ -24,7 +23,8 @@ from dataset.common import (
     run_cli,
     seed_number,
 )
-from dataset.corpus_folder import (
+from dataset.output.array_writer import SplitWriter, write_json
+from dataset.output.corpus_folder import (
     add_output_options,
     check_output_dir,
     corpus_folder,

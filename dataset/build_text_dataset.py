@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dataset.array_writer import write_json
 from dataset.common import BLANK_IDENTIFIER, UserError, command_parser, run_cli, seed_number
 from dataset.corpus import (
     SPLITS,
@@ -31,18 +30,19 @@ from dataset.corpus import (
     finish_corpus,
     print_summary,
 )
-from dataset.corpus_folder import (
+from dataset.input.document_reader import DocumentReader, ReadOptions
+from dataset.input.text_sources import Source, find_sources
+from dataset.output.array_writer import write_json
+from dataset.output.corpus_folder import (
     add_output_options,
     check_output_dir,
     corpus_folder,
     resolve_output,
 )
-from dataset.document_reader import DocumentReader, ReadOptions
-from dataset.journal import Journal
-from dataset.packing import PackOptions, make_rows
-from dataset.text_sources import Source, find_sources
-from dataset.tokenization import TextTokenizer, add_tokenizer_options
-from dataset.tokens import bytes_of
+from dataset.output.journal import Journal
+from dataset.packing.windows import PackOptions, make_rows
+from dataset.tokens.sizes import bytes_of
+from dataset.tokens.tokenization import TextTokenizer, add_tokenizer_options
 
 BATCH_CHARS = 2_000_000
 

@@ -14,7 +14,6 @@ import numpy as np
 import tokenizers
 import xxhash
 
-from dataset.array_writer import SplitWriter, write_json
 from dataset.common import (
     BLANK_IDENTIFIER,
     FORMAT_VERSION,
@@ -23,10 +22,11 @@ from dataset.common import (
     UserError,
     sha256_file,
 )
-from dataset.journal import Journal
-from dataset.packing import Rows
-from dataset.tokenization import TextTokenizer
-from dataset.tokens import bytes_of
+from dataset.output.array_writer import SplitWriter, write_json
+from dataset.output.journal import Journal
+from dataset.packing.windows import Rows
+from dataset.tokens.sizes import bytes_of
+from dataset.tokens.tokenization import TextTokenizer
 
 SPLITS = ("train", "test")
 _HELD_OUT = 1  # kind of the digests of held-out documents

@@ -31,10 +31,16 @@ from dataset.common import (
     token_byte_lengths,
     verify_arrays,
 )
-from dataset.corpus_statistics import Figures, SplitStatistics, measure, quantiles, real_tokens
-from dataset.corpus_views import Decode, bars, draw, row_lines
-from utils.corpora import Corpora
-from utils.remote import is_remote, local_path
+from dataset.output.corpus_statistics import (
+    Figures,
+    SplitStatistics,
+    measure,
+    quantiles,
+    real_tokens,
+)
+from dataset.output.corpus_views import Decode, bars, draw, row_lines
+from utils.corpus.corpora import Corpora
+from utils.remote.cache import is_remote, local_path
 
 SPLITS = ("train", "test")
 WIDTH = 92

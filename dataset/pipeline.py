@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dataset.best_fit import BestFitPacker
 from dataset.corpus import CorpusSplit
-from dataset.documents import Batch
-from dataset.encoders import Encoded, Encoder
-from dataset.packing import Packer, PackOptions, Rows, WindowPacker, iteration_targets
-from dataset.tokenization import TextTokenizer
-from dataset.tokens import ids_of
+from dataset.input.documents import Batch
+from dataset.packing.best_fit import BestFitPacker
+from dataset.packing.windows import Packer, PackOptions, Rows, WindowPacker, iteration_targets
+from dataset.tokens.encoders import Encoded, Encoder
+from dataset.tokens.sizes import ids_of
+from dataset.tokens.tokenization import TextTokenizer
 
 PACKERS: dict[str, Callable[[PackOptions], Packer]] = {
     "concat": WindowPacker,

@@ -3,8 +3,8 @@
 from typing import Any
 
 from dataset.common import UserError
-from dataset.document_reader import json_object, read_lines
-from dataset.text_sources import find_source
+from dataset.input.document_reader import json_object, read_lines
+from dataset.input.text_sources import find_source
 
 
 def read_json_lines(path: str, option: str = "path") -> list[tuple[str, dict[str, Any]]]:

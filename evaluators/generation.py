@@ -14,9 +14,9 @@ from pydantic import Field
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, UserError
 from evaluators.examples import read_json_lines, spread
 from evaluators.interface import Batch, Continued, Examined
-from utils.atomic import write_atomically
-from utils.reporting import tell
-from utils.sampling import Sampling
+from models.inference.sampling import Sampling
+from utils.core.atomic import write_atomically
+from utils.training.messages import tell
 
 PositiveInt = Annotated[int, Field(ge=1)]
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]

@@ -13,7 +13,7 @@ import numpy as np
 from dataset.common import UserError
 from evaluators.interface import Batch, Evaluator, Examined
 from utils.backend import Backend
-from utils.reporting import tell
+from utils.training.messages import tell
 
 T = TypeVar("T")
 FAILURES = "evaluators_failed"

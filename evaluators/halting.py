@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dataset.common import DatasetMetadata, UserError
 from evaluators.interface import Batch, Examined
-from utils.plotting import save_figure, with_slack
-from utils.reporting import tell
+from utils.monitoring.plotting import save_figure, with_slack
+from utils.training.messages import tell
 
 BINS = 10  # of the halting head's probability
 

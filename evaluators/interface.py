@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from utils.sampling import Sampling
+from models.inference.sampling import Sampling
 
 Batch = dict[str, Tensor]
 

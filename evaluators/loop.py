@@ -11,12 +11,12 @@ from torch import Tensor
 from dataset.common import IGNORE_LABEL_ID
 from evaluators.guard import FAILURES, Group, Guarded, interrupt_if_asked
 from evaluators.interface import Batch, Evaluator, Examined
-from utils.atomic import write_atomically
 from utils.backend import Backend
-from utils.checkpoint_writer import save_tensors
-from utils.data import Data
-from utils.functions import load_class
-from utils.reporting import tell
+from utils.checkpoint.writer import save_tensors
+from utils.core.atomic import write_atomically
+from utils.core.functions import load_class
+from utils.corpus.data import Data
+from utils.training.messages import tell
 
 
 class SetFigures:

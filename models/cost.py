@@ -21,7 +21,7 @@ from models.backbone import BackboneConfig
 from models.flex import attention_kernel
 from models.layers import SwiGLU
 from models.losses import _CHUNK_ELEMENTS
-from utils.config_schema import PretrainConfig
+from utils.config.schema import PretrainConfig
 
 _INTEGER = 4  # bytes of a token id on the device
 _TOKEN_ARRAYS = 3  # inputs, labels, document starts

@@ -19,7 +19,8 @@ class SequenceInfo(NamedTuple):
     cos, sin: (B or 1, L, 1, K) rotary factors, or None without rotary positions.
     mask:     which keys a query may see (`visible`); None when `causal` says it all.
     causal:   position i sees positions 0..i only.
-    cache:    what earlier forwards left to attend to, in generation (`models/key_value_cache.py`).
+    cache:    what earlier forwards left to attend to, in generation
+              (`models/inference/key_value_cache.py`).
     """
 
     cos: Tensor | None

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from utils.functions import PROJECT_ROOT
+from utils.core.functions import PROJECT_ROOT
 
 
 def source_files(objects: Iterable[object]) -> dict[str, Path]:

@@ -31,10 +31,10 @@ import orjson
 
 from dataset.build_corpus_dataset import main as build_corpus
 from dataset.common import UserError, command_parser, run_cli
-from dataset.document_reader import DocumentReader, ReadOptions
-from dataset.documents import BATCH_BYTES
-from dataset.text_sources import find_sources
-from dataset.tokenization import TextTokenizer
+from dataset.input.document_reader import DocumentReader, ReadOptions
+from dataset.input.documents import BATCH_BYTES
+from dataset.input.text_sources import find_sources
+from dataset.tokens.tokenization import TextTokenizer
 from scripts.benchmark_stream import stream_lines
 
 PROTOTYPE_RATE = 1.8

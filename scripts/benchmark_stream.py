@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from sequence_dataset import TrainStream
-from utils.corpora import Corpora
-from utils.row_reader import Batch, RowReader
+from utils.corpus.corpora import Corpora
+from utils.corpus.row_reader import Batch, RowReader
 
 Line = tuple[str, str, str, bool]
 

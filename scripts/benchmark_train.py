@@ -20,10 +20,10 @@ import torch
 
 from dataset.common import DatasetMetadata, run_cli
 from models.anchor import Anchor
-from models.loading import cast_weights
-from models.train_state import TrainState, choose_kernels, create_model, create_train_state
+from models.inference.loading import cast_weights
 from utils.backend import Backend, select_backend
-from utils.config import PretrainConfig, compose_config, load_config
+from utils.config.load import PretrainConfig, compose_config, load_config
+from utils.training.state import TrainState, choose_kernels, create_model, create_train_state
 
 VARIANTS = {
     "eager": ("compile=false",),

@@ -28,8 +28,8 @@ import torch
 
 from dataset.common import UserError, run_cli
 from scripts.small_corpora import TINY, small_corpora
-from utils.checkpoint import Checkpoint, checkpoints_of
-from utils.config_values import assignment
+from utils.checkpoint.format import Checkpoint, checkpoints_of
+from utils.config.values import assignment
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVING = """
@@ -42,7 +42,7 @@ PHASES = ("starting", "training", "saving", "evaluating")
 def worker() -> None:
     """One rank of the run; notes what it is doing in a file, so that kills can be counted by it."""
     import pretrain
-    from utils.checkpoint_writer import CheckpointWriter
+    from utils.checkpoint.writer import CheckpointWriter
 
     folder = Path(os.environ["ATHENA_CRASH_TEST"])
 

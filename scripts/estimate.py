@@ -25,13 +25,13 @@ from pydantic import ValidationError
 
 from dataset.common import UserError, run_cli
 from models import cost
-from models.dry_run import flops, number, planned_model, size
 from scripts.measure_step import measured_step
 from scripts.run_plan import HARDWARE, Options, Plan, configure, cpu_rate, plan
 from utils.backend import select_backend
-from utils.config import PretrainConfig
-from utils.config_errors import problems_of, show, to_float
-from utils.functions import nearest
+from utils.config.errors import problems_of, show, to_float
+from utils.config.load import PretrainConfig
+from utils.core.functions import nearest
+from utils.training.dry_run import flops, number, planned_model, size
 
 LONG = 30 * 86400
 """Seconds of training that deserve a warning."""

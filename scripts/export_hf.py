@@ -21,13 +21,13 @@ from dataset.common import UserError, run_cli
 from models.export import trm
 from models.export.check import NotTried, try_out
 from models.export.hugging_face import write_folder
-from models.loading import build_model, load_language_model
-from models.train_state import load_into
-from utils.atomic import write_result
-from utils.checkpoint import load_weights
-from utils.functions import has_utf8_name
-from utils.key_values import key_value_help, parse_key_values
-from utils.sampling import PositiveInt
+from models.inference.loading import build_model, load_language_model
+from models.inference.sampling import PositiveInt
+from utils.checkpoint.format import load_weights
+from utils.config.key_values import key_value_help, parse_key_values
+from utils.core.atomic import write_result
+from utils.core.functions import has_utf8_name
+from utils.training.state import load_into
 
 
 class Options(BaseModel):

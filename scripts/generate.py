@@ -26,13 +26,13 @@ from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from dataset.common import UserError, run_cli
-from dataset.document_reader import json_object, read_lines, text_of
-from dataset.text_sources import find_source
-from models.language_model import LanguageModel
-from models.loading import load_language_model
+from dataset.input.document_reader import json_object, read_lines, text_of
+from dataset.input.text_sources import find_source
+from models.inference.language_model import LanguageModel
+from models.inference.loading import load_language_model
+from models.inference.sampling import PositiveInt, Sampling
 from utils.backend import select_backend
-from utils.key_values import key_value_help, parse_key_values
-from utils.sampling import PositiveInt, Sampling
+from utils.config.key_values import key_value_help, parse_key_values
 
 TEXTS = ("prompt", "stop")  # values that are taken as they are
 

@@ -25,11 +25,11 @@ import torch
 from pydantic import ValidationError
 
 from dataset.common import UserError, run_cli
-from models.language_model import LanguageModel
-from models.loading import load_language_model
+from models.inference.language_model import LanguageModel
+from models.inference.loading import load_language_model
+from models.inference.sampling import Sampling
 from utils.backend import BACKENDS, Backend, select_backend
-from utils.functions import nearest
-from utils.sampling import Sampling
+from utils.core.functions import nearest
 
 try:
     from lm_eval.__main__ import cli_evaluate

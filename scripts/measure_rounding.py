@@ -21,10 +21,10 @@ from torch import Tensor
 
 from dataset.common import DatasetMetadata, run_cli
 from models.losses import ACTLossHead
-from models.train_state import create_model, create_train_state
 from utils.backend import select_backend
-from utils.config import PretrainConfig, compose_config, load_config
-from utils.schedule import warmup_cosine
+from utils.config.load import PretrainConfig, compose_config, load_config
+from utils.training.schedule import warmup_cosine
+from utils.training.state import create_model, create_train_state
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 DTYPES = ("float64", "float32", "bfloat16")

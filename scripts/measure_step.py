@@ -15,10 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from dataset.common import UserError
 from models.anchor import LATENTS, row_data
-from models.train_state import TrainState
 from scripts.benchmark_train import make_step
 from utils.backend import Backend
-from utils.config import PretrainConfig
+from utils.config.load import PretrainConfig
+from utils.training.state import TrainState
 
 
 def measured_step(

@@ -26,8 +26,8 @@ import torch
 
 from dataset.common import UserError, run_cli
 from scripts.small_corpora import TINY, small_corpora
-from utils.checkpoint import Checkpoint
-from utils.config_values import assignment
+from utils.checkpoint.format import Checkpoint
+from utils.config.values import assignment
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 20

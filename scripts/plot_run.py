@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.common import UserError, run_cli
-from utils.plotting import save_figure, with_slack
+from utils.monitoring.plotting import save_figure, with_slack
 
 METRICS = "metrics.jsonl"
 # What an evaluation is judged by: the first of these that a run has.

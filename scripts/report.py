@@ -22,8 +22,8 @@ from jinja2.utils import htmlsafe_json_dumps
 from dataset.common import UserError, command_parser, run_cli
 from scripts.report_page import charts, figures
 from scripts.report_page.runs import Run
-from utils.atomic import write_result
-from utils.checkpoint import checkpoints_of, step_of
+from utils.checkpoint.format import checkpoints_of, step_of
+from utils.core.atomic import write_result
 
 TEMPLATES = Path(__file__).resolve().parent / "report_page"
 FEW, MOST_SAMPLES, LONGEST = 5, 40, 2000  # samples shown at once, at all, characters of each

@@ -16,14 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dataset.common import UserError
 from models import cost
-from models.dry_run import planned_model
 from utils.backend.base import free_host_memory
 from utils.backend.cuda import BF16_PEAK
-from utils.config import PretrainConfig, compose_config, load_config
-from utils.config_schema import PositiveFloat, PositiveInt
-from utils.config_trained import as_trained
-from utils.data import Data
-from utils.schedule import grown
+from utils.checkpoint.run_config import as_trained
+from utils.config.load import PretrainConfig, compose_config, load_config
+from utils.config.schema import PositiveFloat, PositiveInt
+from utils.corpus.data import Data
+from utils.training.dry_run import planned_model
+from utils.training.schedule import grown
 
 
 class Hardware(NamedTuple):

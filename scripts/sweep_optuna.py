@@ -36,11 +36,11 @@ from hydra.errors import HydraException
 from dataset.common import UserError, command_parser, run_cli, seed_number
 from evaluators.loop import create_evaluators
 from scripts.plot_run import METRICS, RunMetrics, read_records
-from utils.atomic import write_result
-from utils.config import PretrainConfig, compose_config, load_config
-from utils.config_trained import as_trained
-from utils.config_values import assignment, readable
-from utils.data import open_data
+from utils.checkpoint.run_config import as_trained
+from utils.config.load import PretrainConfig, compose_config, load_config
+from utils.config.values import assignment, readable
+from utils.core.atomic import write_result
+from utils.corpus.data import open_data
 
 try:
     import optuna

@@ -11,7 +11,7 @@ from unittest.mock import patch
 from models.sparse_embedding import SparseEmbeddingSignSGD
 from pretrain import launch
 from utils.backend.base import Backend
-from utils.config import compose_config
+from utils.config.load import compose_config
 
 
 def average_gradients() -> AbstractContextManager:

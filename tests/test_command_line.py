@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dataset.common import UserError
-from utils.config import PretrainConfig, hydra_entry
+from utils.config.load import PretrainConfig, hydra_entry
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = "data_paths=[data/x]"
@@ -22,7 +22,7 @@ PRESETS = {
 PROGRAM = """
 import sys
 sys.path.insert(0, {root!r})
-from utils.config import hydra_entry
+from utils.config.load import hydra_entry
 
 assert "torch" not in sys.modules  # a typo must not wait for it
 
@@ -31,7 +31,7 @@ def launch(cfg):
     if cfg.seed == 14:
         raise RuntimeError("a bug")
     if "lrr" in cfg:
-        from utils.config import load_config
+        from utils.config.load import load_config
         load_config(cfg)
     print("lr", cfg.lr, "run", cfg.run_name)
 

@@ -9,14 +9,14 @@ import pytest
 import yaml
 from training_tools import TINY, altered, finish, start
 
-from models.language_model import LanguageModel
-from models.loading import load_language_model
+from models.inference.language_model import LanguageModel
+from models.inference.loading import load_language_model
 from models.recursive_reasoning.athena_trm import AthenaTRM
-from utils.checkpoint import checkpoints_of
-from utils.config import compose_config, load_config
-from utils.config_saved import changed_keys, dump_config, read_arch
-from utils.config_schema import PLACEHOLDERS, PretrainConfig
-from utils.functions import load_class
+from utils.checkpoint.format import checkpoints_of
+from utils.config.load import compose_config, load_config
+from utils.config.saved import changed_keys, dump_config, read_arch
+from utils.config.schema import PLACEHOLDERS, PretrainConfig
+from utils.core.functions import load_class
 
 
 def saved_config(run) -> dict:

@@ -4,9 +4,9 @@ import pytest
 from training_tools import altered
 
 from dataset.common import UserError
-from utils.checkpoint import checkpoints_of
-from utils.config import compose_config, load_config
-from utils.config_trained import as_trained
+from utils.checkpoint.format import checkpoints_of
+from utils.checkpoint.run_config import as_trained
+from utils.config.load import compose_config, load_config
 
 
 def test_a_checkpoint_brings_its_own_architecture_and_corpus(text_run, text_corpus):

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from training_tools import TINY
 
 from dataset.common import UserError
-from utils.config import compose_config, hydra_entry, load_config
-from utils.config_trained import as_trained
-from utils.config_values import assignment, hydra_override, readable
+from utils.checkpoint.run_config import as_trained
+from utils.config.load import compose_config, hydra_entry, load_config
+from utils.config.values import assignment, hydra_override, readable
 
 LETTERS = "ab/.-_ '\"[](){}=,日本é😀$~%#\\:;&!?*|@+<>^`0719"
 TEXTS = ("checkpoint_path", "load_checkpoint", "resume", "best_metric")
@@ -131,7 +131,7 @@ def test_a_comma_without_quotes_is_asked_about():
 def test_a_run_of_its_own_in_odd_folders(text_corpus, tmp_path, monkeypatch):
     """Trained, resumed and evaluated, with what `pretrain.py` itself is given."""
     import pretrain
-    from utils.checkpoint import checkpoints_of
+    from utils.checkpoint.format import checkpoints_of
 
     folder = tmp_path / ODD.replace("/x/", "")
     folder.mkdir()

@@ -190,8 +190,8 @@ def test_files_of_another_corpus_are_refused(tmp_path):
 def test_a_large_corpus_is_hashed_on_request_only(tmp_path, monkeypatch):
     inputs = write_corpus(tmp_path / "c", 20)
     _checksum(tmp_path / "c")
-    monkeypatch.setattr("utils.corpora.LARGE_CORPUS", 0)
-    monkeypatch.setattr("utils.corpus_part.LARGE_CORPUS", 0)
+    monkeypatch.setattr("utils.corpus.corpora.LARGE_CORPUS", 0)
+    monkeypatch.setattr("utils.corpus.part.LARGE_CORPUS", 0)
     corpora = Corpora([tmp_path / "c"])
     np.testing.assert_array_equal(corpora.rows(np.array([4, 2]))["inputs"], inputs[[4, 2]])
     with pytest.raises(UserError, match="checksum"):

@@ -8,7 +8,7 @@ from test_faults import run_with
 from test_restarts import damage
 from training_tools import contents, finish, metrics_of, start
 
-from utils.checkpoint import Checkpoint, checkpoints_of
+from utils.checkpoint.format import Checkpoint, checkpoints_of
 
 
 def names(run):
@@ -139,8 +139,8 @@ def test_a_watchdog_that_nobody_listens_to_still_ends_the_run(text_corpus, tmp_p
     """Standard output is a pipe that is full: whatever is printed waits for ever."""
     script = tmp_path / "full.py"
     script.write_text(
-        "import os, pretrain, utils.watchdog\n"
-        "utils.watchdog._SPEAK = 2.0\n"
+        "import os, pretrain, utils.monitoring.watchdog\n"
+        "utils.monitoring.watchdog._SPEAK = 2.0\n"
         "real = pretrain.train_batch\n"
         "def train_batch(run, state, *args):\n"
         "    while state.step == 5:\n"

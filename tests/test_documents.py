@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from training_tools import ROOT
 
-from utils.config import compose_config, load_config
-from utils.key_values import parse_key_values
+from utils.config.key_values import parse_key_values
+from utils.config.load import compose_config, load_config
 
 DOCUMENTS = (
     "README.md",

@@ -16,14 +16,14 @@ from tests.stream_tools import (
     write_trm,
     write_windows,
 )
-from utils.domain_index import DomainIndex
-from utils.example_order import ORDER, ExampleOrder, Position
-from utils.permutation import QuotaSchedule, hash64, permute
+from utils.corpus.domain_index import DomainIndex
+from utils.corpus.order import ORDER, ExampleOrder, Position
+from utils.corpus.permutation import QuotaSchedule, hash64, permute
 
 
 @pytest.mark.parametrize("groups, domains", [(1, 1), (511, 2), (512, 3), (513, 3), (9000, 5)])
 def test_select_equals_a_listing(groups, domains, monkeypatch):
-    monkeypatch.setattr("utils.domain_index._BLOCKS_AT_ONCE", 3)
+    monkeypatch.setattr("utils.corpus.domain_index._BLOCKS_AT_ONCE", 3)
     rng = draw_rng()
     of_group = rng.integers(0, domains, groups)
     of_group[of_group == 1] = 0  # one that no group has

@@ -17,7 +17,7 @@ from dataset import build_corpus_dataset
 from dataset.common import UserError, load_metadata
 from pretrain import launch, main, open_data, train
 from utils.backend.cpu import CPUBackend
-from utils.config import compose_config
+from utils.config.load import compose_config
 
 
 def refused(capsys, monkeypatch, *arguments: str) -> str:

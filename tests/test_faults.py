@@ -9,7 +9,7 @@ import pytest
 import torch
 from training_tools import TEXT, contents, finish, metrics_of, start
 
-from utils.checkpoint import checkpoints_of
+from utils.checkpoint.format import checkpoints_of
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,7 @@ import os, shutil, sys
 from pathlib import Path
 import torch
 import pretrain
-from models.persistence import Saver
+from utils.training.resume import Saver
 
 Saver.RETRY_SECONDS = 0
 rank, real_batch = int(os.environ.get("RANK", 0)), pretrain.train_batch
@@ -110,7 +110,7 @@ def test_a_disk_that_stays_full_ends_with_the_last_good_checkpoint_named(
 def test_a_part_that_one_rank_cannot_write_is_tried_again(text_corpus, tmp_path):
     fault = """
 import errno
-import utils.checkpoint_writer as writer
+import utils.checkpoint.writer as writer
 def refuse(value, path):
     if rank == 1 and ".step_8." in str(path):
         raise OSError(errno.EIO, "Input/output error", str(path))
@@ -201,7 +201,7 @@ PerplexityEvaluator.__init__ = refuse
 
 def test_a_logger_that_raises_costs_its_lines_only(text_corpus, tmp_path):
     fault = """
-from utils.logging import TensorBoardLogger
+from utils.monitoring.loggers import TensorBoardLogger
 def broken(self, metrics, step):
     if step > 3:
         raise ConnectionError("the server is away")

@@ -17,8 +17,8 @@ from dataset import inspect_corpus, train_tokenizer
 from dataset.common import UserError, run_cli
 from evaluators import loop
 from scripts import demo_corpus, export_hf, plot_run, report, smoke_test
-from utils import lr_finder
-from utils.config_schema import LRFindConfig
+from utils.config.schema import LRFindConfig
+from utils.training import lr_finder
 
 Command = Callable[[Path], object]
 

@@ -4,10 +4,10 @@ import pytest
 from host_waits import CountingBackend, HostWaits
 from training_tools import IDENTIFIERS, make_config
 
-from models.language_model import LanguageModel
-from models.loading import load_language_model
+from models.inference.language_model import LanguageModel
+from models.inference.loading import load_language_model
+from models.inference.sampling import Sampling
 from pretrain import train
-from utils.sampling import Sampling
 
 SHORT = [
     *IDENTIFIERS, "max_steps=4", "epochs=20", "evaluators=[]", "log_interval=100", "seed=3",

@@ -12,8 +12,8 @@ from dataset.common import UserError
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from sequence_dataset import Corpora
 from tests.stream_tools import assert_same, halting, real_rows, run, stream_of, write_corpus
-from utils.config import compose_config, load_config
-from utils.config_schema import IterationCurriculumConfig
+from utils.config.load import compose_config, load_config
+from utils.config.schema import IterationCurriculumConfig
 
 RULE = IterationCurriculumConfig(start=0.25, until=0.5)
 

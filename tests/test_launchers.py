@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from training_tools import ROOT, TEXT, contents, finish, metrics_of, start
 
-from utils.checkpoint import checkpoints_of
+from utils.checkpoint.format import checkpoints_of
 
 pytestmark = pytest.mark.slow
 

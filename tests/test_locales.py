@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.checkpoint import checkpoints_of
+from utils.checkpoint.format import checkpoints_of
 
 ROOT = Path(__file__).resolve().parent.parent
 WORD = "\u65e5\u672c"  # in EUC-JP, not in ASCII

@@ -7,7 +7,7 @@ import torch
 
 from models.losses import ACTLossHead
 from models.recursive_reasoning.athena_trm import AthenaTRM
-from utils.config import compose_config, load_config
+from utils.config.load import compose_config, load_config
 
 SYMBOLS, ROWS, LENGTH, STEPS = 32, 16, 32, 3
 

@@ -8,8 +8,8 @@ import pytest
 
 from pretrain import train
 from utils.backend.cpu import CPUBackend
-from utils.config import compose_config, load_config
-from utils.config_trained import as_trained
+from utils.checkpoint.run_config import as_trained
+from utils.config.load import compose_config, load_config
 
 KEPT = Path(__file__).parent / "checkpoints" / "format_2"
 # As the run was started.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from seeds import draw_rng
 
-from utils.permutation import QuotaSchedule, hash64, permute
+from utils.corpus.permutation import QuotaSchedule, hash64, permute
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 31, 64, 65, 1000, 4097])

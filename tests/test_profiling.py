@@ -10,7 +10,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEvent
 from training_tools import TEXT, contents, finish, start
 
-from utils.profiling import costliest
+from utils.monitoring.profiling import costliest
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from several_runs import FAULTS, train_all
 from training_tools import PUZZLES, TEXT, contents, finish, metrics_of, start
 
-from utils.checkpoint import Checkpoint
+from utils.checkpoint.format import Checkpoint
 
 WAYS = {
     "one": (1, ""),

@@ -16,8 +16,8 @@ import pretrain
 from dataset.build_corpus_dataset import main as build_corpus
 from dataset.common import UserError
 from sequence_dataset import Corpora
-from utils import checkpoint_writer as writer
-from utils.checkpoint import Checkpoint, checkpoints_of
+from utils.checkpoint import writer
+from utils.checkpoint.format import Checkpoint, checkpoints_of
 
 
 @pytest.mark.parametrize("optimizer", ["adam_atan2", "adamw", "muon"])

@@ -15,7 +15,7 @@ import pretrain
 from dataset.common import UserError
 from sequence_dataset import Corpora, TrainStream
 from tests.stream_tools import ids_of, joined, real_rows, write_corpus, write_trm
-from utils.checkpoint import Checkpoint, checkpoints_of
+from utils.checkpoint.format import Checkpoint, checkpoints_of
 
 SIZES = (8, 12, 6, 6, 2, 16)  # the fourth resumes without a saved carry
 

@@ -15,7 +15,7 @@ from sequence_dataset import (
     relabel,
 )
 from tests.stream_tools import run, stream_of, write_corpus
-from utils.permutation import hash64
+from utils.corpus.permutation import hash64
 
 
 @pytest.fixture

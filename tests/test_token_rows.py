@@ -143,7 +143,7 @@ def test_damage_to_a_stream_is_named_with_its_file(tmp_path, damage, message):
 
 
 def test_damage_behind_the_first_chunk_of_rows_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.token_rows.CHUNK", 7)
+    monkeypatch.setattr("utils.corpus.token_rows.CHUNK", 7)
     windows = random_windows(np.random.default_rng(0), 20)
     windows.lengths[18] = 14
     write_windows(tmp_path / "c", windows, "stream")

@@ -16,8 +16,8 @@ from models.sparse_embedding import CastedSparseEmbedding
 from pretrain import train
 from sequence_dataset import EvalStream
 from utils.backend.cpu import CPUBackend
-from utils.checkpoint import Checkpoint, checkpoints_of
-from utils.schedule import Schedule
+from utils.checkpoint.format import Checkpoint, checkpoints_of
+from utils.training.schedule import Schedule
 
 # --- the loop --------------------------------------------------------------------------------
 
@@ -25,7 +25,7 @@ from utils.schedule import Schedule
 def test_a_non_finite_loss_skips_the_update_and_at_last_stops(
     text_corpus, run_training, monkeypatch
 ):
-    from models import train_state
+    from utils.training import state as train_state
 
     real = train_state.create_model
 
@@ -170,7 +170,7 @@ def test_ranks_stop_together_when_the_time_is_up(text_corpus, tmp_path):
     """The learning rate follows the clock; two clocks would train two models."""
     run, script = tmp_path / "run", tmp_path / "clocks.py"
     script.write_text(
-        "import os\nfrom utils.reporting import Clock\nimport pretrain\n"
+        "import os\nfrom utils.training.messages import Clock\nimport pretrain\n"
         "real, ahead = Clock.seconds.fget, 100 * int(os.environ['RANK'])\n"
         "Clock.seconds = property(lambda self: real(self) + ahead)\npretrain.main()\n",
         "utf-8",

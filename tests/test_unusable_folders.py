@@ -12,7 +12,7 @@ from dataset.build_corpus_dataset import parse_args as corpus_arguments
 from dataset.build_sudoku_dataset import main as build_sudoku
 from dataset.common import UserError
 from dataset.inspect_corpus import main as inspect_corpus
-from utils.config import compose_config, load_config
+from utils.config.load import compose_config, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 

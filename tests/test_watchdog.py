@@ -9,12 +9,12 @@ import pytest
 from test_faults import run_with
 from training_tools import TEXT, finish, start
 
-from utils.watchdog import STALLED, Place, describe
+from utils.monitoring.watchdog import STALLED, Place, describe
 
 IMPATIENT = """
-import utils.watchdog
+import utils.monitoring.watchdog
 from sequence_dataset import TrainStream
-utils.watchdog.LEAST_SECONDS, utils.watchdog._REPORT = 1.5, 0.5
+utils.monitoring.watchdog.LEAST_SECONDS, utils.monitoring.watchdog._REPORT = 1.5, 0.5
 import time
 """
 

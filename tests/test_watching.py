@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils import reporting
+from utils.training import messages as reporting
 
 
 @pytest.mark.parametrize("shown", [True, False])

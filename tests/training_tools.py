@@ -17,11 +17,11 @@ from seeds import rng_for, seed_for
 from dataset.build_corpus_dataset import main as build_corpus
 from dataset.build_sudoku_dataset import main as build_sudoku
 from dataset.train_tokenizer import main as train_tokenizer
-from models.language_model import LanguageModel
+from models.inference.language_model import LanguageModel
 from pretrain import train
 from utils.backend.cpu import CPUBackend
-from utils.checkpoint import MANIFEST, Checkpoint, checkpoints_of, sha256
-from utils.config import PretrainConfig, compose_config, load_config
+from utils.checkpoint.format import MANIFEST, Checkpoint, checkpoints_of, sha256
+from utils.config.load import PretrainConfig, compose_config, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # tiny models: threads would only get in each other's way

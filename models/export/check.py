@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset.common import UserError
-from models.generation import Decoder
-from models.language_model import LanguageModel
+from models.inference.generation import Decoder
+from models.inference.language_model import LanguageModel
 
 # Rounding stays far below this share of the logits; reading the wrong tokens exceeds it.
 _TOLERANCE = 0.05

@@ -13,7 +13,7 @@ from torch import Tensor
 from dataset.common import UserError
 from models import cost
 from models.export.source import MODEL, remote_code
-from models.language_model import LanguageModel
+from models.inference.language_model import LanguageModel
 
 _FILE = MODEL.rpartition(".")[2]
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dataset.common import UserError
-from utils.atomic import write_result
-from utils.checkpoint_writer import save_tensors
+from utils.checkpoint.writer import save_tensors
+from utils.core.atomic import write_result
 
 # How the network must be for TRM's code to compute the same from the same weights.
 _TRM = {

@@ -10,8 +10,8 @@ from typing import Any
 from pretrain import train
 from scripts.small_corpora import small_corpora
 from utils.backend import Backend, select_backend
-from utils.config import PretrainConfig, compose_config, load_config
-from utils.config_values import assignment
+from utils.config.load import PretrainConfig, compose_config, load_config
+from utils.config.values import assignment
 
 COMPILED, EAGER = "compile=true", "compile=false"
 

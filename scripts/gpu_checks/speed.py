@@ -10,12 +10,12 @@ import torch
 from torch.profiler import profile, supported_activities
 
 from models import cost
-from models.generation import Decoder
+from models.inference.generation import Decoder
 from scripts import measure_rounding
 from scripts.benchmark_train import make_step
 from scripts.gpu_checks.session import Session
-from utils.config import PretrainConfig
-from utils.profiling import costliest
+from utils.config.load import PretrainConfig
+from utils.monitoring.profiling import costliest
 
 _TEXT = "global_batch_size=16 vocab_size=32000 seq_len=2048"
 MODELS = {

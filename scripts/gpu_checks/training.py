@@ -14,7 +14,6 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from dataset.common import UserError
-from models.train_state import choose_kernels, create_train_state
 from scripts import measure_rounding
 from scripts.benchmark_train import make_step
 from scripts.crash_test import compare
@@ -23,8 +22,9 @@ from scripts.gpu_checks.session import COMPILED, EAGER, Session
 from scripts.one_curve import BARS, ROOT, RUN, STEPS, Way, apart, read_curve, run
 from scripts.plot_run import RunMetrics
 from scripts.small_corpora import TINY
-from utils.checkpoint import Checkpoint
-from utils.config_values import assignment
+from utils.checkpoint.format import Checkpoint
+from utils.config.values import assignment
+from utils.training.state import choose_kernels, create_train_state
 
 PLAYS = ROOT / "data" / "quickstart"
 SMALL = """

@@ -25,7 +25,7 @@ from matplotlib.ticker import (
     NullFormatter,
 )
 
-from utils.plotting import with_slack
+from utils.monitoring.plotting import with_slack
 
 COLOURS = 8
 MARKERS, SIGNS = "os^DvPX*", "●■▲◆▼✚✖★"

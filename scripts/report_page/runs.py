@@ -15,7 +15,7 @@ import yaml
 from dataset.common import UserError
 from scripts.compare import Result, measure
 from scripts.plot_run import METRICS, RunMetrics, json_lines
-from utils.checkpoint import checkpoints_of
+from utils.checkpoint.format import checkpoints_of
 
 ABANDONED = "metrics_abandoned.jsonl"
 STEPPED = re.compile(r"eval/(?P<place>.*)/step_(?P<step>\d+)/(?P<name>[^/]+)")

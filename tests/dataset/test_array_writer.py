@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from seeds import draw_rng
 
-from dataset.array_writer import ArrayWriter
 from dataset.common import UserError
-from dataset.corpus_folder import corpus_folder
+from dataset.output.array_writer import ArrayWriter
+from dataset.output.corpus_folder import corpus_folder
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from seeds import draw_rng
 
-from dataset import best_fit
-from dataset.best_fit import BestFitPacker
-from dataset.packing import PackOptions
+from dataset.packing import best_fit
+from dataset.packing.best_fit import BestFitPacker
+from dataset.packing.windows import PackOptions
 
 EOS, PAD, IGNORE = 1, 0, 65535
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dataset import build_corpus_dataset, pipeline
 from dataset.common import UserError, iteration_target, token_byte_lengths, verify_arrays
-from dataset.tokenization import TextTokenizer
+from dataset.tokens.tokenization import TextTokenizer
 from dataset.train_tokenizer import train_tokenizer
 from tests.dataset.conftest import file_bytes, random_text, read_split, write_jsonl
 
@@ -128,11 +128,11 @@ def test_batch_size_changes_nothing(build, tmp_path, rng, monkeypatch):
     options = "--seq-len 16 --stride 12 --train-ratio 0.8 --domain-labels x y x"
     whole = file_bytes(build(a, b, c, options=options, out="whole"))
     for size in (1, 700):
-        monkeypatch.setattr("dataset.documents.BATCH_BYTES", size)
-        monkeypatch.setattr("dataset.documents.BATCH_DOCUMENTS", 3)
-        monkeypatch.setattr("dataset.packing.BLOCK_TOKENS", size)
-        monkeypatch.setattr("dataset.encoders.PIECE_CHARS", size)
-        monkeypatch.setattr("dataset.encoders.PART_CHARS", 7 * size)
+        monkeypatch.setattr("dataset.input.documents.BATCH_BYTES", size)
+        monkeypatch.setattr("dataset.input.documents.BATCH_DOCUMENTS", 3)
+        monkeypatch.setattr("dataset.packing.windows.BLOCK_TOKENS", size)
+        monkeypatch.setattr("dataset.tokens.encoders.PIECE_CHARS", size)
+        monkeypatch.setattr("dataset.tokens.encoders.PART_CHARS", 7 * size)
         assert file_bytes(build(a, b, c, options=options, out=f"parts{size}")) == whole
 
 
@@ -144,8 +144,8 @@ def test_cutting_long_texts_keeps_their_tokens(tmp_path, monkeypatch, rng):
     tokenizer = TextTokenizer(tmp_path / "tok.json")
     whole = tokenizer.encode([text])[0]
     for size in (1, 2, 3, 50):
-        monkeypatch.setattr("dataset.encoders.PIECE_CHARS", size)
-        monkeypatch.setattr("dataset.encoders.PART_CHARS", 7 * size)
+        monkeypatch.setattr("dataset.tokens.encoders.PIECE_CHARS", size)
+        monkeypatch.setattr("dataset.tokens.encoders.PART_CHARS", 7 * size)
         assert tokenizer.encode([text])[0].tolist() == whole.tolist()
         assert size > 3 or len(tokenizer.encoder._cut(text)) > 100
 
@@ -418,7 +418,7 @@ def test_a_bad_last_line_leaves_nothing_behind(build, tmp_path, fails, rng):
 
 def test_a_crash_midway_leaves_nothing_behind(build, tmp_path, rng, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", distinct_texts(rng, 100))
-    monkeypatch.setattr("dataset.documents.BATCH_BYTES", 100)
+    monkeypatch.setattr("dataset.input.documents.BATCH_BYTES", 100)
     calls = iter(range(5))
     original = pipeline.iteration_targets
 

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from dataset import encoders
 from dataset.common import UserError
-from dataset.encoders import (
+from dataset.tokens import encoders
+from dataset.tokens.encoders import (
     SELF_TEST,
     CheckedEncoder,
     GigatokenEncoder,
     HuggingFaceEncoder,
     has_new_letters,
 )
-from dataset.tokenization import TextTokenizer
+from dataset.tokens.tokenization import TextTokenizer
 from dataset.train_tokenizer import train_tokenizer
 from tests.dataset.conftest import file_bytes, random_text, write_jsonl
 

@@ -13,13 +13,14 @@ from conftest import random_text, write_jsonl
 from seeds import draw_rng
 from tokenizers import Tokenizer
 
-from dataset import build_text_dataset, corpus_statistics
+from dataset import build_text_dataset
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, token_byte_lengths
-from dataset.corpus_statistics import measure, quantiles
-from dataset.corpus_views import END, row_lines
 from dataset.inspect_corpus import main
+from dataset.output import corpus_statistics
+from dataset.output.corpus_statistics import measure, quantiles
+from dataset.output.corpus_views import END, row_lines
 from tests.stream_tools import EOS, PAD, S, write_corpus, write_trm
-from utils.corpora import Corpora
+from utils.corpus.corpora import Corpora
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from seeds import draw_rng
 
 from dataset.common import UserError
-from dataset.journal import Journal
+from dataset.output.journal import Journal
 
 
 def test_digests_are_told_apart_by_kind(tmp_path):
@@ -35,7 +35,7 @@ def test_values_survive_with_their_arrays(tmp_path):
 def test_a_killed_process_leaves_its_last_commit(tmp_path):
     code = """if True:
         import os, signal
-        from dataset.journal import Journal
+        from dataset.output.journal import Journal
         journal = Journal("j")
         journal.is_new(b"kept")
         journal.commit(state=1)

@@ -9,7 +9,7 @@ import pytest
 from dataset import build_corpus_dataset, build_text_dataset
 from dataset.common import find_split, load_metadata, verify_arrays
 from tests.dataset.conftest import random_text, write_jsonl
-from utils.corpora import Corpora
+from utils.corpus.corpora import Corpora
 
 
 def rows_of(corpus, split: str) -> dict[str, np.ndarray]:

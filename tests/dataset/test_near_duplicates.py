@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from seeds import draw_rng
 
-from dataset import near_duplicates
 from dataset.common import UserError
-from dataset.near_duplicates import BANDS, ROWS, SHINGLE, BandKeys, NearDuplicates
+from dataset.filters import near_duplicates
+from dataset.filters.near_duplicates import BANDS, ROWS, SHINGLE, BandKeys, NearDuplicates
 
 
 def found(folder: Path, seed: int, *batches: list[np.ndarray]) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 from seeds import draw_rng
 
 from dataset.common import iteration_target
-from dataset.packing import PackOptions, WindowPacker, iteration_targets
+from dataset.packing.windows import PackOptions, WindowPacker, iteration_targets
 
 EOS, PAD, IGNORE = 1, 0, 255
 
@@ -88,7 +88,7 @@ def test_pieces_do_not_matter(monkeypatch):
     for stride in (3, 8):
         whole = pack(stream, 8, stride, score_once=True)
         for pieces in (2, 37, 500):
-            monkeypatch.setattr("dataset.packing.BLOCK_TOKENS", 9 * pieces)
+            monkeypatch.setattr("dataset.packing.windows.BLOCK_TOKENS", 9 * pieces)
             parts = pack(stream, 8, stride, score_once=True, pieces=pieces)
             assert (parts.inputs == whole.inputs).all() and (parts.labels == whole.labels).all()
             assert (parts.lengths == whole.lengths).all()

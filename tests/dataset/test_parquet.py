@@ -7,8 +7,8 @@ import pytest
 from pyarrow import parquet
 
 from dataset.common import UserError
-from dataset.document_reader import DocumentReader, ReadOptions
-from dataset.text_sources import find_sources
+from dataset.input.document_reader import DocumentReader, ReadOptions
+from dataset.input.text_sources import find_sources
 
 CASES = Path(__file__).parent / "cases"
 TEXTS = ["aé", "a longer text than a view holds inline", None, "日本"]

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from dataset.common import UserError
-from dataset.quality import _RULES, PRESETS, RULES, QualityFilter, _Document
+from dataset.filters.quality import _RULES, PRESETS, RULES, QualityFilter, _Document
 
 
 def copies(kept: int, repeated: int, separator: str) -> str:

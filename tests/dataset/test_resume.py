@@ -112,7 +112,7 @@ def test_what_must_not_change_before_resuming(arguments, tmp_path, fails):
 
 
 def test_an_error_keeps_what_was_built(arguments, tmp_path, fails, monkeypatch):
-    monkeypatch.setattr("dataset.documents.BATCH_BYTES", 3000)
+    monkeypatch.setattr("dataset.input.documents.BATCH_BYTES", 3000)
     good = (tmp_path / "b.txt.gz").read_bytes()
     (tmp_path / "b.txt.gz").write_bytes(good[:-50])
     damaged = arguments("corpus", "--save-every", "0")

@@ -16,8 +16,8 @@ from evaluators.text import PerplexityEvaluator
 from sequence_dataset import EvalStream
 from tests.dataset.conftest import file_bytes, random_text, write_jsonl
 from tests.dataset.tokenizer_variants import CASES, LOSSLESS, LOSSY, MARKED
-from utils.corpora import Corpora
-from utils.row_reader import RowReader
+from utils.corpus.corpora import Corpora
+from utils.corpus.row_reader import RowReader
 
 UNIGRAM, NOUNK = CASES / "unigram.json", CASES / "nounk.json"
 
@@ -91,7 +91,7 @@ def test_each_row_has_the_bytes_of_its_scored_labels(build, tmp_path, rng, token
      "--dedup near", "--min-chars 60", "--stride 7 --layout stream --dedup near"],
 )  # fmt: skip
 def test_no_option_loses_a_byte(build, tmp_path, rng, tokenizer, options, monkeypatch):
-    monkeypatch.setattr("dataset.documents.BATCH_BYTES", 900)
+    monkeypatch.setattr("dataset.input.documents.BATCH_BYTES", 900)
     texts = texts_for(tokenizer, rng, 60)
     files = [write_jsonl(tmp_path / f"{n}.jsonl", texts[n::3]) for n in range(3)]
     common = f"--seq-len 24 --train-ratio 0 --domain-labels x y x {options}"
@@ -115,7 +115,7 @@ def test_layouts_and_batches_change_nothing(build, tmp_path, rng, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     found = []
     for number, (size, layout) in enumerate([(1 << 20, "npy"), (500, "npy"), (500, "stream")]):
-        monkeypatch.setattr("dataset.documents.BATCH_BYTES", size)
+        monkeypatch.setattr("dataset.input.documents.BATCH_BYTES", size)
         options = f"--seq-len 16 --stride 9 --train-ratio 0.5 --layout {layout}"
         corpus = build(UNIGRAM, path, options=options, out=str(number))
         found.append([sizes_of(corpus, split).tolist() for split in ("train", "test")])
@@ -124,7 +124,7 @@ def test_layouts_and_batches_change_nothing(build, tmp_path, rng, monkeypatch):
 
 @pytest.mark.parametrize("options", ["", "--pack bestfit --layout stream", "--dedup near"])
 def test_a_build_that_stopped_is_resumed(build, tmp_path, rng, options, monkeypatch, capsys):
-    monkeypatch.setattr("dataset.documents.BATCH_BYTES", 3000)
+    monkeypatch.setattr("dataset.input.documents.BATCH_BYTES", 3000)
     first = write_jsonl(tmp_path / "a.jsonl", texts_for(UNIGRAM, rng, 60))
     second = write_jsonl(tmp_path / "b.jsonl", texts_for(UNIGRAM, rng, 40)[::-1])
     second.write_text(second.read_text("utf-8") + "no json\n" + second.read_text("utf-8"), "utf-8")

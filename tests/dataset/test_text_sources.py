@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from dataset.common import UserError
-from dataset.document_reader import DocumentReader, ReadOptions, read_lines
-from dataset.text_sources import find_sources
+from dataset.input.document_reader import DocumentReader, ReadOptions, read_lines
+from dataset.input.text_sources import find_sources
 from tests.dataset.conftest import random_text, write_jsonl
 
 try:

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import pre_tokenizers
 from training_tools import ROOT
 
-from dataset.tokenization import TextTokenizer
+from dataset.tokens.tokenization import TextTokenizer
 from tests.dataset.conftest import write_jsonl
 from tests.dataset.tokenizer_variants import byte_level, words
 
@@ -69,7 +69,7 @@ def test_tokens_that_share_an_id_are_named(tmp_path, build, fails):
 ENCODE_A_LONG_TEXT = """
 import resource, sys
 from pathlib import Path
-from dataset.tokenization import TextTokenizer
+from dataset.tokens.tokenization import TextTokenizer
 def memory(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 encoder, text = TextTokenizer(Path(sys.argv[1])).encoder, b"one day in the life of a fox " * 800_000
 before = memory()

@@ -13,8 +13,8 @@ from training_tools import finish, metrics_of, next_probabilities, start
 
 from dataset.build_text_dataset import main as build_text
 from evaluators.generation import compare
-from models.language_model import LanguageModel
-from models.loading import load_language_model
+from models.inference.language_model import LanguageModel
+from models.inference.loading import load_language_model
 from sequence_dataset import Corpora, EvalStream
 
 pytestmark = pytest.mark.slow

@@ -12,8 +12,8 @@ from evaluators.examples import read_json_lines, spread
 from evaluators.generation import GenerationEvaluator
 from evaluators.puzzle import ExactMatchEvaluator, View, vote
 from evaluators.tasks import MultipleChoiceEvaluator
-from models.language_model import Score
-from utils.functions import load_class
+from models.inference.language_model import Score
+from utils.core.functions import load_class
 
 
 def metadata(**changes) -> DatasetMetadata:

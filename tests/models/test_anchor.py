@@ -23,7 +23,7 @@ from models.anchor import Anchor, kl_divergence
 from models.losses import LOSSES, ACTLossHead
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from models.recursive_reasoning.transformer import Transformer
-from utils.checkpoint import Checkpoint, checkpoints_of
+from utils.checkpoint.format import Checkpoint, checkpoints_of
 
 NAMES = list(LOSSES)
 SIZES = dict(

@@ -8,15 +8,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import cost
-from models.dry_run import planned_model
-from models.loading import build_model
+from models.inference.loading import build_model
 from models.losses import ACTLossHead
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from models.recursive_reasoning.transformer import Transformer
 from scripts.measure_step import measured_step
 from utils.backend.cpu import CPUBackend
-from utils.checkpoint import Checkpoint, checkpoints_of
-from utils.config import compose_config, load_config
+from utils.checkpoint.format import Checkpoint, checkpoints_of
+from utils.config.load import compose_config, load_config
+from utils.training.dry_run import planned_model
 
 ROWS, LENGTH = 3, 16
 SIZES = dict(

@@ -2,7 +2,7 @@
 
 import torch
 
-from models.ema import EMA
+from utils.training.ema import EMA
 
 
 def test_average_follows_its_formula_and_swaps_in_place():

@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evaluators.loop import SetFigures, run_batch
 from models.losses import ACTLossHead
-from models.train_state import create_train_state
 from utils.backend.cpu import CPUBackend
-from utils.config_schema import PretrainConfig
+from utils.config.schema import PretrainConfig
+from utils.training.state import create_train_state
 
 DEVICE = torch.device("meta")
 

@@ -10,11 +10,11 @@ from seeds import draw_rng
 from training_tools import altered, next_probabilities
 
 from dataset.common import IGNORE_LABEL_ID, UserError
-from models.language_model import LanguageModel
-from models.loading import build_model, load_language_model
-from models.train_state import load_into
-from utils.checkpoint import load_weights
-from utils.sampling import Sampling
+from models.inference.language_model import LanguageModel
+from models.inference.loading import build_model, load_language_model
+from models.inference.sampling import Sampling
+from utils.checkpoint.format import load_weights
+from utils.training.state import load_into
 
 
 @pytest.fixture(scope="module")

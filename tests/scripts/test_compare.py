@@ -6,8 +6,8 @@ from models import cost
 from pretrain import train
 from scripts import compare
 from utils.backend.cpu import CPUBackend
-from utils.checkpoint import Checkpoint, checkpoints_of
-from utils.config import compose_config, load_config
+from utils.checkpoint.format import Checkpoint, checkpoints_of
+from utils.config.load import compose_config, load_config
 
 RECURSIVE = """arch=athena_trm_tiny arch.halt_max_steps=4 arch.force_min_steps=3
     arch.post_refinement_steps=0"""

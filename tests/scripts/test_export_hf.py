@@ -23,12 +23,12 @@ import models
 from dataset.common import UserError
 from models.export import trm
 from models.export.source import remote_code
-from models.language_model import LanguageModel
+from models.inference.language_model import LanguageModel
+from models.inference.loading import build_model, load_language_model
 from models.layers import at_least_float32
-from models.loading import build_model, load_language_model
-from models.train_state import load_into
 from scripts import export_hf, generate
-from utils.checkpoint import Checkpoint, load_weights
+from utils.checkpoint.format import Checkpoint, load_weights
+from utils.training.state import load_into
 
 S = 24  # the window of text_run
 # Of float64, where a text is computed in other shapes: weights at random blow up its rounding, as
@@ -399,7 +399,7 @@ def test_an_architecture_of_one_s_own_takes_its_source_along(tmp_path, monkeypat
     """Unless it needs more than what lies in models/."""
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
     for name, line in (("mine", "from models.common import trunc_normal_init_"),
-                       ("greedy", "from utils.optim import AdamATan2")):  # fmt: skip
+                       ("greedy", "from utils.training.optimizers import AdamATan2")):  # fmt: skip
         (tmp_path / f"{name}.py").write_text(
             f"def late():\n    {line}\n\nclass Mine: ...\n", "utf-8"
         )

@@ -14,8 +14,8 @@ from seeds import rng_for
 from training_tools import ROOT, next_probabilities
 
 from dataset.common import UserError
-from models.language_model import LanguageModel
-from models.loading import load_language_model
+from models.inference.language_model import LanguageModel
+from models.inference.loading import load_language_model
 
 pytestmark = pytest.mark.slow
 

@@ -16,8 +16,8 @@ from training_tools import make_config
 from pretrain import train
 from scripts import report
 from utils.backend.cpu import CPUBackend
-from utils.checkpoint import Checkpoint, checkpoints_of
-from utils.config import compose_config, load_config
+from utils.checkpoint.format import Checkpoint, checkpoints_of
+from utils.config.load import compose_config, load_config
 
 BROWSERS = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
 BROWSER = next(filter(None, BROWSERS), None)

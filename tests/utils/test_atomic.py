@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dataset.common import UserError
-from utils.atomic import write_atomically, write_result
+from utils.core.atomic import write_atomically, write_result
 
 
 def everything(folder: Path) -> list[str]:

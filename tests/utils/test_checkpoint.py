@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dataset.common import UserError
-from utils.checkpoint import load_weights
+from utils.checkpoint.format import load_weights
 
 
 def test_a_file_without_weights_is_a_sentence(tmp_path):

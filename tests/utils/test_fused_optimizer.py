@@ -11,8 +11,8 @@ import pytest
 import torch
 from training_tools import TINY, contents, finish, start
 
-from models import train_state
-from utils.optim import AdamATan2, create_optimizers, fused_adam_atan2
+from utils.training import state as train_state
+from utils.training.optimizers import AdamATan2, create_optimizers, fused_adam_atan2
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from models.recursive_reasoning.athena_trm import AthenaTRM
-from utils.optim import AdamATan2, create_optimizers, parameter_groups
-from utils.schedule import trm_warmup_cosine, warmup_cosine
+from utils.training.optimizers import AdamATan2, create_optimizers, parameter_groups
+from utils.training.schedule import trm_warmup_cosine, warmup_cosine
 
 
 def test_adam_atan2_follows_its_formula():

@@ -15,10 +15,11 @@ import pytest
 from dataset.common import UserError
 from tests.remote_tools import Site, serving
 from tests.stream_tools import write_corpus
-from utils import remote, remote_storage
-from utils.config_schema import PretrainConfig
-from utils.data import open_data
-from utils.remote import expand, fetch, is_remote
+from utils.config.schema import PretrainConfig
+from utils.corpus.data import open_data
+from utils.remote import cache as remote
+from utils.remote import storage as remote_storage
+from utils.remote.cache import expand, fetch, is_remote
 
 fsspec = pytest.importorskip("fsspec")
 pytest.importorskip("aiohttp")
@@ -42,7 +43,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start_fetch(url: str) -> subprocess.Popen[str]:
-    code = f"from utils.remote import fetch; print(fetch({url!r}))"
+    code = f"from utils.remote.cache import fetch; print(fetch({url!r}))"
     return subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -9,7 +9,7 @@ from training_tools import contents, metrics_of
 from xla_tools import TEXT, apart, differences, run_on
 
 from utils.backend.cpu import CPUBackend
-from utils.checkpoint import Checkpoint
+from utils.checkpoint.format import Checkpoint
 
 
 def programs(folder: Path, operation: str) -> int:

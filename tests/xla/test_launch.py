@@ -9,7 +9,7 @@ import pytest
 from process_tools import in_background, start
 from training_tools import TEXT, finish, metrics_of
 
-from utils.checkpoint import Checkpoint, checkpoints_of
+from utils.checkpoint.format import Checkpoint, checkpoints_of
 
 OPTIONS = [
     *TEXT, "device_type=xla", "global_batch_size=8", "epochs=1000", "evaluators=[]",

@@ -10,11 +10,11 @@ from xla_tools import REPLICA, TEXT, apart, compiled, differences, fallbacks, ru
 
 import pretrain
 from dataset.common import UserError
-from models.loading import load_language_model
+from models.inference.loading import load_language_model
+from models.inference.sampling import Sampling
 from models.sparse_embedding import CastedSparseEmbedding, SparseEmbeddingSignSGD
 from utils.backend.cpu import CPUBackend
-from utils.checkpoint import Checkpoint
-from utils.sampling import Sampling
+from utils.checkpoint.format import Checkpoint
 
 CASES = {
     "text, float32": ("text_corpus", 1e-5, ["optimizer=adamw"]),

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dataset.common import UserError
-from utils.atomic import write_atomically
 from utils.backend.base import Backend, Received, free_host_memory
+from utils.core.atomic import write_atomically
 
 T = TypeVar("T")
 

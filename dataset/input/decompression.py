@@ -1,0 +1,136 @@
+"""Opening an input file as a stream of bytes, whatever it is compressed with.
+
+Every way in which a file can be unreadable, cut off or damaged ends in a `UserError` that names the
+file and the place: a decompressor that stops early without a word would lose documents.
+"""
+
+import io
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any, cast
+
+from dataset.common import UserError
+from dataset.input.text_sources import Source
+
+# A decompressor hands out lines byte by byte; a buffer of this size in front of it does not.
+_BUFFER = 1 << 20
+
+
+def _open_zstd(raw: IO[bytes]) -> IO[bytes]:
+    # Not the `zstandard` package: it reads a truncated file to a clean end.
+    try:
+        from compression import zstd  # Python 3.14
+    except ImportError:
+        try:
+            from backports import zstd
+        except ImportError:
+            raise UserError(
+                "reading .zst needs the package backports.zstd: pip install backports.zstd"
+            ) from None
+    # The widest window that the format has, for files written with `zstd --long=31`.
+    return zstd.open(raw, "rb", options={zstd.DecompressionParameter.window_log_max: 31})
+
+
+def _open_gzip(raw: IO[bytes]) -> IO[bytes]:
+    import gzip
+
+    return cast(IO[bytes], gzip.GzipFile(fileobj=raw, mode="rb"))
+
+
+class _XzReader(io.RawIOBase):
+    """All streams of an .xz file. `lzma.LZMAFile` takes whatever follows the first and is no stream
+    for the end, and so would read a file whose second stream is damaged without a word."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._stream = lzma.LZMADecompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._stream.eof:
+                rest = self._stream.unused_data.lstrip(b"\0")  # padding between streams
+                while not rest and (block := self._raw.read(_BUFFER)):
+                    rest = block.lstrip(b"\0")
+                if not rest:
+                    return 0
+                self._stream = lzma.LZMADecompressor()
+            else:
+                rest = self._raw.read(_BUFFER) if self._stream.needs_input else b""
+                if not rest and self._stream.needs_input:
+                    raise EOFError("the file ends before its last stream does")
+            data = self._stream.decompress(rest, len(buffer))
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
+
+
+def _open_xz(raw: IO[bytes]) -> IO[bytes]:
+    return cast(IO[bytes], _XzReader(raw))
+
+
+_OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
+    "gzip": _open_gzip,
+    "zstd": _open_zstd,
+    "xz": _open_xz,
+}
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_not_a_pointer(source: Source, start: bytes) -> None:
+    """Refuse what a clone without Git LFS has in place of a file, given the file's first bytes."""
+    if start.startswith(_POINTER):
+        raise UserError(
+            f"{source} is a pointer of Git LFS, not the file itself; fetch it with git lfs pull."
+        )
+
+
+@contextmanager
+def open_source(source: Source) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
+    """The decompressed bytes of a source, and a function that tells how many bytes of the file on
+    disk have been read so far. Faults inside the block become `UserError`s."""
+    if source.is_stdin:
+        if sys.stdin is None:  # python <&-
+            raise UserError("standard input is closed; name a file, or pipe one into the command.")
+        yield sys.stdin.buffer, lambda: 0
+        return
+    position = 0
+    try:
+        with io.BufferedReader(io.FileIO(source.path), _BUFFER) as raw:
+            tell = raw.tell if raw.seekable() else lambda: 0  # a pipe such as <(cat FILE)
+            check_not_a_pointer(source, cast(io.BufferedReader, raw).peek(len(_POINTER)))
+            if source.compression is None:
+                yield raw, tell
+                return
+            with _OPENERS[source.compression](raw) as stream:
+                buffered = io.BufferedReader(cast(io.RawIOBase, stream), _BUFFER)
+                try:
+                    yield cast(IO[bytes], buffered), tell
+                finally:
+                    position = tell()
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise _reading_fault(source, error, position) from error
+    except Exception as error:
+        if type(error).__name__ == "ZstdError":
+            raise _reading_fault(source, error, position) from error
+        raise
+
+
+def _reading_fault(source: Source, error: Exception, position: int) -> UserError:
+    """One sentence for a file that ends early, is damaged, or cannot be opened."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return UserError(f"cannot read {source}: {error.strerror}.")
+    what = (
+        "is cut off" if isinstance(error, EOFError) else f"is not valid {source.compression} data"
+    )
+    return UserError(
+        f"{source} {what} at or before byte {position:,} of {source.size:,} ({error}); "
+        "copy or download it again."
+    )

@@ -1,0 +1,139 @@
+"""The documents of a build: read, filtered, freed of copies and sent to their splits, in batches.
+
+Everything here happens in reading order in one thread, so that what is left out depends neither on
+batches nor on workers; the state after a batch is enough to go on behind it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from dataset.corpus import DocumentRouter
+from dataset.filters.quality import QualityFilter
+from dataset.input.document_reader import DocumentReader
+from dataset.input.inputs import Input
+
+BATCH_BYTES = 2_000_000
+"""Text tokenized at once: enough to keep all threads busy, little enough to keep memory flat."""
+BATCH_DOCUMENTS = 1 << 14
+"""And documents: of a few bytes each, they would take hundreds of times their size."""
+
+
+@dataclass
+class Batch:
+    """Documents in reading order: their split, domain, bytes of UTF-8, and, until they are
+    tokenized, those bytes themselves."""
+
+    splits: list[str] = field(default_factory=list)
+    domains: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    texts: list[bytes] = field(default_factory=list)
+    size: int = 0
+
+    def __len__(self) -> int:
+        return len(self.splits)
+
+    def add(self, split: str, domain: int, text: bytes) -> None:
+        self.splits.append(split)
+        self.domains.append(domain)
+        self.sizes.append(len(text))
+        self.texts.append(text)
+        self.size += len(text)
+
+
+@dataclass
+class LengthFilter:
+    """Leaves out documents that are too short or too long to be worth learning; counts them."""
+
+    min_chars: int
+    max_chars: int | None
+    left_out: int = 0
+
+    def keeps(self, text: str) -> bool:
+        kept = self.min_chars <= len(text) <= (self.max_chars or len(text))
+        self.left_out += not kept
+        return kept
+
+
+class DocumentFeed:
+    """Batches of the documents of all inputs that are to be in the corpus."""
+
+    def __init__(
+        self,
+        inputs: list[Input],
+        reader: DocumentReader,
+        lengths: LengthFilter,
+        quality: QualityFilter,
+        router: DocumentRouter,
+        progress: Callable[[int], Any],
+    ) -> None:
+        self._inputs = inputs
+        self._reader = reader
+        self._lengths = lengths
+        self._quality = quality
+        self._router = router
+        self._progress = progress
+        self._input, self._records = 0, 0
+        self.documents_read = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        batch = Batch()
+        # Bytes of the inputs that an earlier process read.
+        self._progress(sum(entry.source.size for entry in self._inputs[: self._input]))
+        while self._input < len(self._inputs):
+            entry = self._inputs[self._input]
+            for records, text in self._reader.documents(entry.source, self._records):
+                self._records = records
+                self.documents_read += 1
+                if not self._lengths.keeps(text) or self._quality.broken_rule(text):
+                    continue
+                data = text.encode()
+                split = self._router.route(data, entry.held_out)
+                if split is None:
+                    continue
+                batch.add(split, entry.domain, data)
+                if batch.size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
+                    yield batch
+                    batch = Batch()
+            self._input, self._records = self._input + 1, 0
+        self._reader.check_sources()
+        if len(batch):
+            yield batch
+
+    def left_out(self) -> dict[str, int]:
+        """Documents, and lines, that are not in the corpus, by reason."""
+        return {
+            "duplicates": self._router.duplicates,
+            "copies_of_held_out_documents": self._router.held_out_copies,
+            "blank_documents": self._reader.blank_documents,
+            "documents_by_length": self._lengths.left_out,
+            "bad_lines": self._reader.bad_lines,
+            **{f"quality_{name}": n for name, n in self._quality.counts.items()},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where to go on behind the batch that was given out last, and the counts so far."""
+        return {
+            "input": self._input,
+            "records": self._records,
+            "documents_read": self.documents_read,
+            "bad_lines": self._reader.bad_lines,
+            "blank_documents": self._reader.blank_documents,
+            "blank_sources": self._reader.blank_sources,
+            "first_blank_sources": self._reader.first_blank_sources,
+            "by_length": self._lengths.left_out,
+            "router": self._router.state_dict(),
+            "quality": self._quality.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._input, self._records = state["input"], state["records"]
+        self.documents_read = state["documents_read"]
+        self._reader.bad_lines = state["bad_lines"]
+        self._reader.blank_documents = state["blank_documents"]
+        self._reader.blank_sources = state.get("blank_sources", 0)
+        self._reader.first_blank_sources = state.get("first_blank_sources", [])
+        self._reader.found = self.documents_read > 0
+        self._lengths.left_out = state["by_length"]
+        self._router.load_state_dict(state["router"])
+        self._quality.load_state_dict(state["quality"])

@@ -1,0 +1,125 @@
+"""Reading one text column of a Parquet file, a few rows at a time; needs the optional pyarrow."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+from dataset.common import UserError
+from dataset.input.decompression import check_not_a_pointer
+from dataset.input.text_sources import Source
+from utils.core.functions import has_utf8_name
+
+_ROWS = 256
+_BUFFER = 1 << 20
+
+
+def parquet_records(
+    source: Source, column: str, skip: int, progress: Callable[[int], Any]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Row numbers (from 1) and `{column: value}` of the rows after the first `skip`.
+
+    Text may be stored as bytes; a value that is not UTF-8 is given as bytes. `UserError` where the
+    file is damaged, cut off, or has no such column of text.
+    """
+    pq, arrow_error = _pyarrow()
+    try:
+        with source.path.open("rb") as start:
+            check_not_a_pointer(source, start.read(100))
+        # Buffered: otherwise a whole row group is held, which may be gigabytes.
+        own = has_utf8_name(source.path)  # Arrow opens no other
+        with (
+            nullcontext(source.path) if own else source.path.open("rb") as place,
+            pq.ParquetFile(
+                place, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
+            ) as file,
+        ):
+            _check_column(source, file.schema_arrow, column)
+            total, first = file.metadata.num_rows, 0
+            groups: list[int] = []
+            for group in range(file.num_row_groups):  # whole groups are skipped unread
+                rows = file.metadata.row_group(group).num_rows
+                if not groups and first + rows <= skip:
+                    first += rows
+                else:
+                    groups.append(group)
+            reported, number = 0, first
+            batches = file.iter_batches(_ROWS, groups, [column], use_threads=False)
+            for batch in batches if groups else ():
+                for value in _as_bytes(batch.column(0)).to_pylist():
+                    number += 1
+                    if number > skip:
+                        yield number, {column: _as_text(value)}
+                now = source.size * number // max(1, total)
+                progress(now - reported)
+                reported = now
+    except (arrow_error, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"cannot read {source}: {error.strerror}.") from error
+        first_line = str(error).splitlines()[0]
+        raise UserError(
+            f"{source} is damaged or cut off ({first_line}); copy or download it again."
+        ) from error
+
+
+def _pyarrow() -> tuple[Any, type[Exception]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError("reading Parquet needs the package pyarrow: pip install pyarrow") from None
+    return parquet, pyarrow.ArrowException
+
+
+def _check_column(source: Source, schema: Any, column: str) -> None:
+    import pyarrow
+
+    if schema.names.count(column) > 1:
+        raise UserError(f"{source} has several columns {column!r}; write it with one of that name.")
+    if column not in schema.names:
+        there = ", ".join(schema.names[:10])
+        raise UserError(
+            f"{source} has no column {column!r} (columns: {there}); name one with --text-key."
+        )
+    kind = _stored_type(schema.field(column).type)
+    names = (
+        "string", "large_string", "string_view", "binary", "large_binary", "binary_view",
+        "fixed_size_binary", "null",
+    )  # fmt: skip
+    # Older versions of pyarrow know fewer of them.
+    known = [getattr(pyarrow.types, f"is_{name}", None) for name in names]
+    if not any(is_kind(kind) for is_kind in known if is_kind is not None):
+        raise UserError(f"column {column!r} of {source} holds {kind}, not text; see --text-key.")
+
+
+def _stored_type(kind: Any) -> Any:
+    """Return the type of the values themselves, without what encodes or renames them."""
+    import pyarrow
+
+    while True:
+        if isinstance(kind, pyarrow.BaseExtensionType):
+            kind = kind.storage_type
+        elif pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        else:
+            return kind
+
+
+def _as_bytes(array: Any) -> Any:
+    """Cast an array of text, in whichever encoding, to one of bytes or nulls."""
+    import pyarrow
+
+    while True:
+        if isinstance(array, pyarrow.ExtensionArray):
+            array = array.storage
+        elif isinstance(array, pyarrow.DictionaryArray):
+            array = array.dictionary_decode()
+        else:
+            return array.cast(pyarrow.large_binary())
+
+
+def _as_text(value: bytes | None) -> str | bytes | None:
+    """Decode a value; bytes that are not UTF-8 stay what they are."""
+    try:
+        return value if value is None else value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value

@@ -1,0 +1,235 @@
+"""A corpus for the eye: rows as text, with document borders and what is ignored; histograms."""
+
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, UserError
+from dataset.output.corpus_statistics import SplitStatistics, real_tokens
+from utils.monitoring.plotting import save_figure
+
+MOST_LINES = 14
+"""Lines of a row that are shown; a longer one loses its middle."""
+MOST_BARS = 16
+BAR_WIDTH = 48
+END = "── end of document ─────────────────"
+
+Decode = Callable[[list[int]], str]
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+def row_lines(
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    metadata: DatasetMetadata,
+    decode: Decode | None,
+    width: int,
+) -> list[str]:
+    """One row, inputs and labels (S,), as lines of at most `width` characters.
+
+    With a tokenizer: its text, where ⟦ ⟧ encloses what no label scores and a rule ends each
+    document. Without: token ids, and below them the labels, a dot for one that is ignored.
+    """
+    real = int(real_tokens(inputs[None], metadata)[0])
+    if decode is None:
+        ids = " ".join(map(str, inputs.tolist()))
+        scored = " ".join("·" if label < 0 else str(label) for label in labels.tolist())
+        parts = (("inputs ", ids), ("labels ", scored))
+        lines = [line for name, text in parts for line in _wrapped(text, width, name)]
+    else:
+        lines = []
+        for piece, ended in _documents(inputs, labels, real, metadata.eos_id):
+            lines += _wrapped(_marked(inputs, labels, piece, decode), width)
+            if ended:
+                lines.append(END)
+        if real < len(inputs):
+            lines.append(f"({len(inputs) - real:,} positions of padding)")
+    if len(lines) <= MOST_LINES:
+        return lines
+    tail = MOST_LINES // 3
+    head = MOST_LINES - tail - 1
+    middle = lines[head:-tail]
+    ends = middle.count(END)
+    also = f", {ends:,} with an end of document" if ends else ""
+    return [*lines[:head], f"... {len(middle):,} lines more{also} ...", *lines[-tail:]]
+
+
+def _documents(
+    inputs: np.ndarray, labels: np.ndarray, real: int, eos_id: int | None
+) -> list[tuple[range, bool]]:
+    """Positions of each document's part of a row, its eos left out, and whether it ends there."""
+    ends = [] if eos_id is None else np.flatnonzero(inputs[:real] == eos_id).tolist()
+    starts = [0, *(end + 1 for end in ends)]
+    parts = [(range(start, end), True) for start, end in zip(starts, ends, strict=False)]
+    if starts[-1] < real:
+        # An eos may also be a row's last label alone.
+        parts.append((range(starts[-1], real), bool(labels[real - 1] == eos_id)))
+    return parts
+
+
+def _marked(inputs: np.ndarray, labels: np.ndarray, piece: range, decode: Decode) -> str:
+    """Text of a document's positions in a row, what is not scored in ⟦ ⟧."""
+    # Position i is predicted by label i - 1. A first token never is, which needs no mark.
+    scored = [bool(i and labels[i - 1] != IGNORE_LABEL_ID) for i in piece]
+    if len(scored) > 1:
+        scored[0] = scored[1]
+    elif scored:
+        scored[0] = True
+    text, start = "", 0
+    for stop in range(1, len(scored) + 1):
+        if stop == len(scored) or scored[stop] != scored[start]:
+            run = decode(inputs[piece[start] : piece[stop - 1] + 1].tolist())
+            text += run if scored[start] else f"⟦{run}⟧"
+            start = stop
+    return text
+
+
+def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
+    """Lines of a text; what a terminal would not show, or would act on, is replaced."""
+    lines = []
+    for paragraph in text.expandtabs(4).split("\n"):
+        safe = "".join(char if char.isprintable() else "�" for char in paragraph)
+        after = " " * len(indent)
+        lines += textwrap.wrap(safe, width, initial_indent=indent, subsequent_indent=after) or [""]
+    return lines
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def bars(counts: Counter[int]) -> list[str]:
+    """A histogram in text: one line a value, or a range of values where there are many."""
+    low, high = min(counts), max(counts)
+    step = -(-(high - low + 1) // MOST_BARS)
+    bins = [range(start, min(start + step, high + 1)) for start in range(low, high + 1, step)]
+    sums = [sum(counts[value] for value in each) for each in bins]
+    labels = [f"{each[0]}" if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in bins]
+    wide, digits = max(map(len, labels)), len(f"{max(sums):,}")
+    drawn = ["█" * -(-BAR_WIDTH * count // max(sums)) for count in sums]
+    return [
+        f"    {label:>{wide}}  {count:>{digits},}  {bar}".rstrip()
+        for label, count, bar in zip(labels, sums, drawn, strict=True)
+    ]
+
+
+def draw(splits: dict[str, SplitStatistics], title: str, output: Path) -> None:
+    """Document lengths, iteration budgets, tokens by domain, padding: one PNG, a colour a split."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("figures need the package matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    (lengths, budgets), (domains, padding) = panels
+    drawn = {
+        lengths: _draw_lengths(lengths, splits),
+        budgets: _draw_budgets(budgets, splits),
+        domains: _draw_domains(domains, splits),
+        padding: _draw_padding(padding, splits),
+    }
+    titles = (
+        (lengths, "Document lengths", "tokens, eos included", "share of documents"),
+        (budgets, "Iteration budgets", "ACT steps", "share of rows"),
+        (domains, "Tokens by domain", "tokens", ""),
+        (padding, "Padding", "padding of a row, %", "share of rows"),
+    )
+    for panel, name, x, y in titles:
+        panel.set(title=name, xlabel=x, ylabel=y)
+        panel.grid(alpha=0.3)
+        panel.set_axisbelow(True)
+        if not drawn[panel]:
+            panel.text(0.5, 0.5, "none in this corpus", ha="center", transform=panel.transAxes)
+        elif len(splits) > 1:
+            panel.legend()
+    figure.suptitle(title)
+    try:
+        save_figure(figure, output, f"--png {output}")
+    finally:
+        plt.close(figure)
+
+
+def _draw_lengths(panel: Any, splits: dict[str, SplitStatistics]) -> bool:
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    counted = {name: split.lengths for name, split in splits.items() if split.lengths}
+    if not counted:
+        return False
+    low = min(min(lengths) for lengths in counted.values())
+    high = max(max(lengths) for lengths in counted.values())
+    decades = high >= 10 * low
+    # No bin is narrower than one token.
+    edges = np.unique((np.geomspace if decades else np.linspace)(low, high + 1, 41).round())
+    for name, lengths in counted.items():
+        _draw_shares(panel, lengths, edges, name)
+    if decades:
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 1000 * low else (1,)))
+        panel.xaxis.set_major_formatter(EngFormatter())
+        panel.xaxis.set_minor_formatter(NullFormatter())
+    return True
+
+
+def _draw_budgets(panel: Any, splits: dict[str, SplitStatistics]) -> bool:
+    counted = {name: split.budgets for name, split in splits.items() if split.budgets}
+    if not counted:
+        return False
+    low = min(min(budgets) for budgets in counted.values())
+    high = max(max(budgets) for budgets in counted.values())
+    step = -(-(high - low + 1) // 60)
+    edges = np.arange(low, high + step + 1, step) - 0.5
+    for name, budgets in counted.items():
+        _draw_shares(panel, budgets, edges, name)
+    return True
+
+
+def _draw_domains(panel: Any, splits: dict[str, SplitStatistics], most: int = 12) -> bool:
+    from matplotlib.ticker import EngFormatter
+
+    sizes: Counter[str] = Counter()
+    for split in splits.values():
+        sizes.update({name: figures.tokens for name, figures in split.domains.items()})
+    names = [name for name, _ in sizes.most_common(most)]
+    left = np.zeros(len(names))
+    for split_name, split in splits.items():
+        tokens = [split.domains[name].tokens if name in split.domains else 0 for name in names]
+        panel.barh(_short(names), tokens, left=left, label=split_name, alpha=0.8)
+        left += tokens
+    panel.invert_yaxis()
+    panel.xaxis.set_major_formatter(EngFormatter())
+    if len(sizes) > most:
+        panel.set_ylabel(f"the {most} largest of {len(sizes):,}")
+    return bool(names)
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Names cut to a length, and yet different from each other."""
+    cut = [name if len(name) <= 24 else name[:23] + "…" for name in names]
+    return [f"{name} #{i}" if cut.count(name) > 1 else name for i, name in enumerate(cut, 1)]
+
+
+def _draw_padding(panel: Any, splits: dict[str, SplitStatistics]) -> bool:
+    for name, split in splits.items():
+        width = len(split.filled) - 1
+        shares = {
+            100 * (width - real) / width: count
+            for real, count in enumerate(split.filled.tolist())
+            if count
+        }
+        _draw_shares(panel, shares, np.linspace(0, 100, 41), name)
+    panel.set_xlim(0, 100)
+    panel.set_ylim(0, None)
+    return bool(splits)
+
+
+def _draw_shares(panel: Any, counts: Any, edges: np.ndarray, label: str) -> None:
+    """A histogram of counted values, as shares of all of them."""
+    values, weights = np.array(list(counts)), np.array(list(counts.values()), float)
+    panel.hist(values, edges, weights=weights / weights.sum(), label=label, alpha=0.6)

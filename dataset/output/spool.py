@@ -1,0 +1,84 @@
+"""Documents set aside as token ids until all are read: only then near-duplicates are known."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataset.corpus import SPLITS
+from dataset.filters.near_duplicates import NearDuplicates
+from dataset.input.documents import Batch
+from dataset.output.array_writer import ArrayWriter
+from dataset.tokens.sizes import ids_of
+
+_BLOCK_DOCUMENTS = 4096
+_BLOCK_TOKENS = 1 << 21
+
+
+class DocumentSpool:
+    """A sink that keeps documents on disk, and gives those back that no earlier one is near to.
+
+    Args:
+        state: what `state_dict` gave, to go on from there.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: np.dtype, seed: int, state: dict[str, Any] | None = None
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._near = NearDuplicates(folder / "bands", seed)
+        self._near.truncate(state["documents"] if state else 0)
+        tokens, documents = (state["tokens"], state["documents"]) if state else (None, None)
+        self._tokens = ArrayWriter(folder / "tokens.npy", dtype, rows=tokens)
+        self._documents = ArrayWriter(folder / "documents.npy", np.int64, (4,), rows=documents)
+        self._dtype = dtype
+        self.left_out = 0
+        """Documents that an earlier one is near to; known once all were given back."""
+
+    def add(self, batch: Batch, ids: np.ndarray, counts: np.ndarray) -> None:
+        """See `Sink`."""
+        ids = ids.astype(self._dtype)
+        self._tokens.append(ids)
+        splits = [SPLITS.index(split) for split in batch.splits]
+        self._documents.append(np.stack([splits, batch.domains, batch.sizes, counts], axis=1))
+        self._near.add(np.split(ids_of(ids), np.cumsum(counts)[:-1]))
+
+    def batches(self) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
+        """The documents that stay, in reading order, as `add` took them (without their text)."""
+        self._tokens.close()
+        self._documents.close()
+        self._near.flush()
+        is_copy = self._near.resolve()
+        self.left_out = int(is_copy.sum())
+        tokens = np.load(self._tokens.path, mmap_mode="r")
+        documents = np.load(self._documents.path, mmap_mode="r")
+        first_document = first_token = 0
+        while first_document < len(documents):
+            block = np.asarray(documents[first_document : first_document + _BLOCK_DOCUMENTS])
+            ends = np.cumsum(block[:, 3])
+            size = max(1, int(np.searchsorted(ends, _BLOCK_TOKENS, side="right")))
+            block, ends = block[:size], ends[:size]
+            keep = ~is_copy[first_document : first_document + size]
+            yield self._batch(block, keep, tokens[first_token : first_token + int(ends[-1])])
+            first_document += size
+            first_token += int(ends[-1])
+
+    def _batch(
+        self, block: np.ndarray, keep: np.ndarray, ids: np.ndarray
+    ) -> tuple[Batch, np.ndarray, np.ndarray]:
+        ids = np.asarray(ids)[np.repeat(keep, block[:, 3])]
+        splits, domains, sizes, counts = block[keep].T
+        batch = Batch([SPLITS[n] for n in splits.tolist()], domains.tolist(), sizes.tolist())
+        return batch, ids, counts
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the files go; waits for the disk."""
+        for writer in (self._tokens, self._documents):
+            writer.sync()
+        self._near.flush()
+        return {"tokens": self._tokens.rows, "documents": self._documents.rows}
+
+    def abandon(self) -> None:
+        for writer in (self._tokens, self._documents):
+            writer.abandon()

@@ -1,0 +1,135 @@
+"""Token ids with the bytes of text behind each, for tokenizers whose ids do not tell them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from dataset.common import UserError
+from dataset.tokens.encoders import Encoded, HuggingFaceEncoder
+from dataset.tokens.plain_tokenizer import BYTE_PIECES, DROPPED, SPACE, PlainTokenizer
+from dataset.tokens.sizes import byte_places, divide, sized_dtype
+
+
+class SizedEncoder:
+    """An `Encoder` whose tokens are those of `sized_dtype`.
+
+    The bytes of a token are those of the original text, whatever a normalizer made of them: the
+    library keeps each token's place in it.
+    """
+
+    name = "huggingface"
+
+    def __init__(self, plain: PlainTokenizer) -> None:
+        self._plain = plain
+        self._dtype = sized_dtype(np.dtype(np.uint32))
+        self._symbols = _Symbols(plain) if plain.drops_characters() else None
+
+    def encode(self, texts: Sequence[bytes]) -> Encoded:
+        """See `Encoder`."""
+        strings = [text.decode() for text in texts]
+        encodings = _encode(self._plain.tokenizer, strings)
+        symbols = self._symbols.encode(strings) if self._symbols else [None] * len(strings)
+        parts = [self._tokens(*each) for each in zip(strings, encodings, symbols, strict=True)]
+        none = np.zeros(0, self._dtype)
+        return np.concatenate([none, *parts]), np.array([len(part) for part in parts], np.int64)
+
+    def _tokens(self, text: str, encoding: Encoding, symbols: Encoding | None) -> np.ndarray:
+        ids = np.array(encoding.ids, np.int64)
+        places = byte_places(text)
+        spans = _spans(encoding, places)
+        starts = spans[:, 0]
+        if self._symbols is not None and symbols is not None:
+            starts, spans = self._symbols.place(ids, spans, _spans(symbols, places), symbols)
+        elif self._plain.original_ids is not None:
+            ids = self._plain.original_ids[ids]
+            known = ids != DROPPED
+            ids, starts, spans = ids[known], starts[known], spans[known]
+        tokens = np.zeros(len(ids), self._dtype)
+        tokens["id"] = ids
+        if len(tokens):
+            divide(tokens, starts, spans, int(places[-1]))
+        return tokens
+
+
+class MarkEncoder:
+    """A `SizedEncoder` for tokenizers that write `SPACE` for spaces, and are lossless otherwise:
+    the library finds the places of tokens, which is slow, only in texts that hold `SPACE`.
+
+    Args:
+        byte_lengths: (V,) bytes by id, of text without `SPACE`.
+    """
+
+    name = "huggingface"
+
+    def __init__(self, plain: PlainTokenizer, byte_lengths: np.ndarray) -> None:
+        self._fast = HuggingFaceEncoder(plain.tokenizer, plain.description)
+        self._exact = SizedEncoder(plain)
+        self._byte_lengths = byte_lengths
+
+    def encode(self, texts: Sequence[bytes]) -> Encoded:
+        """See `Encoder`."""
+        ids, counts = self._fast.encode(texts)
+        tokens = np.zeros(len(ids), sized_dtype(ids.dtype))
+        tokens["id"], tokens["bytes"] = ids, self._byte_lengths[ids]
+        # The tokenizer may put a space before a text; the first token does not count it.
+        ends = np.append(0, np.cumsum(counts))
+        sizes = np.append(0, np.cumsum(tokens["bytes"], dtype=np.int64))
+        added = np.diff(sizes[ends]) - np.fromiter(map(len, texts), np.int64, len(texts))
+        first = ends[:-1][counts > 0]
+        marked = np.array([_MARK in text for text in texts], bool)
+        tokens["bytes"][first] -= np.where(marked, 0, added)[counts > 0].astype(np.uint32)
+        if marked.any():
+            exact, _ = self._exact.encode([text for text in texts if _MARK in text])
+            tokens[np.repeat(marked, counts)] = exact
+        return tokens, counts
+
+
+_MARK = SPACE.encode()
+
+
+class _Symbols:
+    """Places of tokens where the model drops characters: the library counts on without them, so
+    that the tokens behind one in the same word come too early."""
+
+    def __init__(self, plain: PlainTokenizer) -> None:
+        self._tokenizer, self._dropped = plain.load_symbols()
+        model = plain.description["model"]
+        vocabulary = plain.tokenizer.get_vocab(with_added_tokens=True)
+        self._sizes = np.zeros(max(vocabulary.values()) + 1, np.int64)
+        prefix = model.get("continuing_subword_prefix") or ""
+        suffix = model.get("end_of_word_suffix") or ""
+        single = set(BYTE_PIECES) if model.get("byte_fallback") else set()
+        for token, index in vocabulary.items():
+            symbols = token.removeprefix(prefix).removesuffix(suffix) or token
+            self._sizes[index] = 1 if token in single else len(symbols)
+        self._sizes[list(plain.tokenizer.get_added_tokens_decoder())] = 1
+
+    def encode(self, texts: Sequence[str]) -> list[Encoding]:
+        return _encode(self._tokenizer, texts)
+
+    def place(
+        self,
+        ids: np.ndarray,
+        spans: np.ndarray,
+        symbol_spans: np.ndarray,
+        symbols: Encoding,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the starts of tokens (n,), and the spans of the text that are in tokens (m, 2)."""
+        symbol_spans = symbol_spans[np.array(symbols.ids, np.int64) != self._dropped]
+        ends = np.cumsum(self._sizes[ids])
+        if len(ids) == 0 or ends[-1] != len(symbol_spans):
+            return spans[:, 0], spans  # a token that is not made of symbols; the library's will do
+        return symbol_spans[ends - self._sizes[ids], 0], symbol_spans
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
+    try:
+        return tokenizer.encode_batch(texts, add_special_tokens=False)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"the tokenizer cannot encode the text ({error}).") from error
+
+
+def _spans(encoding: Encoding, places: np.ndarray) -> np.ndarray:
+    """Return the bytes at which tokens begin and end, (n, 2) int64."""
+    return places[np.array(encoding.offsets, np.int64).reshape(-1, 2)]

@@ -1,0 +1,211 @@
+"""The builders' view of a tokenizer.json: plain text in, token ids out, its eos and pad known.
+
+Text is only ever text here: a document that spells `<|eos|>` becomes the tokens of those
+characters, never the special token, whatever the kind of tokenizer.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from tokenizers import Tokenizer
+
+from dataset.common import UserError, byte_lengths, token_dtype, tokenizer_fault
+from dataset.tokens.encoders import (
+    CheckedEncoder,
+    Encoder,
+    GigatokenEncoder,
+    HuggingFaceEncoder,
+    use_threads,
+)
+from dataset.tokens.plain_tokenizer import PlainTokenizer
+from dataset.tokens.sized_encoder import MarkEncoder, SizedEncoder
+from dataset.tokens.sizes import ids_of, sized_dtype
+
+EOS_TOKENS = ("<|eos|>", "<|endoftext|>", "</s>")
+PAD_TOKENS = ("<|pad|>", "<pad>")
+
+
+def add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every builder with a tokenizer shares."""
+    parser.add_argument("--tokenizer-json", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--eos-token", help=f"default: the first of {' '.join(EOS_TOKENS)}")
+    parser.add_argument("--pad-token", help=f"default: the first of {' '.join(PAD_TOKENS)}")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="tokenizer threads, of no influence on the result (default: all cores)",
+    )
+    parser.add_argument(
+        "--tokenizer-library",
+        choices=("huggingface", "gigatoken"),
+        default="huggingface",
+        help="gigatoken gives the same ids some twenty times faster, for tokenizers of GPT-2's "
+        "kind (default: huggingface)",
+    )
+
+
+class TextTokenizer:
+    """A tokenizer.json made ready for building; `eos_id`, `pad_id`, `vocab_size`, `dtype`, and
+    `byte_lengths` (V,) int32, the bytes of text that each token id stands for.
+
+    `lossless`: whether ids tell the bytes of text. If not, tokens carry theirs
+    (`dataset.tokens.sizes`).
+    `unknown_id`: what stands for text that the vocabulary cannot spell, None without such a token.
+
+    `vocab_size` is the highest id + 1, `dtype` the smallest that also holds `ignore_label_id`, its
+    maximum.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        eos_token: str | None = None,
+        pad_token: str | None = None,
+        workers: int | None = None,
+        library: str = "huggingface",
+    ) -> None:
+        workers = _usable_cores() if workers is None else workers
+        if workers < 1:
+            raise UserError(f"--workers is {workers}; it must be at least 1.")
+        workers = min(workers, _usable_cores())  # more would only wait for each other
+        use_threads(workers)
+        self.path = path
+        self.tokenizer, self._description = _load(path)
+        # A token that is named for the one is no candidate for the other.
+        eos_usual = tuple(token for token in EOS_TOKENS if token != pad_token)
+        pad_usual = tuple(token for token in PAD_TOKENS if token != eos_token)
+        self.eos_token = self._special_token(eos_token, eos_usual, "--eos-token")
+        self.pad_token = self._special_token(pad_token, pad_usual, "--pad-token")
+        if self.eos_token == self.pad_token:
+            raise UserError(
+                f"{self.eos_token!r} is named both --eos-token and --pad-token; padding must "
+                "differ from the end of a document."
+            )
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.eos_id, self.pad_id = vocabulary[self.eos_token], vocabulary[self.pad_token]
+        self.byte_lengths = byte_lengths(self.tokenizer, vocabulary, self._description)
+        self.vocab_size = len(self.byte_lengths)
+        self.dtype = token_dtype(self.vocab_size)
+        self.ignore_label_id = int(np.iinfo(self.dtype).max)
+        special = {self.eos_token, self.pad_token}
+        plain = PlainTokenizer(self.tokenizer, self._description, special, self.byte_lengths)
+        self.lossless, self.unknown_id = plain.lossless, plain.unknown_id
+        self.token_dtype = self.dtype if self.lossless else sized_dtype(self.dtype)
+        self.encoder: Encoder
+        if self.lossless:
+            self.encoder = HuggingFaceEncoder(plain.tokenizer, plain.description)
+        elif plain.lossless_without_mark:
+            self.encoder = MarkEncoder(plain, self.byte_lengths)
+        else:
+            self.encoder = SizedEncoder(plain)
+        if library == "gigatoken":
+            fast = GigatokenEncoder(plain.description, workers)
+            self.encoder = CheckedEncoder(fast, self.encoder)
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, without special tokens: arrays (n,) of `dtype`."""
+        return [ids_of(tokens) for tokens in self.encode_tokens(texts)]
+
+    def encode_tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode each text without special tokens: arrays (n,) of `token_dtype`."""
+        tokens, counts = self.encoder.encode([text.encode() for text in texts])
+        return np.split(tokens.astype(self.token_dtype), np.cumsum(counts)[:-1])
+
+    def end(self, tokens: np.ndarray) -> np.ndarray:
+        """Return tokens (n,) with eos behind them."""
+        ended = np.zeros(len(tokens) + 1, tokens.dtype)
+        ended[:-1] = tokens
+        ids_of(ended)[-1] = self.eos_id
+        return ended
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer with its eos and pad."""
+        # tokenizers' own reading and writing takes every file name for UTF-8
+        path.write_bytes(self.tokenizer.to_str(pretty=True).encode())
+
+    def _special_token(self, named: str | None, usual: tuple[str, ...], option: str) -> str:
+        token = named or next((t for t in usual if self.tokenizer.token_to_id(t) is not None), None)
+        if token is not None and self.tokenizer.token_to_id(token) is None:
+            raise UserError(
+                f"{option} {token!r} is not in the vocabulary of {self.path}; name one of its "
+                f"tokens, or leave {option} out to have {usual[0]} added."
+            )
+        token = token or usual[0]
+        if self.tokenizer.token_to_id(token) is None and _has_holes(self._description["model"]):
+            highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+            self._description["model"]["vocab"][token] = highest + 1
+            self.tokenizer = Tokenizer.from_str(orjson.dumps(self._description).decode())
+        self.tokenizer.add_special_tokens([token])  # also marks a token that is there as special
+        return token
+
+
+def _usable_cores() -> int:
+    """Cores that this process may use, which a container or a batch system may have limited."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """A tokenizer.json and what it says, without what would change or shorten a document's
+    tokens."""
+    if path.is_dir():
+        inside = path / "tokenizer.json"
+        advice = f"name {inside}" if inside.is_file() else "name a file"
+        raise UserError(f"--tokenizer-json {path} is a folder; {advice}.")
+    content = b""
+    try:
+        content = path.read_bytes()
+        description = orjson.loads(content)
+        description["truncation"] = None
+        description["padding"] = None
+        if description["model"].get("dropout") is not None:
+            description["model"]["dropout"] = None  # training noise; a corpus is built once
+        if isinstance(description["model"]["vocab"], dict):  # a Unigram model's is a list
+            _keep_ids(description)
+        return Tokenizer.from_str(orjson.dumps(description).decode()), description
+    except UserError as error:
+        raise UserError(f"--tokenizer-json {path}: {error}") from None
+    except OSError as error:
+        raise UserError(
+            f"cannot read --tokenizer-json {path}: {error.strerror or error}; "
+            "dataset.train_tokenizer makes one."
+        ) from error
+    except Exception as error:  # tokenizers raises bare Exception for a malformed file
+        fault = tokenizer_fault(content, error)
+        raise UserError(
+            f"--tokenizer-json {path} is not a tokenizer.json: {fault}; dataset.train_tokenizer "
+            "makes one."
+        ) from error
+
+
+def _has_holes(model: dict[str, Any]) -> bool:
+    """Return whether ids below the model's highest have no token. The library numbers added tokens
+    from the count of the model's tokens, which then is the id of one of them."""
+    vocabulary = model["vocab"]
+    return isinstance(vocabulary, dict) and max(vocabulary.values(), default=-1) >= len(vocabulary)
+
+
+def _keep_ids(description: dict[str, Any]) -> None:
+    """Have each token keep an id of its own: where there are holes, added tokens have those that
+    the file names, entered in the model's vocabulary."""
+    model = description["model"]
+    if _has_holes(model):
+        for token in description.get("added_tokens") or []:
+            model["vocab"].setdefault(token["content"], token["id"])
+    tokens = model["vocab"]
+    if len(set(tokens.values())) == len(tokens):
+        return
+    owners: dict[int, str] = {}
+    for token, index in tokens.items():
+        if (other := owners.setdefault(index, token)) != token:
+            raise UserError(
+                f"{other!r} and {token!r} both have the id {index}; give each token an id of its "
+                "own"
+            )

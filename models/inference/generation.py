@@ -1,0 +1,304 @@
+"""Texts from a model: what comes next, drawn token by token, with what earlier tokens left kept.
+
+Rows are texts of any lengths, laid out from the left; a token sees its own text only. Every token
+is computed with the same number of ACT steps.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from dataset.common import UserError, is_byte_token
+from models.inference.key_value_cache import KeyValueCache
+from models.inference.sampling import Sampling
+from models.layers import SequenceInfo
+from models.losses import ACTLossHead
+
+REPLACEMENT = "\ufffd"
+
+
+class Decoder:
+    """Probabilities of the next token of several texts that grow.
+
+    The model sees at most its window of `seq_len` tokens. A text that fills it goes on from its
+    last half, computed anew: so a token sees at least half a window, and most are computed once.
+    """
+
+    def __init__(
+        self,
+        head: ACTLossHead,
+        identifiers: Tensor,
+        steps: int,
+        *,
+        cached: bool = True,
+        cache_cycles: int | None = None,
+    ):
+        """identifiers: (B,) rows of the identifier embedding, on the model's device.
+
+        cached=False computes every token of the window again for each new one. cache_cycles: see
+        `models/inference/key_value_cache.py`.
+        """
+        self.head, self.inner, self.steps = head, head.model.inner, steps
+        self.config: Any = head.model.config
+        self.identifiers, self.device = identifiers, identifiers.device
+        self.cached, self.cache_cycles = cached, cache_cycles
+        self.cache: KeyValueCache | None = None
+        self.texts: list[list[int]] = []
+        self.first: list[int] = []
+        """For each text, its first token in the window."""
+
+    @torch.no_grad()
+    def begin(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Texts of at least a token; logits (B, V), whose softmax is the model's probability."""
+        self.texts = [list(text) for text in texts]
+        self.first = [max(0, len(text) - self.config.seq_len) for text in texts]
+        return self._read_windows()
+
+    @torch.no_grad()
+    def extend(self, tokens: Sequence[int]) -> Tensor:
+        """One more token for each text; logits (B, V) after it."""
+        for text, token in zip(self.texts, tokens, strict=True):
+            text.append(token)
+        full = False
+        for i, text in enumerate(self.texts):
+            if len(text) - self.first[i] > self.config.seq_len:
+                self.first[i], full = len(text) - max(1, self.config.seq_len // 2), True
+        if full or self.cache is None:
+            return self._read_windows()
+        prefix, inner = self.config.prefix_len, self.inner
+        places = [len(text) - 1 - first for text, first in zip(self.texts, self.first, strict=True)]
+        positions = prefix + torch.tensor(places, device=self.device)
+        used = prefix + max(places) + 1
+        mask = None
+        if min(places) < max(places):
+            seen = torch.arange(used, device=self.device) <= positions[:, None]
+            mask = seen[:, None, None]
+        ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
+        self.cache.begin(positions, used)
+        cos, sin = inner.rotation(positions.unsqueeze(1))
+        info = SequenceInfo(cos, sin, mask, causal=False, cache=self.cache)
+        x = inner.placed(inner.embed_tokens(ids), positions.unsqueeze(1))
+        return self._logits(inner.answer(x, info, self.steps)[:, 0])
+
+    def _read_windows(self) -> Tensor:
+        """Computes the windows of all texts, and keeps what later tokens need of them."""
+        windows = [text[first:] for text, first in zip(self.texts, self.first, strict=True)]
+        length, prefix = max(map(len, windows)), self.config.prefix_len
+        inputs = np.zeros((len(windows), length), dtype=np.int64)
+        for row, window in zip(inputs, windows, strict=True):
+            row[: len(window)] = window  # what follows is seen by no token of the text
+        batch = {
+            "inputs": torch.from_numpy(inputs).to(self.device),
+            "puzzle_identifiers": self.identifiers,
+        }
+        info = self.inner.sequence_info(batch)
+        if self.cached:
+            if self.cache is None:
+                positions = prefix + self.config.seq_len
+                self.cache = KeyValueCache(
+                    self.config, len(windows), positions, self.steps, self.cache_cycles, self.device
+                )
+            self.cache.begin(None, prefix + length)
+            info = info._replace(cache=self.cache)
+        z = self.inner.answer(self.inner.embed(batch), info, self.steps)
+        last = torch.tensor([prefix + len(window) - 1 for window in windows], device=self.device)
+        return self._logits(z[torch.arange(len(windows), device=self.device), last])
+
+    def _logits(self, z: Tensor) -> Tensor:
+        return self.head.loss.softmax_logits(self.inner.predict(z))
+
+
+def draw(
+    logits: Tensor,
+    generator: torch.Generator,
+    how: Sampling,
+    *,
+    text: Sequence[int] = (),
+    never: Sequence[int] = (),
+) -> int:
+    """Draw one id from (V,) logits on the host; temperature 0 takes the likeliest.
+
+    text: ids that the repetition penalty (Keskar et al. 2019, arXiv 1909.05858) makes less likely.
+    never: ids left out.
+    """
+    logits = logits.clone()
+    if how.repetition_penalty != 1 and text:
+        seen = torch.tensor(sorted(set(text)))
+        raw, penalty = logits[seen].double(), how.repetition_penalty
+        most = torch.finfo(logits.dtype).max
+        changed = torch.where(raw > 0, raw / penalty, raw * penalty)
+        logits[seen] = changed.clamp(-most, most).to(logits.dtype)
+    logits[list(never)] = -torch.inf
+    if how.temperature == 0:
+        return int(logits.argmax())
+    best_logit = logits.max()
+    if not best_logit.isfinite():
+        raise UserError(
+            "the model's logits are not finite, so that no token can be drawn: training diverged, "
+            "or its weights are damaged; take an earlier checkpoint"
+        )
+    # relative to the best, in float64: no temperature makes it infinite
+    logits = ((logits - best_logit).double() / how.temperature).float()
+    if how.top_k is not None and how.top_k < len(logits):
+        best = logits.topk(how.top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter(0, best.indices, best.values)
+    probabilities = torch.softmax(logits, dim=-1)
+    if how.top_p is not None:
+        ordered, ids = probabilities.sort(descending=True, stable=True)
+        # the likeliest stays, and every one that is needed to reach top_p
+        beyond = ordered.cumsum(0) - ordered >= how.top_p
+        beyond[0] = False
+        probabilities[ids[beyond]] = 0
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+class Written(NamedTuple):
+    """A finished continuation: its ids without eos, its text, and whether the model or a stop
+    string ended it (not the limit)."""
+
+    ids: list[int]
+    text: str
+    ended: bool
+
+
+class Writer:
+    """One text as it grows: turns ids into text, in pieces that can be shown at once.
+
+    All pieces together are what decoding prompt and continuation at once adds to the prompt.
+    Held back is what later ids may change: the bytes of an unfinished character, a run of byte
+    tokens (a decoder replaces all of it for one wrong byte), and what may be the beginning of a
+    stop string; the text ends before the first stop string in it. Bytes that form no character are
+    U+FFFD in the end. A character that the prompt's last bytes only begin belongs to the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.ids: list[int] = []
+        self.text = ""
+        self.shown = 0
+        self.ended = False
+        # Decoding begins before the first new id, because some tokenizers write a text's first word
+        # without a space.
+        self._recent = list(prompt)
+        self._context = self._decode(self._recent)
+        self._final = 0
+
+    def add(self, token: int) -> str:
+        """Takes one id; the text that can be shown now."""
+        self.ids.append(token)
+        self._recent.append(token)
+        whole = self._decode(self._recent)
+        self.text = self.text[: self._final] + self._new(whole)
+        self._end_at_stop(len(self.text.rstrip(REPLACEMENT)))
+        if self.ended:
+            return self._show(len(self.text))
+        name = self.tokenizer.id_to_token(token)
+        if whole.endswith(REPLACEMENT) or (name is not None and is_byte_token(name)):
+            return ""
+        self._final = len(self.text)
+        self._recent, self._context = [token], self._decode([token])
+        return self._show(len(self.text) - self._doubtful())
+
+    def finish(self) -> str:
+        """The rest of the text, where nothing more comes."""
+        self._end_at_stop(len(self.text))
+        return self._show(len(self.text))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _new(self, whole: str) -> str:
+        """Return what the recent ids, `whole` as text, add to their context."""
+        if whole.startswith(self._context):
+            return whole[len(self._context) :]
+        pairs = zip(self._context, whole, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        changed = self._context[same:]
+        # Wrong bytes after the prompt's last ones have each of those replaced, too; a character
+        # that the prompt began is completed instead.
+        return whole[same + (0 if REPLACEMENT in changed else len(changed.encode())) :]
+
+    def _end_at_stop(self, until: int) -> None:
+        places = [place for s in self.stop if (place := self.text.find(s, 0, until)) >= 0]
+        if places:
+            self.text, self.ended = self.text[: min(places)], True
+
+    def _doubtful(self) -> int:
+        """Characters at the end of the text with which a stop string begins."""
+        lengths = (n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n]))
+        return max(lengths, default=0)
+
+    def _show(self, until: int) -> str:
+        new = self.text[self.shown : until]
+        self.shown = max(self.shown, until)
+        return new
+
+
+@torch.no_grad()
+def write(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    how: Sampling,
+    *,
+    eos_id: int | None,
+    stop: Sequence[str] = (),
+    never: Sequence[int] = (),
+    rows: Sequence[int] | None = None,
+    show: Callable[[int, str], None] = lambda row, piece: None,
+) -> list[Written]:
+    """Continues each prompt (ids, at least one) until eos, a stop string or the limit.
+
+    A row's draws depend on `how.seed` and on its number in `rows` (default: its place) alone, not
+    on its neighbours.
+    show(row, piece) is called with new text as it comes, and with an empty one for a token that
+    shows nothing yet.
+    """
+    writers = [Writer(tokenizer, prompt, stop) for prompt in prompts]
+    generators = [_generator(how.seed, row) for row in rows or range(len(prompts))]
+    logits = decoder.begin(prompts).float().cpu()  # of all rows at once: each transfer waits
+    for n in range(how.max_new_tokens):
+        tokens = []
+        for row, writer in enumerate(writers):
+            if writer.ended:
+                tokens.append(0)  # computed along with the others, read by nobody
+                continue
+            text = [*prompts[row], *writer.ids] if how.repetition_penalty != 1 else ()
+            token = draw(logits[row], generators[row], how, text=text, never=never)
+            tokens.append(token)
+            if token == eos_id:
+                writer.ended = True
+                show(row, writer.finish())
+            else:
+                show(row, writer.add(token))
+        if all(writer.ended for writer in writers) or n + 1 == how.max_new_tokens:
+            break
+        logits = decoder.extend(tokens).float().cpu()
+    for row, writer in enumerate(writers):
+        if rest := writer.finish():
+            show(row, rest)
+    return [Written(writer.ids, writer.text, writer.ended) for writer in writers]
+
+
+def _generator(seed: int, row: int) -> torch.Generator:
+    """Of one row; row 0 of a seed is what the seed alone gives."""
+    mixed = seed if row == 0 else int(np.random.SeedSequence((seed, row)).generate_state(1)[0])
+    return torch.Generator().manual_seed(mixed)
+
+
+def batches_of(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Numbers of items in batches of at most `tokens` with their padding (or of one item), those of
+    like length together."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batch and (len(batch) + 1) * lengths[i] > tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

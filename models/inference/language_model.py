@@ -1,0 +1,342 @@
+"""A trained model and its tokenizer as one thing to ask: how likely is a text, what comes next.
+
+What scripts, evaluators and lm-evaluation-harness ask goes through here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, UserError
+from dataset.tokens.tokenization import TextTokenizer
+from models import cost
+from models.inference.generation import Decoder, Written, batches_of, write
+from models.inference.key_value_cache import cache_bytes
+from models.inference.sampling import Sampling
+from models.losses import ACTLossHead
+from utils.backend import Backend
+from utils.backend.cpu import CPUBackend
+from utils.backend.memory import explain_out_of_memory
+from utils.checkpoint.format import Checkpoint
+from utils.core.functions import nearest
+from utils.training.messages import Progress
+
+
+class Score(NamedTuple):
+    """Of a continuation: nats (the negative sum of its log-probabilities), and whether each of its
+    tokens was the likeliest."""
+
+    nats: float
+    greedy: bool
+
+
+class LanguageModel:
+    """A model in its loss head, in evaluation mode, with what belongs to it.
+
+    It is what `evaluators.interface.Examined` promises: `score`, `write_all` and `predict` are
+    collectives, in which every rank gives the same requests, computes a share of the batches, and
+    gets all results.
+    """
+
+    def __init__(
+        self,
+        head: ACTLossHead,
+        metadata: DatasetMetadata,
+        identifiers: Sequence[str],
+        tokenizer: TextTokenizer | None,
+        backend: Backend | None = None,
+        *,
+        rows: int = 16,
+        identifier: str | None = None,
+        gather: Callable[[Any], list[Any]] | None = None,
+        between: Callable[[], None] = lambda: None,
+        checkpoint: Checkpoint | None = None,
+    ):
+        """rows: texts of a whole window that are computed at once. identifier: see
+        `identifier_index`. gather: the ranks' way to exchange results. between: called by all ranks
+        before each round of batches. checkpoint: where it was loaded from."""
+        self.head, self.metadata, self.identifiers = head, metadata, list(identifiers)
+        self._tokenizer, self.backend = tokenizer, backend or CPUBackend()
+        self.rows, self.between, self.checkpoint = rows, between, checkpoint
+        self.gather = gather or self.backend.gather_objects
+        self.model: Any = head.model
+        self.config: Any = head.model.config
+        self.steps: int = getattr(self.config, "max_eval_steps", 1)
+        self.window: int = self.config.seq_len
+        self.identifier = identifier_index(self, identifier)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """Raises UserError for a model that cannot read or continue a text."""
+        if self._tokenizer is None:
+            raise UserError("the corpus has no tokenizer.json: its model was not trained on text")
+        if not self.config.causal:
+            raise UserError(
+                "the model is not causal: it was trained to see the tokens after the one that it "
+                "predicts, and can neither score nor continue a text"
+            )
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.metadata.eos_id
+
+    def flops_per_token(self, steps: int) -> float:
+        """Of so many ACT steps, and of the output head after the last of them."""
+        counted, block = cost.measure(self.model), cost.block_flops(self.config)
+        recursion = counted.layer_passes * block
+        refinement = cost.refinement_passes(self.config) * block
+        head = counted.row_forward_flops - recursion
+        return (steps * recursion + refinement + head) / counted.seq_len
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without special tokens."""
+        return self.tokenizer.encode([text])[0].tolist() if text else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def opening(self) -> list[int]:
+        """What stands before a text that has nothing before it: a line break.
+
+        No label in training follows an eos, so the model has never learned what comes after one.
+        """
+        return self.encode("\n") or [self.metadata.eos_id or 0]
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context, never empty, and of what continues it.
+
+        The whole is tokenized at once, and spaces at the context's end belong to what follows, so
+        that words get the tokens which they have in running text.
+        """
+        stripped = context.rstrip(" ")
+        continuation = context[len(stripped) :] + continuation
+        before = self.encode(stripped)
+        both = self.encode(stripped + continuation)
+        after = both[len(before) :] if both[: len(before)] == before else self.encode(continuation)
+        return before or self.opening(), after
+
+    # --- how likely is a text ------------------------------------------------------------------
+
+    def score(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        identifier: str | None = None,
+    ) -> list[Score]:
+        """For each (context, continuation), ids of at least one token each, how likely the model
+        holds the continuation. Of what is longer than the window the last part counts as context;
+        a continuation longer than it is scored in parts."""
+        named = self._index(identifier)
+        parts = [(n, *part) for n, pair in enumerate(pairs) for part in self._in_windows(*pair)]
+        lengths = [
+            self.window if self._one_shape else len(context) + len(after)
+            for _, context, after in parts
+        ]
+        nats, greedy = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool)
+
+        def compute(batch: list[int]) -> list[tuple[float, bool]]:
+            return self._score_batch([parts[i][1:] for i in batch], named)
+
+        for i, (cost_of_part, all_best) in self._shared(lengths, compute):
+            nats[parts[i][0]] += cost_of_part
+            greedy[parts[i][0]] &= all_best
+        return [Score(float(n), bool(g)) for n, g in zip(nats, greedy, strict=True)]
+
+    def _in_windows(
+        self, context: Sequence[int], after: Sequence[int]
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """The pair cut into parts of at most the window, every token of `after` in one of them;
+        later parts keep half a window as context."""
+        if not context or not after:
+            raise ValueError("a context and a continuation of at least one token each are needed")
+        ids, begin = [*context, *after], len(context)
+        while begin < len(ids):
+            end = min(len(ids), begin + max(1, self.window // 2))
+            if len(ids) - begin <= self.window:  # what is left, and a token before it, fits
+                end = len(ids)
+            first = max(0, end - 1 - self.window)
+            yield ids[first:begin], ids[begin:end]
+            begin = end
+
+    @torch.no_grad()
+    def _score_batch(
+        self, pairs: list[tuple[list[int], list[int]]], identifier: int
+    ) -> list[tuple[float, bool]]:
+        """The last input token is the one before the last scored one."""
+        length = max(len(context) + len(after) - 1 for context, after in pairs)
+        shape = (self.rows, self.window) if self._one_shape else (len(pairs), length)
+        inputs = np.full(shape, self.metadata.pad_id, dtype=np.int32)
+        labels = np.full(shape, IGNORE_LABEL_ID, dtype=np.int32)
+        lengths = np.zeros(shape[0], dtype=np.int32)
+        for i, (context, after) in enumerate(pairs):
+            ids = [*context, *after]
+            lengths[i] = len(ids) - 1
+            inputs[i, : lengths[i]] = ids[:-1]
+            labels[i, len(context) - 1 : lengths[i]] = after
+        arrays = {
+            "inputs": inputs,
+            "labels": labels,
+            "puzzle_identifiers": np.full(shape[0], identifier, dtype=np.int32),
+            "lengths": lengths,
+        }
+        batch = self.backend.to_device(arrays)
+        found = self._last_step(batch, ("token_nll", "preds"))
+        nats = found["token_nll"].cpu().double().sum(-1).tolist()
+        wrong = ((found["preds"] != batch["labels"]) & (batch["labels"] != IGNORE_LABEL_ID)).any(-1)
+        return list(zip(nats, (~wrong).tolist(), strict=True))[: len(pairs)]
+
+    @property
+    def _one_shape(self) -> bool:
+        """XLA compiles a program for every shape, which takes minutes for a real model."""
+        return self.device.type == "xla"
+
+    def _last_step(self, batch: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+        """Outputs of the loss head after all ACT steps."""
+        carry = self.head.initial_carry(batch)
+        for _ in range(self.steps):
+            carry, _, _, found, _ = self.head(return_keys=keys, carry=carry, batch=batch)
+            self.backend.end_step()
+        return found
+
+    def predict(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """For rows (N, S) of `inputs`, with the corpus' other entries by row, the likeliest ids
+        (N, S), and how sure the halting head is of each row, its logit (N,)."""
+        rows = len(batch["inputs"])
+        nothing = np.zeros((rows, self.window), dtype=np.int32)
+        arrays = {"labels": nothing} | dict(batch)
+
+        @torch.no_grad()
+        def compute(part: list[int]) -> list[tuple[np.ndarray, float]]:
+            # of one shape, so that a compiled model is compiled once
+            padded = part + part[-1:] * (min(self.rows, rows) - len(part))
+            moved = self.backend.to_device({name: array[padded] for name, array in arrays.items()})
+            found = self._last_step(moved, ("preds", "q_halt_logits"))
+            preds = found["preds"].cpu().numpy()
+            sure = found.get("q_halt_logits", torch.zeros(len(padded))).float().cpu().tolist()
+            return list(zip(preds, sure, strict=True))[: len(part)]
+
+        preds, sure = np.zeros((rows, self.window), dtype=np.int64), np.zeros(rows)
+        for i, (own, logit) in self._shared([self.window] * rows, compute, one_shape=True):
+            preds[i], sure[i] = own, logit
+        return preds, sure
+
+    # --- what comes next -----------------------------------------------------------------------
+
+    def never_written(self) -> list[int]:
+        """Ids that no text holds: padding, and numbers to which the tokenizer gives no token."""
+        tokenizer = self.tokenizer.tokenizer
+        empty = [i for i in range(self.metadata.vocab_size) if tokenizer.id_to_token(i) is None]
+        return [self.metadata.pad_id, *empty]
+
+    def cache_bytes(self, rows: int, cycles: int | None = None) -> int:
+        """Bytes that the keys and values of `rows` texts take."""
+        positions = self.config.prefix_len + self.window
+        return cache_bytes(self.config, rows, positions, self.steps, cycles)
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        how: Sampling,
+        *,
+        identifier: str | None = None,
+        cached: bool = True,
+        cache_cycles: int | None = None,
+        **options: Any,
+    ) -> list[Written]:
+        """Continues all prompts at once, on this rank; `options` go to `generation.write`."""
+        if self._one_shape:
+            raise UserError(
+                "texts are not written on XLA, which would compile a program for each length; "
+                "write them from a checkpoint with device_type=cpu or cuda"
+            )
+        named = self._index(identifier)
+        identifiers = torch.full((len(prompts),), named, device=self.device)
+        decoder = Decoder(
+            self.head, identifiers, self.steps, cached=cached, cache_cycles=cache_cycles
+        )
+        with explain_out_of_memory(f"with {len(prompts)} texts at once; lower batch_size"):
+            return write(
+                decoder,
+                prompts,
+                self.tokenizer.tokenizer,
+                how,
+                eos_id=self.metadata.eos_id,
+                never=self.never_written(),
+                **options,
+            )
+
+    def write_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        how: Sampling,
+        stop: Sequence[str] = (),
+        identifier: str | None = None,
+    ) -> list[Written]:
+        """Continues each prompt; how many are computed at once has no influence on a text, whose
+        draws are those of its place in the list."""
+        found: dict[int, Written] = {}
+
+        def compute(batch: list[int]) -> list[Written]:
+            texts = [prompts[i] for i in batch]
+            return self.write(texts, how, identifier=identifier, stop=stop, rows=batch)
+
+        # each takes the memory of a window, however short it is when it begins
+        for i, written in self._shared([self.window] * len(prompts), compute):
+            found[i] = written
+        return [found[i] for i in range(len(prompts))]
+
+    def _shared(
+        self,
+        lengths: Sequence[int],
+        compute: Callable[[list[int]], Sequence[Any]],
+        one_shape: bool = False,
+    ) -> list[tuple[int, Any]]:
+        """Return (number, result) of every item, the batches divided over the ranks.
+
+        one_shape: all batches have the same shape, so that a compiled model may run compiled.
+        """
+        batches = list(batches_of(lengths, self.rows * self.window))
+        own: list[tuple[int, Any]] = []
+        world = self.backend.world_size
+        advice = f"with {self.rows} texts at once; take fewer (batch_size, or eval_batch_size)"
+        # compiled blocks would be compiled again for every length
+        stance = nullcontext() if one_shape else torch.compiler.set_stance("force_eager")
+        with (
+            stance,
+            Progress(len(lengths), "ask the model, text", "text", self.backend.is_main) as bar,
+        ):
+            for begin in range(0, len(batches), world):
+                self.between()
+                for batch in batches[begin : begin + world][self.backend.rank :][:1]:
+                    with explain_out_of_memory(advice):
+                        own += zip(batch, compute(batch), strict=True)
+                bar.update(sum(map(len, batches[begin : begin + world])))
+        return [item for part in self.gather(own) for item in part]
+
+    def _index(self, identifier: str | None) -> int:
+        return self.identifier if identifier is None else identifier_index(self, identifier)
+
+
+def identifier_index(language_model: LanguageModel, name: str | None) -> int:
+    """Row of the identifier embedding that `name` asks for; None: the only one, else the blank."""
+    names, blank = language_model.identifiers, language_model.metadata.blank_identifier_id
+    if language_model.config.puzzle_emb_ndim == 0:
+        if name is not None:
+            raise UserError(f"identifier={name}, but this model has no identifier embedding")
+        return blank
+    others = [other for i, other in enumerate(names) if i != blank]
+    if name is None:
+        return names.index(others[0]) if len(others) == 1 else blank
+    with suppress(ValueError):
+        return names.index(name)
+    shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if others[5:] else "")
+    near = nearest(name, names)
+    advice = f"did you mean '{near}'?" if near else f"there are {shown or 'none'}"
+    raise UserError(f"identifier={name} is unknown to this model: {advice}")

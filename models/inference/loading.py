@@ -1,0 +1,283 @@
+"""Language models from checkpoints, and from a run that is under way."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from dataset.common import DatasetMetadata, UserError
+from dataset.tokens.tokenization import TextTokenizer
+from evaluators.guard import Group
+from models.anchor import Anchor
+from models.inference.language_model import LanguageModel
+from models.layers import CastedLinear
+from models.losses import ACTLossHead
+from utils.backend import Backend
+from utils.backend.cpu import CPUBackend
+from utils.checkpoint.format import (
+    MANIFEST,
+    Checkpoint,
+    checkpoint_in,
+    load_weights,
+    missing_advice,
+)
+from utils.config.saved import read_arch
+from utils.config.schema import PretrainConfig
+from utils.core.functions import load_class
+from utils.corpus.corpora import Corpora
+from utils.corpus.data import Data
+from utils.training.state import create_model, load_into, match_identifiers
+
+
+def examined(
+    head: ACTLossHead,
+    corpora: Corpora,
+    tokenizer: TextTokenizer | None,
+    backend: Backend,
+    rows: int,
+    sign: Callable[[], None],
+) -> Callable[[Group], LanguageModel]:
+    """Makes the model of a run for an evaluator that brings inputs of its own.
+
+    corpora: those that it trains on, which name its tokens and identifiers. rows: texts that a rank
+    computes at once. sign: called between batches, as a sign of life.
+    """
+
+    def ask(group: Group) -> LanguageModel:
+        def between() -> None:
+            group.pause()
+            sign()
+
+        return LanguageModel(
+            head,
+            corpora.metadata,
+            corpora.identifiers,
+            tokenizer,
+            backend,
+            rows=rows,
+            gather=group.gather_objects,
+            between=between,
+        )
+
+    return ask
+
+
+def load_language_model(
+    path: str | Path,
+    weights: str = "ema",
+    *,
+    steps: int | None = None,
+    refinement: int | None = None,
+    forward_dtype: str | None = None,
+    backend: Backend | None = None,
+    cast: bool = True,
+    **options: Any,
+) -> LanguageModel:
+    """The model of a checkpoint folder, or of the newest in a run's folder.
+
+    weights: ema or raw. steps: ACT steps of every token; None: as in evaluation. refinement: passes
+    after them; None: as configured. forward_dtype: of activations; None: as trained,
+    or float32 for bfloat16 on a device without it. cast: see `cast_weights`. `options` are those of
+    `LanguageModel`.
+    Raises UserError where there is no such model, or where it cannot continue a text.
+    """
+    if Path(path).is_file():
+        folder = Path(path).parent
+        advice = str(folder) if (folder / MANIFEST).is_file() else "a run or a step_<n> in one"
+        raise UserError(f"checkpoint={path} is a file, but a checkpoint is a folder; name {advice}")
+    if not Path(path).is_dir():
+        raise UserError(f"checkpoint={path} is not a folder; {missing_advice(Path(path))}")
+    backend = backend or CPUBackend()
+    values, opened = load_weights(path, weights)
+    assert opened is not None
+    forward_dtype = forward_dtype or usable_dtype(saved_arch(opened), backend)
+    head, metadata = build_model(opened, steps, refinement, forward_dtype)
+    if not head.model.config.causal:
+        raise UserError(
+            f"the model of {opened.folder} is not causal: it was trained to see the tokens after "
+            "the one it predicts, and cannot continue a text; pretrain.py eval_only=true evaluates "
+            "it, export_hf.py format=trm exports it"
+        )
+    if "tokenizer.json" not in opened:
+        raise UserError(f"{opened.folder} has no tokenizer.json: it was not trained on text")
+    # a head for z_L, where one was trained, is part of the model: see build_model
+    load_into(head.model, values)
+    if cast:
+        cast_weights(head)
+    head.to(backend.device).eval()
+    head.model.inner.choose_attention(backend, trial=False)
+    tokenizer = open_tokenizer(opened.folder / "tokenizer.json", metadata)
+    names = opened.json("identifiers.json")
+    return LanguageModel(head, metadata, names, tokenizer, backend, checkpoint=opened, **options)
+
+
+def open_tokenizer(path: Path, metadata: DatasetMetadata) -> TextTokenizer:
+    """The tokenizer of a corpus, with the corpus' eos and pad."""
+    known = Tokenizer.from_str(path.read_text("utf-8"))
+    eos = None if metadata.eos_id is None else known.id_to_token(metadata.eos_id)
+    return TextTokenizer(path, eos, known.id_to_token(metadata.pad_id))
+
+
+def cast_weights(head: ACTLossHead) -> None:
+    """Keeps the weights of linear maps in the dtype that they are cast to in every forward.
+
+    The numbers stay the same; a model that only reads need not cast them again for each token.
+    """
+    config: Any = head.model.config
+    for name, module in head.model.named_modules():
+        if isinstance(module, CastedLinear) and not name.endswith("q_head"):
+            module.to(config.dtype)
+
+
+def saved_arch(opened: Checkpoint) -> dict[str, Any]:
+    """Return the options of the architecture, with its name and its loss, that a checkpoint keeps.
+
+    Of its config it takes nothing else to use the model.
+    """
+    return yaml.safe_load(opened.text("config.yaml"))["arch"]
+
+
+def build_model(
+    opened: Checkpoint,
+    steps: int | None = None,
+    refinement: int | None = None,
+    forward_dtype: str | None = None,
+    device: str = "cpu",
+    metadata: DatasetMetadata | None = None,
+) -> tuple[ACTLossHead, DatasetMetadata]:
+    """Build the model that a checkpoint describes, its weights not yet loaded.
+
+    Options that no longer exist are ignored with a warning; those that came later have the values
+    that `utils/config/saved.py` gives them.
+
+    steps: ACT steps of every evaluation; None: as configured, and the most where the rows decide.
+    refinement: passes after them; None: as configured. metadata: of another corpus to use it on.
+    """
+    saved = saved_arch(opened)
+    saved |= _depth(saved, steps, refinement)
+    if forward_dtype is not None:
+        saved["forward_dtype"] = forward_dtype
+    arch, gone = read_arch(saved)
+    if gone:
+        warnings.warn(
+            f"{opened.folder} was trained with {', '.join(gone)}, which no longer exists: it is "
+            "ignored",
+            stacklevel=2,
+        )
+    metadata = metadata or DatasetMetadata.model_validate_json(opened.text("dataset.json"))
+    weight = arch.loss.options.get("reasoning_loss_weight")
+    head = create_model(
+        arch, metadata, batch_size=1, reasoning_ids=int(bool(weight)), device=device
+    )
+    return head, metadata
+
+
+def fitting_weights(
+    key: str,
+    path: str,
+    which: str,
+    identifiers: Sequence[str],
+    tokenizer: Path | None,
+) -> tuple[dict[str, Tensor], Checkpoint | None]:
+    """As `checkpoint.load_weights`, with a row for each of the corpora's identifiers.
+
+    UserError, in which `key` names the path, where they were trained with another tokenizer.
+    """
+    weights, opened = load_weights(path, which)
+    old = None
+    if opened is not None:
+        old = opened.json("identifiers.json")
+        known = opened.text("tokenizer.json") if "tokenizer.json" in opened else None
+        if tokenizer is not None and known is not None and known != tokenizer.read_text("utf-8"):
+            raise UserError(
+                f"{key}={path} was trained with another tokenizer than {tokenizer}; build the "
+                "corpus with the checkpoint's tokenizer.json"
+            )
+    match_identifiers(weights, old, identifiers)
+    return weights, opened
+
+
+KL_TO = "arch.loss.kl_to"
+
+
+def settle_anchor(config: PretrainConfig, backend: Backend, saved: str | None) -> None:
+    """Puts the very checkpoint in place of a run's folder or a link to one, so that a run which is
+    resumed stays near the same weights: near `saved`, if that is what it began with and lies where
+    the config says. A collective."""
+    loss = config.arch.loss
+    if (named := loss.options.get("kl_to")) is None:
+        return
+
+    def settled() -> str:
+        path = Path(named)
+        if saved is not None and Path(saved).is_dir():
+            began, place = Path(saved).resolve(), path.parent if path.is_symlink() else path
+            if path.resolve() == began or place.resolve() == began.parent:
+                return saved
+        if not path.is_dir() and not config.eval_only:  # which has no use for it
+            raise UserError(f"{KL_TO}={path} is not a folder; {missing_advice(path)}")
+        try:
+            path = checkpoint_in(path)
+        except UserError as error:
+            raise UserError(f"{KL_TO}={named}: {error}") from None
+        return str(path.resolve())
+
+    loss.kl_to = backend.from_main(settled)  # type: ignore[attr-defined]
+
+
+def load_anchor(config: PretrainConfig, data: Data, backend: Backend) -> Anchor | None:
+    """The model that `arch.loss.kl_to` names, for the corpora of this run; None without one, and
+    where nothing is trained."""
+    path = config.arch.loss.options.get("kl_to")
+    if path is None or config.eval_only:
+        return None
+    weights, opened = fitting_weights(
+        KL_TO, path, config.load_weights, data.train.identifiers, data.tokenizer
+    )
+    assert opened is not None  # settle_anchor has seen a folder
+    saved = saved_arch(opened)
+    head, _ = build_model(
+        opened,
+        saved.get("halt_max_steps"),
+        refinement=0,
+        forward_dtype=usable_dtype(saved, backend),
+        metadata=data.train.metadata,
+    )
+    if config.arch.options.get("causal", True) and not head.model.config.causal:
+        raise UserError(
+            f"{KL_TO}={path} is not causal: it would see the tokens that this run's model "
+            "predicts; name a causal base"
+        )
+    try:
+        load_into(head.model, weights)
+    except UserError as error:
+        raise UserError(f"{KL_TO}={path} does not fit the corpora: {error}") from None
+    cast_weights(head)
+    head.model.inner.choose_attention(backend)
+    return Anchor(head.model.to(backend.device), head.loss.softmax_logits)
+
+
+def usable_dtype(arch: dict[str, Any], backend: Backend) -> str:
+    """Return the forward dtype of these options, or what takes its place on the device."""
+    fields = load_class(arch["name"]).Config.model_fields  # type: ignore[attr-defined]
+    return backend.usable_dtype(arch.get("forward_dtype", fields["forward_dtype"].default))
+
+
+def _depth(arch: dict[str, Any], steps: int | None, refinement: int | None) -> dict[str, Any]:
+    """Options of the architecture that make every row and token run the same number of steps."""
+    fields = load_class(arch["name"]).Config.model_fields  # type: ignore[attr-defined]
+    if "eval_halting" not in fields:
+        for name, value in (("steps", steps), ("refinement", refinement)):
+            if value not in (None, 1 if name == "steps" else 0):
+                raise UserError(f"{name}={value}, but {arch['name']} has one step: leave it out")
+        return {}
+    found: dict[str, Any] = {}
+    if steps is not None:
+        found = {"eval_halting": "fixed", "eval_steps": steps}
+    elif arch.get("eval_halting") != "fixed":
+        found = {"eval_halting": "max"}
+    return found if refinement is None else found | {"post_refinement_steps": refinement}

@@ -1,0 +1,106 @@
+"""Evaluating a checkpoint or training it further: what it was trained as need not be repeated."""
+
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from dataset.common import UserError
+from utils.checkpoint.format import MANIFEST, checkpoint_in, missing_advice
+from utils.checkpoint.run_folder import folder_of
+from utils.config.saved import is_valid, read_arch
+from utils.config.values import literal, readable
+
+# What is taken from the checkpoint, unless the command line says otherwise: by an evaluation, and
+# by a run that starts from its weights.
+AS_TRAINED = (
+    "arch", "data_paths", "data_paths_test", "min_iterations", "global_batch_size",
+    "eval_batch_size", "evaluators", "feed", "seed",
+)  # fmt: skip
+TRAINED_FURTHER = ("arch",)
+
+
+def as_trained(cfg: DictConfig, overrides: Sequence[str] | None = None) -> DictConfig:
+    """For `load_checkpoint=FOLDER`, the config with the checkpoint's own values of AS_TRAINED (with
+    `eval_only=true`; else of its architecture alone) where no override names the key. A run that
+    has checkpoints of its own, or names one with `resume`, has the architecture of those.
+
+    overrides: those of the command line; None asks Hydra. One that chooses a preset of whole keys
+    (experiment=, debug=) is taken as the whole config.
+    """
+    if (source := _source(cfg)) is None:
+        return cfg
+    file = source / "config.yaml"
+    if overrides is None:
+        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    named = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    if not file.is_file() or named & {"experiment", "debug"}:
+        return cfg
+    trained = yaml.safe_load(file.read_text("utf-8"))
+    now: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    for key in AS_TRAINED if cfg.get("eval_only") else TRAINED_FURTHER:
+        if key in named or key not in trained:
+            continue
+        if key == "arch":
+            now[key] = _architecture(trained["arch"], source)
+        elif is_valid(key, trained[key]):
+            now[key] = trained[key]
+        else:
+            _warn(f"{source} was trained with {key}={trained[key]}, which no longer exists")
+    changed = OmegaConf.create(literal(now))
+    single = [o for o in overrides if re.match(rf"\+*({'|'.join(AS_TRAINED)})\.", o)]
+    for override in OverridesParser.create().parse_overrides(list(map(readable, single))):
+        name = override.key_or_group
+        # of a dict what was said alone: the rest of cfg's is the default preset's
+        said = override.value() if isinstance(override.value(), dict) else None
+        value = _value_at(cfg, name) if said is None else said
+        OmegaConf.update(changed, name, value, merge=True, force_add=True)
+    return changed
+
+
+def _architecture(saved: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Return a checkpoint's architecture as today's version knows it."""
+    arch, gone = read_arch(saved)
+    if gone:
+        _warn(f"{source} was trained with {', '.join(gone)}, which no longer exists")
+    values = arch.model_dump(mode="json")
+    for option in ("kl_to", "kl_weight"):  # what that run stayed near is no part of the model
+        values["loss"].pop(option, None)
+    return values
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(f"{sentence}: it is ignored", stacklevel=2)
+
+
+def _value_at(cfg: DictConfig, name: str) -> Any:
+    """Return the plain value of a key, for OmegaConf to store."""
+    value = OmegaConf.select(cfg, name)
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True)
+    return literal(value)
+
+
+def _source(cfg: DictConfig) -> Path | None:
+    """The checkpoint that a run goes on from, else the one that it starts from."""
+    load, resume, own = (
+        os.path.expanduser(str(cfg.get(key) or ""))
+        for key in ("load_checkpoint", "resume", "checkpoint_path")
+    )
+    resume = resume or "auto"
+    if not (cfg.get("eval_only") or cfg.get("lr_find")) and (load or resume != "auto"):
+        run = folder_of(own or None, cfg.get("project_name"), cfg.get("run_name"))
+        places = [Path(resume), run and run / resume] if resume != "auto" else [run]
+        for place in places:
+            if place is not None and (found := checkpoint_in(place) / MANIFEST).is_file():
+                return found.parent
+    if load and not (path := Path(load)).exists():
+        raise UserError(f"load_checkpoint={load} does not exist; {missing_advice(path)}")
+    return checkpoint_in(path) if load and path.is_dir() else None

@@ -1,0 +1,278 @@
+"""One clear sentence for each thing that can be wrong with a configuration.
+
+Turns pydantic's errors into lines that name the key, the value at fault and the way out.
+"""
+
+import inspect
+import re
+import types
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import pydantic
+
+from utils.core.functions import nearest
+
+
+def to_int(value: Any) -> Any:
+    """`1e6` is a float in YAML, but a number of steps all the same."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def to_float(value: Any) -> Any:
+    """`1e-3` is text for YAML 1.1 readers, which want `1.0e-3`."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+# Names that other frameworks use for the same thing, and that spelling alone does not find.
+_SYNONYMS = {
+    "learning_rate": "lr",
+    "min_lr": "lr_min_ratio",
+    "warmup": "lr_warmup_steps",
+    "warmup_steps": "lr_warmup_steps",
+    "batch_size": "global_batch_size",
+    "gradient_accumulation_steps": "grad_accum_steps",
+    "gradient_clipping": "grad_clip_norm",
+    "clip_grad": "grad_clip_norm",
+    "steps": "max_steps",
+    "name": "run_name",
+    "output_dir": "checkpoint_path",
+    "save_interval": "checkpoint_interval",
+    "wandb_project": "project_name",
+    "n_layers": "num_layers",
+    "n_heads": "num_heads",
+    "dropout": "weight_decay",
+}
+
+_BOUNDS = {
+    "greater_than": ("gt", "greater than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def did_you_mean(path: str, siblings: Iterable[str], everywhere: Iterable[str]) -> str:
+    """Advice for the unknown key `path`, `a.b.c`.
+
+    siblings: valid full keys of the same level. everywhere: all valid full keys. The same name
+    at another level comes first (`hidden_size` for `arch.hidden_size`), then the likeliest typo
+    of this level, then of any.
+    """
+    word = path.rpartition(".")[2]
+    siblings, everywhere = list(siblings), list(everywhere)
+    by_last = {key.rpartition(".")[2]: key for key in [*everywhere, *siblings]}
+    found = by_last.get(word) or by_last.get(_SYNONYMS.get(word, ""))
+    for keys in (siblings, everywhere):
+        if found is None:
+            last = {key.rpartition(".")[2]: key for key in keys}
+            best = nearest(word, list(last))
+            found = last[best] if best else None
+    if found is not None and found != path:
+        return f"did you mean '{found}'?"
+    if len(siblings) <= 12:
+        return "valid here: " + (", ".join(siblings) or "nothing")
+    return "--help lists every key"
+
+
+def expected(annotation: Any) -> str:
+    """What a value of this type looks like, for people: `a whole number or null`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return expected(arguments[0])
+    if origin in (Union, types.UnionType):
+        ordered = sorted(arguments, key=lambda a: a is type(None))
+        return " or ".join(expected(a) for a in ordered)
+    if origin is Literal:
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
+    if origin is list:
+        return "a list of " + expected(arguments[0]).replace("one of ", "")
+    if origin is dict:
+        return "pairs {name: " + expected(arguments[1]) + "}"
+    plain = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+        Any: "a value",
+    }
+    if annotation in plain:
+        return plain[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return "pairs {" + ", ".join(annotation.model_fields) + "}"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def branches(annotation: Any) -> list[Any]:
+    """The types that an annotation allows, with Annotated and unions taken apart."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return branches(arguments[0])
+    if origin in (Union, types.UnionType):
+        return [branch for a in arguments for branch in branches(a)]
+    return [annotation]
+
+
+def _locate(model: type[pydantic.BaseModel], loc: tuple) -> tuple[tuple, Any, type | None]:
+    """Follow an error's location: (the part that names keys, its type, the model that owns it).
+
+    The rest of a location names the branch of a union, which no user has ever written.
+    """
+    annotation: Any = model
+    owner: type | None = model
+    for depth, part in enumerate(loc):
+        step = None
+        for branch in branches(annotation):
+            origin = get_origin(branch)
+            if isinstance(branch, type) and issubclass(branch, pydantic.BaseModel):
+                owner = branch
+                field = branch.model_fields.get(part) if isinstance(part, str) else None
+                step = (field.annotation if field else None,)
+            elif (origin is list and isinstance(part, int)) or (origin is dict):
+                step = (get_args(branch)[-1],)
+        if step is None:
+            return loc[:depth], annotation, owner
+        annotation = step[0]
+    return loc, annotation, owner
+
+
+def _path(prefix: str, loc: tuple) -> str:
+    text = prefix
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _value_at(data: Any, loc: tuple) -> Any:
+    for part in loc:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return data
+
+
+def _wrong_type(path: str, annotation: Any, value: Any) -> str:
+    sentence = f"{path}: expected {expected(annotation)}, got {show(value)}"
+    kinds = branches(annotation)
+    if isinstance(value, str) and any(get_origin(kind) is list for kind in kinds):
+        return f"{sentence}; write {path}=[{value}]"
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            choices = [str(choice) for choice in get_args(kind)]
+            meant = "cuda" if value == "gpu" and "cuda" in choices else None
+            best = meant or nearest(str(value), choices)
+            if best is not None and best != value:
+                return f"{sentence}; did you mean '{best}'?"
+    return sentence
+
+
+def show(value: Any) -> str:
+    """A value as its user would write it in YAML, on one line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {show(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(show, value)) + "]"
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def problems_of(
+    error: pydantic.ValidationError,
+    model: type[pydantic.BaseModel],
+    data: Mapping[str, Any],
+    prefix: str = "",
+    everywhere: Iterable[str] = (),
+) -> list[str]:
+    """The lines for all that `error` says about `data`, a value of `model` that stands at `prefix`.
+
+    everywhere: all valid keys of the configuration, in full, for unknown keys.
+    """
+    everywhere = list(everywhere)
+    lines: dict[tuple, str] = {}  # by location: a union reports each of its branches
+    for item in error.errors(include_url=False):
+        loc, annotation, owner = _locate(model, item["loc"])
+        path = _path(prefix, loc)
+        if loc in lines:
+            continue
+        lines[loc] = _line(item, path, annotation, owner, _value_at(data, loc), everywhere)
+    return list(lines.values())
+
+
+def _line(
+    item: Any, path: str, annotation: Any, owner: type | None, value: Any, everywhere: list[str]
+) -> str:
+    kind = item["type"]
+    if kind == "extra_forbidden":
+        above = path.rpartition(".")[0]
+        fields = getattr(owner, "model_fields", {})
+        siblings = [f"{above}.{name}" if above else name for name in fields]
+        return f"unknown key '{path}': {did_you_mean(path, siblings, everywhere)}"
+    if kind == "missing":
+        return f"{path} is missing: {_missing_hint(path, annotation)}"
+    if kind in _BOUNDS:
+        bound, words = _BOUNDS[kind]
+        return f"{path} must be {words} {item['ctx'][bound]}, got {show(value)}"
+    if kind in ("value_error", "assertion_error"):
+        message = item["msg"].split(", ", 1)[-1]
+        above, _, name = path.rpartition(".")
+        where = above if message.startswith(name) else path  # do not name the key twice
+        return f"{where}: {message}" if where else message
+    if kind == "finite_number":
+        return f"{path} must be a finite number, got {show(value)}"
+    return _wrong_type(path, annotation, value)
+
+
+def _missing_hint(path: str, annotation: Any) -> str:
+    if path == "arch":
+        return "choose a preset, e.g. arch=athena_trm_large"
+    return f"give {expected(annotation)}, {path}=..."
+
+
+def coerced(model: type[pydantic.BaseModel], data: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with numbers in the form that their fields want: `1e3` steps, a rate of `"1e-3"`.
+
+    The one leniency before a strict check, the same as in the project's own schema.
+    """
+    result = dict(data)
+    for name, value in data.items():
+        field = model.model_fields.get(name)
+        kinds = branches(field.annotation) if field else []
+        if float in kinds and str not in kinds:
+            result[name] = to_float(value)
+        elif int in kinds:
+            result[name] = to_int(value)
+    return result
+
+
+def clashes_within(
+    model: type[pydantic.BaseModel], data: Mapping[str, Any], faulty: set[str]
+) -> list[str]:
+    """What the model's own validators say of `data`, each of them asked.
+
+    pydantic asks them only where every field is fine, and stops at the first that complains.
+    faulty: fields that are wrong; what is said about them is left out.
+    """
+    values = {k: v for k, v in data.items() if k in model.model_fields and k not in faulty}
+    required = {name for name, field in model.model_fields.items() if field.is_required()}
+    if not required <= values.keys():
+        return []
+    instance = model.model_construct(**values)
+    lines = []
+    for decorator in model.__pydantic_decorators__.model_validators.values():
+        if decorator.info.mode != "after" or len(inspect.signature(decorator.func).parameters) > 1:
+            continue
+        try:
+            decorator.func(instance)
+        except ValueError as error:
+            lines.append(str(error))
+    return [line for line in lines if not any(re.search(rf"\b{k}\b", line) for k in faulty)]

@@ -1,0 +1,226 @@
+"""From overrides to one checked configuration; the public face of the configuration code.
+
+`load_config` collects every problem before it raises, because a user who mistyped three keys
+wants one list, not three runs. Nothing here touches a device or opens data.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pydantic
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from dataset.common import UserError
+from utils.config.checks import Context, clashes, config_warnings, divided_by_ranks
+from utils.config.errors import clashes_within, coerced, did_you_mean, problems_of
+from utils.config.hydra_entry import compose_config, hydra_entry
+from utils.config.schema import (
+    PLACEHOLDERS,
+    ArchConfig,
+    EarlyStoppingConfig,
+    EvaluatorConfig,
+    LossConfig,
+    PretrainConfig,
+)
+from utils.config.values import decode_keys
+from utils.core.functions import load_class
+
+__all__ = [
+    "ArchConfig",
+    "EarlyStoppingConfig",
+    "EvaluatorConfig",
+    "LossConfig",
+    "PretrainConfig",
+    "check_ranks",
+    "compose_config",
+    "config_warnings",
+    "hydra_entry",
+    "load_config",
+]
+
+
+def load_config(cfg: DictConfig | Mapping[str, Any], world_size: int = 1) -> PretrainConfig:
+    """Check a composed config whole and return it typed.
+
+    world_size: ranks of the run, for the keys that must divide by it.
+    Raises UserError that lists every problem: unknown keys with the nearest valid one, wrong
+    types, values out of range, clashes.
+    """
+    raw = _plain(cfg)
+    components = list(_components(raw))
+    everywhere = [*PretrainConfig.model_fields]
+    for component in components:
+        everywhere += component.keys()
+
+    config, problems, faulty = _validate_schema(raw, everywhere)
+    validated: dict[str, dict[str, Any]] = {}
+    for component in components:
+        lines, options = component.check(raw, everywhere)
+        problems += lines
+        validated[component.where] = options
+    context = Context(
+        config, world_size, arch=validated.get("arch", {}), loss=validated.get("arch.loss", {})
+    )
+    problems += clashes(context, faulty)
+
+    if problems:
+        raise UserError(_listing(problems))
+    return config
+
+
+def check_ranks(config: PretrainConfig, world_size: int) -> None:
+    """UserError if the batches cannot be split over so many ranks. `load_config` has checked it for
+    the number known before launch; PyTorch/XLA tells it to the replicas alone."""
+    problems = divided_by_ranks(Context(config, world_size))
+    if problems:
+        raise UserError(_listing(problems))
+
+
+def _listing(problems: list[str]) -> str:
+    problems = list(dict.fromkeys(problems))
+    if len(problems) == 1:
+        return problems[0]
+    return f"the configuration has {len(problems)} problems:" + "".join(
+        f"\n  - {line}" for line in problems
+    )
+
+
+def _plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The config as dicts and lists, its interpolations resolved."""
+    if not isinstance(cfg, DictConfig):
+        return copy.deepcopy(dict(cfg))
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise UserError(
+            f"{error.full_key} has no value yet (???): give {error.full_key}=..."
+        ) from error
+    except InterpolationKeyError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{error.full_key} refers to a key that does not exist: {reason}"
+        ) from error
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{error.full_key or 'the config'} cannot be read: {reason}") from error
+    assert isinstance(plain, dict)
+    return {key: value for key, value in decode_keys(plain).items() if key != "hydra"}
+
+
+def _validate_schema(
+    raw: dict[str, Any], everywhere: list[str]
+) -> tuple[PretrainConfig, list[str], set[str]]:
+    """(config, problems, top-level keys at fault); those keys hold defaults in the config."""
+    try:
+        return PretrainConfig.model_validate(raw), [], set()
+    except pydantic.ValidationError as error:
+        problems = problems_of(error, PretrainConfig, raw, everywhere=everywhere)
+        faulty = {str(item["loc"][0]) for item in error.errors(include_url=False)}
+    rest = {key: value for key, value in raw.items() if key not in faulty}
+    rest.setdefault("arch", {"name": "none@None", "loss": {"name": "none@None"}})
+    return PretrainConfig.model_validate(rest), problems, faulty
+
+
+class _ComponentCheck:
+    """The options of one `module@Class` in the config, checked by that class."""
+
+    def __init__(self, where: str, options: Mapping[str, Any], prefix: str):
+        self.where = where  # the key that it stands at, e.g. arch.loss
+        self.options = {k: v for k, v in options.items() if k not in ("name", "loss")}
+        self.placeholders: dict[str, Any] = {}
+        self.cls: type | None = None
+        self.model: type[pydantic.BaseModel] | None = None
+        self.problem: str | None = None
+        try:
+            self.cls = load_class(options["name"], prefix)
+        except UserError as error:
+            self.problem = f"{where}.name: {error}"
+            return
+        model = getattr(self.cls, "Config", None)
+        if inspect.isclass(model) and issubclass(model, pydantic.BaseModel):
+            self.model = model
+            self.placeholders = {k: v for k, v in PLACEHOLDERS.items() if k in model.model_fields}
+
+    def keys(self) -> list[str]:
+        """The full names of the options that the class takes."""
+        if self.problem is not None:
+            return []
+        if self.model is not None:
+            names = [name for name in self.model.model_fields if name not in self.placeholders]
+        else:
+            names = list(self._arguments() or [])
+        return [f"{self.where}.{name}" for name in ["name", *names]]
+
+    def check(
+        self, raw: Mapping[str, Any], everywhere: list[str]
+    ) -> tuple[list[str], dict[str, Any]]:
+        """(problems, options with their defaults filled in), or (problems, {})."""
+        if self.problem is not None:
+            return [self.problem], {}
+        if self.model is None:
+            return self._check_arguments(), dict(self.options)
+        problems = [
+            f"{self.where}.{name} is set by the data: remove it"
+            for name in self.placeholders
+            if name in self.options
+        ]
+        given = {k: raw[k] for k in ("seq_len", "vocab_size") if isinstance(raw.get(k), int)}
+        sizes = {k: given.get(k, v) for k, v in self.placeholders.items()}
+        data = {**self.options, **sizes}
+        lines, options = self._validate(data, everywhere)
+        return problems + lines, options
+
+    def _validate(
+        self, data: dict[str, Any], everywhere: list[str]
+    ) -> tuple[list[str], dict[str, Any]]:
+        assert self.model is not None
+        data = coerced(self.model, data)
+        try:
+            return [], self.model.model_validate(data, strict=True).model_dump()
+        except pydantic.ValidationError as error:
+            lines = problems_of(error, self.model, data, self.where, everywhere)
+            faulty = {str(item["loc"][0]) for item in error.errors() if item["loc"]}
+        lines += [f"{self.where}: {line}" for line in clashes_within(self.model, data, faulty)]
+        return list(dict.fromkeys(lines)), {}
+
+    def _arguments(self) -> list[str] | None:
+        """Names of the constructor's own options; None where it takes any."""
+        assert self.cls is not None
+        parameters = inspect.signature(self.cls).parameters.values()
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return None
+        given = ("data_path", "eval_metadata", "model", "config_dict")
+        return [
+            p.name for p in parameters if p.name not in given and p.kind is not p.VAR_POSITIONAL
+        ]
+
+    def _check_arguments(self) -> list[str]:
+        if self.where == "arch" or (names := self._arguments()) is None:
+            return []
+        siblings = [f"{self.where}.{name}" for name in names]
+        return [
+            f"unknown key '{self.where}.{name}': "
+            f"{did_you_mean(f'{self.where}.{name}', siblings, siblings)}"
+            for name in self.options
+            if name not in names
+        ]
+
+
+def _components(raw: Mapping[str, Any]) -> Iterator[_ComponentCheck]:
+    """The components that the config names; those without a name are the schema's to report."""
+
+    def named(where: str, options: Any, prefix: str) -> Iterator[_ComponentCheck]:
+        if isinstance(options, Mapping) and isinstance(options.get("name"), str):
+            yield _ComponentCheck(where, options, prefix)
+
+    arch = raw.get("arch")
+    yield from named("arch", arch, "models.")
+    if isinstance(arch, Mapping):
+        yield from named("arch.loss", arch.get("loss"), "models.")
+    evaluators = raw.get("evaluators")
+    for i, evaluator in enumerate(evaluators if isinstance(evaluators, list) else []):
+        options = {"name": evaluator} if isinstance(evaluator, str) else evaluator
+        yield from named(f"evaluators[{i}]", options, "evaluators.")

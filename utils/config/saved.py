@@ -1,0 +1,152 @@
+"""The config as a checkpoint keeps it: written whole, and read by later versions of Athena.
+
+A key says where it is declared whether it may differ when a run is resumed: by `on_resume` in its
+`json_schema_extra`, "any" or "fixed"; without it, `resume_allow` decides. A key that came later
+counts as its default in older runs, or as its `absent` where that is declared there too.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pydantic
+from pydantic.fields import FieldInfo
+
+from dataset.common import UserError
+from utils.config.schema import PLACEHOLDERS, ArchConfig, PretrainConfig
+from utils.core.functions import load_class
+
+
+def dump_config(config: PretrainConfig) -> dict[str, Any]:
+    """Return plain values of all keys, with every default of the architecture and the loss."""
+    values = config.model_dump(mode="json")
+    values["arch"], _ = _complete_arch(values["arch"])
+    return values
+
+
+def read_arch(saved: Mapping[str, Any]) -> tuple[ArchConfig, list[str]]:
+    """Return a saved architecture with its loss, and the names of its options that are gone.
+
+    saved: the key `arch` of a saved config.
+    """
+    complete, gone = _complete_arch(saved)
+    return ArchConfig.model_validate(complete), gone
+
+
+def read_config(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values that a saved config has for today's keys, and the keys that are gone."""
+    known = PretrainConfig.model_fields
+    values, gone = _complete(saved, known)
+    values["arch"], gone_of_arch = _complete_arch(saved["arch"])
+    return values, gone + gone_of_arch
+
+
+def is_valid(key: str, value: Any) -> bool:
+    """Return whether a top-level key of the config may have this value."""
+    nothing = {"name": "none@None"}
+    try:
+        PretrainConfig.model_validate({"arch": nothing | {"loss": nothing}, key: value})
+    except pydantic.ValidationError:
+        return False
+    return True
+
+
+def changed_keys(
+    config: PretrainConfig, saved: Mapping[str, Any]
+) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
+    """Return the keys that keep a run from being resumed, each with its old and new value, and the
+    saved keys that no longer exist.
+
+    What may differ, by its declaration or by `resume_allow`, is left out.
+    """
+    old, gone = read_config(saved)
+    rules = _resume_rules(config)
+    if config.arch.loss.options.get("kl_to"):
+        rules.pop("load_weights", None)  # the base must keep its weights
+    before, now = _flatten(old), _flatten(dump_config(config))
+    changed = {}
+    for key in sorted(before.keys() | now.keys()):
+        names = {key, key.split(".")[0]}
+        given = {rules.get(name) for name in names}
+        allowed = "any" in given or (names & set(config.resume_allow) and "fixed" not in given)
+        if before.get(key) != now.get(key) and not allowed:
+            changed[key] = before.get(key), now.get(key)
+    return changed, gone
+
+
+def is_fixed(config: PretrainConfig, key: str) -> bool:
+    """Return whether no `resume_allow` lets this key differ."""
+    rules = _resume_rules(config)
+    return "fixed" in {rules.get(name) for name in (key, key.split(".")[0])}
+
+
+def _resume_rules(config: PretrainConfig) -> dict[str, str]:
+    """Return `on_resume` of every key that declares it, by full name."""
+    arch, loss = config.arch.name, config.arch.loss.name
+    declared = {name: field for name, field in PretrainConfig.model_fields.items()}
+    declared |= {f"arch.{name}": field for name, field in _options_of(arch).items()}
+    declared |= {f"arch.loss.{name}": field for name, field in _options_of(loss).items()}
+    found = {name: _extra(field, "on_resume") for name, field in declared.items()}
+    return {name: rule for name, rule in found.items() if rule is not None}
+
+
+def _complete_arch(arch: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return an architecture and its loss with their defaults, and the options that are gone."""
+    loss, gone = _complete(arch["loss"], _options_of(arch["loss"]["name"]), "arch.loss.")
+    whole, gone_of_arch = _complete(
+        {name: value for name, value in arch.items() if name != "loss"},
+        _options_of(arch["name"]),
+        "arch.",
+    )
+    whole["loss"] = loss
+    return whole, gone_of_arch + gone
+
+
+def _complete(
+    saved: Mapping[str, Any], declared: Mapping[str, FieldInfo], prefix: str = ""
+) -> tuple[dict[str, Any], list[str]]:
+    """Return `saved` with a value for every declared name, and its names that are not declared.
+
+    A class without `Config` declares nothing: its options stay as they are.
+    """
+    values, gone = dict(saved), []
+    for name in list(values) if declared else ():
+        if name not in declared and name != "name":
+            values.pop(name)
+            gone.append(prefix + name)
+    for name, field in declared.items():
+        if name not in values and not field.is_required():
+            absent = _extra(field, "absent")
+            default = field.get_default(call_default_factory=True)
+            values[name] = default if absent is None else absent
+    return values, gone
+
+
+def _options_of(identifier: str) -> dict[str, FieldInfo]:
+    """Return the fields of the `Config` of `module@Class` that a config may set."""
+    try:
+        declared = getattr(load_class(identifier), "Config", None)
+    except UserError:  # its module is gone: that is said where the class is needed
+        return {}
+    if not (isinstance(declared, type) and issubclass(declared, pydantic.BaseModel)):
+        return {}
+    return {
+        name: field for name, field in declared.model_fields.items() if name not in PLACEHOLDERS
+    }
+
+
+def _extra(field: FieldInfo, name: str) -> Any:
+    extra = field.json_schema_extra
+    return extra.get(name) if isinstance(extra, dict) else None
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested mappings as {"arch.loss.name": value}."""
+
+    def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from leaves(item, f"{name}.{key}" if name else key)
+        else:
+            yield name, value
+
+    return dict(leaves(tree, ""))

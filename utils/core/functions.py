@@ -1,0 +1,161 @@
+"""Look-up of plug-in classes by `module@Class`, and names for runs.
+
+Architectures, losses and evaluators are named in the config as `module@Class`, with the
+module taken below `models.` or `evaluators.`: a config can therefore never name a class
+outside the project's own packages.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+import random
+import re
+import sys
+from pathlib import Path
+
+from dataset.common import UserError
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+_IDENTIFIER = re.compile(r"(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)@(?P<name>[A-Za-z_]\w*)")
+
+_ADJECTIVES = (
+    "amber ample azure bold brave brief bright brisk calm candid clever coral crimson curious "
+    "deft eager early earnest fair fleet fond gentle gilded glad golden grand hardy hazel honest "
+    "humble indigo jolly keen kind lively loyal lucid lunar mellow mild misty modest nimble noble "
+    "olive patient placid polar prime proud quiet rapid rosy royal rustic scarlet serene sharp "
+    "silent silver sleek smooth solar solid spry steady sturdy subtle sunny swift tawny tidy "
+    "tranquil upbeat valiant velvet violet vivid warm wise witty zesty"
+).split()
+_NOUNS = (
+    "albatross alpaca badger beaver bison bobcat caracal cheetah chinchilla condor coyote crane "
+    "cricket dolphin dragonfly eagle egret elk falcon ferret finch firefly fox gazelle gecko "
+    "gibbon heron hornbill ibex ibis iguana jackal jaguar kestrel kingfisher koala lark lemur "
+    "leopard lynx macaw magpie manatee marlin marmot marten meerkat mongoose moose narwhal newt "
+    "ocelot orca oriole osprey otter owl panther parrot pelican penguin petrel pheasant pika "
+    "plover puffin puma quail raven robin salmon seal serval sparrow stork swallow swan tapir "
+    "tern tiger toucan turtle vicuna walrus weasel wombat wren zebra"
+).split()
+
+
+def nearest(word: str, candidates: list[str], cutoff: float = 0.6) -> str | None:
+    """The candidate most like `word`, whatever its case, or None where none is alike."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    match = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=cutoff)
+    return by_lower[match[0]] if match else None
+
+
+def _advice(word: str, candidates: list[str]) -> str:
+    best = nearest(word, candidates, cutoff=0.5)
+    if best is not None:
+        return f"did you mean '{best}'?"
+    if candidates:
+        return "there are " + ", ".join(f"'{c}'" for c in sorted(candidates))
+    return "there is none"
+
+
+def _modules_below(prefix: str) -> list[str]:
+    """Names, relative to `prefix`, of the modules that lie below it; imports nothing but it."""
+    package = importlib.import_module(prefix.rstrip("."))
+    names = set()
+    for root in map(Path, getattr(package, "__path__", ())):
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
+            if parts[-1] != "__init__":
+                names.add(".".join(parts))
+    return sorted(names)
+
+
+def _split(identifier: str, prefix: str) -> tuple[str, str]:
+    match = _IDENTIFIER.fullmatch(identifier)
+    if match is None:
+        raise UserError(
+            f"'{identifier}' is not of the form module@Class (with the module below '{prefix}'), "
+            + _form_advice(identifier, prefix)
+        )
+    return match["module"], match["name"]
+
+
+def _form_advice(identifier: str, prefix: str) -> str:
+    """What an identifier of the wrong form was probably meant to be."""
+    classes = _classes_below(prefix)
+    for part in (1, 0):  # the likeliest slip is the bare class name, then the bare module
+        parts = {name.split("@")[part]: name for name in classes}
+        best = nearest(re.split(r"[@.:/]", identifier)[-1], list(parts))
+        if best is not None:
+            return f"did you mean '{parts[best]}'?"
+    return f"for example '{classes[0]}'" if classes else "there is none"
+
+
+def _classes_below(prefix: str) -> list[str]:
+    """`module@Class` of every class that is written below `prefix`; imports none of them."""
+    package = importlib.import_module(prefix.rstrip("."))
+    found = []
+    for root in map(Path, package.__path__):
+        for module in _modules_below(prefix):
+            source = root.joinpath(*module.split(".")).with_suffix(".py")
+            if source.is_file():
+                names = re.findall(r"^class ([A-Za-z]\w*)", source.read_text("utf-8"), re.M)
+                found += [f"{module}@{name}" for name in names]
+    return found
+
+
+def _import(identifier: str, prefix: str):
+    module_name, class_name = _split(identifier, prefix)
+    full_name = prefix + module_name
+    try:
+        found = full_name in sys.modules or importlib.util.find_spec(full_name)
+    except ModuleNotFoundError:  # a parent package does not exist either
+        found = None
+    if not found:
+        advice = _advice(module_name, _modules_below(prefix))
+        raise UserError(
+            f"'{identifier}' names the module '{full_name}', which does not exist: {advice}"
+        )
+    try:
+        return importlib.import_module(full_name), class_name
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing in ("", prefix.split(".")[0], "models", "evaluators", "utils", "dataset"):
+            raise  # a broken import of our own is a bug, not a missing package
+        raise UserError(
+            f"'{identifier}' needs the Python package '{missing}', which is not installed: "
+            f"pip install {missing}"
+        ) from error
+
+
+def load_class(identifier: str, prefix: str = "models.") -> type:
+    """The class that `module@Class` names below `prefix`.
+
+    Raises UserError, naming the nearest existing module or class, where there is none.
+    """
+    module, class_name = _import(identifier, prefix)
+    found = getattr(module, class_name, None)
+    if not inspect.isclass(found):
+        own = [
+            name
+            for name, value in vars(module).items()
+            if inspect.isclass(value) and value.__module__ == module.__name__
+        ]
+        raise UserError(
+            f"'{identifier}': the module '{module.__name__}' has no class '{class_name}', "
+            + _advice(class_name, own)
+        )
+    return found
+
+
+def random_run_name(rng: random.Random | None = None) -> str:
+    """Two words such as `steady-otter`, from `rng`, or from the system's randomness.
+
+    The system's randomness is separate from the seed, so that two runs of one config get
+    different names.
+    """
+    rng = rng or random.SystemRandom()
+    return f"{rng.choice(_ADJECTIVES)}-{rng.choice(_NOUNS)}"
+
+
+def has_utf8_name(path: Path) -> bool:
+    """Return whether the path is stored as UTF-8, as libraries in C++ and Rust take it to be."""
+    return os.fsencode(path) == str(path).encode("utf-8", "replace")

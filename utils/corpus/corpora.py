@@ -1,0 +1,371 @@
+"""Corpora opened read-only as one: what must agree, names, and one global numbering.
+
+Owns the joining, so that the stream deals in row and group numbers alone. A corpus may hold
+several sets (TRM); each set of each corpus is one `CorpusPart`, and the parts lie end to end.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from dataset.common import (
+    BLANK_IDENTIFIER,
+    IGNORE_LABEL_ID,
+    DatasetMetadata,
+    UserError,
+    find_split,
+    load_metadata,
+    verify_arrays,
+)
+from utils.core.functions import nearest
+from utils.corpus.domain_index import DomainIndex
+from utils.corpus.part import LARGE_CORPUS, CorpusPart
+from utils.corpus.row_file import REBUILD, ArrayFolder
+
+NO_DOMAIN = "<none>"
+"""Domain of a corpus that names none, where it is joined with corpora that do."""
+
+_SHOWN = 12  # names of what there is
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """End of an error message: the nearest known name, if one is near, else all of them."""
+    if near := nearest(name, list(known), cutoff=0.5):
+        return f"did you mean {near!r}?"
+    shown = sorted(known)[:_SHOWN]
+    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+    return f"there is {', '.join(shown) or 'none'}{more}."
+
+
+class Corpora:
+    """Several corpora opened read-only as one (one split).
+
+    Sequence length, vocabulary size, padding and eos must agree; identifiers and domains are
+    matched by name, numbered in the order in which they first appear, blank being 0.
+
+    Args:
+        data_paths: corpus folders, in Athena's layouts (npy, stream) or in TRM's.
+        split: "train" or "test". A train split without rows is an error.
+        verify: compare checksums: True, False, or None for corpora of at most 2 GiB.
+        like: corpora whose numbering of identifiers and domains is taken over. The test split
+            of other folders than the training ones must be opened like the training split, or
+            its rows would meet other rows' embeddings. Identifiers unknown there become blank.
+    """
+
+    def __init__(
+        self,
+        data_paths: Sequence[str],
+        split: str = "train",
+        *,
+        verify: bool | None = None,
+        like: "Corpora | None" = None,
+    ):
+        if not data_paths:
+            raise UserError("data_paths is empty; name at least one corpus folder.")
+        self.split = split
+        self.data_paths: list[str]
+        self.metadata: DatasetMetadata
+        roots = [_existing_folder(path) for path in data_paths]
+        folders = [find_split(root, split) for root in roots]
+        metadata = [load_metadata(folder) for folder in folders]
+        _check_agreement(folders, metadata)
+        if like is not None:
+            _check_agreement([Path(like.data_paths[0]), folders[0]], [like.metadata, metadata[0]])
+        self.data_paths = [str(root) for root in roots]
+        self.identifiers, identifier_maps = _join_identifiers(roots, metadata, like)
+        self.domains, domain_maps = _join_domains(metadata, like)
+        self._parts: list[CorpusPart] = []
+        self.num_rows = self.num_groups = 0
+        opened = zip(folders, metadata, identifier_maps, domain_maps, strict=True)
+        for folder, meta, identifier_map, domain_map in opened:
+            self._add_corpus(folder, meta, identifier_map, domain_map, verify)
+        self._row_ends = np.cumsum([part.num_rows for part in self._parts])
+        self._group_ends = np.cumsum([part.num_groups for part in self._parts])
+        if split == "train" and (self.num_rows == 0 or self.num_groups == 0):
+            raise UserError(
+                f"{', '.join(self.data_paths)}: the train split has no rows; "
+                "build it with more text or a higher train ratio, or name it as data_paths_test."
+            )
+        self.metadata = _joined_metadata(metadata, self.identifiers, self.domains)
+        self.has_targets = any(part.has_targets for part in self._parts)
+        self.has_scored_bytes = any(part.has_scored_bytes for part in self._parts)
+        self.max_target = max((part.max_target for part in self._parts), default=0)
+        self.one_row_a_group = all(part.one_row_a_group for part in self._parts)
+        """Whether every group is one row, of the same number."""
+        widths = {p.reasoning_width for p in self._parts if p.reasoning_width is not None}
+        if len(widths) > 1:
+            raise UserError(f"the widths of reasoning_labels.npy differ: {sorted(widths)}.")
+        self.reasoning_width = max(widths, default=0)
+        digest = hashlib.sha256(json.dumps([self.identifiers, self.domains]).encode())
+        for part in self._parts:
+            part.fingerprint(digest)
+        self.fingerprint = digest.hexdigest()
+
+    def _add_corpus(
+        self,
+        folder: Path,
+        metadata: DatasetMetadata,
+        identifier_map: np.ndarray,
+        domain_map: np.ndarray,
+        verify: bool | None,
+    ) -> None:
+        groups_before, size = self.num_groups, 0
+        for name in metadata.sets:
+            files = ArrayFolder(folder, name, random_access=self.split == "train")
+            maps = (identifier_map, domain_map)
+            part = CorpusPart(files, metadata, *maps, self.num_rows, self.num_groups)
+            self._parts.append(part)
+            self.num_rows += part.num_rows
+            self.num_groups += part.num_groups
+            size += part.nbytes
+        found = self.num_groups - groups_before
+        if found != metadata.total_groups:
+            raise UserError(
+                f"{folder} holds {found} groups, but its dataset.json says "
+                f"{metadata.total_groups}: the files do not belong together; {REBUILD}."
+            )
+        if verify or (verify is None and size <= LARGE_CORPUS):
+            verify_arrays(folder, metadata)
+
+    def _by_part(
+        self, indices: np.ndarray, ends: np.ndarray
+    ) -> Iterator[tuple[CorpusPart, np.ndarray | slice]]:
+        """Each part that holds some of `indices`, and where in `indices` those are."""
+        if len(self._parts) == 1:
+            yield self._parts[0], slice(None)
+            return
+        owner = np.searchsorted(ends, indices, side="right")
+        for number in np.unique(owner):
+            yield self._parts[number], np.flatnonzero(owner == number)
+
+    def rows(self, indices: np.ndarray, tokens: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Rows by global number.
+
+        Returns `inputs` and `labels` (n, S), `puzzle_identifiers`, `iteration_targets` (0: none)
+        and `domain_ids` (n,), all int32; `reasoning_labels` (n, R) where a corpus has them;
+        `scored_bytes` (n,) int64, -1 for rows of a corpus without them, where another has them.
+        Ignored labels are IGNORE_LABEL_ID; identifiers and domains are the joined ones.
+        `tokens`: where inputs and labels are to lie, (2, n, S) int32.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if tokens is None:
+            tokens = np.empty((2, indices.size, self.metadata.seq_len), np.int32)
+        if len(self._parts) == 1:
+            return self._part_rows(self._parts[0], indices, tokens)
+        out = self._part_rows(self._parts[0], indices[:0], tokens[:, :0])
+        out = {name: np.empty((indices.size, *v.shape[1:]), v.dtype) for name, v in out.items()}
+        out |= {"inputs": tokens[0], "labels": tokens[1]}
+        for part, where in self._by_part(indices, self._row_ends):
+            local = indices[where] - part.first_row
+            own = np.empty((2, local.size, self.metadata.seq_len), np.int32)
+            for name, values in self._part_rows(part, local, own).items():
+                out[name][where] = values
+        return out
+
+    def _part_rows(
+        self, part: CorpusPart, rows: np.ndarray, tokens: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """What `rows` returns, for local row numbers of one part."""
+        part.tokens(rows, *tokens)
+        out = {
+            "inputs": tokens[0],
+            "labels": tokens[1],
+            "puzzle_identifiers": part.identifiers(rows),
+            "iteration_targets": part.targets(rows),
+            "domain_ids": part.domains(rows),
+        }
+        if self.reasoning_width:
+            reasoning = part.reasoning_labels(rows)
+            if reasoning is None:
+                reasoning = np.full((rows.size, self.reasoning_width), IGNORE_LABEL_ID, np.int32)
+            out["reasoning_labels"] = reasoning
+        if self.has_scored_bytes:
+            sizes = part.scored_bytes(rows)
+            out["scored_bytes"] = np.full(rows.size, -1, np.int64) if sizes is None else sizes
+        return out
+
+    def highest_reasoning_label(self) -> int:
+        """The largest id in reasoning_labels.npy, all of it read; -1 without any."""
+        return max((part.highest_reasoning_label() for part in self._parts), default=-1)
+
+    def recorded_weights(self) -> dict[str, float] | None:
+        """The domain_weights that a corpus was built with, 1 where none was given and 0 for
+        domains without rows here; None without any. Joined corpora do not take them over."""
+        recorded = self.metadata.domain_weights
+        if not recorded:
+            if any(part.metadata.domain_weights for part in self._parts):
+                warnings.warn(
+                    "the corpora are joined by size, although weights were given when they were "
+                    "built; set domain_weights to mix them otherwise",
+                    stacklevel=2,
+                )
+            return None
+        sizes = self.domain_index.sizes.tolist()
+        return {
+            name: recorded.get(name, 1.0) if size else 0.0
+            for name, size in zip(self.domains, sizes, strict=True)
+        }
+
+    def puzzles(self, groups: np.ndarray, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One puzzle of each group, by global numbers: its first row and its number of rows.
+
+        Args: groups (n,) int64; choice (n,) uint64, taken modulo the group's size.
+        """
+        start, size = np.empty(groups.size, np.int64), np.empty(groups.size, np.int64)
+        for part, where in self._by_part(groups, self._group_ends):
+            local = groups[where] - part.first_group
+            first, size[where] = part.puzzles(local, choice[where])
+            start[where] = first + part.first_row
+        return start, size
+
+    @property
+    def relabels(self) -> bool:
+        """Whether ids of any row may be permuted."""
+        return any(part.metadata.relabel_ids for part in self._parts)
+
+    def relabel_ranges(self, indices: np.ndarray) -> np.ndarray:
+        """Per row the half-open range of ids that may be permuted, (n, 2); (0, 0) for none."""
+        ranges = np.zeros((indices.size, 2), np.int64)
+        for part, where in self._by_part(indices, self._row_ends):
+            ranges[where] = part.metadata.relabel_ids or (0, 0)
+        return ranges
+
+    def group_domains(self, groups: np.ndarray) -> np.ndarray:
+        """Domain of the first row of each group (n,) by global number, (n,) int32."""
+        domains = np.empty(groups.size, np.int32)
+        for part, where in self._by_part(groups, self._group_ends):
+            domains[where] = part.group_domains(groups[where] - part.first_group)
+        return domains
+
+    @cached_property
+    def domain_index(self) -> DomainIndex:
+        """Which groups are of which domain."""
+        return DomainIndex(self.group_domains, self.num_groups, max(1, len(self.domains)))
+
+    def set_rows(self) -> dict[str, list[range]]:
+        """For each set, its global rows: one range for each corpus that has the set."""
+        ranges: dict[str, list[range]] = {}
+        for part in self._parts:
+            rows = range(part.first_row, part.first_row + part.num_rows)
+            ranges.setdefault(part.set_name, []).append(rows)
+        return ranges
+
+
+def _existing_folder(path: str | Path) -> Path:
+    root = Path(path)
+    if root.is_dir():
+        return root
+    if root.exists():
+        raise UserError(f"data path {root} is no folder; name a corpus that a builder wrote.")
+    parent = root.parent
+    if not parent.is_dir():
+        raise UserError(f"data path {root} does not exist, nor does the folder {parent}.")
+    corpora = [entry.name for entry in parent.iterdir() if (entry / "train").is_dir()]
+    advice = did_you_mean(root.name, corpora) if corpora else f"{parent} holds no corpus."
+    raise UserError(f"data path {root} does not exist; {advice}")
+
+
+def _check_agreement(folders: Sequence[Path], metadata: Sequence[DatasetMetadata]) -> None:
+    for name in ("seq_len", "vocab_size", "pad_id", "eos_id"):
+        for folder, other in zip(folders[1:], metadata[1:], strict=True):
+            mine, theirs = getattr(metadata[0], name), getattr(other, name)
+            if mine != theirs:
+                raise UserError(
+                    f"{name} is {mine} in {folders[0]} but {theirs} in {folder}; corpora that "
+                    "are joined must be built with the same tokenizer and --seq-len."
+                )
+
+
+def _join_identifiers(
+    roots: Sequence[Path], metadata: Sequence[DatasetMetadata], like: Corpora | None
+) -> tuple[list[str], list[np.ndarray]]:
+    """Joined names and, per corpus, the map from its identifiers to the joined ones."""
+    names = list(like.identifiers) if like else [BLANK_IDENTIFIER]
+    number = {name: index for index, name in enumerate(names)}
+    maps, unknown = [], 0
+    for root, meta in zip(roots, metadata, strict=True):
+        own = _identifier_names(root, meta, alone=len(roots) == 1)
+        lookup = np.zeros(max(1, len(own)), np.int32)
+        for index, name in enumerate(own):
+            if index == meta.blank_identifier_id:
+                continue
+            if name not in number and like is None:
+                number[name] = len(names)
+                names.append(name)
+            unknown += name not in number
+            lookup[index] = number.get(name, 0)
+        maps.append(lookup)
+    if unknown:
+        warnings.warn(
+            f"{unknown} identifiers were never trained; their rows use the blank one.",
+            stacklevel=3,
+        )
+    return names, maps
+
+
+def _identifier_names(root: Path, metadata: DatasetMetadata, alone: bool) -> list[str]:
+    path, count = root / "identifiers.json", metadata.num_puzzle_identifiers
+    if not path.is_file():
+        if count <= 1:
+            return [BLANK_IDENTIFIER]
+        if alone:  # nothing to match; the folder's name keeps them apart from other corpora's
+            return [f"{root.name}#{index}" for index in range(count)]
+        raise UserError(f"{path} is missing; corpora are joined by the names of identifiers.")
+    try:
+        names = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {REBUILD}.") from error
+    if not isinstance(names, list) or len(names) < count:
+        found = len(names) if isinstance(names, list) else type(names).__name__
+        raise UserError(f"{path} must list {count} names, found {found}; {REBUILD}.")
+    return [str(name) for name in names[:count]]
+
+
+def _join_domains(
+    metadata: Sequence[DatasetMetadata], like: Corpora | None
+) -> tuple[list[str], list[np.ndarray]]:
+    names = list(like.domains) if like else []
+    named = bool(names) or any(meta.domains for meta in metadata)
+    maps = []
+    for meta in metadata:
+        own = meta.domains or ([NO_DOMAIN] if named else [])
+        names += [name for name in dict.fromkeys(own) if name not in names]
+        maps.append(np.array([names.index(name) for name in own] or [0], np.int32))
+    return names, maps
+
+
+def _joined_metadata(
+    metadata: Sequence[DatasetMetadata], identifiers: list[str], domains: list[str]
+) -> DatasetMetadata:
+    def values(name: str) -> list:
+        return [getattr(meta, name) for meta in metadata]
+
+    def total(name: str) -> int | None:
+        return None if None in values(name) else sum(values(name))
+
+    lowest = [value for value in values("min_iterations") if value is not None]
+    highest = [value for value in values("max_iterations") if value is not None]
+    total_puzzles = sum(values("total_puzzles"))
+    examples = sum(meta.mean_puzzle_examples * meta.total_puzzles for meta in metadata)
+    same_range = len(set(values("relabel_ids"))) == 1
+    update = {
+        "blank_identifier_id": 0,
+        "num_puzzle_identifiers": len(identifiers),
+        "total_groups": sum(values("total_groups")),
+        "total_puzzles": total_puzzles,
+        "mean_puzzle_examples": examples / total_puzzles if total_puzzles else 1.0,
+        "sets": list(dict.fromkeys(name for sets in values("sets") for name in sets)),
+        "min_iterations": min(lowest, default=None),
+        "max_iterations": max(highest, default=None),
+        "domains": domains,
+        "relabel_ids": metadata[0].relabel_ids if same_range else None,
+        "checksums": metadata[0].checksums if len(metadata) == 1 else {},
+        "domain_weights": metadata[0].domain_weights if len(metadata) == 1 else {},
+        **{name: total(name) for name in ("tokens", "documents", "scored_bytes")},
+    }
+    return metadata[0].model_copy(update=update)

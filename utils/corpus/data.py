@@ -1,0 +1,52 @@
+"""Opening the corpora of a run: training split, test split, and their tokenizer."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from dataset.common import UserError
+from utils.config.schema import PretrainConfig
+from utils.corpus.corpora import Corpora
+from utils.corpus.tokenizer_files import check_tokenizers
+from utils.remote.cache import local_path
+
+
+class Data(NamedTuple):
+    """train: the joined training corpora. test: the split to evaluate, or None without one.
+
+    test_paths: folders of the evaluated corpora, on this machine.
+    """
+
+    train: Corpora
+    test: Corpora | None
+    test_paths: list[str]
+    tokenizer: Path | None
+
+    def reasoning_ids(self) -> int:
+        """Highest label of the reasoning streams of both splits + 1; 0 if training has none."""
+        if not self.train.reasoning_width:
+            return 0
+        splits = [self.train] if self.test is None else [self.train, self.test]
+        return max(1, *(split.highest_reasoning_label() + 1 for split in splits))
+
+
+def open_data(config: PretrainConfig) -> Data:
+    """Opens and checks the corpora; UserError where something is missing or does not fit.
+
+    Corpora behind urls are fetched first, once per machine; the config keeps the urls, so that a
+    checkpoint names what its run was given.
+    """
+    train_paths = [local_path(path) for path in config.data_paths]
+    own_test_paths = [local_path(path) for path in config.data_paths_test]
+    train = Corpora(train_paths, "train")
+    for key, value in (("vocab_size", config.vocab_size), ("seq_len", config.seq_len)):
+        found = getattr(train.metadata, key)
+        if value is not None and value != found:
+            raise UserError(f"{key}={value}, but the corpus has {key} {found}; leave the key out")
+    test_paths = own_test_paths or train_paths
+    paths = [*train_paths, *own_test_paths]
+    has_test = own_test_paths or any((Path(path) / "test").is_dir() for path in test_paths)
+    test = Corpora(test_paths, "test", like=train) if has_test else None
+    tokenizer = check_tokenizers(paths, train.metadata.vocab_size)
+    if test is not None and test.num_rows == 0:
+        test = None
+    return Data(train, test, test_paths, tokenizer)

@@ -1,0 +1,179 @@
+"""Which examples a run visits, in order: groups, a puzzle of each, and that puzzle's rows.
+
+A pure function of seed and position: any place of a run can be reached without the ones before
+it, so a run continues from two numbers and examples can be read ahead of their use.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dataset.common import UserError
+from utils.corpus.corpora import Corpora
+from utils.corpus.permutation import QuotaSchedule, hash64, permute
+
+# One number for each use of the seed, so that no two draws share their randomness.
+ORDER, PUZZLE, RELABEL, EXPLORE = 1, 2, 3, 4
+
+_AT_ONCE = 1024  # places that are drawn together: the arithmetic is vectorised
+
+
+def exploration(seed: int, step: int, slots: int, probability: float, maximum: int) -> np.ndarray:
+    """Least number of ACT steps that each slot is made to take: (slots,) int32, 0 for none.
+
+    With `probability` uniform in 2..maximum inclusive. A pure function of (seed, step, slot).
+    """
+    if maximum < 2:
+        return np.zeros(slots, np.int32)
+    key = np.concatenate([hash64(seed, EXPLORE), np.full(1, step, np.uint64)])
+    coin, steps = np.random.Philox(key=key).random_raw(2 * slots).reshape(slots, 2).T
+    explores = (coin >> np.uint64(11)) * 2.0**-53 < probability
+    return np.where(explores, 2 + steps % np.uint64(maximum - 1), 0).astype(np.int32)
+
+
+class Position(NamedTuple):
+    """Where a run stands: groups entered, and rows taken of the last one's puzzle (0: all)."""
+
+    entered: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Consecutive examples of a run, (n,) int64 each.
+
+    place: number of the group's visit. offset: number of the row in its puzzle. row: global row
+    number. size: rows of the puzzle.
+    """
+
+    place: np.ndarray
+    offset: np.ndarray
+    row: np.ndarray
+    size: np.ndarray
+
+    @staticmethod
+    def joined(parts: Sequence["Examples"]) -> "Examples":
+        columns = zip(*(part._columns() for part in parts), strict=True) if parts else _NONE
+        return Examples(*map(np.concatenate, columns))
+
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        return self.place, self.offset, self.row, self.size
+
+    def __len__(self) -> int:
+        return self.row.size
+
+    def pick(self, which: np.ndarray | slice) -> "Examples":
+        return Examples(*(values[which] for values in self._columns()))
+
+    @property
+    def end(self) -> Position:
+        """Position after the last example."""
+        taken = int(self.offset[-1]) + 1
+        return Position(int(self.place[-1]) + 1, taken if taken < self.size[-1] else 0)
+
+
+_NONE = [[np.empty(0, np.int64)]] * 4
+
+
+class ExampleOrder:
+    """The examples of a run over some corpora, `limit` groups long (None: endless)."""
+
+    def __init__(
+        self,
+        corpora: Corpora,
+        seed: int,
+        weights: Mapping[str, float] | None,
+        limit: int | None,
+    ):
+        self._corpora, self._seed, self.limit = corpora, seed, limit
+        self._schedule: QuotaSchedule | None = None
+        if weights is None:
+            return
+        self._schedule = QuotaSchedule([weights[name] for name in corpora.domains])
+        for name, size in zip(corpora.domains, corpora.domain_index.sizes, strict=True):
+            if weights[name] > 0 and size == 0:
+                raise UserError(
+                    f"domain_weights gives {name!r} {weights[name]}, but no row of "
+                    f"{', '.join(corpora.data_paths)} is of that domain; set it to 0."
+                )
+
+    def visits(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Group visited at each place, and in which cycle over all groups (or all groups of its
+        domain); (n,) int64 each."""
+        if self._schedule is None:
+            size = self._corpora.num_groups
+            cycle, index = np.divmod(places, size)
+            return permute(index, size, hash64(self._seed, ORDER, cycle)), cycle
+        domain, count = self._schedule.draws(places)
+        index, cycle = np.empty_like(places), np.empty_like(places)
+        domain_index = self._corpora.domain_index
+        for number in np.unique(domain):
+            where, size = np.flatnonzero(domain == number), int(domain_index.sizes[number])
+            cycle[where], place = np.divmod(count[where], size)
+            key = hash64(self._seed, ORDER, cycle[where], int(number))
+            index[where] = permute(place, size, key)
+        return domain_index.select(domain, index), cycle
+
+    def _puzzles_at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First row and number of rows of the puzzle that is visited at each place."""
+        group, cycle = self.visits(places)
+        if self._corpora.one_row_a_group:
+            return group, np.ones_like(group)
+        return self._corpora.puzzles(group, hash64(self._seed, PUZZLE, cycle, group))
+
+    def at(self, place: np.ndarray, offset: np.ndarray) -> Examples:
+        """Examples of which place and offset are known."""
+        first, size = self._puzzles_at(place)
+        return Examples(place, offset, first + offset, size)
+
+    def following(self, position: Position, wanted: int) -> Examples:
+        """At least `wanted` examples from a position on; fewer only if the run ends there."""
+        parts, found = [], 0
+        place, offset = position.entered - (position.offset > 0), position.offset
+        while found < wanted and (self.limit is None or place < self.limit):
+            last = place + self._visits_for(max(wanted - found, _AT_ONCE))
+            last = last if self.limit is None else min(last, self.limit)
+            parts.append(self._examples(np.arange(place, last), offset))
+            found += len(parts[-1])
+            place, offset = last, 0
+        return Examples.joined(parts)
+
+    def _visits_for(self, examples: int) -> int:
+        """About how many visits give so many examples."""
+        return math.ceil(examples / max(1.0, self._corpora.metadata.mean_puzzle_examples))
+
+    def _examples(self, places: np.ndarray, skipped: int) -> Examples:
+        """All examples at consecutive places, the first `skipped` left out."""
+        if self._corpora.one_row_a_group:
+            return self.at(places, np.zeros_like(places))
+        first, size = self._puzzles_at(places)
+        owner = np.repeat(np.arange(places.size), size)
+        offset = np.arange(owner.size) - (np.cumsum(size) - size)[owner]
+        examples = Examples(places[owner], offset, first[owner] + offset, size[owner])
+        return examples.pick(slice(skipped, None))
+
+
+class Upcoming:
+    """The examples that come next, some of them drawn ahead of their use."""
+
+    def __init__(self, order: ExampleOrder):
+        self._order = order
+        self.restart(Position())
+
+    def restart(self, position: Position) -> None:
+        self._drawn, self._used, self._end = Examples.joined([]), 0, position
+
+    def take(self, wanted: int) -> Examples:
+        """The next examples; fewer than `wanted` only where the run ends."""
+        if self._used + wanted > len(self._drawn):
+            left = self._drawn.pick(slice(self._used, None))
+            more = self._order.following(self._end, wanted - len(left))
+            if len(more):
+                self._end = more.end
+            self._drawn = Examples.joined([left, more])
+            self._used = 0
+        begin, self._used = self._used, min(self._used + wanted, len(self._drawn))
+        return self._drawn.pick(slice(begin, self._used))

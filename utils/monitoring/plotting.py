@@ -1,0 +1,25 @@
+"""What pictures share."""
+
+from pathlib import Path
+from typing import Any
+
+from dataset.common import UserError
+from utils.core.atomic import write_result
+
+
+def save_figure(figure: Any, path: Path, setting: str) -> None:
+    """Write a matplotlib figure whole or not at all, in the format of the file extension (PNG where
+    there is none). setting: see `write_result`."""
+    with write_result(path, setting) as part:
+        try:
+            figure.savefig(part, dpi=110, format=path.suffix[1:] or "png")
+        except ValueError as error:  # an extension that is no image format
+            raise UserError(f"{setting} cannot be written: {error}") from error
+
+
+def with_slack(axes: Any) -> None:
+    """Widens a narrow y axis: a difference of a thousandth must not look like a cliff."""
+    low, high = axes.get_ylim()
+    slack = 0.02 * max(abs(low), abs(high)) - (high - low)
+    if slack > 0:
+        axes.set_ylim(low - slack / 2, high + slack / 2)

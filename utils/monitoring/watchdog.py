@@ -1,0 +1,160 @@
+"""Says which rank holds up a step, and where, once a step takes many times the usual.
+
+Ranks wait for one another in collectives, so a rank that hangs makes all of them look the same
+from outside. Here a thread of each rank writes down, on a board that all can read, where its main
+thread is; the first rank that can speak then names those that do not wait for others.
+"""
+
+import json
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NamedTuple
+
+from utils.backend import Backend
+from utils.training.messages import Clock, tell
+
+ROOT = Path(__file__).resolve().parents[2]
+LEAST_SECONDS = 30.0  # a step that takes less is never worth a warning
+STALLED = 4  # exit status of a run that was ended because it stood still
+_KNOWN = 5  # steps until it is known what is usual; the first ones compile and read
+_REPORT = 3.0  # seconds that the others have to say where they are
+_SPEAK = 20.0  # seconds that a report may take: what it is written to may stand still, too
+
+
+class Place(NamedTuple):
+    """Where a rank is. waits: inside a backend, so for other ranks or for its own device."""
+
+    step: int
+    where: str
+    waits: bool
+    time: float
+
+
+class Watchdog:
+    """Watches the steps of this rank from a thread, while it is entered.
+
+    factor: a step that takes so many times the median is reported. timeout: seconds without a sign
+    of life after which the process ends with status STALLED; None for never.
+    """
+
+    def __init__(self, backend: Backend, clock: Clock, factor: float, timeout: float | None):
+        self.backend, self.clock, self.factor, self.timeout = backend, clock, factor, timeout
+        self._main = threading.get_ident()
+        self._durations: deque[float] = deque(maxlen=50)
+        self._step, self._began = 0, clock.seconds
+        self._sign = time.monotonic()
+        self._told = 0.0  # seconds of the present step at the last warning
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join(_SPEAK)
+
+    def beat(self, step: int) -> None:
+        """A step is done."""
+        now = self.clock.seconds
+        self._durations.append(now - self._began)
+        self._step, self._began, self._told = step, now, 0.0
+        self.sign()
+
+    def sign(self) -> None:
+        """Something other than a step is done, such as a batch of an evaluation."""
+        self._sign = time.monotonic()
+
+    @property
+    def usual(self) -> float | None:
+        """Seconds of a step, or None as long as there were few."""
+        durations = list(self._durations)
+        return statistics.median(durations) if len(durations) >= _KNOWN else None
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1.0, LEAST_SECONDS / 4)):
+            usual, taken = self.usual, self.clock.seconds - self._began
+            silent = time.monotonic() - self._sign
+            if self.timeout is not None and silent > self.timeout:
+                self._report(f"error: no sign of life for {silent:.0f} s in step {self._step + 1}")
+                self.backend.end_now(STALLED)
+            if usual is None or taken < max(LEAST_SECONDS, self.factor * usual, 2 * self._told):
+                continue
+            self._told = taken
+            self._report(
+                f"warning: step {self._step + 1} has taken {taken:.0f} s, usually {usual:.2g} s"
+            )
+
+    def _report(self, headline: str) -> None:
+        """Tells where all ranks are, unless a lower rank does, as long as somebody listens."""
+        speaker = threading.Thread(target=self._speak, args=(headline,), daemon=True)
+        speaker.start()
+        speaker.join(_SPEAK)
+
+    def _speak(self, headline: str) -> None:
+        own = self._place()
+        self.backend.post(f"watchdog/{self.backend.rank}", json.dumps(own))
+        time.sleep(_REPORT)
+        places: dict[int, Place] = {self.backend.rank: own}
+        for rank in range(self.backend.world_size):
+            text = self.backend.posted(f"watchdog/{rank}")
+            if text is not None and time.time() - (place := Place(*json.loads(text))).time < 60:
+                places[rank] = place
+        if min(places) == self.backend.rank:
+            with suppress(OSError):  # the reader may be gone
+                on_device = self.backend.device.type != "cpu"
+                tell(f"{headline}; {describe(places, self.backend.world_size, on_device)}")
+
+    def _place(self) -> Place:
+        """Where the main thread is, by the innermost frame of Athena's that is no backend's."""
+        frame, waits = sys._current_frames().get(self._main), None
+        while frame is not None:
+            path = Path(frame.f_code.co_filename)
+            if path.is_relative_to(ROOT) and "site-packages" not in path.parts:
+                backend = path.parent.name == "backend"
+                waits = backend if waits is None else waits
+                if not backend:
+                    return Place(self._step + 1, _name(frame, path), waits, time.time())
+            frame = frame.f_back
+        return Place(self._step + 1, "a place outside of Athena", bool(waits), time.time())
+
+
+def _name(frame: FrameType, path: Path) -> str:
+    return f"{path.relative_to(ROOT)}:{frame.f_lineno} ({frame.f_code.co_name})"
+
+
+def describe(places: dict[int, Place], world_size: int, on_device: bool = False) -> str:
+    """One sentence: who is silent, who holds up the others, and where each of them is.
+
+    on_device: ranks compute on devices of their own, so that one which waits for a collective
+    cannot be told from one that waits for its device.
+    """
+    awaited = ["other ranks"] * (world_size > 1) + ["its device"] * on_device
+    silent = [rank for rank in range(world_size) if rank not in places]
+    busy = {rank: place for rank, place in places.items() if not place.waits}
+    behind = min((place.step for place in places.values()), default=0)
+    late = busy or {rank: place for rank, place in places.items() if place.step == behind}
+    parts = []
+    if silent:
+        parts.append(f"rank {_listed(silent)} does not answer: stopped, or its machine is gone")
+    if not silent and len(late) < world_size:
+        parts.append(f"rank {_listed(sorted(late))} holds up the others")
+    by_place: dict[str, list[int]] = {}
+    for rank, place in sorted(places.items()):
+        verb = f"waits for {' or '.join(awaited)}" if place.waits and awaited else "is"
+        by_place.setdefault(f"{verb} at {place.where}, step {place.step}", []).append(rank)
+    parts += [f"rank {_listed(ranks)} {where}" for where, ranks in by_place.items()]
+    return "; ".join(parts)
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))

@@ -1,0 +1,127 @@
+"""What a run would cost, told before anything real is built."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from dataset.common import DatasetMetadata, UserError
+from models import cost
+from models.inference.loading import KL_TO
+from models.losses import ACTLossHead
+from utils.backend import select_backend
+from utils.checkpoint.format import missing_advice
+from utils.config.saved import dump_config
+from utils.config.schema import PretrainConfig
+from utils.corpus.data import Data, open_data
+from utils.training.state import create_model
+
+
+def dry_run(config: PretrainConfig) -> None:
+    """Print the whole config and the cost of a run; reads at most the corpora's metadata."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    head, _ = planned_model(config, ranks)
+    near = config.arch.loss.options.get("kl_to")
+    if near is not None and not Path(near).is_dir():
+        raise UserError(f"{KL_TO}={near} is not a folder; {missing_advice(Path(near))}")
+    print(yaml.safe_dump(dump_config(config), sort_keys=False))
+    device, free = "cuda", None
+    rows = micro_rows = config.rows_per_rank(ranks)
+    why = f"as there is no {config.device_type} here to fit them to"
+    try:
+        backend, _ = select_backend(config.device_type)
+        device, free = backend.device.type, backend.available_memory()
+    except UserError:
+        pass
+    if free is not None:
+        micro_rows = cost.fitting_rows(head.model, config, free, ranks=ranks, device=device)
+    if (given := config.micro_rows(ranks)) is not None:
+        micro_rows, why = given, "as configured"
+    sizes: dict[str, Any] = dict(ranks=ranks, micro_rows=micro_rows, device=device)
+    if given is None and free is not None:
+        fits = sum(cost.memory(head.model, config, **sizes).values()) < free
+        why = "chosen for" if fits else "which is still too much for"
+        why += f" the {free / 1e9:.1f} GB free on this {backend.name}"
+    lines = counts(head.model) + step(head.model, config, **sizes)
+    print("\n".join(f"{name:<26}{value}" for name, value in lines))
+    print(f"{'rows at once':<26}{micro_rows} of {rows}, {why}")
+
+
+def planned_model(config: PretrainConfig, ranks: int) -> tuple[ACTLossHead, Data | None]:
+    """The model of a run, without weights, and its corpora if it names any."""
+    data = open_data(config) if config.data_paths else None
+    if data is not None:
+        metadata = data.train.metadata
+    else:
+        metadata = DatasetMetadata(
+            pad_id=0, ignore_label_id=None, vocab_size=config.vocab_size or 1,
+            seq_len=config.seq_len or 1, num_puzzle_identifiers=1, total_groups=0,
+            mean_puzzle_examples=1, total_puzzles=0,
+        )  # fmt: skip
+    rows = config.rows_per_rank(ranks)
+    return create_model(config.arch, metadata, batch_size=rows, device="meta"), data
+
+
+def counts(model: nn.Module) -> list[tuple[str, str]]:
+    """Parameters, layer passes and FLOPs, as (name, value)."""
+    counted = cost.measure(model)
+    plain = counted.layer_passes - counted.gradient_passes
+    return [
+        ("parameters", number(counted.parameters)),
+        ("  core (blocks)", number(counted.core_parameters)),
+        ("  embeddings", number(counted.embedding_parameters)),
+        ("  heads", number(counted.head_parameters)),
+        ("identifier embedding", number(counted.identifier_parameters) + " (own optimizer)"),
+        ("buffers", number(counted.buffers)),
+        (
+            "layer passes per token",
+            f"{counted.layer_passes} per ACT step ({counted.gradient_passes} with gradient, "
+            f"{plain} without), up to {counted.layer_passes * counted.max_steps:,} in "
+            f"{counted.max_steps} steps",
+        ),
+        (
+            "FLOPs per token",
+            f"{flops(counted.train_flops)} per ACT step in training, "
+            f"{flops(counted.forward_flops)} in evaluation",
+        ),
+    ]
+
+
+def step(
+    model: nn.Module, config: PretrainConfig, *, ranks: int, micro_rows: int, device: str
+) -> list[tuple[str, str]]:
+    """An optimizer step and the memory that it takes, as (name, value)."""
+    counted, rows = cost.measure_run(model, config), config.rows_per_rank(ranks)
+    sizes: dict[str, Any] = dict(ranks=ranks, device=device)
+    parts = cost.memory(model, config, micro_rows=micro_rows, **sizes)
+    least = sum(cost.memory(model, config, micro_rows=1, **sizes).values())
+    return [
+        (
+            "FLOPs per optimizer step",
+            f"{flops(counted.row_train_flops * rows * ranks)} "
+            f"({rows * ranks} rows x {counted.seq_len} tokens)",
+        ),
+        (
+            "memory of a replica",
+            f"about {size(sum(parts.values()))} "
+            f"({rows} rows, {micro_rows} at once; {size(least)} with one at once)",
+        ),
+        *((f"  {name}", size(part)) for name, part in parts.items()),
+    ]
+
+
+def number(count: int) -> str:
+    return f"{count / 1e6:,.2f} M" if count >= 1e5 else f"{count:,}"
+
+
+def flops(count: float) -> str:
+    for scale, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}FLOP"
+    return f"{count:.0f} FLOP"
+
+
+def size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,110 @@
+"""What a run tells of itself every `log_interval` steps: to its loggers and to its bar."""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.backend import Backend
+from utils.monitoring.loggers import Loggers
+from utils.monitoring.metrics import MetricSums, means
+from utils.training.messages import LINE_SECONDS
+from utils.training.schedule import Schedule
+
+
+class TrainingLog:
+    """Adds up the metrics of steps on the device, and writes their means when asked.
+
+    Args:
+        row_tokens: tokens of a row. rows: rows of a step, over all ranks.
+        flops_per_token: of one step, forward and backward.
+        peak_flops: FLOP/s of all devices together, where known.
+    """
+
+    def __init__(
+        self,
+        loggers: Loggers,
+        backend: Backend,
+        schedule: Schedule,
+        *,
+        row_tokens: int,
+        rows: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+    ):
+        self.loggers, self.backend, self.schedule = loggers, backend, schedule
+        self.row_tokens, self.step_tokens = row_tokens, row_tokens * rows
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.sums = MetricSums()
+        self.bar = tqdm(disable=True)
+        self._told_at = -math.inf
+
+    @contextmanager
+    def progress(self, state: Any) -> Iterator[None]:
+        """A bar over the share of the run that is done, 0..1, from where `state` is.
+
+        Lines instead where nobody watches a terminal: a bar makes a log file hard to read.
+        """
+        self._last = (state.seconds, state.step, self.schedule.stream.examples_entered)
+        self.bar = tqdm(
+            total=1.0,
+            initial=self.schedule.progress(state),
+            disable=not (self.backend.is_main and sys.stderr.isatty()),
+            desc="train",
+            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}",
+            mininterval=0.5,
+        )
+        try:
+            yield
+        finally:
+            self.bar.close()
+
+    def add(self, state: Any, metrics: dict[str, Tensor]) -> None:
+        """The sums of one step, which stay on the device."""
+        self.sums.add(metrics)
+        self.bar.update(self.schedule.progress(state) - self.bar.n)
+
+    def write(self, state: Any) -> None:
+        """Means since the last call, to the loggers and the bar. A collective."""
+        values = self.sums.read(self.backend.sum)
+        if not self.backend.is_main or not values:
+            return
+        stream, done = self.schedule.stream, self.schedule.progress(state)
+        now = (state.seconds, state.step, stream.examples_entered)
+        seconds, steps, entered = (a - b for a, b in zip(now, self._last, strict=True))
+        self._last, seconds = now, max(seconds, 1e-9)
+        flops = self.flops_per_token * self.step_tokens * steps / seconds
+        metrics: dict[str, Any] = {f"train/{k}": v for k, v in means(values).items()} | {
+            "train/epoch": stream.epoch,
+            "train/progress": done,
+            "train/examples": stream.examples_entered,
+            "train/tokens": stream.examples_entered * self.row_tokens,
+            "train/tokens_per_s": entered * self.row_tokens / seconds,
+            "train/token_steps_per_s": self.step_tokens * steps / seconds,
+            "train/flops_per_s": flops,
+            "train/nonfinite": state.nonfinite,
+            "train/seconds": state.seconds,
+        }
+        metrics |= {f"train/{name}": rate for name, rate in state.learning_rates().items()}
+        if done > 0:
+            metrics["train/eta_seconds"] = state.seconds * (1 - done) / done
+        if (memory := self.backend.memory_bytes()) is not None:
+            metrics["train/memory_bytes"] = memory
+        if self.peak_flops is not None:
+            metrics["train/mfu"] = flops / self.peak_flops
+        self.loggers.log(metrics, state.step)
+        # of the whole run: rows that halt together would make the bar jump, down to 0
+        rate = stream.examples_entered * self.row_tokens / max(state.seconds, 1e-9)
+        loss = metrics.get("train/lm_loss", math.nan)
+        told = f"step {state.step:,} loss {loss:.3f} {rate:,.0f} tokens/s"
+        self.bar.set_postfix_str(told)
+        now_s = time.monotonic()
+        if self.bar.disable and now_s - self._told_at >= LINE_SECONDS:
+            self._told_at = now_s
+            left = tqdm.format_interval(metrics.get("train/eta_seconds", 0.0))
+            print(f"train {done:4.0%}  {told}  {left} left", flush=True)

@@ -1,0 +1,147 @@
+"""A sweep of the learning rate: one short run in which it grows by the same factor every step.
+
+After L. N. Smith, "Cyclical Learning Rates for Training Neural Networks" (arXiv:1506.01186),
+section 3.3. The curve shows from where on the loss falls, and where the run would fall apart.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dataset.common import UserError
+from utils.config.schema import LRFindConfig, PretrainConfig
+from utils.monitoring.plotting import save_figure
+from utils.training.schedule import Counters, Schedule
+
+FOLDER = "lr_find"
+"""Below the run's folder, so that a sweep never meets the checkpoints of a run."""
+
+_SMOOTHING = 0.9  # decay of the running mean of the loss, per step
+
+
+def settled(config: PretrainConfig) -> PretrainConfig:
+    """`config` for a sweep: its length, every step logged, nothing evaluated and nothing saved."""
+    assert config.lr_find is not None
+    return config.model_copy(
+        update=dict(
+            max_steps=config.lr_find.steps, epochs=None, max_seconds=None,
+            iteration_curriculum=None, evaluators=[], eval_interval=None, early_stopping=None,
+            checkpoint_interval=None, ema=False, log_interval=1, logger=["jsonl"],
+            lr_warmup_steps=0, max_nonfinite=10,
+        )
+    )  # fmt: skip
+
+
+def rate_at(step: int, rule: LRFindConfig) -> float:
+    """Learning rate of optimizer step `step`, from 1."""
+    return rule.low * (rule.high / rule.low) ** ((step - 1) / (rule.steps - 1))
+
+
+class Sweep(Schedule):
+    """`lr` goes from `low` to `high` in a geometric series; other rates keep their ratio to it."""
+
+    @property
+    def rule(self) -> LRFindConfig:
+        assert self.config.lr_find is not None
+        return self.config.lr_find
+
+    def over(self, state: Counters) -> bool:
+        return super().over(state) or state.nonfinite > 0
+
+    def learning_rate_factor(self, state: Counters) -> float:
+        return rate_at(state.step, self.rule) / self.config.lr
+
+
+class Findings(NamedTuple):
+    """rates (N,), losses (N,) in nats per token and their running mean; `steepest` is the rate
+    where that mean falls fastest, `lowest` where it is least."""
+
+    rates: np.ndarray
+    losses: np.ndarray
+    smooth: np.ndarray
+    steepest: float
+    lowest: float
+
+
+def findings(rates: np.ndarray, losses: np.ndarray) -> Findings | None:
+    """What the curve says; None where the loss never falls."""
+    smooth = running_mean(losses)
+    least = int(smooth.argmin())
+    if least < 3:
+        return None
+    slopes = np.gradient(smooth, np.log(rates))[: least + 1]
+    return Findings(rates, losses, smooth, float(rates[slopes.argmin()]), float(rates[least]))
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Exponential, without the pull of a start at zero."""
+    decay = _SMOOTHING ** np.arange(len(values), dtype=float)
+    sums = np.array([(values[: i + 1] * decay[: i + 1][::-1]).sum() for i in range(len(values))])
+    return sums / decay.cumsum()
+
+
+def conclude(folder: Path, rule: LRFindConfig) -> str:
+    """Reads the log of a sweep, draws `lr_find.png` beside it, and says what it shows."""
+    lines = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
+    # a step whose update was skipped logs the rate of the one before it
+    points = [(rate_at(line["step"], rule), line["train/lm_loss"]) for line in lines]
+    rates, losses = np.array([p for p in points if None not in p], dtype=float).reshape(-1, 2).T
+    found = findings(rates, losses) if len(rates) else None
+    picture = _picture(folder / "lr_find.png", rates, losses, found)
+    ended = ""
+    if len(rates) < rule.steps:
+        ended = f"; the loss was no longer finite after lr {rates[-1]:.2g}" if len(rates) else ""
+    if found is None:
+        return (
+            f"the loss did not fall between lr {rule.low:g} and {rule.high:g}{ended}: lower "
+            f"lr_find.low, or give it more lr_find.steps (now {rule.steps}){picture}"
+        )
+    # The loss is lowest just below the rates at which training diverges: keep a margin.
+    most = f"{found.lowest / 3:.1e}"
+    advised = min(most, f"{found.steepest:.1e}", key=float)
+    limit = "a third of the latter" if advised == most else f"and at most {most}"
+    said = (
+        f"the loss falls fastest at lr {found.steepest:.2g} and is lowest at {found.lowest:.2g}"
+        f"{ended}: try lr={advised}, {limit}{picture}"
+    )
+    if found.lowest >= 0.9 * rule.high:
+        said += f"; it still falls at the end: raise lr_find.high (now {rule.high:g})"
+    return said
+
+
+def _picture(path: Path, rates: np.ndarray, losses: np.ndarray, found: Findings | None) -> str:
+    """Draw the sweep if there is anything to draw, and return where it is or why it is not."""
+    if len(rates) == 0:
+        return ""
+    try:
+        draw(path, rates, losses, found)
+    except UserError as error:  # the findings themselves are worth more than the picture
+        return f"; {error}"
+    return f"; see {path}"
+
+
+def draw(path: Path, rates: np.ndarray, losses: np.ndarray, found: Findings | None) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(rates, losses, color="tab:blue", alpha=0.3, linewidth=1, label="loss of a step")
+    axes.plot(rates, running_mean(losses), color="tab:blue", label="running mean")
+    if found is not None:
+        for rate, name, colour in (
+            (found.steepest, "falls fastest", "tab:green"),
+            (found.lowest, "lowest", "tab:red"),
+        ):
+            axes.axvline(rate, color=colour, linestyle="--", label=f"{name}: {rate:.2g}")
+    if found is not None:  # what comes after a blow-up would flatten all the rest
+        low, first = losses.min(), found.smooth[0]
+        axes.set_ylim(low - 0.1 * (first - low), first + 0.5 * (first - low))
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, nats per token")
+    axes.set_title(f"Sweep of the learning rate over {len(rates)} steps")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    save_figure(figure, path, str(path))

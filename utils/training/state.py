@@ -1,0 +1,431 @@
+"""Everything that a training run changes, in one place: what a checkpoint holds.
+
+Model, optimizers, averages, held rows and counters; the stream keeps its own position.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dataset.common import BLANK_IDENTIFIER, DatasetMetadata, UserError
+from models.anchor import row_data
+from models.backbone import Backbone
+from models.flex import raise_recompile_limit
+from models.losses import ACTLossHead
+from models.recursive_reasoning.athena_trm import Carry, InnerCarry
+from models.sparse_embedding import SparseEmbeddingSignSGD, sparse_embeddings
+from utils.backend import Backend
+from utils.backend.state import (
+    gather,
+    host_copy,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+    release,
+    scalar,
+)
+from utils.checkpoint.format import Checkpoint
+from utils.config.schema import ArchConfig, EarlyStoppingConfig, PretrainConfig
+from utils.core.functions import load_class
+from utils.training.ema import EMA
+from utils.training.optimizers import AdamATan2, create_optimizers
+
+
+def create_model(
+    arch: ArchConfig,
+    metadata: DatasetMetadata,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    reasoning_ids: int = 0,
+    device: str | torch.device = "cpu",
+) -> ACTLossHead:
+    """Build an architecture inside its loss head, with weights drawn from `seed` on the CPU.
+
+    `reasoning_ids` is the highest label of the corpus' reasoning stream + 1, 0 without one;
+    `device` is "meta" to count a model without allocating it.
+    """
+    options, loss = arch.options, arch.loss
+    architecture = load_class(arch.name)
+    if "enable_reasoning_stream" in architecture.Config.model_fields:  # type: ignore[attr-defined]
+        wanted = options.get("enable_reasoning_stream", "auto")
+        used = bool(loss.options.get("reasoning_loss_weight")) and reasoning_ids > 0
+        options["enable_reasoning_stream"] = used if wanted == "auto" else wanted
+    if loss.options.get("reasoning_loss_weight") and device != "meta" and not reasoning_ids:
+        raise UserError(
+            f"arch.loss.reasoning_loss_weight={loss.options['reasoning_loss_weight']} needs "
+            "reasoning_labels.npy beside the corpus' other arrays; add it or set the weight to 0"
+        )
+    sizes = dict(
+        batch_size=batch_size,
+        seq_len=metadata.seq_len,
+        vocab_size=metadata.vocab_size,
+        num_puzzle_identifiers=metadata.num_puzzle_identifiers,
+    )
+    torch.manual_seed(seed)
+    try:
+        with torch.device(device):
+            model = architecture(options | sizes)
+    except ValidationError as error:
+        messages = "; ".join(fault["msg"] for fault in error.errors())
+        raise UserError(f"arch and the corpus do not fit: {messages}") from None
+    known = getattr(model.config, "reasoning_vocab_size", 0)
+    if options.get("enable_reasoning_stream") is True and reasoning_ids > known:
+        raise UserError(
+            f"reasoning_labels.npy holds the label {reasoning_ids - 1}, but "
+            f"arch.reasoning_vocab_size is {known}; it must be at least {reasoning_ids}"
+        )
+    return load_class(loss.name)(model, **loss.options)
+
+
+@dataclass
+class TrainState:
+    """model: the loss head, bare. step_model: the same as training calls it (perhaps DDP)."""
+
+    model: ACTLossHead
+    step_model: nn.Module
+    optimizers: list[Optimizer]
+    base_lrs: list[float]
+    ema: EMA | None
+    halted: np.ndarray
+    """(global batch,) bool: which slots are free, as of the last step."""
+    carries: list[Carry] = field(default_factory=list)
+    """Held rows, one carry a micro-batch; none before the first step."""
+    step: int = 0
+    seconds: float = 0.0
+    """Training time so far, evaluation and saving left out."""
+    nonfinite: int = 0
+    nonfinite_in_a_row: int = 0
+    evaluated_epoch: float = 0.0
+    """Epoch of the last evaluation."""
+    stopped: bool = False
+    """Early stopping has ended the run."""
+    evaluated_step: int = -1
+    """The step of the last evaluation, if this process or its resume knows of one."""
+    rehearsed: bool = False
+    failed_evaluations: int = 0
+    """Evaluations of this process in which an evaluator failed."""
+    best: float | None = None
+    """Best figure by early stopping's rule, larger is better."""
+    bad_evaluations: int = 0
+    best_step: int | None = None
+    """The step whose evaluation was best, its figure, larger is better, and of what it is."""
+    best_figure: float | None = None
+    best_rule: str | None = None
+    stopping_rule: str | None = None
+    """What early stopping's `best` is a figure of."""
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+    COUNTERS = (
+        "step",
+        "seconds",
+        "nonfinite",
+        "nonfinite_in_a_row",
+        "evaluated_epoch",
+        "stopped",
+        "best",
+        "bad_evaluations",
+        "best_step",
+        "best_figure",
+        "best_rule",
+        "stopping_rule",
+    )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def learning_rates(self) -> dict[str, float]:
+        """Of the last step: lr, and puzzle_emb_lr where identifiers train."""
+        return {
+            "puzzle_emb_lr" if isinstance(o, SparseEmbeddingSignSGD) else "lr": o.param_groups[0][
+                "lr"
+            ]
+            for o in self.optimizers
+        }
+
+    def clip_gradients(self, max_norm: float | None) -> Tensor | None:
+        """Norm of the gradients, which are clipped to `max_norm` if there is one."""
+        if not self.parameters:
+            return None
+        limit = math.inf if max_norm is None else max_norm
+        return scalar(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+
+    def update(self, factor: float) -> None:
+        """One update of the weights by their gradients, at `factor` times the base rates."""
+        for optimizer, base in zip(self.optimizers, self.base_lrs, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = base * factor
+            optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
+        self.nonfinite_in_a_row = 0
+
+    def free_broken_rows(self) -> Tensor:
+        """Rows whose latents are no longer finite make room; who has halted by now, (rows,)."""
+        for carry in self.carries:
+            z = carry.inner_carry
+            broken = ~(z.z_H.isfinite().all(2).all(1) & z.z_L.isfinite().all(2).all(1))
+            carry.halted = carry.halted | broken
+        return torch.cat([carry.halted for carry in self.carries])
+
+    def adopt_rule(self, rule: EarlyStoppingConfig | None) -> None:
+        """After a resume: figures of another metric mean nothing, and patience may have grown."""
+        if rule is None or self.stopping_rule not in (None, f"{rule.mode} {rule.metric}"):
+            self.best, self.bad_evaluations = None, 0
+        self.stopped = rule is not None and self.bad_evaluations >= rule.patience
+
+    def stops_early(self, rule: EarlyStoppingConfig | None, results: dict[str, Any]) -> bool:
+        """Whether early stopping ends the run after this evaluation."""
+        if rule is None:
+            return False
+        if f"eval/{rule.metric}" not in results and results.get("eval/evaluators_failed"):
+            return False  # that says nothing of the model
+        if f"eval/{rule.metric}" not in results:
+            raise UserError(
+                f"early_stopping.metric={rule.metric} was not evaluated; there are "
+                + ", ".join(sorted(name.removeprefix("eval/") for name in results))
+            )
+        self.stopping_rule = f"{rule.mode} {rule.metric}"
+        value = results[f"eval/{rule.metric}"] * (1 if rule.mode == "max" else -1)
+        if not math.isnan(value) and (self.best is None or value > self.best + rule.min_delta):
+            self.best, self.bad_evaluations = value, 0
+        else:
+            self.bad_evaluations += 1
+        self.stopped = self.bad_evaluations >= rule.patience
+        return self.stopped
+
+    def next_eval(self, config: PretrainConfig) -> float:
+        """Epoch from which the next evaluation is due."""
+        every = config.eval_interval
+        if every is None:
+            return math.inf
+        # half a row in a million rows: a sum of fractions may fall short of its epoch
+        following = (math.floor(self.evaluated_epoch / every + 1e-9) + 1) * every
+        return max(following, config.min_eval_interval)
+
+    def counters(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.COUNTERS}
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        for name in self.COUNTERS:
+            setattr(self, name, counters.get(name, getattr(self, name)))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model holds the averaged weights inside the block, if there are any."""
+        if self.ema is None:
+            gather(self.model)
+            yield
+            return
+        release(self.model)
+        with self.ema.swapped():
+            gather(self.model)
+            yield
+            release(self.model)
+
+    def rehearse(self, batch: dict[str, Tensor], backward: Callable[[Tensor], None]) -> None:
+        """A backward pass whose gradients are dropped; changes nothing else."""
+        _, loss, *_ = self.step_model(return_keys=(), carry=self.carries[0], batch=batch)
+        backward(loss)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        self.rehearsed = True
+
+    def tensors(self, keep: bool = True) -> dict[str, Any]:
+        """What a checkpoint stores once, whole and copied to the host.
+
+        A collective of all ranks where weights are sharded. keep: False on ranks that only take
+        part in it, so that their hosts need not hold it, too.
+        """
+        found: dict[str, Any] = {
+            "model": model_state(self.model),
+            "optimizer": [optimizer_state(self.model, o) for o in self.main_optimizers],
+            "rng": torch.get_rng_state(),
+        }
+        if self.ema is not None:
+            found["ema"] = self.ema.state_dict()
+        return host_copy(found, keep)
+
+    @property
+    def main_optimizers(self) -> list[Optimizer]:
+        """All but the identifier embedding's, which has no state."""
+        return [o for o in self.optimizers if not isinstance(o, SparseEmbeddingSignSGD)]
+
+    def load_tensors(self, opened: Checkpoint) -> bool:
+        """Load what `tensors` gave; return whether it held the state of these optimizers.
+
+        Averages that it does not hold begin with the weights.
+        """
+        load_into(self.model, opened.tensors("model"))
+        states = opened.tensors("optimizer")
+        same = len(states) == len(self.main_optimizers)
+        for optimizer, state in zip(self.main_optimizers, states, strict=True) if same else ():
+            load_optimizer(self.model, optimizer, state)
+        if self.ema is not None:
+            saved = opened.tensors("ema") if "ema.pt" in opened else {"updates": 0, "shadow": {}}
+            self.ema.load_state_dict(saved)
+        torch.set_rng_state(opened.tensors("rng"))
+        return same
+
+    def load_carry(self, rows: dict[str, Tensor], micro_batches: int) -> None:
+        """Held rows of all this replica's slots, split into its micro-batches."""
+        split = {k: v.chunk(micro_batches) for k, v in rows.items()}
+        self.carries = [
+            self.model.adopted(carry_from_rows({k: v[i].to(self.device) for k, v in split.items()}))
+            for i in range(micro_batches)
+        ]
+
+
+def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend) -> None:
+    """Set the kernel of masked attention; print what cannot be fast on this device, and why."""
+    slow: dict[str, list[str]] = {}
+    wanted = backend.compiles_by_default if config.compile == "auto" else config.compile
+    if wanted and (fault := backend.cannot_compile()) is not None:
+        slow[fault] = [f"compile={str(config.compile).lower()} has no effect"]
+    inner = getattr(model.model, "inner", None)
+    if isinstance(inner, Backbone) and (reason := inner.choose_attention(backend)) is not None:
+        what = "attention takes more time and memory, with dense document masks"
+        slow.setdefault(reason, []).append(what)
+    if backend.is_main:
+        for reason, effects in slow.items():
+            print(f"note: {' and '.join(effects)}: {reason}")
+
+
+def create_train_state(
+    config: PretrainConfig,
+    model: ACTLossHead,
+    *,
+    backend: Backend,
+) -> TrainState:
+    """Optimizers and averages around a model that is already on its device."""
+    if config.freeze_weights:
+        model.requires_grad_(False)
+    if backend.compiles(config.compile):
+        raise_recompile_limit()
+        for module in model.modules():
+            if type(module).__name__ == "Block":
+                module.compile(dynamic=False)
+    trains = any(p.requires_grad for p in model.parameters())
+    step_model = backend.wrap(model, config.parallel) if trains else model
+    trainable = [p for p in model.parameters() if p.requires_grad]  # sharded by now, if at all
+    optimizers: list[Optimizer] = []
+    if trainable:
+        optimizers += create_optimizers(
+            config.optimizer,
+            model,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            decay_all=config.weight_decay_all,
+            device_type=backend.device.type,
+        )
+    base_lrs = [config.lr] * len(optimizers)
+    for embedding in sparse_embeddings(model):
+        decay = config.puzzle_emb_weight_decay
+        optimizers.append(
+            SparseEmbeddingSignSGD(
+                embedding, config.puzzle_emb_lr, decay, backend.all_gather, backend.sum
+            )
+        )
+        base_lrs.append(config.puzzle_emb_lr)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return TrainState(
+        model=model,
+        step_model=step_model,
+        optimizers=optimizers,
+        base_lrs=base_lrs,
+        ema=EMA(named, config.ema_rate, config.ema_warmup) if config.ema and named else None,
+        halted=np.ones(config.global_batch_size, dtype=bool),
+        parameters=trainable,
+    )
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Loads moments and step counts; rates and decays stay those of today's config."""
+    today = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    load_optimizer_state(model, optimizer, state)
+    for group, values in zip(optimizer.param_groups, today, strict=True):
+        group.update(values)
+    if "atan2" in type(optimizer).__name__.lower():
+        # the plain one counts steps in Python, the fused one on the device: either reads both
+        plain = isinstance(optimizer, AdamATan2)
+        for parameter, moments in optimizer.state.items():
+            count = float(moments["step"])
+            moments["step"] = int(count) if plain else torch.tensor(count, device=parameter.device)
+
+
+def load_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Loads weights by name; UserError that names what does not fit."""
+    own = model.state_dict()
+    faults = [f"{name} is missing" for name in own if name not in weights]
+    faults += [f"{name} is not part of this architecture" for name in weights if name not in own]
+    faults += [
+        f"{name} is {tuple(weights[name].shape)} there and {tuple(own[name].shape)} here"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if faults:
+        shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if faults[4:] else "")
+        raise UserError(
+            f"the checkpoint is of another architecture: {shown}. Give the arch options that it "
+            "was trained with (its config.yaml has them)"
+        )
+    load_model_state(model, weights)
+
+
+def match_identifiers(
+    weights: dict[str, Tensor], old: Sequence[str] | None, new: Sequence[str]
+) -> None:
+    """Gives each identifier of the new corpora its old row by name, the others the mean row.
+
+    Without names (TRM's files) rows stay as they are if their number does, else all take the mean.
+    """
+    name = "inner.puzzle_emb.weights"
+    if name not in weights:
+        return
+    table = weights[name]
+    if old is None and len(table) == len(new):
+        return
+    index = {} if old is None else {identifier: i for i, identifier in enumerate(old)}
+    rows = table.mean(0, keepdim=True).repeat(len(new), 1)
+    for i, identifier in enumerate(new):
+        if identifier in index:
+            rows[i] = table[index[identifier]]
+    if BLANK_IDENTIFIER in new and BLANK_IDENTIFIER not in index:
+        rows[new.index(BLANK_IDENTIFIER)] = 0
+    weights[name] = rows
+
+
+def carry_rows(carries: Sequence[Carry]) -> dict[str, Tensor]:
+    """The rows of a replica's carries as named tensors, slot after slot."""
+
+    def flat(carry: Carry) -> dict[str, Tensor]:
+        return {
+            "z_H": carry.inner_carry.z_H,
+            "z_L": carry.inner_carry.z_L,
+            "steps": carry.steps,
+            "halted": carry.halted,
+            "last_loss": carry.last_loss,
+            **{f"data/{k}": v for k, v in row_data(carry).items()},
+        }
+
+    # copied first: on XLA a concatenation would be one more program
+    parts = host_copy([flat(carry) for carry in carries])
+    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+
+
+def carry_from_rows(rows: dict[str, Tensor]) -> Carry:
+    data = {k.removeprefix("data/"): v for k, v in rows.items() if k.startswith("data/")}
+    own: dict[str, Any] = {f.name: rows[f.name] for f in fields(Carry) if f.name in rows}
+    inner = InnerCarry(rows["z_H"], rows["z_L"])
+    return Carry(inner_carry=inner, current_data=data, **own)
