@@ -20,13 +20,13 @@ import yaml
 from omegaconf import DictConfig
 from torch import Tensor
 
-from dataset.common import UserError, warnings_as_notes
 from dataset.tokens.tokenization import TextTokenizer
 from evaluators.guard import FAILURES, Interrupted
 from evaluators.interface import Evaluator
-from evaluators.loop import create_evaluators, evaluate
+from evaluators.loop import create_evaluators, evaluate, examined
 from models import cost
-from models.inference.loading import examined, load_anchor, open_tokenizer
+from models.build import create_model
+from models.inference.loading import load_anchor, open_tokenizer
 from models.sparse_embedding import SparseEmbeddingSignSGD
 from sequence_dataset import EvalStream, TrainStream
 from utils.backend import Backend, select_backend
@@ -39,6 +39,10 @@ from utils.checkpoint.run_folder import RunFolder
 from utils.config.load import PretrainConfig, check_ranks, hydra_entry, load_config
 from utils.config.saved import dump_config
 from utils.core.atomic import write_result
+from utils.core.clock import Clock
+from utils.core.console import Progress, tell, warnings_as_notes
+from utils.core.errors import UserError
+from utils.core.iterators import prefetched, ticking
 from utils.corpus.data import Data, open_data
 from utils.monitoring.loggers import Loggers
 from utils.monitoring.metrics import added
@@ -48,20 +52,10 @@ from utils.training import lr_finder
 from utils.training import resume as persistence
 from utils.training.dry_run import dry_run
 from utils.training.log import TrainingLog
-from utils.training.messages import (
-    Clock,
-    Progress,
-    advice_on_nonfinite,
-    announce,
-    ending,
-    evaluation_table,
-    prefetched,
-    tell,
-    ticking,
-)
+from utils.training.messages import advice_on_nonfinite, announce, ending, evaluation_table
 from utils.training.resume import Saver
 from utils.training.schedule import Schedule
-from utils.training.state import TrainState, choose_kernels, create_model, create_train_state
+from utils.training.state import TrainState, choose_kernels, create_train_state
 
 
 class Run(NamedTuple):

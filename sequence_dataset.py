@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from dataset.common import UserError
 from utils.config.schema import IterationCurriculumConfig, PretrainConfig
+from utils.core.errors import UserError
 from utils.corpus.corpora import Corpora, did_you_mean
+from utils.corpus.curriculum import grown
 from utils.corpus.order import RELABEL, ExampleOrder, Examples, Position, exploration
 from utils.corpus.permutation import hash64
 from utils.corpus.read_ahead import InPlace, ReadAhead
 from utils.corpus.row_reader import Batch, RowReader, document_starts, relabel
-from utils.training.schedule import grown
 
 __all__ = ["Corpora", "EvalStream", "TrainStream", "document_starts", "exploration", "relabel"]
 

@@ -20,14 +20,7 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from dataset.common import (
-    FORMAT_VERSION,
-    UserError,
-    command_parser,
-    run_cli,
-    seed_number,
-    sha256_file,
-)
+from dataset.common import FORMAT_VERSION, sha256_file
 from dataset.corpus import (
     SPLITS,
     CorpusSplit,
@@ -55,6 +48,8 @@ from dataset.output.corpus_folder import (
 from dataset.output.spool import DocumentSpool
 from dataset.pipeline import PACKERS, PackedCorpus, Stopwatch, tokenize_all
 from dataset.tokens.tokenization import TextTokenizer, add_tokenizer_options
+from utils.core.console import command_parser, run_cli, seed_number
+from utils.core.errors import UserError
 
 DEFAULT_TRAIN_RATIO = 0.995
 MANY_DOMAINS, MANY_ROWS = 16, 8  # more domains with fewer rows each are hardly meant

@@ -15,14 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from dataset.common import (
-    BLANK_IDENTIFIER,
-    FORMAT_VERSION,
-    UserError,
-    command_parser,
-    run_cli,
-    seed_number,
-)
+from dataset.common import BLANK_IDENTIFIER, FORMAT_VERSION
 from dataset.output.array_writer import SplitWriter, write_json
 from dataset.output.corpus_folder import (
     add_output_options,
@@ -30,6 +23,8 @@ from dataset.output.corpus_folder import (
     corpus_folder,
     resolve_output,
 )
+from utils.core.console import command_parser, run_cli, seed_number
+from utils.core.errors import UserError
 
 BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 FRUITLESS_GRIDS = 300

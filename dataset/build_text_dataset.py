@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dataset.common import BLANK_IDENTIFIER, UserError, command_parser, run_cli, seed_number
+from dataset.common import BLANK_IDENTIFIER
 from dataset.corpus import (
     SPLITS,
     CorpusSplit,
@@ -43,6 +43,8 @@ from dataset.output.journal import Journal
 from dataset.packing.windows import PackOptions, make_rows
 from dataset.tokens.sizes import bytes_of
 from dataset.tokens.tokenization import TextTokenizer, add_tokenizer_options
+from utils.core.console import command_parser, run_cli, seed_number
+from utils.core.errors import UserError
 
 BATCH_CHARS = 2_000_000
 

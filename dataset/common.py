@@ -4,31 +4,23 @@ A leaf: it imports numpy, pydantic, xxhash and (only where a tokenizer is read) 
 nothing else of the project, so that builders, the stream, the model and the scripts can share it.
 """
 
-import argparse
-import errno
 import hashlib
-import io
 import json
 import math
-import os
 import re
-import select
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
-from tqdm import tqdm
+
+from utils.core.errors import UserError
 
 IGNORE_LABEL_ID = -100
 """What the loss ignores; the reader turns a corpus' own `ignore_label_id` into this."""
 
-LARGEST_SEED = 2**64 - 1
 
 FORMAT_VERSION = 1
 """Version of the folders that today's builders write; 0 stands for TRM's and older ones."""
@@ -49,139 +41,6 @@ _FAST = "xxh3_128:"
 BLANK_IDENTIFIER = "<blank>"
 
 T = TypeVar("T")
-_PROJECT = Path(__file__).resolve().parents[1]
-
-
-class UserError(ValueError):
-    """A mistake that a user can make and mend; the message names the value and the way out."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as every other mistake, instead of all options before it."""
-        self.exit(2, f"error: {message}; --help lists the options\n")
-
-
-def command_parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser whose --help begins with the module's own description, as it was written."""
-    return _Parser(
-        prog=program,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-@contextmanager
-def warnings_as_notes(shown: bool = True) -> Iterator[None]:
-    """The project's own warnings are sentences for its user: once each, without a source line."""
-    with warnings.catch_warnings():
-        usual, said = warnings.showwarning, set()
-
-        def show(message, category, filename, lineno, file=None, line=None) -> None:
-            ours = filename.startswith(str(_PROJECT)) and "site-packages" not in filename
-            if not ours or category is not UserWarning:
-                usual(message, category, filename, lineno, file, line)
-            elif shown and str(message) not in said:
-                said.add(str(message))
-                tqdm.write(f"note: {message}")
-
-        warnings.showwarning = show
-        yield
-
-
-def seed_number(text: str, largest: int = LARGEST_SEED) -> int:
-    """Read an argument --seed, for argparse."""
-    try:
-        if 0 <= (seed := int(text)) <= largest:
-            return seed
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {largest}")
-
-
-def replace_closed_streams() -> None:
-    """Give sys.stdout and sys.stderr somewhere to write to where their descriptors are closed."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # python >&-
-            nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for as long as it runs
-            setattr(sys, name, nowhere)
-
-
-@contextmanager
-def guarded_output(closed_status: int = 128 + 13) -> Iterator[None]:
-    """Guard what a command prints.
-
-    Characters that standard output cannot encode are escaped. A pipe that was closed, as by `head`,
-    ends the command quietly with `closed_status`, by default what SIGPIPE gives; output that cannot
-    be written ends it with a sentence and exit status 2.
-    """
-    replace_closed_streams()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except OSError as error:
-        if error.filename is not None or error.errno not in _OUTPUT_FAULTS:
-            raise
-        failing = [stream for stream in (sys.stdout, sys.stderr) if _fails(stream)]
-        if not failing:
-            raise
-        nothing = os.open(os.devnull, os.O_WRONLY)  # Python flushes once more at its end
-        for stream in failing:
-            os.dup2(nothing, stream.fileno())
-        if error.errno == errno.EPIPE:
-            raise SystemExit(closed_status) from None
-        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-_OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}
-
-
-def _fails(stream: Any) -> bool:
-    """Return whether a stream is a closed pipe, or holds output that cannot be written."""
-    try:
-        stream.flush()
-        poll = select.poll()
-        poll.register(stream.fileno(), 0)  # errors are always reported
-        return bool(poll.poll(0))
-    except (AttributeError, io.UnsupportedOperation):  # Windows; a stream without a file
-        return False
-    except OSError:
-        return True
-
-
-def check_decoded(texts: Iterable[str]) -> None:
-    """Raise UserError for an argument or file name whose bytes the locale's encoding lacks."""
-    for text in texts:
-        if any("\udc80" <= char <= "\udcff" for char in text):  # as Python keeps such bytes
-            encoding = sys.getfilesystemencoding()
-            advice = "rename it" if encoding == "utf-8" else "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
-            shown = os.fsencode(text).decode("utf-8", "backslashreplace")
-            raise UserError(f"{shown!r} cannot be read in the encoding {encoding}; {advice}")
-
-
-def run_cli(fn: Callable[[], T], closed_status: int = 128 + 13, check_arguments: bool = True) -> T:
-    """Call a command's body; a `UserError` ends in one line on stderr and exit code 2.
-
-    closed_status: see `guarded_output`; 0 for a command that only shows things. check_arguments:
-    refuse arguments that the locale cannot decode; False for a command that decodes its own.
-    """
-    with guarded_output(closed_status):
-        try:
-            if check_arguments:
-                check_decoded(sys.argv)
-            with warnings_as_notes():
-                return fn()
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
 
 
 def _renamed(name: str, older: str, **options: Any) -> Any:

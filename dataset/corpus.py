@@ -19,7 +19,6 @@ from dataset.common import (
     FORMAT_VERSION,
     IGNORE_LABEL_ID,
     DatasetMetadata,
-    UserError,
     sha256_file,
 )
 from dataset.output.array_writer import SplitWriter, write_json
@@ -27,6 +26,7 @@ from dataset.output.journal import Journal
 from dataset.packing.windows import Rows
 from dataset.tokens.sizes import bytes_of
 from dataset.tokens.tokenization import TextTokenizer
+from utils.core.errors import UserError
 
 SPLITS = ("train", "test")
 _HELD_OUT = 1  # kind of the digests of held-out documents

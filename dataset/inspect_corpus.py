@@ -21,12 +21,8 @@ from tqdm import tqdm
 
 from dataset.common import (
     DatasetMetadata,
-    UserError,
-    command_parser,
     find_split,
     load_metadata,
-    run_cli,
-    seed_number,
     sha256_file,
     token_byte_lengths,
     verify_arrays,
@@ -39,6 +35,8 @@ from dataset.output.corpus_statistics import (
     real_tokens,
 )
 from dataset.output.corpus_views import Decode, bars, draw, row_lines
+from utils.core.console import command_parser, run_cli, seed_number
+from utils.core.errors import UserError
 from utils.corpus.corpora import Corpora
 from utils.remote.cache import is_remote, local_path
 

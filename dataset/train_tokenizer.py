@@ -14,10 +14,11 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from dataset.common import UserError, command_parser, run_cli
 from dataset.input.document_reader import DocumentReader, ReadOptions
 from dataset.input.text_sources import add_input_options, find_sources
 from utils.core.atomic import write_result
+from utils.core.console import command_parser, run_cli
+from utils.core.errors import UserError
 
 SPECIAL_TOKENS = ("<|pad|>", "<|eos|>")
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)

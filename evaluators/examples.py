@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from dataset.common import UserError
 from dataset.input.document_reader import json_object, read_lines
 from dataset.input.text_sources import find_source
+from utils.core.errors import UserError
 
 
 def read_json_lines(path: str, option: str = "path") -> list[tuple[str, dict[str, Any]]]:

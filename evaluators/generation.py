@@ -11,12 +11,13 @@ import numpy as np
 import orjson
 from pydantic import Field
 
-from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, UserError
+from dataset.common import IGNORE_LABEL_ID, DatasetMetadata
 from evaluators.examples import read_json_lines, spread
 from evaluators.interface import Batch, Continued, Examined
 from models.inference.sampling import Sampling
 from utils.core.atomic import write_atomically
-from utils.training.messages import tell
+from utils.core.console import tell
+from utils.core.errors import UserError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]

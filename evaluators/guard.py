@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dataset.common import UserError
 from evaluators.interface import Batch, Evaluator, Examined
 from utils.backend import Backend
-from utils.training.messages import tell
+from utils.core.console import tell
+from utils.core.errors import UserError
 
 T = TypeVar("T")
 FAILURES = "evaluators_failed"

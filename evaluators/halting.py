@@ -11,10 +11,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from dataset.common import DatasetMetadata, UserError
+from dataset.common import DatasetMetadata
 from evaluators.interface import Batch, Examined
+from utils.core.console import tell
+from utils.core.errors import UserError
 from utils.monitoring.plotting import save_figure, with_slack
-from utils.training.messages import tell
 
 BINS = 10  # of the halting head's probability
 

@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 from dataset.common import IGNORE_LABEL_ID
+from dataset.tokens.tokenization import TextTokenizer
 from evaluators.guard import FAILURES, Group, Guarded, interrupt_if_asked
 from evaluators.interface import Batch, Evaluator, Examined
+from models.inference.language_model import LanguageModel
+from models.losses import ACTLossHead
 from utils.backend import Backend
 from utils.checkpoint.writer import save_tensors
 from utils.core.atomic import write_atomically
+from utils.core.console import tell
 from utils.core.functions import load_class
+from utils.corpus.corpora import Corpora
 from utils.corpus.data import Data
-from utils.training.messages import tell
 
 
 class SetFigures:
@@ -241,3 +245,36 @@ def create_evaluators(named: Sequence[Any], data: Data) -> list[Evaluator]:
         for entry in named
     ]
     return [one for one in made if data.test is not None or not getattr(one, "reads_rows", True)]
+
+
+def examined(
+    head: ACTLossHead,
+    corpora: Corpora,
+    tokenizer: TextTokenizer | None,
+    backend: Backend,
+    rows: int,
+    sign: Callable[[], None],
+) -> Callable[[Group], LanguageModel]:
+    """Makes the model of a run for an evaluator that brings inputs of its own.
+
+    corpora: those that it trains on, which name its tokens and identifiers. rows: texts that a rank
+    computes at once. sign: called between batches, as a sign of life.
+    """
+
+    def ask(group: Group) -> LanguageModel:
+        def between() -> None:
+            group.pause()
+            sign()
+
+        return LanguageModel(
+            head,
+            corpora.metadata,
+            corpora.identifiers,
+            tokenizer,
+            backend,
+            rows=rows,
+            gather=group.gather_objects,
+            between=between,
+        )
+
+    return ask

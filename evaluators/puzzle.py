@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, UserError
+from dataset.common import IGNORE_LABEL_ID, DatasetMetadata
 from evaluators.interface import Batch, Examined
+from utils.core.errors import UserError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 

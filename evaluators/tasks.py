@@ -20,9 +20,10 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataset.common import DatasetMetadata, UserError
+from dataset.common import DatasetMetadata
 from evaluators.examples import read_json_lines, spread
 from evaluators.interface import Batch, Examined
+from utils.core.errors import UserError
 
 QUESTION = ("question", "query")
 ANSWER = ("answer", "gold", "label", "answerKey")

@@ -17,11 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import run_cli
 from scripts.benchmark_train import make_step
 from utils.backend import select_backend
 from utils.checkpoint.writer import CheckpointWriter, Contents
 from utils.config.load import compose_config, load_config
+from utils.core.console import run_cli
 from utils.training.state import carry_rows
 
 

@@ -30,12 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import orjson
 
 from dataset.build_corpus_dataset import main as build_corpus
-from dataset.common import UserError, command_parser, run_cli
 from dataset.input.document_reader import DocumentReader, ReadOptions
 from dataset.input.documents import BATCH_BYTES
 from dataset.input.text_sources import find_sources
 from dataset.tokens.tokenization import TextTokenizer
 from scripts.benchmark_stream import stream_lines
+from utils.core.console import command_parser, run_cli
+from utils.core.errors import UserError
 
 PROTOTYPE_RATE = 1.8
 """MB of text per CPU-second that the builder before this one reached, on two cores like these."""

@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dataset.common import UserError, command_parser, run_cli
 from models.inference.generation import Decoder
 from models.inference.language_model import LanguageModel
 from models.inference.loading import load_language_model
 from models.inference.sampling import Sampling
 from utils.backend import select_backend
+from utils.core.console import command_parser, run_cli
+from utils.core.errors import UserError
 
 
 def windows(model: LanguageModel, path: Path, rows: int, length: int) -> list[list[int]]:

@@ -18,12 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dataset.common import DatasetMetadata, run_cli
+from dataset.common import DatasetMetadata
 from models.anchor import Anchor
+from models.build import create_model
 from models.inference.loading import cast_weights
 from utils.backend import Backend, select_backend
 from utils.config.load import PretrainConfig, compose_config, load_config
-from utils.training.state import TrainState, choose_kernels, create_model, create_train_state
+from utils.core.console import run_cli
+from utils.training.state import TrainState, choose_kernels, create_train_state
 
 VARIANTS = {
     "eager": ("compile=false",),

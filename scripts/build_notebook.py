@@ -15,8 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import UserError, command_parser, run_cli
 from utils.core.atomic import write_result
+from utils.core.console import command_parser, run_cli
+from utils.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = Path("notebooks/athena_all_in_one_colab.ipynb")

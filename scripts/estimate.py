@@ -23,13 +23,14 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of measure=true; before
 import torch
 from pydantic import ValidationError
 
-from dataset.common import UserError, run_cli
 from models import cost
 from scripts.measure_step import measured_step
 from scripts.run_plan import HARDWARE, Options, Plan, configure, cpu_rate, plan
 from utils.backend import select_backend
 from utils.config.errors import problems_of, show, to_float
 from utils.config.load import PretrainConfig
+from utils.core.console import run_cli
+from utils.core.errors import UserError
 from utils.core.functions import nearest
 from utils.training.dry_run import flops, number, planned_model, size
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataset.common import UserError, run_cli
+from models.build import load_into
 from models.export import trm
 from models.export.check import NotTried, try_out
 from models.export.hugging_face import write_folder
@@ -26,8 +26,9 @@ from models.inference.sampling import PositiveInt
 from utils.checkpoint.format import load_weights
 from utils.config.key_values import key_value_help, parse_key_values
 from utils.core.atomic import write_result
+from utils.core.console import run_cli
+from utils.core.errors import UserError
 from utils.core.functions import has_utf8_name
-from utils.training.state import load_into
 
 
 class Options(BaseModel):

@@ -25,7 +25,6 @@ import orjson
 from pydantic import Field, field_validator
 from tqdm import tqdm
 
-from dataset.common import UserError, run_cli
 from dataset.input.document_reader import json_object, read_lines, text_of
 from dataset.input.text_sources import find_source
 from models.inference.language_model import LanguageModel
@@ -33,6 +32,8 @@ from models.inference.loading import load_language_model
 from models.inference.sampling import PositiveInt, Sampling
 from utils.backend import select_backend
 from utils.config.key_values import key_value_help, parse_key_values
+from utils.core.console import run_cli
+from utils.core.errors import UserError
 
 TEXTS = ("prompt", "stop")  # values that are taken as they are
 

@@ -27,7 +27,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import UserError, command_parser, run_cli
+from utils.core.console import command_parser, run_cli
+from utils.core.errors import UserError
 
 SECONDS = 480
 PARTS = {

@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from pydantic import ValidationError
 
-from dataset.common import UserError, run_cli
 from models.inference.language_model import LanguageModel
 from models.inference.loading import load_language_model
 from models.inference.sampling import Sampling
 from utils.backend import BACKENDS, Backend, select_backend
+from utils.core.console import run_cli
+from utils.core.errors import UserError
 from utils.core.functions import nearest
 
 try:

@@ -19,12 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from dataset.common import DatasetMetadata, run_cli
+from dataset.common import DatasetMetadata
+from models.build import create_model
 from models.losses import ACTLossHead
 from utils.backend import select_backend
 from utils.config.load import PretrainConfig, compose_config, load_config
+from utils.core.console import run_cli
 from utils.training.schedule import warmup_cosine
-from utils.training.state import create_model, create_train_state
+from utils.training.state import create_train_state
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 DTYPES = ("float64", "float32", "bfloat16")

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from dataset.common import UserError
 from models.anchor import LATENTS, row_data
 from scripts.benchmark_train import make_step
 from utils.backend import Backend
 from utils.config.load import PretrainConfig
+from utils.core.errors import UserError
 from utils.training.state import TrainState
 
 

@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dataset.common import UserError, run_cli
 from scripts.small_corpora import TINY, small_corpora
 from utils.checkpoint.format import Checkpoint
 from utils.config.values import assignment
+from utils.core.console import run_cli
+from utils.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 20

@@ -18,7 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import UserError, run_cli
+from utils.core.console import run_cli
+from utils.core.errors import UserError
 from utils.monitoring.plotting import save_figure, with_slack
 
 METRICS = "metrics.jsonl"

@@ -19,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 
-from dataset.common import UserError, command_parser, run_cli
 from scripts.report_page import charts, figures
 from scripts.report_page.runs import Run
 from utils.checkpoint.format import checkpoints_of, step_of
 from utils.core.atomic import write_result
+from utils.core.console import command_parser, run_cli
+from utils.core.errors import UserError
 
 TEMPLATES = Path(__file__).resolve().parent / "report_page"
 FEW, MOST_SAMPLES, LONGEST = 5, 40, 2000  # samples shown at once, at all, characters of each

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataset.common import UserError
 from models import cost
 from utils.backend.base import free_host_memory
 from utils.backend.cuda import BF16_PEAK
 from utils.checkpoint.run_config import as_trained
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.config.schema import PositiveFloat, PositiveInt
+from utils.core.errors import UserError
+from utils.corpus.curriculum import grown
 from utils.corpus.data import Data
 from utils.training.dry_run import planned_model
-from utils.training.schedule import grown
 
 
 class Hardware(NamedTuple):

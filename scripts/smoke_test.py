@@ -20,11 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import UserError, run_cli
 from scripts.demo_corpus import find_plays
 from scripts.plot_run import RunMetrics, summary
 from utils.config.values import assignment
 from utils.core.atomic import write_result
+from utils.core.console import run_cli
+from utils.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT_BYTES = 300_000

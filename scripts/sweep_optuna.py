@@ -33,13 +33,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
-from dataset.common import UserError, command_parser, run_cli, seed_number
 from evaluators.loop import create_evaluators
 from scripts.plot_run import METRICS, RunMetrics, read_records
 from utils.checkpoint.run_config import as_trained
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.config.values import assignment, readable
 from utils.core.atomic import write_result
+from utils.core.console import command_parser, run_cli, seed_number
+from utils.core.errors import UserError
 from utils.corpus.data import open_data
 
 try:

@@ -7,11 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dataset.common import DatasetMetadata
+from models.build import create_model
 from models.losses import ACTLossHead
 from utils.config.hydra_entry import CONFIG_DIR
 from utils.config.load import compose_config, load_config
 from utils.config.schema import PretrainConfig
-from utils.training.state import create_model
 
 ROWS, LENGTH, VOCAB = 2, 40, 90
 PRESETS = sorted(path.stem for path in (CONFIG_DIR / "arch").glob("*.yaml"))

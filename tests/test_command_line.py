@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dataset.common import UserError
 from utils.config.load import PretrainConfig, hydra_entry
+from utils.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = "data_paths=[data/x]"

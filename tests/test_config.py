@@ -11,13 +11,13 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from dataset.common import UserError
 from utils.config.load import (
     PretrainConfig,
     compose_config,
     config_warnings,
     load_config,
 )
+from utils.core.errors import UserError
 from utils.core.functions import load_class, random_run_name
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,10 +3,10 @@
 import pytest
 from training_tools import altered
 
-from dataset.common import UserError
 from utils.checkpoint.format import checkpoints_of
 from utils.checkpoint.run_config import as_trained
 from utils.config.load import compose_config, load_config
+from utils.core.errors import UserError
 
 
 def test_a_checkpoint_brings_its_own_architecture_and_corpus(text_run, text_corpus):

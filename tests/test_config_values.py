@@ -8,10 +8,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from training_tools import TINY
 
-from dataset.common import UserError
 from utils.checkpoint.run_config import as_trained
 from utils.config.load import compose_config, hydra_entry, load_config
 from utils.config.values import assignment, hydra_override, readable
+from utils.core.errors import UserError
 
 LETTERS = "ab/.-_ '\"[](){}=,日本é😀$~%#\\:;&!?*|@+<>^`0719"
 TEXTS = ("checkpoint_path", "load_checkpoint", "resume", "best_metric")

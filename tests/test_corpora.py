@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from seeds import draw_rng
 
-from dataset.common import IGNORE_LABEL_ID, UserError
+from dataset.common import IGNORE_LABEL_ID
 from sequence_dataset import (
     Corpora,
     EvalStream,
@@ -22,6 +22,7 @@ from tests.stream_tools import (
     write_corpus,
     write_trm,
 )
+from utils.core.errors import UserError
 
 
 def test_trm_labels_and_sets(tmp_path):

@@ -14,10 +14,11 @@ import pytest
 from training_tools import ROOT, TINY, make_config, metrics_of
 
 from dataset import build_corpus_dataset
-from dataset.common import UserError, load_metadata
+from dataset.common import load_metadata
 from pretrain import launch, main, open_data, train
 from utils.backend.cpu import CPUBackend
 from utils.config.load import compose_config
+from utils.core.errors import UserError
 
 
 def refused(capsys, monkeypatch, *arguments: str) -> str:

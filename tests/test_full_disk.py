@@ -14,10 +14,11 @@ import torch
 from training_tools import ROOT
 
 from dataset import inspect_corpus, train_tokenizer
-from dataset.common import UserError, run_cli
 from evaluators import loop
 from scripts import demo_corpus, export_hf, plot_run, report, smoke_test
 from utils.config.schema import LRFindConfig
+from utils.core.console import run_cli
+from utils.core.errors import UserError
 from utils.training import lr_finder
 
 Command = Callable[[Path], object]

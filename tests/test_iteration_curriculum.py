@@ -8,12 +8,12 @@ import torch
 from seeds import draw_rng
 from training_tools import contents, make_config, metrics_of
 
-from dataset.common import UserError
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from sequence_dataset import Corpora
 from tests.stream_tools import assert_same, halting, real_rows, run, stream_of, write_corpus
 from utils.config.load import compose_config, load_config
 from utils.config.schema import IterationCurriculumConfig
+from utils.core.errors import UserError
 
 RULE = IterationCurriculumConfig(start=0.25, until=0.5)
 

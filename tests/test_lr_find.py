@@ -8,9 +8,9 @@ import pytest
 from seeds import draw_rng
 from training_tools import TEXT, TINY, finish, make_config, metrics_of, start
 
-from dataset.common import UserError
 from utils.checkpoint.format import checkpoints_of
 from utils.config.schema import LRFindConfig
+from utils.core.errors import UserError
 from utils.training import lr_finder
 
 SWEEP = "lr_find={low: 1e-5, high: 10, steps: 60}"

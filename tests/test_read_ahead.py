@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from seeds import draw_rng
 
-from dataset.common import UserError
 from sequence_dataset import Corpora, TrainStream
 from tests.stream_tools import (
     assert_same,
@@ -20,6 +19,7 @@ from tests.stream_tools import (
     write_trm,
     write_windows,
 )
+from utils.core.errors import UserError
 
 SIZE = 16
 KINDS = {

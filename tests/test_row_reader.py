@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from seeds import draw_rng
 
-from dataset.common import IGNORE_LABEL_ID, UserError
+from dataset.common import IGNORE_LABEL_ID
 from sequence_dataset import (
     Corpora,
     EvalStream,
@@ -15,6 +15,7 @@ from sequence_dataset import (
     relabel,
 )
 from tests.stream_tools import run, stream_of, write_corpus
+from utils.core.errors import UserError
 from utils.corpus.permutation import hash64
 
 

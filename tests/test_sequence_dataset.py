@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from seeds import draw_rng
 
-from dataset.common import UserError
 from sequence_dataset import (
     Corpora,
     EvalStream,
@@ -27,6 +26,7 @@ from tests.stream_tools import (
     write_corpus,
     write_trm,
 )
+from utils.core.errors import UserError
 
 
 @pytest.fixture

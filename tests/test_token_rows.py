@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from seeds import draw_rng
 
-from dataset.common import IGNORE_LABEL_ID, UserError
+from dataset.common import IGNORE_LABEL_ID
 from sequence_dataset import Corpora, TrainStream
 from tests.stream_tools import (
     EOS,
@@ -26,6 +26,7 @@ from tests.stream_tools import (
     write_windows,
 )
 from tests.test_row_reader import naive_starts
+from utils.core.errors import UserError
 
 LAYOUTS = ("npy", "stream")
 

@@ -11,12 +11,12 @@ import torch
 from seeds import draw_rng
 from training_tools import IDENTIFIERS, TEXT, contents, finish, make_config, metrics_of, start
 
-from dataset.common import UserError
 from models.sparse_embedding import CastedSparseEmbedding
 from pretrain import train
 from sequence_dataset import EvalStream
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint.format import Checkpoint, checkpoints_of
+from utils.core.errors import UserError
 from utils.training.schedule import Schedule
 
 # --- the loop --------------------------------------------------------------------------------
@@ -25,9 +25,9 @@ from utils.training.schedule import Schedule
 def test_a_non_finite_loss_skips_the_update_and_at_last_stops(
     text_corpus, run_training, monkeypatch
 ):
-    from utils.training import state as train_state
+    from models import build
 
-    real = train_state.create_model
+    real = build.create_model
 
     def poisoned(*args, **kwargs):
         model = real(*args, **kwargs)

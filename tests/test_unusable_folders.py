@@ -10,9 +10,9 @@ from training_tools import TINY
 
 from dataset.build_corpus_dataset import parse_args as corpus_arguments
 from dataset.build_sudoku_dataset import main as build_sudoku
-from dataset.common import UserError
 from dataset.inspect_corpus import main as inspect_corpus
 from utils.config.load import compose_config, load_config
+from utils.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

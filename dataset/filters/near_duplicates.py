@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.common import UserError
+from utils.core.errors import UserError
 from utils.corpus.permutation import scramble
 
 SHINGLE = 5

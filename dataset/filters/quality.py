@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.common import UserError
+from utils.core.errors import UserError
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 BULLETS = ("•", "‣", "◦", "▪", "●", "-", "*")

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
 
-from dataset.common import UserError
 from dataset.input.text_sources import Source
+from utils.core.errors import UserError
 
 # A decompressor hands out lines byte by byte; a buffer of this size in front of it does not.
 _BUFFER = 1 << 20

@@ -13,9 +13,9 @@ from typing import Any
 
 import orjson
 
-from dataset.common import UserError
 from dataset.input.decompression import open_source
 from dataset.input.text_sources import Source
+from utils.core.errors import UserError
 
 MAGIC = {
     b"\x1f\x8b": "gzip",

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.common import BLANK_IDENTIFIER, UserError
+from dataset.common import BLANK_IDENTIFIER
 from dataset.input.text_sources import Source, find_sources
+from utils.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
-from dataset.common import UserError
 from dataset.input.decompression import check_not_a_pointer
 from dataset.input.text_sources import Source
+from utils.core.errors import UserError
 from utils.core.functions import has_utf8_name
 
 _ROWS = 256

@@ -11,7 +11,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.common import UserError, check_decoded
+from utils.core.console import check_decoded
+from utils.core.errors import UserError
 from utils.remote.cache import expand, fetch, is_remote
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.common import METADATA_NAME, UserError
+from dataset.common import METADATA_NAME
 from dataset.output.journal import DamagedBuildError, Journal
+from utils.core.errors import UserError
 
 CORPUS_ENTRIES = {"train", "test", "identifiers.json", "tokenizer.json", "build_report.json"}
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, UserError
+from dataset.common import IGNORE_LABEL_ID, DatasetMetadata
 from dataset.output.corpus_statistics import SplitStatistics, real_tokens
+from utils.core.errors import UserError
 from utils.monitoring.plotting import save_figure
 
 MOST_LINES = 14

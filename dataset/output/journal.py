@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.common import UserError
+from utils.core.errors import UserError
 
 _CACHE_KIB = 32 << 10  # of SQLite's pages; what does not fit is read from disk
 _SCHEMA = """

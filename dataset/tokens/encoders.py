@@ -17,7 +17,8 @@ import numpy as np
 import orjson
 from tokenizers import Tokenizer
 
-from dataset.common import UserError, byte_alphabet
+from dataset.common import byte_alphabet
+from utils.core.errors import UserError
 
 PIECE_CHARS = 1 << 12
 """Long texts are cut into pieces of about this size: the library works through them a quarter

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from dataset.common import UserError
 from dataset.tokens.encoders import Encoded, HuggingFaceEncoder
 from dataset.tokens.plain_tokenizer import BYTE_PIECES, DROPPED, SPACE, PlainTokenizer
 from dataset.tokens.sizes import byte_places, divide, sized_dtype
+from utils.core.errors import UserError
 
 
 class SizedEncoder:

@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 from tokenizers import Tokenizer
 
-from dataset.common import UserError, byte_lengths, token_dtype, tokenizer_fault
+from dataset.common import byte_lengths, token_dtype, tokenizer_fault
 from dataset.tokens.encoders import (
     CheckedEncoder,
     Encoder,
@@ -25,6 +25,7 @@ from dataset.tokens.encoders import (
 from dataset.tokens.plain_tokenizer import PlainTokenizer
 from dataset.tokens.sized_encoder import MarkEncoder, SizedEncoder
 from dataset.tokens.sizes import ids_of, sized_dtype
+from utils.core.errors import UserError
 
 EOS_TOKENS = ("<|eos|>", "<|endoftext|>", "</s>")
 PAD_TOKENS = ("<|pad|>", "<pad>")

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset.common import UserError
 from models.inference.generation import Decoder
 from models.inference.language_model import LanguageModel
+from utils.core.errors import UserError
 
 # Rounding stays far below this share of the logits; reading the wrong tokens exceeds it.
 _TOLERANCE = 0.05

@@ -10,10 +10,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from dataset.common import UserError
 from models import cost
 from models.export.source import MODEL, remote_code
 from models.inference.language_model import LanguageModel
+from utils.core.errors import UserError
 
 _FILE = MODEL.rpartition(".")[2]
 

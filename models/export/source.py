@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from dataset import common
-from dataset.common import UserError
+from utils.core.errors import UserError
 
 MODEL = "models.export.modeling_athena"
 _MODELING, _CONFIGURATION = "modeling_athena.py", "configuration_athena.py"

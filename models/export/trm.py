@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dataset.common import UserError
 from utils.checkpoint.writer import save_tensors
 from utils.core.atomic import write_result
+from utils.core.errors import UserError
 
 # How the network must be for TRM's code to compute the same from the same weights.
 _TRM = {

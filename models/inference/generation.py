@@ -13,11 +13,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dataset.common import UserError, is_byte_token
+from dataset.common import is_byte_token
 from models.inference.key_value_cache import KeyValueCache
 from models.inference.sampling import Sampling
 from models.layers import SequenceInfo
 from models.losses import ACTLossHead
+from utils.core.errors import UserError
 
 REPLACEMENT = "\ufffd"
 

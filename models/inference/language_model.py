@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, UserError
+from dataset.common import IGNORE_LABEL_ID, DatasetMetadata
 from dataset.tokens.tokenization import TextTokenizer
 from models import cost
 from models.inference.generation import Decoder, Written, batches_of, write
@@ -21,8 +21,9 @@ from utils.backend import Backend
 from utils.backend.cpu import CPUBackend
 from utils.backend.memory import explain_out_of_memory
 from utils.checkpoint.format import Checkpoint
+from utils.core.console import Progress
+from utils.core.errors import UserError
 from utils.core.functions import nearest
-from utils.training.messages import Progress
 
 
 class Score(NamedTuple):

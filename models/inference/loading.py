@@ -1,7 +1,7 @@
 """Language models from checkpoints, and from a run that is under way."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,10 @@ import yaml
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dataset.common import DatasetMetadata, UserError
+from dataset.common import DatasetMetadata
 from dataset.tokens.tokenization import TextTokenizer
-from evaluators.guard import Group
 from models.anchor import Anchor
+from models.build import create_model, load_into, match_identifiers
 from models.inference.language_model import LanguageModel
 from models.layers import CastedLinear
 from models.losses import ACTLossHead
@@ -27,43 +27,9 @@ from utils.checkpoint.format import (
 )
 from utils.config.saved import read_arch
 from utils.config.schema import PretrainConfig
+from utils.core.errors import UserError
 from utils.core.functions import load_class
-from utils.corpus.corpora import Corpora
 from utils.corpus.data import Data
-from utils.training.state import create_model, load_into, match_identifiers
-
-
-def examined(
-    head: ACTLossHead,
-    corpora: Corpora,
-    tokenizer: TextTokenizer | None,
-    backend: Backend,
-    rows: int,
-    sign: Callable[[], None],
-) -> Callable[[Group], LanguageModel]:
-    """Makes the model of a run for an evaluator that brings inputs of its own.
-
-    corpora: those that it trains on, which name its tokens and identifiers. rows: texts that a rank
-    computes at once. sign: called between batches, as a sign of life.
-    """
-
-    def ask(group: Group) -> LanguageModel:
-        def between() -> None:
-            group.pause()
-            sign()
-
-        return LanguageModel(
-            head,
-            corpora.metadata,
-            corpora.identifiers,
-            tokenizer,
-            backend,
-            rows=rows,
-            gather=group.gather_objects,
-            between=between,
-        )
-
-    return ask
 
 
 def load_language_model(

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataset.common import LARGEST_SEED
+from utils.core.console import LARGEST_SEED
 
 PositiveInt = Annotated[int, Field(ge=1)]
 

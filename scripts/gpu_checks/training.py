@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from dataset.common import UserError
 from scripts import measure_rounding
 from scripts.benchmark_train import make_step
 from scripts.crash_test import compare
@@ -24,6 +23,7 @@ from scripts.plot_run import RunMetrics
 from scripts.small_corpora import TINY
 from utils.checkpoint.format import Checkpoint
 from utils.config.values import assignment
+from utils.core.errors import UserError
 from utils.training.state import choose_kernels, create_train_state
 
 PLAYS = ROOT / "data" / "quickstart"

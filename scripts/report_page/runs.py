@@ -12,10 +12,10 @@ from typing import Any, TypeGuard
 import numpy as np
 import yaml
 
-from dataset.common import UserError
 from scripts.compare import Result, measure
 from scripts.plot_run import METRICS, RunMetrics, json_lines
 from utils.checkpoint.format import checkpoints_of
+from utils.core.errors import UserError
 
 ABANDONED = "metrics_abandoned.jsonl"
 STEPPED = re.compile(r"eval/(?P<place>.*)/step_(?P<step>\d+)/(?P<name>[^/]+)")

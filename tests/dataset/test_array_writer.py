@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from seeds import draw_rng
 
-from dataset.common import UserError
 from dataset.output.array_writer import ArrayWriter
 from dataset.output.corpus_folder import corpus_folder
+from utils.core.errors import UserError
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])

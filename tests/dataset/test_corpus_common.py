@@ -11,16 +11,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from dataset.common import (
     DatasetMetadata,
-    UserError,
     find_split,
     iteration_target,
     load_metadata,
-    run_cli,
     token_byte_lengths,
     token_dtype,
     verify_arrays,
 )
 from tests.dataset.conftest import random_text, write_jsonl
+from utils.core.console import run_cli
+from utils.core.errors import UserError
 
 TRM = {
     "pad_id": 0,

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from dataset import build_corpus_dataset
-from dataset.common import UserError, token_byte_lengths
+from dataset.common import token_byte_lengths
 from dataset.input import document_reader
 from dataset.input.document_reader import DocumentReader, ReadOptions
 from dataset.input.text_sources import find_sources
 from tests.dataset.conftest import random_text, write_jsonl
 from tests.dataset.test_build_corpus_dataset import documents_of
+from utils.core.errors import UserError
 
 try:
     from compression import zstd

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from dataset.common import UserError
 from dataset.tokens import encoders
 from dataset.tokens.encoders import (
     SELF_TEST,
@@ -19,6 +18,7 @@ from dataset.tokens.encoders import (
 from dataset.tokens.tokenization import TextTokenizer
 from dataset.train_tokenizer import train_tokenizer
 from tests.dataset.conftest import file_bytes, random_text, write_jsonl
+from utils.core.errors import UserError
 
 pytest.importorskip("gigatoken")
 

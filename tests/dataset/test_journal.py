@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from seeds import draw_rng
 
-from dataset.common import UserError
 from dataset.output.journal import Journal
+from utils.core.errors import UserError
 
 
 def test_digests_are_told_apart_by_kind(tmp_path):

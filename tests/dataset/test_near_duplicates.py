@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from seeds import draw_rng
 
-from dataset.common import UserError
 from dataset.filters import near_duplicates
 from dataset.filters.near_duplicates import BANDS, ROWS, SHINGLE, BandKeys, NearDuplicates
+from utils.core.errors import UserError
 
 
 def found(folder: Path, seed: int, *batches: list[np.ndarray]) -> np.ndarray:

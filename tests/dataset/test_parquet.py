@@ -6,9 +6,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from dataset.common import UserError
 from dataset.input.document_reader import DocumentReader, ReadOptions
 from dataset.input.text_sources import find_sources
+from utils.core.errors import UserError
 
 CASES = Path(__file__).parent / "cases"
 TEXTS = ["aé", "a longer text than a view holds inline", None, "日本"]

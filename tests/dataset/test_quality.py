@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from dataset.common import UserError
 from dataset.filters.quality import _RULES, PRESETS, RULES, QualityFilter, _Document
+from utils.core.errors import UserError
 
 
 def copies(kept: int, repeated: int, separator: str) -> str:

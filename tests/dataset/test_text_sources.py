@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from dataset.common import UserError
 from dataset.input.document_reader import DocumentReader, ReadOptions, read_lines
 from dataset.input.text_sources import find_sources
 from tests.dataset.conftest import random_text, write_jsonl
+from utils.core.errors import UserError
 
 try:
     from compression import zstd

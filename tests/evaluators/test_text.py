@@ -12,10 +12,10 @@ from training_tools import finish, make_config, metrics_of, start, write_texts
 
 from dataset.build_corpus_dataset import main as build_corpus
 from dataset.common import load_metadata
+from models.build import create_model, load_into
 from models.inference.loading import load_language_model
 from sequence_dataset import Corpora, EvalStream
 from utils.checkpoint.format import load_weights
-from utils.training.state import create_model, load_into
 
 
 def probabilities(logits: torch.Tensor, loss_type: str) -> torch.Tensor:

@@ -7,12 +7,13 @@ import pytest
 import torch
 from seeds import draw_rng
 
-from dataset.common import DatasetMetadata, UserError
+from dataset.common import DatasetMetadata
 from evaluators.examples import read_json_lines, spread
 from evaluators.generation import GenerationEvaluator
 from evaluators.puzzle import ExactMatchEvaluator, View, vote
 from evaluators.tasks import MultipleChoiceEvaluator
 from models.inference.language_model import Score
+from utils.core.errors import UserError
 from utils.core.functions import load_class
 
 

@@ -17,13 +17,14 @@ from training_tools import (
     start,
 )
 
-from dataset.common import IGNORE_LABEL_ID, UserError
+from dataset.common import IGNORE_LABEL_ID
 from models import anchor
 from models.anchor import Anchor, kl_divergence
 from models.losses import LOSSES, ACTLossHead
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from models.recursive_reasoning.transformer import Transformer
 from utils.checkpoint.format import Checkpoint, checkpoints_of
+from utils.core.errors import UserError
 
 NAMES = list(LOSSES)
 SIZES = dict(

@@ -7,13 +7,13 @@ from pydantic import ValidationError
 from seeds import draw_rng
 from tokenizers import Tokenizer, decoders, models
 
-from dataset.common import UserError
 from models.inference.generation import Decoder, Writer, draw, write
 from models.inference.key_value_cache import KeyValueCache, cache_bytes, cache_slots
 from models.inference.sampling import Sampling
 from models.losses import ACTLossHead
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from models.recursive_reasoning.transformer import Transformer
+from utils.core.errors import UserError
 
 S, V = 17, 29
 ATHENA = dict(

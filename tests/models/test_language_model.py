@@ -9,12 +9,13 @@ from dispatch_tools import Shapes
 from seeds import draw_rng
 from training_tools import altered, next_probabilities
 
-from dataset.common import IGNORE_LABEL_ID, UserError
+from dataset.common import IGNORE_LABEL_ID
+from models.build import load_into
 from models.inference.language_model import LanguageModel
 from models.inference.loading import build_model, load_language_model
 from models.inference.sampling import Sampling
 from utils.checkpoint.format import load_weights
-from utils.training.state import load_into
+from utils.core.errors import UserError
 
 
 @pytest.fixture(scope="module")

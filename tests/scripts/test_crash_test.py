@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dataset.common import UserError
 from scripts import crash_test, one_curve
+from utils.core.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from dataset.common import UserError
 from scripts import estimate
 from scripts.run_plan import Plan, plan
+from utils.core.errors import UserError
 
 
 def printed(capsys, *arguments: str) -> str:

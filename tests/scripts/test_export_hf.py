@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from training_tools import ROOT, altered, metrics_of, sealed
 
 import models
-from dataset.common import UserError
+from models.build import load_into
 from models.export import trm
 from models.export.source import remote_code
 from models.inference.language_model import LanguageModel
@@ -28,7 +28,7 @@ from models.inference.loading import build_model, load_language_model
 from models.layers import at_least_float32
 from scripts import export_hf, generate
 from utils.checkpoint.format import Checkpoint, load_weights
-from utils.training.state import load_into
+from utils.core.errors import UserError
 
 S = 24  # the window of text_run
 # Of float64, where a text is computed in other shapes: weights at random blow up its rounding, as

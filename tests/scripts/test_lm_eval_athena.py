@@ -13,9 +13,9 @@ import pytest
 from seeds import rng_for
 from training_tools import ROOT, next_probabilities
 
-from dataset.common import UserError
 from models.inference.language_model import LanguageModel
 from models.inference.loading import load_language_model
+from utils.core.errors import UserError
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dataset.common import UserError
 from utils.core.atomic import write_atomically, write_result
+from utils.core.errors import UserError
 
 
 def everything(folder: Path) -> list[str]:

@@ -8,8 +8,8 @@ import torch
 import torch._dynamo
 from training_tools import make_config
 
-from dataset.common import UserError
 from models import cost
+from models.build import create_model
 from models.flex import raise_recompile_limit
 from models.inference.loading import load_anchor
 from models.recursive_reasoning.athena_trm import AthenaTRM
@@ -18,9 +18,10 @@ from utils.backend.cpu import CPUBackend
 from utils.backend.cuda import CUDABackend
 from utils.backend.memory import explain_out_of_memory
 from utils.backend.triton import missing_for_triton
+from utils.core.errors import UserError
 from utils.corpus.data import open_data
 from utils.training.resume import choose_dtype, micro_batch_rows
-from utils.training.state import choose_kernels, create_model
+from utils.training.state import choose_kernels
 
 # --- compiling ---------------------------------------------------------------------------------
 

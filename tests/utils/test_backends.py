@@ -7,11 +7,11 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dataset.common import UserError
 from models.layers import Block, SequenceInfo
 from utils.backend.cpu import CPUBackend
 from utils.backend.cuda import CUDABackend
 from utils.backend.state import host_copy
+from utils.core.errors import UserError
 
 
 @pytest.fixture

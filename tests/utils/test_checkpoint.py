@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from dataset.common import UserError
 from utils.checkpoint.format import load_weights
+from utils.core.errors import UserError
 
 
 def test_a_file_without_weights_is_a_sentence(tmp_path):

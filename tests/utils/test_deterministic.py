@@ -8,12 +8,12 @@ import torch
 from host_waits import HostWaits
 from training_tools import IDENTIFIERS, make_config
 
-from dataset.common import UserError
 from evaluators.guard import Guarded
 from models.backbone import Backbone
 from pretrain import train
 from utils.backend.cpu import CPUBackend
 from utils.backend.cuda import CUDABackend
+from utils.core.errors import UserError
 
 # Of the list in torch.use_deterministic_algorithms: those that raise on CUDA, as ATen calls them.
 RAISING = frozenset(

@@ -12,10 +12,10 @@ from typing import ClassVar
 
 import pytest
 
-from dataset.common import UserError
 from tests.remote_tools import Site, serving
 from tests.stream_tools import write_corpus
 from utils.config.schema import PretrainConfig
+from utils.core.errors import UserError
 from utils.corpus.data import open_data
 from utils.remote import cache as remote
 from utils.remote import storage as remote_storage

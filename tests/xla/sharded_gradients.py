@@ -15,9 +15,9 @@ import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from training_tools import make_config
 
+from models.build import create_model
 from sequence_dataset import TrainStream
 from utils.corpus.data import open_data
-from utils.training.state import create_model
 
 xr.use_spmd()
 CONFIG = make_config(Path(sys.argv[1]), "arch.puzzle_emb_ndim=32", "arch.halt_max_steps=4")

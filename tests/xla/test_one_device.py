@@ -9,12 +9,12 @@ from training_tools import PUZZLES, contents, metrics_of
 from xla_tools import REPLICA, TEXT, apart, compiled, differences, fallbacks, run_on, unequal
 
 import pretrain
-from dataset.common import UserError
 from models.inference.loading import load_language_model
 from models.inference.sampling import Sampling
 from models.sparse_embedding import CastedSparseEmbedding, SparseEmbeddingSignSGD
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint.format import Checkpoint
+from utils.core.errors import UserError
 
 CASES = {
     "text, float32": ("text_corpus", 1e-5, ["optimizer=adamw"]),

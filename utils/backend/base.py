@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dataset.common import UserError
 from utils.backend.state import accumulate, is_sharded, shard
+from utils.core.errors import UserError
 
 T = TypeVar("T")
 Received = Sequence[int]  # numbers of the signals that came

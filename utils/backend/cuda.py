@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from dataset.common import UserError
 from utils.backend.base import Backend
 from utils.backend.triton import missing_for_triton
+from utils.core.errors import UserError
 
 BF16_PEAK = {
     "H200": 989e12,

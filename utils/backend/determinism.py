@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dataset.common import UserError
+from utils.core.errors import UserError
 
 
 @contextmanager

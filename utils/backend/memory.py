@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dataset.common import UserError
+from utils.core.errors import UserError
 
 # What torch raises without a class of its own: on the CPU, on Apple GPUs.
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")

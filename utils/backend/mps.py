@@ -2,8 +2,8 @@
 
 import torch
 
-from dataset.common import UserError
 from utils.backend.base import Backend
+from utils.core.errors import UserError
 
 
 class MPSBackend(Backend):

@@ -24,9 +24,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dataset.common import UserError, warnings_as_notes
 from utils.backend.base import STOP_SIGNALS, Backend, Received
 from utils.backend.xla_replica import COMPILES_ITSELF, Replica, write_whole
+from utils.core.console import warnings_as_notes
+from utils.core.errors import UserError
 
 T = TypeVar("T")
 

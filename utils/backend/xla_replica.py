@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dataset.common import UserError
 from utils.backend.base import Backend, Received, free_host_memory
 from utils.core.atomic import write_atomically
+from utils.core.errors import UserError
 
 T = TypeVar("T")
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset.common import UserError
+from utils.core.console import tell
+from utils.core.errors import UserError
 from utils.core.functions import has_utf8_name, nearest
-from utils.training.messages import tell
 
 MANIFEST = "manifest.json"
 EVALUATED = "evaluated.json"  # in a run's folder: the last evaluation that was finished

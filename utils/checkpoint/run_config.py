@@ -12,11 +12,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from dataset.common import UserError
 from utils.checkpoint.format import MANIFEST, checkpoint_in, missing_advice
 from utils.checkpoint.run_folder import folder_of
 from utils.config.saved import is_valid, read_arch
 from utils.config.values import literal, readable
+from utils.core.errors import UserError
 
 # What is taken from the checkpoint, unless the command line says otherwise: by an evaluation, and
 # by a run that starts from its weights.

@@ -10,13 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from dataset.common import UserError
 from utils.backend import Backend
 from utils.config.schema import PretrainConfig
+from utils.core.errors import UserError
 from utils.core.functions import random_run_name
-from utils.training import lr_finder
 
 LOCK = ".lock"
+LR_FIND = "lr_find"
+"""Below the run's folder, so that a sweep never meets the checkpoints of the run."""
 _WAIT = 20.0  # seconds for the process before to leave, and for slow shared storage
 
 
@@ -32,7 +33,7 @@ class RunFolder:
         assert path is not None
         self.path = path
         if config.lr_find:
-            self.path /= lr_finder.FOLDER
+            self.path /= LR_FIND
         self.failed = False
         """Set where a failure is not raised through the context manager."""
         self._lock: TextIO | None = None

@@ -20,7 +20,7 @@ import torch
 
 from utils.backend import Backend
 from utils.checkpoint.format import MANIFEST, checkpoints_of, prune, sha256, step_folder
-from utils.training.messages import tell
+from utils.core.console import tell
 
 
 class Contents(NamedTuple):

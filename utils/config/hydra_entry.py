@@ -25,10 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic_core import PydanticUndefined
 
-from dataset.common import UserError, check_decoded, guarded_output
 from utils.config.errors import did_you_mean, expected, show
 from utils.config.schema import PretrainConfig
 from utils.config.values import hydra_override
+from utils.core.console import check_decoded, guarded_output
+from utils.core.errors import UserError
 from utils.core.functions import load_class, nearest
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"

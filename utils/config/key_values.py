@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dataset.common import UserError
 from utils.config.errors import problems_of, show
+from utils.core.errors import UserError
 
 Options = TypeVar("Options", bound=BaseModel)
 

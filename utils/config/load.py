@@ -13,7 +13,6 @@ import pydantic
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from dataset.common import UserError
 from utils.config.checks import Context, clashes, config_warnings, divided_by_ranks
 from utils.config.errors import clashes_within, coerced, did_you_mean, problems_of
 from utils.config.hydra_entry import compose_config, hydra_entry
@@ -26,6 +25,7 @@ from utils.config.schema import (
     PretrainConfig,
 )
 from utils.config.values import decode_keys
+from utils.core.errors import UserError
 from utils.core.functions import load_class
 
 __all__ = [

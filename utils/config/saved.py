@@ -11,8 +11,8 @@ from typing import Any
 import pydantic
 from pydantic.fields import FieldInfo
 
-from dataset.common import UserError
 from utils.config.schema import PLACEHOLDERS, ArchConfig, PretrainConfig
+from utils.core.errors import UserError
 from utils.core.functions import load_class
 
 

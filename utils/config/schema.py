@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from dataset.common import LARGEST_SEED
 from utils.config.errors import to_float, to_int
+from utils.core.console import LARGEST_SEED
 
 
 def _to_text(value: Any) -> Any:

@@ -16,9 +16,9 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from dataset.common import UserError
 from utils.config.errors import branches
 from utils.config.schema import PretrainConfig
+from utils.core.errors import UserError
 
 _FUNCTION = re.compile(
     r"\s*(choice|range|interval|glob|shuffle|sort|tag|str|int|float|bool|json_str|extend_list)\("

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dataset.common import UserError
+from utils.core.errors import UserError
 
 
 @contextmanager

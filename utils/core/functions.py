@@ -15,7 +15,7 @@ import re
 import sys
 from pathlib import Path
 
-from dataset.common import UserError
+from utils.core.errors import UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,11 +17,11 @@ from dataset.common import (
     BLANK_IDENTIFIER,
     IGNORE_LABEL_ID,
     DatasetMetadata,
-    UserError,
     find_split,
     load_metadata,
     verify_arrays,
 )
+from utils.core.errors import UserError
 from utils.core.functions import nearest
 from utils.corpus.domain_index import DomainIndex
 from utils.corpus.part import LARGE_CORPUS, CorpusPart

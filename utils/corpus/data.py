@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.common import UserError
 from utils.config.schema import PretrainConfig
+from utils.core.errors import UserError
 from utils.corpus.corpora import Corpora
 from utils.corpus.tokenizer_files import check_tokenizers
 from utils.remote.cache import local_path

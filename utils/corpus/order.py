@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset.common import UserError
+from utils.core.errors import UserError
 from utils.corpus.corpora import Corpora
 from utils.corpus.permutation import QuotaSchedule, hash64, permute
 

@@ -14,7 +14,8 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from dataset.common import UserError, array_path
+from dataset.common import array_path
+from utils.core.errors import UserError
 
 REBUILD = "copy the corpus again, or build it again"
 CHUNK = 1 << 20

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dataset.common import IGNORE_LABEL_ID, UserError
+from dataset.common import IGNORE_LABEL_ID
+from utils.core.errors import UserError
 from utils.corpus.corpora import Corpora
 from utils.corpus.permutation import hash64
 

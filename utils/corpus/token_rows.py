@@ -6,7 +6,8 @@ labels one position ahead of them, and IGNORE_LABEL_ID where a label is not to b
 
 import numpy as np
 
-from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, UserError
+from dataset.common import IGNORE_LABEL_ID, DatasetMetadata
+from utils.core.errors import UserError
 from utils.corpus.row_file import CHUNK, ArrayFolder, Sample, sample_numbers, sample_of
 
 

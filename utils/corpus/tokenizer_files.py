@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataset.common import UserError, tokenizer_fault
+from dataset.common import tokenizer_fault
+from utils.core.errors import UserError
 
 NAME = "tokenizer.json"
 

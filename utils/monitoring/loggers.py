@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dataset.common import UserError
 from utils.core.atomic import write_atomically
-from utils.training.messages import tell
+from utils.core.console import tell
+from utils.core.errors import UserError
 
 
 class Logger(Protocol):

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from dataset.common import UserError
 from utils.core.atomic import write_result
+from utils.core.errors import UserError
 
 
 def save_figure(figure: Any, path: Path, setting: str) -> None:

@@ -10,7 +10,7 @@ from torch.profiler import profile, schedule, supported_activities
 
 from utils.backend import Backend
 from utils.core.atomic import write_atomically
-from utils.training.messages import tell
+from utils.core.console import tell
 
 FIRST, LAST = 10, 15
 """Steps of this process that are traced: the first ones compile, tune and warm up."""

@@ -17,7 +17,8 @@ from types import FrameType, TracebackType
 from typing import NamedTuple
 
 from utils.backend import Backend
-from utils.training.messages import Clock, tell
+from utils.core.clock import Clock
+from utils.core.console import tell
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST_SECONDS = 30.0  # a step that takes less is never worth a warning

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset.common import UserError
+from utils.core.errors import UserError
 from utils.remote.storage import RemoteFile, Storage, Unreachable, name_of, shown
 
 CACHE_VARIABLE = "ATHENA_CACHE"

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
-from dataset.common import UserError
+from utils.core.errors import UserError
 
 T = TypeVar("T")
 

@@ -7,16 +7,17 @@ from typing import Any
 import yaml
 from torch import nn
 
-from dataset.common import DatasetMetadata, UserError
+from dataset.common import DatasetMetadata
 from models import cost
+from models.build import create_model
 from models.inference.loading import KL_TO
 from models.losses import ACTLossHead
 from utils.backend import select_backend
 from utils.checkpoint.format import missing_advice
 from utils.config.saved import dump_config
 from utils.config.schema import PretrainConfig
+from utils.core.errors import UserError
 from utils.corpus.data import Data, open_data
-from utils.training.state import create_model
 
 
 def dry_run(config: PretrainConfig) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.backend import Backend
+from utils.core.console import LINE_SECONDS
 from utils.monitoring.loggers import Loggers
 from utils.monitoring.metrics import MetricSums, means
-from utils.training.messages import LINE_SECONDS
 from utils.training.schedule import Schedule
 
 

@@ -10,13 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset.common import UserError
 from utils.config.schema import LRFindConfig, PretrainConfig
+from utils.core.errors import UserError
 from utils.monitoring.plotting import save_figure
 from utils.training.schedule import Counters, Schedule
-
-FOLDER = "lr_find"
-"""Below the run's folder, so that a sweep never meets the checkpoints of a run."""
 
 _SMOOTHING = 0.9  # decay of the running mean of the loss, per step
 

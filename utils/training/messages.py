@@ -1,22 +1,14 @@
 """What a user watches: time, progress, tables."""
 
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-
-from tqdm import tqdm
 
 from utils.backend import Backend
 from utils.config.load import PretrainConfig, config_warnings
 from utils.training.schedule import Counters
 
 T = TypeVar("T")
-
-LINE_SECONDS = 20.0  # between two lines where there is no terminal for a bar
 
 
 def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
@@ -29,28 +21,6 @@ def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
             notes.append("parallel=fsdp has no effect on one rank: there is nobody to share with")
         for line in notes:
             print(f"note: {line}")
-
-
-class Clock:
-    """Seconds of training; it stands still in pauses."""
-
-    def __init__(self, before: float = 0.0):
-        self._start = time.monotonic() - before
-        self._paused_at: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        now = time.monotonic() if self._paused_at is None else self._paused_at
-        return now - self._start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self._paused_at = begun = time.monotonic()
-        try:
-            yield
-        finally:
-            self._start += time.monotonic() - begun
-            self._paused_at = None
 
 
 def advice_on_nonfinite(config: PretrainConfig, good: Sequence[Path]) -> str:
@@ -84,53 +54,6 @@ def ending(config: PretrainConfig, last: Path, state: Counters, began: int) -> s
         f"nothing is left to train: the run is at step {state.step:,} already, {last}; to train "
         f"on, raise {key} ({now}) and add resume_allow=[{key}]; eval_only=true evaluates it again"
     )
-
-
-def tell(sentence: str) -> None:
-    """Prints beside a progress bar without breaking it, at once."""
-    tqdm.write(sentence)
-    sys.stdout.flush()
-
-
-def prefetched(items: Iterable[T], workers: int) -> Iterator[T]:
-    """The same items in order, the next one made ready in a thread (if `workers` is not 0)."""
-    if workers == 0:
-        yield from items
-        return
-    end, iterator = object(), iter(items)
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, iterator, end)
-        while (item := following.result()) is not end:
-            following = pool.submit(next, iterator, end)
-            yield item  # type: ignore[misc]
-
-
-def ticking(items: Iterable[T], *ticks: Callable[[], object]) -> Iterator[T]:
-    """The same items; each of `ticks` is called after each of them."""
-    for item in items:
-        yield item
-        for tick in ticks:
-            tick()
-
-
-class Progress(tqdm):
-    """A bar on a terminal; elsewhere a line every LINE_SECONDS, because a bar makes a log file hard
-    to read. Nothing at all where `shown` is false."""
-
-    def __init__(self, total: int, desc: str, unit: str, shown: bool):
-        self._lines = shown and not sys.stderr.isatty()
-        self._done, self._whole, self._name = 0, total, desc
-        self._told_at = time.monotonic()
-        super().__init__(
-            total=total, desc=desc, unit=unit, leave=False, disable=not shown or self._lines
-        )
-
-    def update(self, n: float | None = 1) -> bool | None:
-        self._done += int(n or 0)
-        if self._lines and time.monotonic() - self._told_at >= LINE_SECONDS:
-            self._told_at = time.monotonic()
-            print(f"{self._name} {self._done:,} of {self._whole:,}", flush=True)
-        return super().update(n)
 
 
 def evaluation_table(results: dict[str, Any], step: int) -> str:

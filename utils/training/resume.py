@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 import yaml
 
-from dataset.common import DatasetMetadata, UserError
+from dataset.common import DatasetMetadata
 from evaluators.guard import FAILURES
 from models import cost
+from models.build import create_model, load_into
 from models.inference.loading import fitting_weights, settle_anchor, usable_dtype
 from models.losses import ACTLossHead
 from models.source_code import source_files
@@ -22,14 +23,10 @@ from utils.checkpoint.format import Checkpoint
 from utils.checkpoint.writer import CheckpointWriter, Contents
 from utils.config.saved import changed_keys, dump_config, is_fixed
 from utils.config.schema import PretrainConfig
+from utils.core.console import tell
+from utils.core.errors import UserError
 from utils.corpus.corpora import Corpora, did_you_mean
-from utils.training.messages import tell
-from utils.training.state import (
-    TrainState,
-    carry_rows,
-    create_model,
-    load_into,
-)
+from utils.training.state import TrainState, carry_rows
 
 FORMAT = 2  # of a checkpoint's files; 2: optimizers know parameters by name
 

@@ -3,9 +3,7 @@
 import math
 from typing import Protocol
 
-import numpy as np
-
-from utils.config.schema import IterationCurriculumConfig, PretrainConfig
+from utils.config.schema import PretrainConfig
 
 
 class Stream(Protocol):
@@ -66,19 +64,6 @@ def cosine(progress: float, min_ratio: float) -> float:
     """Falls from 1 at progress 0 to `min_ratio` at 1 along half a cosine."""
     progress = min(max(progress, 0.0), 1.0)
     return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def grown(
-    budgets: np.ndarray, rule: IterationCurriculumConfig, progress: float, least: int
-) -> np.ndarray:
-    """Budgets of rows that enter at `progress` (0..1): the share `rule.start` of them at first,
-    growing evenly to all of them at `rule.until`; rounded to whole ACT steps, halves up.
-
-    None falls below `least`, or below what it is whole.
-    """
-    share = rule.start + (1 - rule.start) * min(1.0, progress / rule.until)
-    scaled = np.floor(budgets * share + 0.5).astype(budgets.dtype)
-    return np.maximum(scaled, np.minimum(budgets, least))
 
 
 def warmup_cosine(step: int, warmup: int, progress: float, min_ratio: float) -> float:

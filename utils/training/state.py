@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dataset.common import BLANK_IDENTIFIER, DatasetMetadata, UserError
 from models.anchor import row_data
 from models.backbone import Backbone
+from models.build import load_into
 from models.flex import raise_recompile_limit
 from models.losses import ACTLossHead
 from models.recursive_reasoning.athena_trm import Carry, InnerCarry
@@ -26,7 +25,6 @@ from utils.backend import Backend
 from utils.backend.state import (
     gather,
     host_copy,
-    load_model_state,
     load_optimizer_state,
     model_state,
     optimizer_state,
@@ -34,57 +32,10 @@ from utils.backend.state import (
     scalar,
 )
 from utils.checkpoint.format import Checkpoint
-from utils.config.schema import ArchConfig, EarlyStoppingConfig, PretrainConfig
-from utils.core.functions import load_class
+from utils.config.schema import EarlyStoppingConfig, PretrainConfig
+from utils.core.errors import UserError
 from utils.training.ema import EMA
 from utils.training.optimizers import AdamATan2, create_optimizers
-
-
-def create_model(
-    arch: ArchConfig,
-    metadata: DatasetMetadata,
-    *,
-    batch_size: int,
-    seed: int = 0,
-    reasoning_ids: int = 0,
-    device: str | torch.device = "cpu",
-) -> ACTLossHead:
-    """Build an architecture inside its loss head, with weights drawn from `seed` on the CPU.
-
-    `reasoning_ids` is the highest label of the corpus' reasoning stream + 1, 0 without one;
-    `device` is "meta" to count a model without allocating it.
-    """
-    options, loss = arch.options, arch.loss
-    architecture = load_class(arch.name)
-    if "enable_reasoning_stream" in architecture.Config.model_fields:  # type: ignore[attr-defined]
-        wanted = options.get("enable_reasoning_stream", "auto")
-        used = bool(loss.options.get("reasoning_loss_weight")) and reasoning_ids > 0
-        options["enable_reasoning_stream"] = used if wanted == "auto" else wanted
-    if loss.options.get("reasoning_loss_weight") and device != "meta" and not reasoning_ids:
-        raise UserError(
-            f"arch.loss.reasoning_loss_weight={loss.options['reasoning_loss_weight']} needs "
-            "reasoning_labels.npy beside the corpus' other arrays; add it or set the weight to 0"
-        )
-    sizes = dict(
-        batch_size=batch_size,
-        seq_len=metadata.seq_len,
-        vocab_size=metadata.vocab_size,
-        num_puzzle_identifiers=metadata.num_puzzle_identifiers,
-    )
-    torch.manual_seed(seed)
-    try:
-        with torch.device(device):
-            model = architecture(options | sizes)
-    except ValidationError as error:
-        messages = "; ".join(fault["msg"] for fault in error.errors())
-        raise UserError(f"arch and the corpus do not fit: {messages}") from None
-    known = getattr(model.config, "reasoning_vocab_size", 0)
-    if options.get("enable_reasoning_stream") is True and reasoning_ids > known:
-        raise UserError(
-            f"reasoning_labels.npy holds the label {reasoning_ids - 1}, but "
-            f"arch.reasoning_vocab_size is {known}; it must be at least {reasoning_ids}"
-        )
-    return load_class(loss.name)(model, **loss.options)
 
 
 @dataclass
@@ -362,48 +313,6 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
         for parameter, moments in optimizer.state.items():
             count = float(moments["step"])
             moments["step"] = int(count) if plain else torch.tensor(count, device=parameter.device)
-
-
-def load_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Loads weights by name; UserError that names what does not fit."""
-    own = model.state_dict()
-    faults = [f"{name} is missing" for name in own if name not in weights]
-    faults += [f"{name} is not part of this architecture" for name in weights if name not in own]
-    faults += [
-        f"{name} is {tuple(weights[name].shape)} there and {tuple(own[name].shape)} here"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    if faults:
-        shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if faults[4:] else "")
-        raise UserError(
-            f"the checkpoint is of another architecture: {shown}. Give the arch options that it "
-            "was trained with (its config.yaml has them)"
-        )
-    load_model_state(model, weights)
-
-
-def match_identifiers(
-    weights: dict[str, Tensor], old: Sequence[str] | None, new: Sequence[str]
-) -> None:
-    """Gives each identifier of the new corpora its old row by name, the others the mean row.
-
-    Without names (TRM's files) rows stay as they are if their number does, else all take the mean.
-    """
-    name = "inner.puzzle_emb.weights"
-    if name not in weights:
-        return
-    table = weights[name]
-    if old is None and len(table) == len(new):
-        return
-    index = {} if old is None else {identifier: i for i, identifier in enumerate(old)}
-    rows = table.mean(0, keepdim=True).repeat(len(new), 1)
-    for i, identifier in enumerate(new):
-        if identifier in index:
-            rows[i] = table[index[identifier]]
-    if BLANK_IDENTIFIER in new and BLANK_IDENTIFIER not in index:
-        rows[new.index(BLANK_IDENTIFIER)] = 0
-    weights[name] = rows
 
 
 def carry_rows(carries: Sequence[Carry]) -> dict[str, Tensor]:

@@ -1,0 +1,183 @@
+"""What a user sees on a terminal: sentences, progress, errors."""
+
+import argparse
+import errno
+import io
+import os
+import select
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from tqdm import tqdm
+
+from utils.core.errors import UserError
+
+LINE_SECONDS = 20.0  # between two lines where there is no terminal for a bar
+
+
+def tell(sentence: str) -> None:
+    """Prints beside a progress bar without breaking it, at once."""
+    tqdm.write(sentence)
+    sys.stdout.flush()
+
+
+class Progress(tqdm):
+    """A bar on a terminal; elsewhere a line every LINE_SECONDS, because a bar makes a log file hard
+    to read. Nothing at all where `shown` is false."""
+
+    def __init__(self, total: int, desc: str, unit: str, shown: bool):
+        self._lines = shown and not sys.stderr.isatty()
+        self._done, self._whole, self._name = 0, total, desc
+        self._told_at = time.monotonic()
+        super().__init__(
+            total=total, desc=desc, unit=unit, leave=False, disable=not shown or self._lines
+        )
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self._done += int(n or 0)
+        if self._lines and time.monotonic() - self._told_at >= LINE_SECONDS:
+            self._told_at = time.monotonic()
+            print(f"{self._name} {self._done:,} of {self._whole:,}", flush=True)
+        return super().update(n)
+
+
+LARGEST_SEED = 2**64 - 1
+
+
+T = TypeVar("T")
+
+
+_PROJECT = Path(__file__).resolve().parents[2]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other mistake, instead of all options before it."""
+        self.exit(2, f"error: {message}; --help lists the options\n")
+
+
+def command_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser whose --help begins with the module's own description, as it was written."""
+    return _Parser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+@contextmanager
+def warnings_as_notes(shown: bool = True) -> Iterator[None]:
+    """The project's own warnings are sentences for its user: once each, without a source line."""
+    with warnings.catch_warnings():
+        usual, said = warnings.showwarning, set()
+
+        def show(message, category, filename, lineno, file=None, line=None) -> None:
+            ours = filename.startswith(str(_PROJECT)) and "site-packages" not in filename
+            if not ours or category is not UserWarning:
+                usual(message, category, filename, lineno, file, line)
+            elif shown and str(message) not in said:
+                said.add(str(message))
+                tqdm.write(f"note: {message}")
+
+        warnings.showwarning = show
+        yield
+
+
+def seed_number(text: str, largest: int = LARGEST_SEED) -> int:
+    """Read an argument --seed, for argparse."""
+    try:
+        if 0 <= (seed := int(text)) <= largest:
+            return seed
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {largest}")
+
+
+def replace_closed_streams() -> None:
+    """Give sys.stdout and sys.stderr somewhere to write to where their descriptors are closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # python >&-
+            nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for as long as it runs
+            setattr(sys, name, nowhere)
+
+
+@contextmanager
+def guarded_output(closed_status: int = 128 + 13) -> Iterator[None]:
+    """Guard what a command prints.
+
+    Characters that standard output cannot encode are escaped. A pipe that was closed, as by `head`,
+    ends the command quietly with `closed_status`, by default what SIGPIPE gives; output that cannot
+    be written ends it with a sentence and exit status 2.
+    """
+    replace_closed_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno not in _OUTPUT_FAULTS:
+            raise
+        failing = [stream for stream in (sys.stdout, sys.stderr) if _fails(stream)]
+        if not failing:
+            raise
+        nothing = os.open(os.devnull, os.O_WRONLY)  # Python flushes once more at its end
+        for stream in failing:
+            os.dup2(nothing, stream.fileno())
+        if error.errno == errno.EPIPE:
+            raise SystemExit(closed_status) from None
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+_OUTPUT_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}
+
+
+def _fails(stream: Any) -> bool:
+    """Return whether a stream is a closed pipe, or holds output that cannot be written."""
+    try:
+        stream.flush()
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # errors are always reported
+        return bool(poll.poll(0))
+    except (AttributeError, io.UnsupportedOperation):  # Windows; a stream without a file
+        return False
+    except OSError:
+        return True
+
+
+def check_decoded(texts: Iterable[str]) -> None:
+    """Raise UserError for an argument or file name whose bytes the locale's encoding lacks."""
+    for text in texts:
+        if any("\udc80" <= char <= "\udcff" for char in text):  # as Python keeps such bytes
+            encoding = sys.getfilesystemencoding()
+            advice = "rename it" if encoding == "utf-8" else "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+            shown = os.fsencode(text).decode("utf-8", "backslashreplace")
+            raise UserError(f"{shown!r} cannot be read in the encoding {encoding}; {advice}")
+
+
+def run_cli(fn: Callable[[], T], closed_status: int = 128 + 13, check_arguments: bool = True) -> T:
+    """Call a command's body; a `UserError` ends in one line on stderr and exit code 2.
+
+    closed_status: see `guarded_output`; 0 for a command that only shows things. check_arguments:
+    refuse arguments that the locale cannot decode; False for a command that decodes its own.
+    """
+    with guarded_output(closed_status):
+        try:
+            if check_arguments:
+                check_decoded(sys.argv)
+            with warnings_as_notes():
+                return fn()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
