@@ -24,7 +24,7 @@ from utils.remote.cache import expand, fetch, is_remote
 fsspec = pytest.importorskip("fsspec")
 pytest.importorskip("aiohttp")
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BODY = bytes(range(256)) * 800  # 200 KiB
 
 

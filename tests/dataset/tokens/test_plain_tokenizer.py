@@ -5,12 +5,12 @@ import random
 from itertools import pairwise, product
 
 import pytest
+from tests.dataset.test_encoders import odd_text
 from tokenizers import Tokenizer
 
 from dataset.tokens.sizes import ids_of
 from dataset.tokens.tokenization import TextTokenizer
 from tests.dataset.conftest import WORDS, random_text
-from tests.dataset.test_encoders import odd_text
 from tests.dataset.tokenizer_variants import CASES, LOSSLESS, LOSSY, MARKED, case
 
 ALL = LOSSLESS | MARKED | LOSSY

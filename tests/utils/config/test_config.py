@@ -20,7 +20,7 @@ from utils.config.load import (
 from utils.core.errors import UserError
 from utils.core.functions import load_class, random_run_name
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 DATA = "data_paths=[data/x]"
 PRESETS = {
     group: sorted(path.stem for path in (ROOT / "config" / group).glob("*.yaml"))
