@@ -83,8 +83,9 @@ def check_optimizer(session: Session) -> None:
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 7))
         (optimizer,) = create_optimizers(
-            OptimizerConfig(name="adam_atan2", fused=fused), net.to(session.backend.device),
-            lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, decay_all=False,
+            OptimizerConfig.model_validate({"name": "adam_atan2", "fused": fused}),
+            net.to(session.backend.device), lr=0.01, betas=(0.9, 0.95), weight_decay=0.1,
+            decay_all=False,
         )  # fmt: skip
         for _ in range(3):
             net(torch.randn(9, 64).to(session.backend.device)).square().sum().backward()

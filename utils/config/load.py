@@ -227,6 +227,7 @@ def _components(raw: Mapping[str, Any]) -> Iterator[_ComponentCheck]:
     if isinstance(arch, Mapping):
         yield from named("arch", arch, ArchConfig)
         yield from named("arch.loss", arch.get("loss"), LossConfig)
+    kind: type[Component]
     for key, kind in (("optimizer", OptimizerConfig), ("lr_schedule", ScheduleConfig)):
         yield from named(key, raw.get(key, PretrainConfig.model_fields[key].default), kind)
     for key, kind in (("evaluators", EvaluatorConfig), ("logger", LoggerConfig)):

@@ -39,10 +39,11 @@ class AdamATan2(Optimizer):
         betas: tuple[float, float],
         fused: bool | None = None,
     ) -> list[Optimizer]:
+        options: dict[str, Any] = dict(lr=lr, betas=betas)
         on_cuda = groups[0]["params"][0].device.type == "cuda"
         if fused or (fused is None and on_cuda and importlib.util.find_spec("adam_atan2")):
             try:
-                return [fused_adam_atan2()(groups, lr=lr, betas=betas)]
+                return [fused_adam_atan2()(groups, **options)]
             except (ImportError, OSError) as error:
                 if fused:
                     raise UserError(
@@ -53,7 +54,7 @@ class AdamATan2(Optimizer):
                     f"adam-atan2 is installed but does not load ({error}); plain PyTorch is used",
                     stacklevel=2,
                 )
-        return [AdamATan2(groups, lr=lr, betas=betas)]
+        return [AdamATan2(groups, **options)]
 
     def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float = 0.0):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))

@@ -31,7 +31,8 @@ class Muon:
         matrices = {
             id(p) for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2
         }
-        inside, outside = [], []
+        inside: list[dict] = []
+        outside: list[dict] = []
         for group in groups:
             for part, wanted in ((inside, True), (outside, False)):
                 chosen = [p for p in group["params"] if (id(p) in matrices) is wanted]
