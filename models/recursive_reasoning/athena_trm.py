@@ -6,7 +6,7 @@ z_H carries the answer, z_L the working state. After Tiny Recursive Models (Joli
 Shape letters: B rows, S tokens, P prefix positions, D hidden, V vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,37 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.backbone import Backbone, BackboneConfig, Batch, mean_over, real_tokens
+from models.base import Architecture, Carry
 from models.common import trunc_normal_init_
 from models.layers import Block, CastedLinear, SequenceInfo, at_least_float32, perhaps_any, rms_norm
-
-# Redrawn at every step; a row that is held must not keep its first draw.
-PER_STEP_KEYS = frozenset({"explore"})
-
-
-@dataclass
-class InnerCarry:
-    """z_H, z_L: (B, P+S, D) in the forward dtype, without gradient."""
-
-    z_H: Tensor
-    z_L: Tensor
-
-
-@dataclass
-class Carry:
-    """What a row keeps between ACT steps.
-
-    steps (B,) int32: ACT steps done. halted (B,) bool: the next batch's row may move in.
-    current_data: the batch entries of the example that the row holds, all of them.
-    last_loss (B,) float32: the row's loss at its last step, infinite before the first.
-    info: in evaluation, positions and mask of the rows' data, which later steps share.
-    """
-
-    inner_carry: InnerCarry
-    steps: Tensor
-    halted: Tensor
-    current_data: Batch
-    last_loss: Tensor
-    info: SequenceInfo | None = None
 
 
 class AthenaTRMConfig(BackboneConfig):
@@ -206,38 +178,36 @@ class AthenaTRMInner(Backbone):
         return halt, proceed
 
 
-class AthenaTRM(nn.Module):
-    """The recursion under adaptive computation time (ACT).
-
-    `config_dict` holds the options of `AthenaTRMConfig`; an unknown or inconsistent one raises
-    `pydantic.ValidationError` (a ValueError) that names it.
-    """
+class AthenaTRM(Architecture):
+    """The recursion under adaptive computation time (ACT)."""
 
     Config = AthenaTRMConfig
+    inner: AthenaTRMInner
 
     def __init__(self, config_dict: dict):
         super().__init__()
         self.config = AthenaTRMConfig(**config_dict)
         self.inner = AthenaTRMInner(self.config).to(self.config.param_dtype)
 
-    def initial_carry(self, batch: Batch) -> Carry:
-        """A carry in which every row is free. Needs any batch of the right shapes."""
+    @property
+    def max_steps(self) -> int:  # type: ignore[override]
+        return self.config.halt_max_steps
+
+    @property
+    def eval_steps(self) -> int:
+        return self.config.max_eval_steps
+
+    def empty_latents(self, batch: Batch) -> Batch:
         rows, length = batch["inputs"].shape
-        device = batch["inputs"].device
         shape = (rows, self.config.prefix_len + length, self.config.hidden_size)
-        z = torch.zeros(shape, dtype=self.config.dtype, device=device)
-        return Carry(
-            InnerCarry(z, z.clone()),
-            steps=torch.zeros(rows, dtype=torch.int32, device=device),
-            halted=torch.ones(rows, dtype=torch.bool, device=device),
-            current_data={
-                k: torch.zeros_like(v) for k, v in batch.items() if k not in PER_STEP_KEYS
-            },
-            last_loss=torch.full((rows,), torch.inf, device=device),
-        )
+        z = torch.zeros(shape, dtype=self.config.dtype, device=batch["inputs"].device)
+        return {"z_H": z, "z_L": z.clone()}
+
+    def fresh_latents(self) -> Batch:
+        return {"z_H": self.inner.H_init, "z_L": self.inner.L_init}
 
     def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, Batch]:
-        """One ACT step of every row; free rows first take their row of `batch`.
+        """Take one ACT step of every row; free rows first take their row of `batch`.
 
         Returns the new carry and outputs: logits (B, S, V); q_halt_logits, q_continue_logits
         (B,) at least float32; where they apply target_q_continue (B,), reasoning_logits,
@@ -245,12 +215,12 @@ class AthenaTRM(nn.Module):
         """
         carry = self.admit(carry, batch)
         data, inner = carry.current_data, self.inner
-        info, z = carry.info or inner.sequence_info(data), carry.inner_carry
-        z_H, z_L = inner.recur(z.z_H, z.z_L, inner.embed(data), info)
+        info, before = carry.info or inner.sequence_info(data), carry.latents
+        z_H, z_L = inner.recur(before["z_H"], before["z_L"], inner.embed(data), info)
         if not self.training:  # a row that has halted keeps what it had
             done = carry.halted.view(-1, 1, 1)
-            z_H = torch.where(done, z.z_H, z_H)
-            z_L = torch.where(done, z.z_L, z_L)
+            z_H = torch.where(done, before["z_H"], z_H)
+            z_L = torch.where(done, before["z_L"], z_L)
         q_halt, q_continue = inner.halt_logits(z_H, data)
         steps = torch.where(carry.halted, carry.steps, carry.steps + 1)
         halted = carry.halted | self.halts(steps, q_halt, q_continue, data, batch.get("explore"))
@@ -258,10 +228,10 @@ class AthenaTRM(nn.Module):
         outputs |= self._readout(z_H, z_L, halted, info)
         new = replace(
             carry,
-            inner_carry=InnerCarry(z_H.detach(), z_L.detach()),
+            latents={"z_H": z_H.detach(), "z_L": z_L.detach()},
             steps=steps,
             halted=halted.detach(),
-            info=info if self._keeps_info(z.z_H.device) else None,
+            info=info if self._keeps_info(z_H.device) else None,
         )
         if self.training and not self.config.no_ACT_continue:
             outputs["target_q_continue"] = self._continue_target(new, data, info)
@@ -271,28 +241,6 @@ class AthenaTRM(nn.Module):
         """In evaluation no row is admitted after the first step, so that its data stay the same. On
         XLA the steps after the first would become another program."""
         return not self.training and device.type != "xla"
-
-    def admit(self, carry: Carry, batch: Batch) -> Carry:
-        """Lets the batch's examples into free rows; held rows keep all their own data.
-
-        In evaluation a row that has halted after some steps is done, not free.
-        """
-        free = carry.halted if self.training else carry.halted & (carry.steps == 0)
-        z, inner = carry.inner_carry, self.inner
-        return Carry(
-            InnerCarry(
-                torch.where(free.view(-1, 1, 1), inner.H_init.to(z.z_H.dtype), z.z_H),
-                torch.where(free.view(-1, 1, 1), inner.L_init.to(z.z_L.dtype), z.z_L),
-            ),
-            steps=torch.where(free, 0, carry.steps),
-            halted=carry.halted & ~free,
-            current_data={
-                key: torch.where(free.view(-1, *[1] * (held.ndim - 1)), batch[key], held)
-                for key, held in carry.current_data.items()
-            },
-            last_loss=torch.where(free, torch.inf, carry.last_loss),
-            info=None if self.training else carry.info,
-        )
 
     @torch.no_grad()
     def halts(
@@ -331,8 +279,8 @@ class AthenaTRM(nn.Module):
     @torch.no_grad()
     def _continue_target(self, carry: Carry, data: Batch, info: SequenceInfo) -> Tensor:
         """TRM's bootstrapped Q-learning target: what the next step would say, (B,)."""
-        z = carry.inner_carry
-        z_H, _ = self.inner.recur(z.z_H, z.z_L, self.inner.embed(data), info)
+        z = carry.latents
+        z_H, _ = self.inner.recur(z["z_H"], z["z_L"], self.inner.embed(data), info)
         halt, proceed = self.inner.halt_logits(z_H, data)
         last = carry.steps >= self.config.halt_max_steps
         return torch.sigmoid(torch.where(last, halt, torch.maximum(halt, proceed)))
