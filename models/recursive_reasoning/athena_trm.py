@@ -19,6 +19,8 @@ from models.base import Architecture, Carry
 from models.common import trunc_normal_init_
 from models.layers import Block, CastedLinear, SequenceInfo, at_least_float32, perhaps_any, rms_norm
 
+Latents = dict[str, Tensor]
+
 
 class AthenaTRMConfig(BackboneConfig):
     """Options of `AthenaTRM`."""
@@ -100,8 +102,9 @@ class ReasoningModule(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm_type, self.eps, self.checkpointed = norm_type, eps, checkpointed
 
-    def forward(self, h: Tensor, injection: Tensor, info: SequenceInfo) -> Tensor:
-        h = h + injection
+    def forward(self, h: Tensor, injection: Tensor | None, info: SequenceInfo) -> Tensor:
+        if injection is not None:
+            h = h + injection
         for layer in self.layers:
             if self.checkpointed and torch.is_grad_enabled():
                 h = checkpoint(layer, h, info, use_reentrant=False)
@@ -111,11 +114,14 @@ class ReasoningModule(nn.Module):
 
 
 class AthenaTRMInner(Backbone):
-    """The recursion: no halting, no losses."""
+    """The recursion: no halting, no losses.
+
+    A variant names its latent streams and says how a cycle updates them: `work`, `conclude`.
+    """
 
     config: AthenaTRMConfig
-    H_init: Tensor
-    L_init: Tensor
+    streams: tuple[str, ...] = ("z_H", "z_L")
+    """Latents that rows carry: the first holds the answer, the last the working state."""
 
     def __init__(self, config: AthenaTRMConfig):
         super().__init__(config)
@@ -127,44 +133,57 @@ class AthenaTRMInner(Backbone):
             config.rms_norm_eps,
             config.use_gradient_checkpointing,
         )
-        for name in ("H_init", "L_init"):
-            self.register_buffer(name, trunc_normal_init_(torch.empty(config.hidden_size)))
+        for stream in self.streams:
+            start = trunc_normal_init_(torch.empty(config.hidden_size))
+            self.register_buffer(f"{stream.removeprefix('z_')}_init", start)
         if config.enable_reasoning_stream is True:
             self.reasoning_head = CastedLinear(config.hidden_size, config.reasoning_vocab_size)
         with torch.no_grad():  # almost never halts at first, as in TRM
             self.q_head.weight.zero_()
             self.q_head.bias.fill_(-5)  # type: ignore[union-attr]
 
-    def recur(
-        self, z_H: Tensor, z_L: Tensor, x: Tensor, info: SequenceInfo
-    ) -> tuple[Tensor, Tensor]:
-        """One ACT step: z_H, z_L (B, P+S, D), with gradient through the last H_grad_cycles."""
-        config = self.config
+    def starts(self) -> Latents:
+        """Return what the streams of a row start from, (D,) each."""
+        return {z: self.get_buffer(f"{z.removeprefix('z_')}_init") for z in self.streams}
 
-        def cycle(z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
-            for _ in range(config.L_cycles):
-                z_L = self.L_level(z_L, z_H + x, info)
-            return self.L_level(z_H, z_L, info), z_L
+    def work(self, z: Latents, x: Tensor, info: SequenceInfo) -> Latents:
+        """Return the streams after the inner cycles of an outer cycle. x: (B, L, D) embeddings."""
+        z_H, z_L = z["z_H"], z["z_L"]
+        for _ in range(self.config.L_cycles):
+            z_L = self.L_level(z_L, z_H + x, info)
+        return {"z_H": z_H, "z_L": z_L}
+
+    def conclude(self, z: Latents, info: SequenceInfo) -> Tensor:
+        """Return the answer's stream at the end of an outer cycle, (B, L, D)."""
+        return self.L_level(z["z_H"], z["z_L"], info)
+
+    def recur(self, z: Latents, x: Tensor, info: SequenceInfo) -> Latents:
+        """Take one ACT step: streams (B, L, D), with gradient through the last H_grad_cycles."""
+
+        def cycle(z: Latents) -> Latents:
+            z = self.work(z, x, info)
+            return z | {self.streams[0]: self.conclude(z, info)}
 
         with torch.no_grad():
-            for _ in range(config.H_cycles - config.H_grad_cycles):
-                z_H, z_L = cycle(z_H, z_L)
-        for _ in range(config.H_grad_cycles):
-            z_H, z_L = cycle(z_H, z_L)
-        return z_H, z_L
+            for _ in range(self.config.H_cycles - self.config.H_grad_cycles):
+                z = cycle(z)
+        for _ in range(self.config.H_grad_cycles):
+            z = cycle(z)
+        return z
 
-    def refine(self, z_H: Tensor, z_L: Tensor, info: SequenceInfo) -> Tensor:
+    def refine(self, z: Latents, info: SequenceInfo) -> Tensor:
+        """Return the answer's stream after the refinement passes, (B, L, D)."""
         for _ in range(self.config.post_refinement_steps):
-            z_H = self.L_level(z_H, z_L, info)
-        return z_H
+            z = z | {self.streams[0]: self.conclude(z, info)}
+        return z[self.streams[0]]
 
     def answer(self, x: Tensor, info: SequenceInfo, steps: int) -> Tensor:
-        """z_H (B, L, D) after so many ACT steps from the start, refined, without halting: what
-        `forward` comes to in evaluation. x: embedded positions (B, L, D)."""
-        z_H, z_L = (init.to(x.dtype).expand_as(x) for init in (self.H_init, self.L_init))
+        """Return the answer's stream (B, L, D) after this many ACT steps from the start, refined,
+        without halting: what `forward` comes to in evaluation. x: embedded positions (B, L, D)."""
+        z = {name: start.to(x.dtype).expand_as(x) for name, start in self.starts().items()}
         for _ in range(steps):
-            z_H, z_L = self.recur(z_H, z_L, x, info)
-        return self.refine(z_H, z_L, info)
+            z = self.recur(z, x, info)
+        return self.refine(z, info)
 
     def halt_logits(self, z_H: Tensor, data: Batch) -> tuple[Tensor, Tensor]:
         """q_halt, q_continue: (B,) each, at least float32."""
@@ -181,13 +200,14 @@ class AthenaTRMInner(Backbone):
 class AthenaTRM(Architecture):
     """The recursion under adaptive computation time (ACT)."""
 
-    Config = AthenaTRMConfig
+    Config: type[AthenaTRMConfig] = AthenaTRMConfig
+    Inner: type[AthenaTRMInner] = AthenaTRMInner
     inner: AthenaTRMInner
 
     def __init__(self, config_dict: dict):
         super().__init__()
-        self.config = AthenaTRMConfig(**config_dict)
-        self.inner = AthenaTRMInner(self.config).to(self.config.param_dtype)
+        self.config = self.Config(**config_dict)
+        self.inner = self.Inner(self.config).to(self.config.param_dtype)
 
     @property
     def max_steps(self) -> int:  # type: ignore[override]
@@ -197,14 +217,14 @@ class AthenaTRM(Architecture):
     def eval_steps(self) -> int:
         return self.config.max_eval_steps
 
-    def empty_latents(self, batch: Batch) -> Batch:
+    def empty_latents(self, batch: Batch) -> Latents:
         rows, length = batch["inputs"].shape
         shape = (rows, self.config.prefix_len + length, self.config.hidden_size)
-        z = torch.zeros(shape, dtype=self.config.dtype, device=batch["inputs"].device)
-        return {"z_H": z, "z_L": z.clone()}
+        options = dict(dtype=self.config.dtype, device=batch["inputs"].device)
+        return {name: torch.zeros(shape, **options) for name in self.inner.streams}
 
-    def fresh_latents(self) -> Batch:
-        return {"z_H": self.inner.H_init, "z_L": self.inner.L_init}
+    def fresh_latents(self) -> Latents:
+        return self.inner.starts()
 
     def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, Batch]:
         """Take one ACT step of every row; free rows first take their row of `batch`.
@@ -216,22 +236,21 @@ class AthenaTRM(Architecture):
         carry = self.admit(carry, batch)
         data, inner = carry.current_data, self.inner
         info, before = carry.info or inner.sequence_info(data), carry.latents
-        z_H, z_L = inner.recur(before["z_H"], before["z_L"], inner.embed(data), info)
+        z = inner.recur(before, inner.embed(data), info)
         if not self.training:  # a row that has halted keeps what it had
             done = carry.halted.view(-1, 1, 1)
-            z_H = torch.where(done, before["z_H"], z_H)
-            z_L = torch.where(done, before["z_L"], z_L)
-        q_halt, q_continue = inner.halt_logits(z_H, data)
+            z = {name: torch.where(done, before[name], after) for name, after in z.items()}
+        q_halt, q_continue = inner.halt_logits(z[inner.streams[0]], data)
         steps = torch.where(carry.halted, carry.steps, carry.steps + 1)
         halted = carry.halted | self.halts(steps, q_halt, q_continue, data, batch.get("explore"))
         outputs = {"q_halt_logits": q_halt, "q_continue_logits": q_continue}
-        outputs |= self._readout(z_H, z_L, halted, info)
+        outputs |= self._readout(z, halted, info)
         new = replace(
             carry,
-            latents={"z_H": z_H.detach(), "z_L": z_L.detach()},
+            latents={name: after.detach() for name, after in z.items()},
             steps=steps,
             halted=halted.detach(),
-            info=info if self._keeps_info(z_H.device) else None,
+            info=info if self._keeps_info(halted.device) else None,
         )
         if self.training and not self.config.no_ACT_continue:
             outputs["target_q_continue"] = self._continue_target(new, data, info)
@@ -261,27 +280,26 @@ class AthenaTRM(Architecture):
             steps >= (config.halt_max_steps if self.training else config.max_eval_steps)
         )
 
-    def _readout(self, z_H: Tensor, z_L: Tensor, halted: Tensor, info: SequenceInfo) -> Batch:
+    def _readout(self, z: Latents, halted: Tensor, info: SequenceInfo) -> Batch:
         config, inner, outputs = self.config, self.inner, {}
-        answer = z_H
+        answer = unrefined = z[inner.streams[0]]
         refines = config.post_refinement_steps > 0  # asked first: a look at `halted` waits
         if refines and (config.post_refinement_train if self.training else perhaps_any(halted)):
             # the carry stays unrefined: only the logits of rows that have halted change
-            answer = torch.where(halted.view(-1, 1, 1), inner.refine(z_H, z_L, info), z_H)
+            answer = torch.where(halted.view(-1, 1, 1), inner.refine(z, info), unrefined)
             if not self.training:
-                outputs["unrefined_logits"] = inner.logits(z_H)
+                outputs["unrefined_logits"] = inner.logits(unrefined)
         outputs["logits"] = inner.logits(answer)
         if config.enable_reasoning_stream is True:
-            read = z_L[:, config.prefix_len :][:, : config.reasoning_seq_len]
+            read = z[inner.streams[-1]][:, config.prefix_len :][:, : config.reasoning_seq_len]
             outputs["reasoning_logits"] = inner.reasoning_head(read)
         return outputs
 
     @torch.no_grad()
     def _continue_target(self, carry: Carry, data: Batch, info: SequenceInfo) -> Tensor:
         """TRM's bootstrapped Q-learning target: what the next step would say, (B,)."""
-        z = carry.latents
-        z_H, _ = self.inner.recur(z["z_H"], z["z_L"], self.inner.embed(data), info)
-        halt, proceed = self.inner.halt_logits(z_H, data)
+        z = self.inner.recur(carry.latents, self.inner.embed(data), info)
+        halt, proceed = self.inner.halt_logits(z[self.inner.streams[0]], data)
         last = carry.steps >= self.config.halt_max_steps
         return torch.sigmoid(torch.where(last, halt, torch.maximum(halt, proceed)))
 
