@@ -43,6 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     | SOFTMAX
     | {"tie_embeddings": True, "puzzle_emb_ndim": 0, "norm_type": "pre"},
     "learned positions": GROUPED | STABLEMAX | {"pos_encodings": "learned", "L_layers": 1},
+    "one stream": STABLEMAX | {"name": "recursive_reasoning.single_z@SingleZ"} | GROUPED,
+    "six streams": STABLEMAX | {"name": "recursive_reasoning.hier6@Hier6", "L_cycles": 6} | GROUPED,
     "transformer": STABLEMAX
     | {"name": "recursive_reasoning.transformer@Transformer", "hidden_size": 32, "num_heads": 4}
     | {"puzzle_emb_ndim": 32, "norm_type": "pre"},
