@@ -186,10 +186,9 @@ def evaluate(
         results |= guarded.results(None if save_path is None else str(save_path))
     finally:
         model.train(was_training)
-    halting = getattr(model.model.config, "eval_halting", "max")
-    if halting in ("budget", "act"):
+    if (prefix := model.model.row_depth) is not None:
         results = {
-            name if name == FAILURES else f"{halting}/{name}": value
+            name if name == FAILURES else f"{prefix}/{name}": value
             for name, value in results.items()
         }
     return results

@@ -50,11 +50,28 @@ class Architecture(nn.Module):
     config: Any
     inner: Backbone
     max_steps: int = 1
+    row_depth: str | None = None
+    """Prefix of an evaluation's figures where each row has a depth of its own: act, budget."""
 
     @property
     def eval_steps(self) -> int:
         """Return the steps of every row in an evaluation."""
         return self.max_steps
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the modules whose matrices Muon trains. Default: the items of every
+        `nn.ModuleList`."""
+        lists = [module for module in self.inner.modules() if isinstance(module, nn.ModuleList)]
+        return [block for items in lists for block in items]
+
+    def regions(self) -> list[tuple[nn.Module, str]]:
+        """Return what `torch.compile` compiles: modules and names of their methods. Default: the
+        forward pass of each block."""
+        return [(block, "forward") for block in self.blocks()]
+
+    def notes(self) -> list[str]:
+        """Return sentences that a user should read at the start of a run. Default: none."""
+        return []
 
     def initial_carry(self, batch: Batch) -> Carry:
         """Return a carry in which every row is free, for batches of this one's shapes."""

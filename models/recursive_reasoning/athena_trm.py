@@ -217,6 +217,18 @@ class AthenaTRM(Architecture):
     def eval_steps(self) -> int:
         return self.config.max_eval_steps
 
+    @property
+    def row_depth(self) -> str | None:  # type: ignore[override]
+        return self.config.eval_halting if self.config.eval_halting in ("act", "budget") else None
+
+    def notes(self) -> list[str]:
+        if not self.config.post_refinement_steps or self.config.post_refinement_train:
+            return []
+        return [
+            "the refinement passes are never trained (post_refinement_train=false); evaluations "
+            "have figures without them under unrefined/"
+        ]
+
     def empty_latents(self, batch: Batch) -> Latents:
         rows, length = batch["inputs"].shape
         shape = (rows, self.config.prefix_len + length, self.config.hidden_size)

@@ -264,9 +264,8 @@ def create_train_state(
         model.requires_grad_(False)
     if backend.compiles(config.compile):
         raise_recompile_limit()
-        for module in model.modules():
-            if type(module).__name__ == "Block":
-                module.compile(dynamic=False)
+        for module, method in model.model.regions():
+            _compile(module, method)
     trains = any(p.requires_grad for p in model.parameters())
     step_model = backend.wrap(model, config.parallel) if trains else model
     trainable = [p for p in model.parameters() if p.requires_grad]  # sharded by now, if at all
@@ -300,6 +299,14 @@ def create_train_state(
         halted=np.ones(config.global_batch_size, dtype=bool),
         parameters=trainable,
     )
+
+
+def _compile(module: nn.Module, method: str) -> None:
+    """Compile a method in place; the names of parameters stay as they are."""
+    if method == "forward":
+        module.compile(dynamic=False)
+    else:
+        setattr(module, method, torch.compile(getattr(module, method), dynamic=False))
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
