@@ -213,9 +213,9 @@ def build(
             "corpora have no test split; name one with data_paths_test, or leave early_stopping out"
         )
     schedule = (lr_finder.Sweep if config.lr_find else Schedule)(config, stream)
-    names = config.logger if backend.is_main else []
+    wanted = config.logger if backend.is_main else []
     place = None if config.eval_only else state.step
-    loggers = Loggers(names, folder, dump_config(config), place)
+    loggers = Loggers(wanted, folder, dump_config(config), place)
     peak = backend.peak_flops(model.model.config.dtype)
     log = TrainingLog(
         loggers,

@@ -347,8 +347,9 @@ def memory(
     rows = run.rows_per_rank(ranks)
     weights = n.wide * counted.parameters
     buffers = n.wide * (counted.identifier_parameters + counted.buffers)
-    moments = {"adam_atan2": 2.0, "adamw": 2.0, "muon": 1.0}[run.optimizer]
-    if run.optimizer == "muon":  # AdamW serves what is no matrix of a block
+    muon = run.optimizer.name == "muon"
+    moments = 1.0 if muon else 2.0  # others are taken to keep two, as most do
+    if muon:  # AdamW serves what is no matrix of a block
         moments += 1 - counted.core_parameters / counted.parameters
     sharded = ranks if run.parallel == "fsdp" else 1
     # latents in the forward dtype, and the rows' data, once held and once newly arrived
@@ -368,7 +369,7 @@ def memory(
             n,
             loss_type=run.arch.loss.options.get("loss_type", ""),
             micro_rows=micro_rows,
-            optimizer=run.optimizer,
+            optimizer=run.optimizer.name,
             device=device,
             dense=_masks_densely(model, device),
             gradients_stay=ranks > 1 or rows > micro_rows,

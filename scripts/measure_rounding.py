@@ -25,7 +25,7 @@ from models.losses import ACTLossHead
 from utils.backend import select_backend
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.core.console import run_cli
-from utils.training.schedule import warmup_cosine
+from utils.training.schedule import warmup
 from utils.training.state import create_train_state
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -126,7 +126,7 @@ def measure(overrides: Sequence[str], updates: Sequence[int], steps: int) -> Non
             carry, loss, *_ = trained(return_keys=(), carry=carry, batch=rows(ROWS, generator))
             (loss / ROWS).backward()
             state.clip_gradients(config.grad_clip_norm)
-            state.update(warmup_cosine(done, config.lr_warmup_steps, 0.0, config.lr_min_ratio))
+            state.update(warmup(done, config.lr_warmup_steps))
             for optimizer in state.optimizers:
                 optimizer.zero_grad()
         for head in heads.values():

@@ -133,9 +133,10 @@ class Search:
         for name in ("lr_find", "dry_run", "eval_only"):
             if getattr(config, name):
                 raise UserError(f"{name}={getattr(config, name)} trains no trial: leave it out")
-        if "jsonl" not in config.logger:
+        loggers = [logger.name for logger in config.logger]
+        if "jsonl" not in loggers:
             raise UserError(
-                f"logger=[{','.join(config.logger)}] keeps no {METRICS}, which the search reads: "
+                f"logger=[{','.join(loggers)}] keeps no {METRICS}, which the search reads: "
                 "add jsonl"
             )
         data = open_data(config)

@@ -20,9 +20,9 @@ import pytest
 import torch
 from leftovers import children, files_below, threads, wait_for_none
 from seeds import BASE_SEED, SEED_VARIABLE, seed_for
-from training_tools import puzzle_corpus, run_training, text_corpus, text_run
+from training_tools import puzzle_corpus, run_training, text_corpus, text_run, write_plugin
 
-__all__ = ["puzzle_corpus", "run_training", "text_corpus", "text_run"]
+__all__ = ["puzzle_corpus", "run_training", "text_corpus", "text_run", "write_plugin"]
 
 # For the processes that tests start: idle threads of two processes wait for work on the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -201,7 +201,7 @@ PerplexityEvaluator.__init__ = refuse
 
 def test_a_logger_that_raises_costs_its_lines_only(text_corpus, tmp_path):
     fault = """
-from utils.monitoring.loggers import TensorBoardLogger
+from utils.monitoring.loggers.tensorboard import TensorBoardLogger
 def broken(self, metrics, step):
     if step > 3:
         raise ConnectionError("the server is away")

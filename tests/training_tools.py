@@ -1,11 +1,12 @@
 """Small corpora on disk and ways to run the real training on them."""
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,26 @@ def run_training(tmp_path) -> Callable[..., Path]:
         return folder
 
     return run
+
+
+@pytest.fixture
+def write_plugin(tmp_path, monkeypatch) -> Iterator[Callable[[str, str, str], None]]:
+    """Write modules that are found in a package of the project, as files of their own."""
+    written: list[str] = []
+
+    def write(package: str, name: str, source: str) -> None:
+        folder = tmp_path / "plugins" / package
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.py").write_text(source, "utf-8")
+        module = importlib.import_module(package)
+        if str(folder) not in module.__path__:
+            monkeypatch.setattr(module, "__path__", [*module.__path__, str(folder)])
+        importlib.invalidate_caches()
+        written.append(f"{package}.{name}")
+
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)
 
 
 def start(

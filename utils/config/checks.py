@@ -19,13 +19,14 @@ class Context:
     """What the checks look at.
 
     arch, loss: the options of the two components, their defaults filled in; empty where those
-    components are at fault themselves.
+    components are at fault themselves. optimizer: the class that is named, None if not found.
     """
 
     config: PretrainConfig
     world_size: int
     arch: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
+    optimizer: Any = None
 
 
 Check = Callable[[Context], Iterator[str]]
@@ -95,10 +96,10 @@ def _eval_batch(c: Context) -> Iterator[str]:
 
 @_reads("parallel", "device_type", "optimizer")
 def _parallel(c: Context) -> Iterator[str]:
-    if c.config.parallel == "fsdp" and c.config.optimizer == "muon":
+    if c.config.parallel == "fsdp" and not getattr(c.optimizer, "takes_shards", True):
         yield (
-            "parallel=fsdp leaves each rank a part of every matrix and optimizer=muon needs whole "
-            "ones: use parallel=ddp, or adam_atan2 or adamw"
+            "parallel=fsdp leaves each rank a part of every matrix and optimizer="
+            f"{c.config.optimizer.name} needs whole ones: use parallel=ddp, or adam_atan2 or adamw"
         )
     if c.config.parallel == "fsdp" and c.config.device_type in ("xla", "tpu", "mps"):
         yield (

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pydantic
 
-from utils.core.functions import nearest
+from utils.core.functions import form, nearest, short_names
 
 
 def to_int(value: Any) -> Any:
@@ -104,6 +104,9 @@ def expected(annotation: Any) -> str:
     }
     if annotation in plain:
         return plain[annotation]
+    if getattr(annotation, "BARE", False):
+        names = ", ".join(short_names(annotation.PREFIX))
+        return (f"one of {names} or " if names else "") + form(annotation.KIND)
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         return "pairs {" + ", ".join(annotation.model_fields) + "}"
     return getattr(annotation, "__name__", str(annotation))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-import pydantic
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -26,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic_core import PydanticUndefined
 
 from utils.config.errors import did_you_mean, expected, show
-from utils.config.schema import PretrainConfig
+from utils.config.schema import ArchConfig, PretrainConfig
 from utils.config.values import hydra_override
 from utils.core.console import check_decoded, guarded_output
 from utils.core.errors import UserError
@@ -381,9 +380,7 @@ def _bare(value: Any) -> str:
 
 
 def _short(annotation: Any) -> str:
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        return "preset"
-    return expected(annotation)
+    return "preset" if annotation is ArchConfig else expected(annotation)
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

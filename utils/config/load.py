@@ -16,17 +16,21 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from utils.config.checks import Context, clashes, config_warnings, divided_by_ranks
 from utils.config.errors import clashes_within, coerced, did_you_mean, problems_of
 from utils.config.hydra_entry import compose_config, hydra_entry
+from utils.config.plugins import load_plugin, options_model
 from utils.config.schema import (
     PLACEHOLDERS,
     ArchConfig,
+    Component,
     EarlyStoppingConfig,
     EvaluatorConfig,
+    LoggerConfig,
     LossConfig,
+    OptimizerConfig,
     PretrainConfig,
+    ScheduleConfig,
 )
 from utils.config.values import decode_keys
 from utils.core.errors import UserError
-from utils.core.functions import load_class
 
 __all__ = [
     "ArchConfig",
@@ -62,7 +66,11 @@ def load_config(cfg: DictConfig | Mapping[str, Any], world_size: int = 1) -> Pre
         problems += lines
         validated[component.where] = options
     context = Context(
-        config, world_size, arch=validated.get("arch", {}), loss=validated.get("arch.loss", {})
+        config,
+        world_size,
+        arch=validated.get("arch", {}),
+        loss=validated.get("arch.loss", {}),
+        optimizer=next((c.plugin for c in components if c.where == "optimizer"), None),
     )
     problems += clashes(context, faulty)
 
@@ -127,21 +135,21 @@ def _validate_schema(
 class _ComponentCheck:
     """The options of one `module@Class` in the config, checked by that class."""
 
-    def __init__(self, where: str, options: Mapping[str, Any], prefix: str):
-        self.where = where  # the key that it stands at, e.g. arch.loss
+    def __init__(self, where: str, given: str | Mapping[str, Any], kind: type[Component]):
+        self.where, self.kind = where, kind  # where: the key that it stands at, e.g. arch.loss
+        options = {"name": given} if isinstance(given, str) else given
         self.options = {k: v for k, v in options.items() if k not in ("name", "loss")}
         self.placeholders: dict[str, Any] = {}
-        self.cls: type | None = None
+        self.plugin: Any = None
         self.model: type[pydantic.BaseModel] | None = None
         self.problem: str | None = None
         try:
-            self.cls = load_class(options["name"], prefix)
+            self.plugin = load_plugin(kind.model_construct(name=options["name"]))
         except UserError as error:
-            self.problem = f"{where}.name: {error}"
+            self.problem = f"{where if isinstance(given, str) else f'{where}.name'}: {error}"
             return
-        model = getattr(self.cls, "Config", None)
-        if inspect.isclass(model) and issubclass(model, pydantic.BaseModel):
-            self.model = model
+        self.model = model = options_model(self.plugin, kind)
+        if model is not None:
             self.placeholders = {k: v for k, v in PLACEHOLDERS.items() if k in model.model_fields}
 
     def keys(self) -> list[str]:
@@ -162,8 +170,9 @@ class _ComponentCheck:
             return [self.problem], {}
         if self.model is None:
             return self._check_arguments(), dict(self.options)
+        source = "the data" if self.where == "arch" else "the key of that name"
         problems = [
-            f"{self.where}.{name} is set by the data: remove it"
+            f"{self.where}.{name} is set by {source}: remove it"
             for name in self.placeholders
             if name in self.options
         ]
@@ -188,14 +197,11 @@ class _ComponentCheck:
 
     def _arguments(self) -> list[str] | None:
         """Names of the constructor's own options; None where it takes any."""
-        assert self.cls is not None
-        parameters = inspect.signature(self.cls).parameters.values()
+        parameters = list(inspect.signature(self.plugin).parameters.values())
         if any(p.kind is p.VAR_KEYWORD for p in parameters):
             return None
-        given = ("data_path", "eval_metadata", "model", "config_dict")
-        return [
-            p.name for p in parameters if p.name not in given and p.kind is not p.VAR_POSITIONAL
-        ]
+        own = parameters[self.kind.FIRST_ARGUMENTS :]
+        return [p.name for p in own if p.kind is not p.VAR_POSITIONAL]
 
     def _check_arguments(self) -> list[str]:
         if self.where == "arch" or (names := self._arguments()) is None:
@@ -212,15 +218,18 @@ class _ComponentCheck:
 def _components(raw: Mapping[str, Any]) -> Iterator[_ComponentCheck]:
     """The components that the config names; those without a name are the schema's to report."""
 
-    def named(where: str, options: Any, prefix: str) -> Iterator[_ComponentCheck]:
-        if isinstance(options, Mapping) and isinstance(options.get("name"), str):
-            yield _ComponentCheck(where, options, prefix)
+    def named(where: str, given: Any, kind: type[Component]) -> Iterator[_ComponentCheck]:
+        name = given.get("name") if isinstance(given, Mapping) else given
+        if isinstance(name, str) and (kind.BARE or given is not name):
+            yield _ComponentCheck(where, given, kind)
 
     arch = raw.get("arch")
-    yield from named("arch", arch, "models.")
     if isinstance(arch, Mapping):
-        yield from named("arch.loss", arch.get("loss"), "models.")
-    evaluators = raw.get("evaluators")
-    for i, evaluator in enumerate(evaluators if isinstance(evaluators, list) else []):
-        options = {"name": evaluator} if isinstance(evaluator, str) else evaluator
-        yield from named(f"evaluators[{i}]", options, "evaluators.")
+        yield from named("arch", arch, ArchConfig)
+        yield from named("arch.loss", arch.get("loss"), LossConfig)
+    for key, kind in (("optimizer", OptimizerConfig), ("lr_schedule", ScheduleConfig)):
+        yield from named(key, raw.get(key, PretrainConfig.model_fields[key].default), kind)
+    for key, kind in (("evaluators", EvaluatorConfig), ("logger", LoggerConfig)):
+        several = raw.get(key)
+        for i, given in enumerate(several if isinstance(several, list) else []):
+            yield from named(f"{key}[{i}]", given, kind)

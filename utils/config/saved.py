@@ -11,9 +11,22 @@ from typing import Any
 import pydantic
 from pydantic.fields import FieldInfo
 
-from utils.config.schema import PLACEHOLDERS, ArchConfig, PretrainConfig
+from utils.config.plugins import load_plugin, options_model
+from utils.config.schema import (
+    PLACEHOLDERS,
+    ArchConfig,
+    Component,
+    OptimizerConfig,
+    PretrainConfig,
+    ScheduleConfig,
+)
 from utils.core.errors import UserError
-from utils.core.functions import load_class
+
+# keys that name a plug-in which shapes the training curve
+_PLUGINS: dict[str, type[Component]] = {
+    "optimizer": OptimizerConfig,
+    "lr_schedule": ScheduleConfig,
+}
 
 
 def dump_config(config: PretrainConfig) -> dict[str, Any]:
@@ -62,15 +75,18 @@ def changed_keys(
     rules = _resume_rules(config)
     if config.arch.loss.options.get("kl_to"):
         rules.pop("load_weights", None)  # the base must keep its weights
-    before, now = _flatten(old), _flatten(dump_config(config))
-    changed = {}
+    old, gone_of_plugins = _complete_plugins(old)
+    before, now = _flatten(old), _flatten(_complete_plugins(dump_config(config))[0])
+    changed: dict[str, tuple[Any, Any]] = {}
     for key in sorted(before.keys() | now.keys()):
         names = {key, key.split(".")[0]}
+        if names & changed.keys():
+            continue  # options of a plug-in that is another one
         given = {rules.get(name) for name in names}
         allowed = "any" in given or (names & set(config.resume_allow) and "fixed" not in given)
         if before.get(key) != now.get(key) and not allowed:
             changed[key] = before.get(key), now.get(key)
-    return changed, gone
+    return changed, gone + gone_of_plugins
 
 
 def is_fixed(config: PretrainConfig, key: str) -> bool:
@@ -85,6 +101,9 @@ def _resume_rules(config: PretrainConfig) -> dict[str, str]:
     declared = {name: field for name, field in PretrainConfig.model_fields.items()}
     declared |= {f"arch.{name}": field for name, field in _options_of(arch).items()}
     declared |= {f"arch.loss.{name}": field for name, field in _options_of(loss).items()}
+    for key in _PLUGINS:
+        options = _options_of(getattr(config, key).name, _PLUGINS[key])
+        declared |= {f"{key}.{name}": field for name, field in options.items()}
     found = {name: _extra(field, "on_resume") for name, field in declared.items()}
     return {name: rule for name, rule in found.items() if rule is not None}
 
@@ -99,6 +118,19 @@ def _complete_arch(arch: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     )
     whole["loss"] = loss
     return whole, gone_of_arch + gone
+
+
+def _complete_plugins(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return a config with the options of optimizer and schedule beside their names, as keys
+    `optimizer.option`, defaults included; and the options that are gone."""
+    found, gone = dict(values), []
+    for key, kind in _PLUGINS.items():
+        given = {"name": values[key]} if isinstance(values[key], str) else values[key]
+        options, gone_of_plugin = _complete(given, _options_of(given["name"], kind), f"{key}.")
+        found[key] = options.pop("name")
+        found |= {f"{key}.{name}": value for name, value in options.items()}
+        gone += gone_of_plugin
+    return found, gone
 
 
 def _complete(
@@ -121,17 +153,14 @@ def _complete(
     return values, gone
 
 
-def _options_of(identifier: str) -> dict[str, FieldInfo]:
-    """Return the fields of the `Config` of `module@Class` that a config may set."""
+def _options_of(name: str, kind: type[Component] = ArchConfig) -> dict[str, FieldInfo]:
+    """Return the options that the plug-in of this name declares and a config may set."""
     try:
-        declared = getattr(load_class(identifier), "Config", None)
+        declared = options_model(load_plugin(kind.model_construct(name=name)), kind)
     except UserError:  # its module is gone: that is said where the class is needed
         return {}
-    if not (isinstance(declared, type) and issubclass(declared, pydantic.BaseModel)):
-        return {}
-    return {
-        name: field for name, field in declared.model_fields.items() if name not in PLACEHOLDERS
-    }
+    fields = declared.model_fields if declared else {}
+    return {name: field for name, field in fields.items() if name not in PLACEHOLDERS}
 
 
 def _extra(field: FieldInfo, name: str) -> Any:

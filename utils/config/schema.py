@@ -6,7 +6,8 @@ declared by those classes themselves (their `Config`) and are extra keys here.
 """
 
 import os
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -24,11 +25,6 @@ def _null_is_none_word(value: Any) -> Any:
     return "none" if value is None else value
 
 
-def _name_only(value: Any) -> Any:
-    """`text@PerplexityEvaluator` stands for `{name: text@PerplexityEvaluator}`."""
-    return {"name": value} if isinstance(value, str) else value
-
-
 Int = Annotated[int, BeforeValidator(to_int)]
 Float = Annotated[float, BeforeValidator(to_float), Field(allow_inf_nan=False)]
 Text = Annotated[str, BeforeValidator(_to_text)]
@@ -39,11 +35,13 @@ MetricName = Annotated[Text, AfterValidator(lambda name: name.removeprefix("eval
 
 # Options of an architecture that the data decide. While the config is checked no data is open:
 # large enough here that no bound of the architecture is met by accident.
+# Also what a schedule is given from a key of its own.
 PLACEHOLDERS = {
     "batch_size": 1,
     "seq_len": 65536,
     "vocab_size": 65536,
     "num_puzzle_identifiers": 1,
+    "lr_min_ratio": 0.1,
 }
 
 # Whether a key may differ when a run is resumed (`utils/config/saved.py`): ANY where it leaves the
@@ -61,12 +59,27 @@ Ratio = Annotated[Float, Field(ge=0, le=1)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]  # of a running average: 1 would never move
 
 
-class _Component(pydantic.BaseModel):
-    """A class named `module@Class` and the options that this class itself declares."""
+class Component(pydantic.BaseModel):
+    """A plug-in named `module@Class` and the options that it declares itself."""
 
     model_config = pydantic.ConfigDict(extra="allow", strict=True)
 
+    PREFIX: ClassVar[str]
+    """The package that its module lies in, with a dot."""
+    BARE: ClassVar[bool] = False
+    """Whether its name alone may stand for it."""
+    KIND: ClassVar[Literal["class", "function"]] = "class"
+    NO_OPTIONS: ClassVar[type[pydantic.BaseModel] | None] = None
+    """The options of one that declares none; None where its constructor says."""
+    FIRST_ARGUMENTS: ClassVar[int] = 0
+    """Arguments of the constructor that are no options."""
+
     name: str = Field(description="the class, as module@Class")
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _name_only(cls, value: Any) -> Any:
+        return {"name": value} if cls.BARE and isinstance(value, str) else value
 
     @property
     def options(self) -> dict[str, Any]:
@@ -74,21 +87,71 @@ class _Component(pydantic.BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
-class LossConfig(_Component):
+class LossConfig(Component):
     """A loss head below `models.` and its options."""
 
+    PREFIX = "models."
+    FIRST_ARGUMENTS = 1
 
-class ArchConfig(_Component):
+
+class ArchConfig(Component):
     """An architecture below `models.` and its options."""
+
+    PREFIX = "models."
 
     loss: LossConfig = Field(description="the loss head and its options")
 
 
-class EvaluatorConfig(_Component):
+class EvaluatorConfig(Component):
     """An evaluator below `evaluators.` and its options."""
 
+    PREFIX = "evaluators."
+    BARE = True
+    FIRST_ARGUMENTS = 2
 
-Evaluator = Annotated[EvaluatorConfig, BeforeValidator(_name_only)]
+
+class _SavedByName(Component):
+    """A plug-in that is saved as its bare name where it has no options."""
+
+    BARE = True
+
+    @pydantic.model_serializer(mode="wrap")
+    def _as_given(self, handler: Callable[[Any], dict[str, Any]]) -> str | dict[str, Any]:
+        return handler(self) if self.options else self.name
+
+
+class NoOptions(pydantic.BaseModel):
+    """What a plug-in has that declares no options."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+class ScheduleOptions(NoOptions):
+    """What every learning-rate schedule is given; a subclass declares options besides."""
+
+    lr_min_ratio: float = Field(description="value of that key")
+
+
+class OptimizerConfig(_SavedByName):
+    """An optimizer below `utils.training.optimizers.` and its options."""
+
+    PREFIX = "utils.training.optimizers."
+    NO_OPTIONS = NoOptions
+
+
+class ScheduleConfig(_SavedByName):
+    """A learning-rate schedule below `utils.training.lr_schedules.` and its options."""
+
+    PREFIX = "utils.training.lr_schedules."
+    KIND = "function"
+    NO_OPTIONS = ScheduleOptions
+
+
+class LoggerConfig(_SavedByName):
+    """A logger below `utils.monitoring.loggers.` and its options."""
+
+    PREFIX = "utils.monitoring.loggers."
+    FIRST_ARGUMENTS = 3
 
 
 class EarlyStoppingConfig(pydantic.BaseModel):
@@ -196,10 +259,17 @@ class PretrainConfig(pydantic.BaseModel):
     max_seconds: PositiveFloat | None = Field(None, description="seconds of training at most")
 
     # Optimizer
-    optimizer: Literal["adam_atan2", "adamw", "muon"] = Field(
-        "adam_atan2", description="of all weights but the identifier embedding"
+    optimizer: OptimizerConfig = Field(
+        "adam_atan2",  # read like a user's value
+        validate_default=True,
+        description="of all weights but the identifier embedding; or {name: ..., option: value}",
     )
     lr: NonNegativeFloat = Field(8e-5, description="peak learning rate")
+    lr_schedule: ScheduleConfig = Field(
+        "cosine",
+        validate_default=True,
+        description="how lr falls after the warm-up; or {name: ..., option: value}",
+    )
     lr_min_ratio: Ratio = Field(0.1, description="last learning rate, as a share of lr")
     lr_warmup_steps: CountInt = Field(4000, description="optimizer steps of linear warm-up")
     beta1: Decay = Field(0.9, description="decay of the gradient's mean, per step")
@@ -225,7 +295,7 @@ class PretrainConfig(pydantic.BaseModel):
     ema_warmup: bool = Field(True, description="start the average at a lower decay")
 
     # Evaluation
-    evaluators: list[Evaluator] = Field(
+    evaluators: list[EvaluatorConfig] = Field(
         ["text@PerplexityEvaluator"],  # read like a user's value
         validate_default=True,
         description="module@Class, or {name: module@Class, option: value}",
@@ -354,8 +424,11 @@ class PretrainConfig(pydantic.BaseModel):
     )
 
     # Logging
-    logger: list[Literal["wandb", "tensorboard", "jsonl"]] = Field(
-        ["jsonl"], description="where metrics go: wandb, tensorboard, jsonl", json_schema_extra=ANY
+    logger: list[LoggerConfig] = Field(
+        ["jsonl"],
+        validate_default=True,
+        description="where metrics go; or {name: ..., option: value}",
+        json_schema_extra=ANY,
     )
     log_interval: PositiveInt = Field(
         10, description="optimizer steps between log lines", json_schema_extra=ANY

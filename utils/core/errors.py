@@ -1,5 +1,10 @@
-"""The one error that a user is shown as a sentence."""
+"""The one error that a user is shown as a sentence, and other errors on one line."""
 
 
 class UserError(ValueError):
     """A mistake that a user can make and mend; the message names the value and the way out."""
+
+
+def first_line(error: Exception) -> str:
+    """Return an exception's type and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

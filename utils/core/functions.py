@@ -1,8 +1,9 @@
 """Look-up of plug-in classes by `module@Class`, and names for runs.
 
-Architectures, losses and evaluators are named in the config as `module@Class`, with the
-module taken below `models.` or `evaluators.`: a config can therefore never name a class
-outside the project's own packages.
+Architectures, losses, evaluators, optimizers and the like are named in the config as
+`module@Class`, with the module taken below one package, such as `models.` or `evaluators.`: a
+config can therefore never name a class outside the project's own packages. A package may give
+some of its classes short names, in its `NAMES`.
 """
 
 import difflib
@@ -13,13 +14,26 @@ import os
 import random
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from utils.core.errors import UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 _IDENTIFIER = re.compile(r"(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)@(?P<name>[A-Za-z_]\w*)")
+
+
+class _Kind(NamedTuple):
+    is_one: Callable[[Any], bool]
+    pattern: str  # of its definition, at the beginning of a line
+
+
+_KINDS = {
+    "class": _Kind(inspect.isclass, r"^class ([A-Za-z]\w*)"),
+    "function": _Kind(inspect.isfunction, r"^def ([A-Za-z]\w*)"),
+}
 
 _ADJECTIVES = (
     "amber ample azure bold brave brief bright brisk calm candid clever coral crimson curious "
@@ -68,28 +82,28 @@ def _modules_below(prefix: str) -> list[str]:
     return sorted(names)
 
 
-def _split(identifier: str, prefix: str) -> tuple[str, str]:
+def _split(identifier: str, prefix: str, kind: str = "class") -> tuple[str, str]:
     match = _IDENTIFIER.fullmatch(identifier)
     if match is None:
         raise UserError(
-            f"'{identifier}' is not of the form module@Class (with the module below '{prefix}'), "
-            + _form_advice(identifier, prefix)
+            f"'{identifier}' is not of the form {form(kind)} (with the module below '{prefix}'), "
+            + _form_advice(identifier, prefix, kind)
         )
     return match["module"], match["name"]
 
 
-def _form_advice(identifier: str, prefix: str) -> str:
+def _form_advice(identifier: str, prefix: str, kind: str) -> str:
     """What an identifier of the wrong form was probably meant to be."""
-    classes = _classes_below(prefix)
+    written = _written_below(prefix, kind)
     for part in (1, 0):  # the likeliest slip is the bare class name, then the bare module
-        parts = {name.split("@")[part]: name for name in classes}
+        parts = {name.split("@")[part]: name for name in written}
         best = nearest(re.split(r"[@.:/]", identifier)[-1], list(parts))
         if best is not None:
             return f"did you mean '{parts[best]}'?"
-    return f"for example '{classes[0]}'" if classes else "there is none"
+    return f"for example '{written[0]}'" if written else "there is none"
 
 
-def _classes_below(prefix: str) -> list[str]:
+def _written_below(prefix: str, kind: str) -> list[str]:
     """`module@Class` of every class that is written below `prefix`; imports none of them."""
     package = importlib.import_module(prefix.rstrip("."))
     found = []
@@ -97,13 +111,13 @@ def _classes_below(prefix: str) -> list[str]:
         for module in _modules_below(prefix):
             source = root.joinpath(*module.split(".")).with_suffix(".py")
             if source.is_file():
-                names = re.findall(r"^class ([A-Za-z]\w*)", source.read_text("utf-8"), re.M)
+                names = re.findall(_KINDS[kind].pattern, source.read_text("utf-8"), re.M)
                 found += [f"{module}@{name}" for name in names]
     return found
 
 
-def _import(identifier: str, prefix: str):
-    module_name, class_name = _split(identifier, prefix)
+def _import(identifier: str, prefix: str, kind: str = "class"):
+    module_name, class_name = _split(identifier, prefix, kind)
     full_name = prefix + module_name
     try:
         found = full_name in sys.modules or importlib.util.find_spec(full_name)
@@ -131,17 +145,48 @@ def load_class(identifier: str, prefix: str = "models.") -> type:
 
     Raises UserError, naming the nearest existing module or class, where there is none.
     """
-    module, class_name = _import(identifier, prefix)
-    found = getattr(module, class_name, None)
-    if not inspect.isclass(found):
+    return _load(identifier, prefix, "class")
+
+
+def load_named(name: str, prefix: str, kind: str = "class") -> Any:
+    """Return the class that a short name of the package `prefix`, or `module@Class`, stands for.
+
+    kind: `class` or `function`. Raises UserError, naming the nearest that exists.
+    """
+    names = short_names(prefix)
+    if names and name not in names and not _IDENTIFIER.fullmatch(name):
+        best = nearest(name, list(names))
+        advice = f"did you mean '{best}'?" if best else _form_advice(name, prefix, kind)
+        raise UserError(
+            f"'{name}' is none of {', '.join(names)}, nor of the form {form(kind)} (with the "
+            f"module below '{prefix}'): {advice}"
+        )
+    return _load(names.get(name, name), prefix, kind)
+
+
+def short_names(prefix: str) -> dict[str, str]:
+    """Return `module@Class` by short name, of the package `prefix`."""
+    return getattr(importlib.import_module(prefix.rstrip(".")), "NAMES", {})
+
+
+def form(kind: str) -> str:
+    """Return how plug-ins of a kind are named: module@Class or module@function."""
+    return "module@Class" if kind == "class" else "module@function"
+
+
+def _load(identifier: str, prefix: str, kind: str) -> Any:
+    module, name = _import(identifier, prefix, kind)
+    found = getattr(module, name, None)
+    is_one = _KINDS[kind].is_one
+    if not is_one(found):
         own = [
             name
             for name, value in vars(module).items()
-            if inspect.isclass(value) and value.__module__ == module.__name__
+            if is_one(value) and value.__module__ == module.__name__
         ]
         raise UserError(
-            f"'{identifier}': the module '{module.__name__}' has no class '{class_name}', "
-            + _advice(class_name, own)
+            f"'{identifier}': the module '{module.__name__}' has no {kind} '{name}', "
+            + _advice(name, own)
         )
     return found
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.config.schema import LRFindConfig, PretrainConfig
+from utils.config.schema import LoggerConfig, LRFindConfig, PretrainConfig
 from utils.core.errors import UserError
 from utils.monitoring.plotting import save_figure
 from utils.training.schedule import Counters, Schedule
@@ -25,8 +25,8 @@ def settled(config: PretrainConfig) -> PretrainConfig:
         update=dict(
             max_steps=config.lr_find.steps, epochs=None, max_seconds=None,
             iteration_curriculum=None, evaluators=[], eval_interval=None, early_stopping=None,
-            checkpoint_interval=None, ema=False, log_interval=1, logger=["jsonl"],
-            lr_warmup_steps=0, max_nonfinite=10,
+            checkpoint_interval=None, ema=False, log_interval=1,
+            logger=[LoggerConfig(name="jsonl")], lr_warmup_steps=0, max_nonfinite=10,
         )
     )  # fmt: skip
 

@@ -21,11 +21,12 @@ from utils.backend import Backend
 from utils.checkpoint import format as checkpoint
 from utils.checkpoint.format import Checkpoint
 from utils.checkpoint.writer import CheckpointWriter, Contents
-from utils.config.saved import changed_keys, dump_config, is_fixed
-from utils.config.schema import PretrainConfig
+from utils.config.saved import changed_keys, dump_config, is_fixed, read_config
+from utils.config.schema import OptimizerConfig, PretrainConfig
 from utils.core.console import tell
 from utils.core.errors import UserError
 from utils.corpus.corpora import Corpora, did_you_mean
+from utils.training.optimizers import share_moments
 from utils.training.state import TrainState, carry_rows
 
 FORMAT = 3  # of a checkpoint's files; 3: latents and memory of held rows have names
@@ -397,7 +398,9 @@ def restore(
         position["held_places"] = [-1 if halted else place for place, halted in places]
     # First, because other corpora are the likeliest reason for weights of other shapes.
     stream.load_state_dict(position, restart_held=rows is None)
-    if not state.load_tensors(opened) and backend.is_main:
+    before, _ = read_config(yaml.safe_load(opened.text("config.yaml")))
+    kept = share_moments(config.optimizer, OptimizerConfig.model_validate(before["optimizer"]))
+    if not state.load_tensors(opened, moments=kept) and backend.is_main:
         print("note: the checkpoint has no moments for this optimizer, they start from zero")
     state.load_counters(saved["counters"])
     done = None

@@ -1,9 +1,12 @@
 """How far a run is, when it ends, and what depends on it: learning rate, iteration budgets."""
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
+from utils.config.plugins import load_plugin, read_options
 from utils.config.schema import PretrainConfig
+from utils.core.errors import UserError
 
 
 class Stream(Protocol):
@@ -29,6 +32,8 @@ class Schedule:
 
     def __init__(self, config: PretrainConfig, stream: Stream):
         self.config, self.stream = config, stream
+        self._shape: Callable[[float, int, Any], float] = load_plugin(config.lr_schedule)
+        self._options = read_options(config.lr_schedule, lr_min_ratio=config.lr_min_ratio)
 
     def progress(self, state: Counters) -> float:
         """Share of the run that is done, 0..1."""
@@ -51,28 +56,25 @@ class Schedule:
 
     def learning_rate_factor(self, state: Counters) -> float:
         """What the peak learning rate is multiplied by at `state.step` (from 1)."""
-        config, warmup = self.config, self.config.lr_warmup_steps
-        if config.feed == "present":
-            in_time = config.max_seconds and state.step * config.max_seconds / (state.seconds or 1)
-            limits = (self.stream.total_steps, config.max_steps, in_time)
-            total = min((limit for limit in limits if limit), default=math.inf)
-            return trm_warmup_cosine(state.step, warmup, total, config.lr_min_ratio)
-        return warmup_cosine(state.step, warmup, self.progress(state), config.lr_min_ratio)
+        present = self.config.feed == "present"
+        progress = self._progress_after_warmup(state) if present else self.progress(state)
+        factor = self._shape(progress, state.step, self._options)
+        if not 0 <= factor < math.inf:
+            raise UserError(
+                f"lr_schedule={self.config.lr_schedule.name} returned {factor} at step "
+                f"{state.step}: the factor must be a finite number of at least 0"
+            )
+        return warmup(state.step, self.config.lr_warmup_steps) * factor
+
+    def _progress_after_warmup(self, state: Counters) -> float:
+        """As TRM counts it: in steps, from where the warm-up ends."""
+        config, begin = self.config, self.config.lr_warmup_steps
+        in_time = config.max_seconds and state.step * config.max_seconds / (state.seconds or 1)
+        limits = (self.stream.total_steps, config.max_steps, in_time)
+        total = min((limit for limit in limits if limit), default=math.inf)
+        return min(max((state.step - begin) / max(1, total - begin), 0.0), 1.0)
 
 
-def cosine(progress: float, min_ratio: float) -> float:
-    """Falls from 1 at progress 0 to `min_ratio` at 1 along half a cosine."""
-    progress = min(max(progress, 0.0), 1.0)
-    return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def warmup_cosine(step: int, warmup: int, progress: float, min_ratio: float) -> float:
-    """Factor on the learning rate at `step` (from 1): linear warm-up times a cosine."""
-    return (min(1.0, step / warmup) if warmup > 0 else 1.0) * cosine(progress, min_ratio)
-
-
-def trm_warmup_cosine(step: int, warmup: int, total_steps: float, min_ratio: float) -> float:
-    """TRM's schedule: the cosine begins where the warm-up ends, both counted in steps."""
-    if step < warmup:
-        return step / warmup
-    return cosine((step - warmup) / max(1, total_steps - warmup), min_ratio)
+def warmup(step: int, steps: int) -> float:
+    """Factor on the learning rate at `step` (from 1) of a linear warm-up."""
+    return min(1.0, step / steps) if steps > 0 else 1.0

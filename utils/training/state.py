@@ -35,7 +35,7 @@ from utils.checkpoint.format import Checkpoint
 from utils.config.schema import EarlyStoppingConfig, PretrainConfig
 from utils.core.errors import UserError
 from utils.training.ema import EMA
-from utils.training.optimizers import AdamATan2, create_optimizers
+from utils.training.optimizers import create_optimizers
 
 
 @dataclass
@@ -211,14 +211,15 @@ class TrainState:
         """All but the identifier embedding's, which has no state."""
         return [o for o in self.optimizers if not isinstance(o, SparseEmbeddingSignSGD)]
 
-    def load_tensors(self, opened: Checkpoint) -> bool:
+    def load_tensors(self, opened: Checkpoint, moments: bool = True) -> bool:
         """Load what `tensors` gave; return whether it held the state of these optimizers.
 
-        Averages that it does not hold begin with the weights.
+        moments: whether the optimizers may load those that were saved. Averages that it does not
+        hold begin with the weights.
         """
         load_into(self.model, opened.tensors("model"))
         states = opened.tensors("optimizer")
-        same = len(states) == len(self.main_optimizers)
+        same = moments and len(states) == len(self.main_optimizers)
         for optimizer, state in zip(self.main_optimizers, states, strict=True) if same else ():
             load_optimizer(self.model, optimizer, state)
         if self.ema is not None:
@@ -278,7 +279,6 @@ def create_train_state(
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
             decay_all=config.weight_decay_all,
-            device_type=backend.device.type,
         )
     base_lrs = [config.lr] * len(optimizers)
     for embedding in sparse_embeddings(model):
@@ -315,12 +315,6 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
     load_optimizer_state(model, optimizer, state)
     for group, values in zip(optimizer.param_groups, today, strict=True):
         group.update(values)
-    if "atan2" in type(optimizer).__name__.lower():
-        # the plain one counts steps in Python, the fused one on the device: either reads both
-        plain = isinstance(optimizer, AdamATan2)
-        for parameter, moments in optimizer.state.items():
-            count = float(moments["step"])
-            moments["step"] = int(count) if plain else torch.tensor(count, device=parameter.device)
 
 
 # Of format 2, in which latents and memory had the names of AthenaTRM's fields.

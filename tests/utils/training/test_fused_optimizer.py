@@ -1,18 +1,20 @@
 """The optimizer of the package adam-atan2: the real package, its CUDA kernel replaced by a float64
 reference that, like the kernel, reads plain memory only."""
 
+import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from training_tools import TINY, contents, finish, start
+from training_tools import ROOT, TINY, contents, finish, start
 
-from utils.training import state as train_state
-from utils.training.optimizers import AdamATan2, create_optimizers, fused_adam_atan2
+from utils.config.schema import OptimizerConfig
+from utils.core.errors import UserError
+from utils.training.optimizers import AdamATan2, create_optimizers
+from utils.training.optimizers.adam_atan2 import fused_adam_atan2
 
 pytestmark = pytest.mark.slow
 
@@ -30,23 +32,11 @@ def adam_atan2_cuda_impl_(params, grads, means, squares, steps, lr, beta1, beta2
         p -= lr / (1 - beta1**t) * np.arctan2(m, np.sqrt(v) / np.sqrt(1 - beta2**t))
         memory[0][...], memory[2][...], memory[3][...] = p, m, v
 """
-# What a GPU would choose, on the CPU.
-ON_CPU = """
-import sys
-from functools import partial
-sys.path.insert(0, {package!r})
-import pretrain
-from models import train_state
-train_state.create_optimizers = partial(
-    lambda real, *args, **options: real(*args, **options | {{"device_type": "cuda"}}),
-    train_state.create_optimizers,
-)
-pretrain.main()
-"""
 RUN = [
     "epochs=20", "max_steps=6", "checkpoint_interval=3", "keep_checkpoints=null", "evaluators=[]",
-    "lr=1e-3", "ema_rate=0.9", "weight_decay=0.1", "optimizer=adam_atan2", "run_name=test",
+    "lr=1e-3", "ema_rate=0.9", "weight_decay=0.1", "run_name=test",
 ]  # fmt: skip
+FUSED = "optimizer={name: adam_atan2, fused: true}"  # what a GPU chooses by itself
 
 
 @pytest.fixture(scope="session")
@@ -67,16 +57,6 @@ def package(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def fused(package, monkeypatch):
-    """Have runs in this process choose as they would on a GPU."""
-    monkeypatch.syspath_prepend(str(package))
-    as_on_gpu = lambda *args, **options: create_optimizers(  # noqa: E731
-        *args, **options | {"device_type": "cuda"}
-    )
-    monkeypatch.setattr(train_state, "create_optimizers", as_on_gpu)
-
-
 def largest_difference(one: Path, other: Path) -> float:
     """Of weights, moments and averages; not of step counts, which the plain one keeps in Python."""
     first, second = (
@@ -91,18 +71,22 @@ def largest_difference(one: Path, other: Path) -> float:
     return max((first[k].double() - second[k].double()).abs().max().item() for k in first)
 
 
+def create(module: torch.nn.Module, **options) -> list[torch.optim.Optimizer]:
+    named = OptimizerConfig(name="adam_atan2", **options)
+    return create_optimizers(
+        named, module, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0, decay_all=True
+    )
+
+
 def test_a_resumed_run_equals_one_that_never_stopped_and_the_plain_optimizer(
-    text_corpus, run_training, monkeypatch, fused
+    text_corpus, run_training, monkeypatch, package
 ):
-    chosen = create_optimizers(
-        "adam_atan2", torch.nn.Linear(2, 2), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1,
-        decay_all=False, device_type="cuda",
-    )  # fmt: skip
-    assert not any(isinstance(optimizer, AdamATan2) for optimizer in chosen)
-    whole = run_training(text_corpus, "whole", *RUN)
-    parts = run_training(text_corpus, "parts", *RUN, f"resume={whole / 'step_3'}")
+    monkeypatch.syspath_prepend(str(package))
+    (chosen,) = create(torch.nn.Linear(2, 2), fused=True)
+    assert not isinstance(chosen, AdamATan2)
+    whole = run_training(text_corpus, "whole", *RUN, FUSED)
+    parts = run_training(text_corpus, "parts", *RUN, FUSED, f"resume={whole / 'step_3'}")
     assert largest_difference(whole / "step_6", parts / "step_6") == 0
-    monkeypatch.undo()
     plain = run_training(text_corpus, "plain", *RUN)
     assert largest_difference(whole / "step_6", plain / "step_6") < 1e-6
     resumed = run_training(text_corpus, "resumed", *RUN, f"resume={whole / 'step_3'}")
@@ -110,30 +94,29 @@ def test_a_resumed_run_equals_one_that_never_stopped_and_the_plain_optimizer(
 
 
 def test_sharded_weights_get_the_same_updates_and_resume(text_corpus, tmp_path, package):
-    script = tmp_path / "as_on_gpu.py"
-    script.write_text(ON_CPU.format(package=str(package)), "utf-8")
     options = [*TINY, *RUN, f"data_paths=[{text_corpus}]", "parallel=fsdp"]
-    whole = tmp_path / "whole"
-    runs = ((whole, script, ()), (tmp_path / "parts", script, (f"resume={whole / 'step_3'}",)),
-            (tmp_path / "plain", "pretrain.py", ()))  # fmt: skip
-    for run, program, more in runs:
-        code, out, err = finish(
-            start(*options, *more, f"checkpoint_path={run}", ranks=2, script=str(program))
-        )
+    whole, parts, plain = (tmp_path / name for name in ("whole", "parts", "plain"))
+    path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{package}"}
+    for run, more in (
+        (whole, [FUSED]), (parts, [FUSED, f"resume={whole / 'step_3'}"]), (plain, [])
+    ):  # fmt: skip
+        process = start(*options, *more, f"checkpoint_path={run}", ranks=2, env=path)
+        code, out, err = finish(process)
         assert code == 0, out + err
-    assert largest_difference(whole / "step_6", tmp_path / "parts" / "step_6") == 0
-    assert largest_difference(whole / "step_6", tmp_path / "plain" / "step_6") < 1e-6
+    assert largest_difference(whole / "step_6", parts / "step_6") == 0
+    assert largest_difference(whole / "step_6", plain / "step_6") < 1e-6
+
+
+def test_what_is_asked_for_and_does_not_load_is_an_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "adam_atan2", None)
+    with pytest.raises(UserError, match=r"optimizer\.fused.*adam-atan2"):
+        create(torch.nn.Linear(2, 2), fused=True)
 
 
 def test_it_takes_a_closure_as_torch_expects(package, monkeypatch):
     monkeypatch.syspath_prepend(str(package))
     weight = torch.nn.Parameter(torch.ones(3))
-    make = partial(
-        create_optimizers, "adam_atan2", lr=0.01, betas=(0.9, 0.95), weight_decay=0.0,
-        decay_all=True,
-    )  # fmt: skip
-    module = torch.nn.ParameterList([weight])
-    (optimizer,) = make(module, device_type="cuda")
+    (optimizer,) = create(torch.nn.ParameterList([weight]), fused=True)
     assert not isinstance(optimizer, AdamATan2)
 
     def closure() -> torch.Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from models.recursive_reasoning.athena_trm import AthenaTRM
+from utils.config.schema import OptimizerConfig
 from utils.training.optimizers import AdamATan2, create_optimizers, parameter_groups
-from utils.training.schedule import trm_warmup_cosine, warmup_cosine
 
 
 def test_adam_atan2_follows_its_formula():
@@ -51,8 +51,8 @@ def test_embeddings_and_biases_do_not_decay_unless_asked():
 def test_every_weight_is_trained_by_one_optimizer(name):
     model = tiny_model()
     optimizers = create_optimizers(
-        name, model, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, decay_all=False,
-        device_type="cpu",
+        OptimizerConfig(name=name), model, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1,
+        decay_all=False,
     )  # fmt: skip
     owned = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters())
@@ -62,12 +62,3 @@ def test_every_weight_is_trained_by_one_optimizer(name):
     for optimizer in optimizers:
         optimizer.step()
     assert all((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
-
-
-def test_schedules():
-    assert warmup_cosine(5, 10, 0.0, 0.1) == 0.5
-    assert warmup_cosine(10, 0, 0.5, 0.0) == pytest.approx(0.5)
-    assert warmup_cosine(99, 10, 1.0, 0.1) == pytest.approx(0.1)
-    assert trm_warmup_cosine(5, 10, 110, 0.1) == 0.5
-    assert trm_warmup_cosine(60, 10, 110, 0.0) == pytest.approx(0.5)
-    assert trm_warmup_cosine(110, 10, 110, 0.2) == pytest.approx(0.2)

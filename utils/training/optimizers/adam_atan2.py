@@ -1,14 +1,17 @@
-"""Optimizers by name, and which weights they decay."""
+"""Adam whose update is an arc tangent."""
 
 import importlib.util
 import warnings
 from typing import Any
 
+import pydantic
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils.backend.state import local_part
+from utils.core.errors import UserError
 
 
 class AdamATan2(Optimizer):
@@ -17,15 +20,61 @@ class AdamATan2(Optimizer):
     p ← p·(1 − lr·wd) − lr/(1 − β1^t) · atan2(m, √v / √(1 − β2^t))
     """
 
-    def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float):
+    class Config(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+        fused: bool | None = Field(
+            None,
+            description="one kernel, of the package adam-atan2; null: on CUDA, where it loads",
+            json_schema_extra={"on_resume": "any"},
+        )
+
+    moments = "adam"
+
+    @staticmethod
+    def build(
+        model: nn.Module,
+        groups: list[dict],
+        lr: float,
+        betas: tuple[float, float],
+        fused: bool | None = None,
+    ) -> list[Optimizer]:
+        on_cuda = groups[0]["params"][0].device.type == "cuda"
+        if fused or (fused is None and on_cuda and importlib.util.find_spec("adam_atan2")):
+            try:
+                return [fused_adam_atan2()(groups, lr=lr, betas=betas)]
+            except (ImportError, OSError) as error:
+                if fused:
+                    raise UserError(
+                        f"optimizer.fused=true needs the package adam-atan2, which does not load "
+                        f"({error}): install it, or use null"
+                    ) from error
+                warnings.warn(
+                    f"adam-atan2 is installed but does not load ({error}); plain PyTorch is used",
+                    stacklevel=2,
+                )
+        return [AdamATan2(groups, lr=lr, betas=betas)]
+
+    def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float = 0.0):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self._update(p, p.grad, group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of any Adam: others count steps in a tensor, this one in Python."""
+        super().load_state_dict(state_dict)
+        for moments in self.state.values():
+            moments["step"] = int(moments["step"])
 
     def _update(self, p: Tensor, grad: Tensor, group: dict) -> None:
         state, (beta1, beta2), lr = self.state[p], group["betas"], group["lr"]
@@ -41,48 +90,6 @@ class AdamATan2(Optimizer):
         root = square.sqrt().div_(correction)
         p.mul_(1 - lr * group["weight_decay"])
         p.sub_(torch.atan2(mean, root), alpha=lr / (1 - beta1 ** state["step"]))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list[dict]:
-    """Weights that are matrices of linear maps decay; embeddings and vectors only if asked."""
-    decayed: list[Tensor] = []
-    kept: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and not name.endswith("embedding_weight")
-        (decayed if matrix or decay_all else kept).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def create_optimizers(
-    name: str,
-    model: nn.Module,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    decay_all: bool,
-    device_type: str,
-) -> list[Optimizer]:
-    """The optimizers of all parameters: one, or two where Muon leaves some weights to AdamW."""
-    if name == "muon":
-        return _muon(model, lr, betas, weight_decay, decay_all)
-    groups = parameter_groups(model, weight_decay, decay_all)
-    options: dict[str, Any] = dict(lr=lr, betas=betas, weight_decay=weight_decay)
-    if name == "adamw":
-        return [torch.optim.AdamW(groups, **options)]
-    if device_type == "cuda" and importlib.util.find_spec("adam_atan2"):
-        try:
-            return [fused_adam_atan2()(groups, **options)]
-        except (ImportError, OSError) as error:
-            warnings.warn(
-                f"adam-atan2 is installed but does not load ({error}); plain PyTorch is used",
-                stacklevel=2,
-            )
-    return [AdamATan2(groups, **options)]
 
 
 def fused_adam_atan2() -> type[Optimizer]:
@@ -108,6 +115,12 @@ def fused_adam_atan2() -> type[Optimizer]:
             super().step()
             return loss
 
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            """Load a state of any Adam: the kernel reads step counts on the device."""
+            super().load_state_dict(state_dict)
+            for parameter, moments in self.state.items():
+                moments["step"] = torch.tensor(float(moments["step"]), device=parameter.device)
+
         def _init_group(self, group: dict, *lists: list[Tensor]) -> None:
             """Collect parameters, gradients and moments, of sharded ones this rank's part: the
             update is elementwise, and the kernel reads plain memory."""
@@ -116,21 +129,3 @@ def fused_adam_atan2() -> type[Optimizer]:
                 tensors[:] = map(local_part, tensors)
 
     return FusedAdamATan2
-
-
-def _muon(model, lr, betas, weight_decay, decay_all) -> list[Optimizer]:
-    """Muon (Jordan et al. 2024) on the blocks' matrices, AdamW on embeddings and heads.
-
-    Updates are scaled to AdamW's typical size (Liu et al. 2025, arXiv 2502.16982), so that one
-    learning rate serves both.
-    """
-    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
-    inside = {id(p) for p in matrices}
-    rest = parameter_groups(model, weight_decay, decay_all)
-    for group in rest:
-        group["params"] = [p for p in group["params"] if id(p) not in inside]
-    muon = torch.optim.Muon(
-        matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    others = [group for group in rest if group["params"]]
-    return [muon, torch.optim.AdamW(others, lr=lr, betas=betas)]

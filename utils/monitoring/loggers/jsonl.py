@@ -1,0 +1,67 @@
+"""Metrics as JSON lines."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from utils.core.atomic import write_atomically
+from utils.core.console import tell
+
+
+class JSONLLogger:
+    """One object a line in <run>/metrics.jsonl: step, time (seconds since 1970), metrics.
+
+    A run that goes on from `step` writes what came after it anew; those lines move to
+    metrics_abandoned.jsonl.
+    """
+
+    def __init__(self, run: Path, config: dict[str, Any], step: int | None):
+        self.path = run / "metrics.jsonl"
+        if step is not None:
+            _cut_back(self.path, run / "metrics_abandoned.jsonl", step)
+        self.file = self.path.open("a", buffering=1, encoding="utf-8")
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        if not self._is_there():  # the folder vanished: lines would go nowhere
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("a", buffering=1, encoding="utf-8")
+            tell(f"warning: {self.path} had vanished; it begins again")
+        # JSON has no NaN: a reader would choke on the very line that tells of trouble
+        finite = {
+            k: v if not isinstance(v, float) or math.isfinite(v) else None
+            for k, v in metrics.items()
+        }
+        self.file.write(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self.file.fileno()))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _cut_back(path: Path, aside: Path, step: int) -> None:
+    """Moves lines later than `step`, and one that a crash cut short, from `path` to `aside`."""
+    if not path.is_file():
+        return
+    kept: list[str] = []
+    moved: list[str] = []
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        try:
+            (kept if json.loads(line)["step"] <= step and line.endswith("\n") else moved).append(
+                line
+            )
+        except (ValueError, KeyError, TypeError):
+            moved.append(line)
+    if not moved:
+        return
+    with aside.open("a", encoding="utf-8") as file:
+        file.writelines(moved)
+    with write_atomically(path) as part:
+        part.write_text("".join(kept), "utf-8")

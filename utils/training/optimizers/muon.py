@@ -1,0 +1,43 @@
+"""Muon (Jordan et al. 2024) on the matrices of the blocks, AdamW on embeddings and heads."""
+
+import pydantic
+import torch
+from pydantic import Field
+from torch import nn
+from torch.optim import Optimizer
+
+
+class Muon:
+    """Scale updates to AdamW's typical size (Liu et al. 2025, arXiv 2502.16982), so that one
+    learning rate serves both."""
+
+    class Config(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+        momentum: float = Field(0.95, ge=0, lt=1, description="decay of the gradients' mean")
+        ns_steps: int = Field(5, ge=1, description="Newton-Schulz iterations of an update")
+
+    takes_shards = False  # orthogonalization needs whole matrices
+
+    @staticmethod
+    def build(
+        model: nn.Module,
+        groups: list[dict],
+        lr: float,
+        betas: tuple[float, float],
+        momentum: float,
+        ns_steps: int,
+    ) -> list[Optimizer]:
+        matrices = {
+            id(p) for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2
+        }
+        inside, outside = [], []
+        for group in groups:
+            for part, wanted in ((inside, True), (outside, False)):
+                chosen = [p for p in group["params"] if (id(p) in matrices) is wanted]
+                if chosen:
+                    part.append(group | {"params": chosen})
+        muon = torch.optim.Muon(
+            inside, lr=lr, momentum=momentum, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw"
+        )
+        return [muon, torch.optim.AdamW(outside, lr=lr, betas=betas)]
