@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_layout import LAYERS
 from training_tools import ROOT
 
 from utils.config.key_values import parse_key_values
@@ -27,7 +28,9 @@ DOCUMENTS = (
     "docs/evaluation.md",
     "docs/further.md",
     "docs/performance.md",
+    "docs/architecture.md",
 )
+PAGES = (*DOCUMENTS, "docs/results.md", "TPU_SETUP.md", "CHANGELOG.md")
 # Sizes for seconds on a CPU: what a command says, and what it is run with.
 SMALLER = {
     "--vocab-size 32000": "--vocab-size 400",
@@ -224,10 +227,46 @@ def test_the_makefile_has_every_target_that_is_shown():
     makefile = (ROOT / "Makefile").read_text("utf-8")
     shown = {
         target
-        for document in (*DOCUMENTS, "docs/results.md", "TPU_SETUP.md")
+        for document in PAGES
         for target in re.findall(r"\bmake ([a-z-]+)", (ROOT / document).read_text("utf-8"))
         if target != "it"
     }
     assert {"quickstart", "test", "sudoku"} <= shown
     for target in shown & set(re.findall(r"^([a-z-]+):", makefile, re.M)) ^ shown:
         raise AssertionError(f"there is no target {target}")
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub and GitLab name them."""
+    found = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("document", PAGES)
+def test_links_lead_somewhere(document):
+    page = ROOT / document
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in headings(file)):
+            broken.append(target)
+    assert not broken, f"{document} links to {broken}"
+
+
+@pytest.mark.parametrize("document", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_files_that_are_named_exist(document):
+    text = (ROOT / document).read_text("utf-8")
+    named = re.findall(r"(?<![\w/.-])(?:[a-z_]+/)+[a-z0-9_]+\.(?:py|sh|yaml|ipynb)\b", text)
+    missing = sorted({path for path in named if not (ROOT / path).is_file()})
+    assert not missing, f"{document} names {missing}"
+
+
+def test_architecture_lists_every_layer():
+    """From top to bottom: a reader of the page knows which package may import which."""
+    text = (ROOT / "docs/architecture.md").read_text("utf-8")
+    tree = text.partition("## The tree")[2].partition("## ")[0]
+    rows = re.findall(r"^    (\S+(?:  ?\S+)*)   ", tree, re.M)
+    assert [tuple(row.split()) for row in rows] == list(LAYERS)
