@@ -89,6 +89,7 @@ class SetFigures:
 
 
 BY_STEP = "_by_step"
+CHANGE = "_change"  # of a latent in a step
 REASONING = "reasoning_preds"  # of every step too, though its name does not say so
 
 
@@ -105,8 +106,8 @@ def run_batch(
 
     Rows that have halted keep their outputs. <name>_by_step is an output after each step, stacked
     in the second dimension. Besides the loss head's outputs there are row_nll (B,), the sum of a
-    row's nats without refinement, which belongs to the end of the run; z_H_change and z_L_change
-    (B,), how far a step moved the latents of a scored position, on average; and reasoning_preds
+    row's nats without refinement, which belongs to the end of the run; <latent>_change
+    (B,), how far a step moved a latent of a scored position, on average; and reasoning_preds
     (B, steps, R), what the reasoning head reads in z_L after each step.
     """
     stepped = {k: k.removesuffix(BY_STEP) for k in keys if k.endswith(BY_STEP) or k == REASONING}
@@ -117,16 +118,16 @@ def run_batch(
     if REASONING in wanted:
         wanted |= {"reasoning_logits"}
     carry, preds = model.initial_carry(batch), {}
-    if wanted & {"z_H_change", "z_L_change"} and hasattr(model.model, "admit"):
+    if any(name.endswith(CHANGE) for name in wanted):
         carry = model.model.admit(carry, batch)  # the first step starts from there
     end_step()
     curves: dict[str, list[Tensor]] = {key: [] for key in stepped}
     for step in range(max_steps):
-        before = carry.inner_carry
+        before = carry.latents
         carry, _, _, preds, _ = model(return_keys=sorted(wanted), carry=carry, batch=batch)
         figures.add_step(step, preds)
         for key, name in stepped.items():
-            if (value := _of_step(name, preds, before, carry.inner_carry, batch)) is not None:
+            if (value := _of_step(name, preds, before, carry.latents, batch)) is not None:
                 curves[key].append(value)
         end_step()
     figures.add_end(preds)
@@ -135,16 +136,16 @@ def run_batch(
     return preds
 
 
-def _of_step(name: str, preds: Batch, before: Any, after: Any, batch: Batch) -> Tensor | None:
+def _of_step(name: str, preds: Batch, before: Batch, after: Batch, batch: Batch) -> Tensor | None:
     """One output after a step, by name; before and after: the latents."""
     if name == "row_nll":
         return preds.get("unrefined_token_nll", preds["token_nll"]).sum(-1)
     if name == REASONING:
         return preds["reasoning_logits"].argmax(-1) if "reasoning_logits" in preds else None
-    if name in ("z_H_change", "z_L_change"):
-        old, new = (getattr(z, name.removesuffix("_change")) for z in (before, after))
-        if new.numel() == 0:
+    if name.endswith(CHANGE):
+        if (latent := name.removesuffix(CHANGE)) not in after:
             return None
+        old, new = before[latent], after[latent]
         scored = (batch["labels"] != IGNORE_LABEL_ID).float()
         moved = (new.float() - old.float()).norm(dim=-1)[:, -scored.shape[1] :]
         return (moved * scored).sum(-1) / scored.sum(-1).clamp_min(1)
@@ -185,10 +186,9 @@ def evaluate(
         results |= guarded.results(None if save_path is None else str(save_path))
     finally:
         model.train(was_training)
-    halting = getattr(model.model.config, "eval_halting", "max")
-    if halting in ("budget", "act"):
+    if (prefix := model.model.row_depth) is not None:
         results = {
-            name if name == FAILURES else f"{halting}/{name}": value
+            name if name == FAILURES else f"{prefix}/{name}": value
             for name, value in results.items()
         }
     return results
@@ -204,7 +204,7 @@ def run_all(
     save_path: Path | None,
 ) -> dict[str, SetFigures]:
     """Every batch through the model, to the evaluators, and to the disk what is to be saved."""
-    max_steps = getattr(model.model.config, "max_eval_steps", 1)
+    max_steps = model.model.eval_steps
     keys = guarded.begin() | set(save_outputs)
     sets: dict[str, SetFigures] = {}
     saved: dict[str, list[Tensor]] = {}

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from models.backbone import Batch
-from models.recursive_reasoning.athena_trm import Carry, InnerCarry
+from models.base import Carry
 
-LATENTS = ("anchor_z_H", "anchor_z_L")
-"""The base's latents of a held row, among the row's data. Checkpoints leave them out: they follow
-from the row."""
+PREFIX = "anchor/"
+"""Of the base's latents of a held row, in the carry's memory. Checkpoints leave them out: they
+follow from the row."""
 
 # Temporaries of the divergence: some five of this many elements (64 MB each in float32).
 CHUNK_ELEMENTS = 1 << 24
@@ -40,51 +40,45 @@ class Anchor:
     def __init__(self, model: Any, softmax_logits: SoftmaxLogits):
         self.model = model.requires_grad_(False).eval()
         self.softmax_logits = softmax_logits
-        self.steps: int = getattr(model.config, "max_eval_steps", 1)
+        self.steps: int = model.eval_steps
 
     @torch.no_grad()
     def catch_up(self, carry: Carry, steps: int | None = None) -> Carry:
-        """`carry` with the base's latents of its rows, after as many steps as they have done.
+        """Return `carry` with the base's latents of its rows, after as many steps as they had.
 
-        steps: that no row has done more than; None: any number.
+        steps: that no row has had more than; None: any number.
         """
-        z = self.model.initial_carry(carry.current_data).inner_carry
+        z = self.model.initial_carry(carry.current_data).latents
         for done in range(self.steps if steps is None else steps):
             new, _ = self._step(z, torch.full_like(carry.steps, done), carry.current_data)
             further = (carry.steps > done).view(-1, 1, 1)
-            z = InnerCarry(
-                torch.where(further, new.z_H, z.z_H), torch.where(further, new.z_L, z.z_L)
-            )
+            z = {name: torch.where(further, new[name], held) for name, held in z.items()}
         return _holding(carry, z)
 
     def beside(self, model: Any, carry: Carry, batch: Batch) -> tuple[Carry, Batch, Tensor]:
-        """One step of `model` in training, and the same step of the base.
+        """Take one step of `model` in training, and the same step of the base.
 
         Returns the new carry, the model's outputs, and the base's logits (B, S, V).
         """
-        z = InnerCarry(*(carry.current_data[name] for name in LATENTS))
-        carry, outputs = model(carry=replace(carry, current_data=row_data(carry)), batch=batch)
+        held = carry.memory.items()
+        z = {name.removeprefix(PREFIX): v for name, v in held if name.startswith(PREFIX)}
+        carry, outputs = model(carry=carry, batch=batch)
         z, logits = self._step(z, carry.steps - 1, carry.current_data)
         return _holding(carry, z), outputs, logits
 
     @torch.no_grad()
-    def _step(self, z: InnerCarry, done: Tensor, data: Batch) -> tuple[InnerCarry, Tensor]:
-        """The step after the `done` (B,) that rows have behind them; rows without any start, rows
-        that have taken all steps of the base keep what they had. The data are the rows' own."""
+    def _step(self, z: Batch, done: Tensor, data: Batch) -> tuple[Batch, Tensor]:
+        """Take the step after the `done` (B,) that rows have behind them; rows without any start,
+        rows that have taken all steps of the base keep what they had. The data are the rows' own.
+        """
         waiting = (done == 0) | (done >= self.steps)
-        held = Carry(z, done, waiting, data, torch.full_like(done, torch.inf, dtype=torch.float32))
-        carry, outputs = self.model(held, data)
-        return carry.inner_carry, outputs["logits"]
+        carry, outputs = self.model(Carry(z, done, waiting, data), data)
+        return carry.latents, outputs["logits"]
 
 
-def row_data(carry: Carry) -> Batch:
-    """What a row was given, without what the base made of it."""
-    return {name: value for name, value in carry.current_data.items() if name not in LATENTS}
-
-
-def _holding(carry: Carry, z: InnerCarry) -> Carry:
-    latents = dict(zip(LATENTS, (z.z_H, z.z_L), strict=True))
-    return replace(carry, current_data=carry.current_data | latents)
+def _holding(carry: Carry, z: Batch) -> Carry:
+    latents = {PREFIX + name: value for name, value in z.items()}
+    return replace(carry, memory=carry.memory | latents)
 
 
 def kl_divergence(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dataset.common import IGNORE_LABEL_ID
 from models.anchor import Anchor, kl_divergence
+from models.base import Carry
 from models.layers import at_least_float32
 
 # Temporaries of the loss stay below this many elements (256 MB in float32).
@@ -192,13 +193,19 @@ class ACTLossHead(nn.Module):
         self.anchor: Anchor | None = None
 
     def initial_carry(self, batch: dict[str, Tensor]):
-        return self.adopted(self.model.initial_carry(batch), steps=0)
+        return self.remember(self.model.initial_carry(batch), steps=0)
 
-    def adopted(self, carry: Any, steps: int | None = None) -> Any:
-        """A carry of the model, perhaps out of a checkpoint, with what training needs besides.
+    def remember(self, carry: Carry, steps: int | None = None) -> Carry:
+        """Return a carry of the model, perhaps out of a checkpoint, with what the losses keep of
+        its rows.
 
-        steps: that no row of it has done more than; None: any number.
+        steps: that no row of it has had more than; None: any number.
         """
+        kept = {}
+        if self.config.halt_target == "plateau":
+            infinite = torch.full(carry.steps.shape, torch.inf, device=carry.steps.device)
+            kept["last_loss"] = carry.memory.get("last_loss", infinite)
+        carry = replace(carry, memory=kept)
         return carry if self._anchor_here is None else self._anchor_here.catch_up(carry, steps)
 
     @property
@@ -284,7 +291,8 @@ class ACTLossHead(nn.Module):
                         if source == "logits" and not smoothing
                         else self.loss.cross_entropy(outputs[source], labels, valid_mask=mask)
                     )
-        carry = replace(carry, last_loss=row_loss.detach().to(carry.last_loss.dtype))
+        if self.config.halt_target == "plateau":
+            carry = replace(carry, memory=carry.memory | {"last_loss": row_loss.detach().float()})
         kept = {k: (found | data)[k].detach() for k in return_keys if k in found or k in data}
         return carry, total, metrics, kept, carry.halted.all()
 
@@ -294,7 +302,10 @@ class ACTLossHead(nn.Module):
         if kind == "exact":
             return exact
         if kind == "plateau":
-            return carry.last_loss - row_loss < self.config.plateau_threshold
+            before = carry.memory.get("last_loss", torch.full_like(row_loss, torch.inf))
+            if self.training:  # of a row's example before
+                before = torch.where(carry.steps == 1, torch.inf, before)
+            return before - row_loss < self.config.plateau_threshold
         targets = carry.current_data.get("iteration_targets")
         spent = torch.zeros_like(exact) if targets is None else carry.steps >= targets
         return exact | spent if kind == "exact_or_budget" else spent
@@ -318,11 +329,10 @@ class ACTLossHead(nn.Module):
             "exact_accuracy": (done & exact).sum(),
             "steps": torch.where(done, carry.steps, 0).sum(),
         }
-        inner = carry.inner_carry
-        if inner.z_H.numel() > 0:  # mean norm of a position
-            metrics["slots"] = torch.full((), len(inner.z_H), device=inner.z_H.device)
-            for name, z in (("z_H_norm", inner.z_H), ("z_L_norm", inner.z_L)):
-                metrics[name] = at_least_float32(z).norm(dim=-1).mean(1).sum()
+        if carry.latents:
+            metrics["slots"] = torch.full((), len(valid), device=valid.device)
+        for name, z in carry.latents.items():  # mean norm of a position
+            metrics[f"{name}_norm"] = at_least_float32(z).norm(dim=-1).mean(1).sum()
         if "q_halt_logits" in outputs:
             says = outputs["q_halt_logits"] >= 0
             metrics["q_halt_accuracy"] = (done & (says == halt_target)).sum()

@@ -77,7 +77,7 @@ def run(head: ACTLossHead, batch: dict[str, Tensor], steps: int) -> list[tuple[T
         carry, loss, *_ = head(return_keys=(), carry=carry, batch=batch)
         loss.backward()
         grads = [p.grad.double().flatten() for p in head.parameters() if p.grad is not None]
-        found.append((carry.inner_carry.z_H.double(), torch.cat(grads)))
+        found.append((carry.latents["z_H"].double(), torch.cat(grads)))
     head.zero_grad()
     return found
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from models.anchor import LATENTS, row_data
+from models.anchor import PREFIX
 from scripts.benchmark_train import make_step
 from utils.backend import Backend
 from utils.config.load import PretrainConfig
@@ -59,12 +59,12 @@ def held(state: TrainState) -> tuple[dict[str, int], int, int]:
         "optimizer": _bytes(v for v in moments if isinstance(v, Tensor)),
         "ema": _bytes(state.ema.shadow.values()) if state.ema else 0,
     }
-    inner = (carry.inner_carry for carry in state.carries)
-    latents = _bytes(z for carry in inner for z in (carry.z_H, carry.z_L))
-    data = _bytes(v for carry in state.carries for v in row_data(carry).values())
+    latents = _bytes(z for carry in state.carries for z in carry.latents.values())
+    data = _bytes(v for carry in state.carries for v in carry.current_data.values())
     if (near := state.model.anchor) is not None:
         own = [*near.model.parameters(), *near.model.buffers()]
-        own += [carry.current_data[name] for carry in state.carries for name in LATENTS]
+        held = (item for carry in state.carries for item in carry.memory.items())
+        own += [value for name, value in held if name.startswith(PREFIX)]
         parts["base"] = _bytes(own)
     return parts, latents, data
 

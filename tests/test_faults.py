@@ -143,7 +143,7 @@ def test_a_nan_on_one_rank_is_skipped_on_all(text_corpus, tmp_path):
     fault = """
 def poison(run, state):
     if rank == 1:
-        state.carries[0].inner_carry.z_H[0] = torch.nan
+        state.carries[0].latents["z_H"][0] = torch.nan
         state.carries[0].halted[0] = False
 at[10] = poison
 """

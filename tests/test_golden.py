@@ -55,8 +55,8 @@ def assert_matches(ours: torch.Tensor, reference: torch.Tensor, tolerance: float
 def assert_step_matches(golden: Golden, i: int, carry, loss, metrics, outputs, tolerance: float):
     ours = dict(
         loss=loss,
-        z_H=carry.inner_carry.z_H,
-        z_L=carry.inner_carry.z_L,
+        z_H=carry.latents["z_H"],
+        z_L=carry.latents["z_L"],
         **outputs,
         **{f"metrics/{k}": v for k, v in metrics.items()},
     )

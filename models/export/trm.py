@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.recursive_reasoning.athena_trm import AthenaTRM
 from utils.checkpoint.writer import save_tensors
 from utils.core.atomic import write_result
 from utils.core.errors import UserError
@@ -29,7 +30,7 @@ def write_file(model: nn.Module, file: Path) -> None:
     """Weights in float32 and the initial states in the forward dtype, named as in the compiled loss
     head. Raises UserError where TRM has no such network."""
     config: Any = model.config
-    _check(config)
+    _check(model)
     state = {}
     for name, value in model.state_dict().items():
         if not name.startswith("inner.reasoning_head."):
@@ -52,9 +53,13 @@ def options(config: Any) -> str:
     return " ".join(["arch=trm", *said])
 
 
-def _check(config: Any) -> None:
-    if not hasattr(config, "H_cycles"):
-        raise UserError("format=trm: TRM's code has no plain decoder, only the recursive model")
+def _check(model: nn.Module) -> None:
+    if type(model) is not AthenaTRM:
+        raise UserError(
+            f"format=trm: TRM's code has no {type(model).__name__}; only a model of arch=trm goes "
+            "back to TRM"
+        )
+    config: Any = model.config
     wanted = _TRM | {"num_key_value_heads": config.num_heads}
     found = config.model_dump() | {"num_key_value_heads": config.key_value_heads}
     clashes = [f"arch.{k}={found[k]} (TRM: {v})" for k, v in wanted.items() if found[k] != v]

@@ -6,7 +6,7 @@ z_H carries the answer, z_L the working state. After Tiny Recursive Models (Joli
 Shape letters: B rows, S tokens, P prefix positions, D hidden, V vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,37 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.backbone import Backbone, BackboneConfig, Batch, mean_over, real_tokens
+from models.base import Architecture, Carry
 from models.common import trunc_normal_init_
 from models.layers import Block, CastedLinear, SequenceInfo, at_least_float32, perhaps_any, rms_norm
 
-# Redrawn at every step; a row that is held must not keep its first draw.
-PER_STEP_KEYS = frozenset({"explore"})
-
-
-@dataclass
-class InnerCarry:
-    """z_H, z_L: (B, P+S, D) in the forward dtype, without gradient."""
-
-    z_H: Tensor
-    z_L: Tensor
-
-
-@dataclass
-class Carry:
-    """What a row keeps between ACT steps.
-
-    steps (B,) int32: ACT steps done. halted (B,) bool: the next batch's row may move in.
-    current_data: the batch entries of the example that the row holds, all of them.
-    last_loss (B,) float32: the row's loss at its last step, infinite before the first.
-    info: in evaluation, positions and mask of the rows' data, which later steps share.
-    """
-
-    inner_carry: InnerCarry
-    steps: Tensor
-    halted: Tensor
-    current_data: Batch
-    last_loss: Tensor
-    info: SequenceInfo | None = None
+Latents = dict[str, Tensor]
 
 
 class AthenaTRMConfig(BackboneConfig):
@@ -128,8 +102,9 @@ class ReasoningModule(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm_type, self.eps, self.checkpointed = norm_type, eps, checkpointed
 
-    def forward(self, h: Tensor, injection: Tensor, info: SequenceInfo) -> Tensor:
-        h = h + injection
+    def forward(self, h: Tensor, injection: Tensor | None, info: SequenceInfo) -> Tensor:
+        if injection is not None:
+            h = h + injection
         for layer in self.layers:
             if self.checkpointed and torch.is_grad_enabled():
                 h = checkpoint(layer, h, info, use_reentrant=False)
@@ -139,11 +114,14 @@ class ReasoningModule(nn.Module):
 
 
 class AthenaTRMInner(Backbone):
-    """The recursion: no halting, no losses."""
+    """The recursion: no halting, no losses.
+
+    A variant names its latent streams and says how a cycle updates them: `work`, `conclude`.
+    """
 
     config: AthenaTRMConfig
-    H_init: Tensor
-    L_init: Tensor
+    streams: tuple[str, ...] = ("z_H", "z_L")
+    """Latents that rows carry: the first holds the answer, the last the working state."""
 
     def __init__(self, config: AthenaTRMConfig):
         super().__init__(config)
@@ -155,44 +133,57 @@ class AthenaTRMInner(Backbone):
             config.rms_norm_eps,
             config.use_gradient_checkpointing,
         )
-        for name in ("H_init", "L_init"):
-            self.register_buffer(name, trunc_normal_init_(torch.empty(config.hidden_size)))
+        for stream in self.streams:
+            start = trunc_normal_init_(torch.empty(config.hidden_size))
+            self.register_buffer(f"{stream.removeprefix('z_')}_init", start)
         if config.enable_reasoning_stream is True:
             self.reasoning_head = CastedLinear(config.hidden_size, config.reasoning_vocab_size)
         with torch.no_grad():  # almost never halts at first, as in TRM
             self.q_head.weight.zero_()
             self.q_head.bias.fill_(-5)  # type: ignore[union-attr]
 
-    def recur(
-        self, z_H: Tensor, z_L: Tensor, x: Tensor, info: SequenceInfo
-    ) -> tuple[Tensor, Tensor]:
-        """One ACT step: z_H, z_L (B, P+S, D), with gradient through the last H_grad_cycles."""
-        config = self.config
+    def starts(self) -> Latents:
+        """Return what the streams of a row start from, (D,) each."""
+        return {z: self.get_buffer(f"{z.removeprefix('z_')}_init") for z in self.streams}
 
-        def cycle(z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
-            for _ in range(config.L_cycles):
-                z_L = self.L_level(z_L, z_H + x, info)
-            return self.L_level(z_H, z_L, info), z_L
+    def work(self, z: Latents, x: Tensor, info: SequenceInfo) -> Latents:
+        """Return the streams after the inner cycles of an outer cycle. x: (B, L, D) embeddings."""
+        z_H, z_L = z["z_H"], z["z_L"]
+        for _ in range(self.config.L_cycles):
+            z_L = self.L_level(z_L, z_H + x, info)
+        return {"z_H": z_H, "z_L": z_L}
+
+    def conclude(self, z: Latents, info: SequenceInfo) -> Tensor:
+        """Return the answer's stream at the end of an outer cycle, (B, L, D)."""
+        return self.L_level(z["z_H"], z["z_L"], info)
+
+    def recur(self, z: Latents, x: Tensor, info: SequenceInfo) -> Latents:
+        """Take one ACT step: streams (B, L, D), with gradient through the last H_grad_cycles."""
+
+        def cycle(z: Latents) -> Latents:
+            z = self.work(z, x, info)
+            return z | {self.streams[0]: self.conclude(z, info)}
 
         with torch.no_grad():
-            for _ in range(config.H_cycles - config.H_grad_cycles):
-                z_H, z_L = cycle(z_H, z_L)
-        for _ in range(config.H_grad_cycles):
-            z_H, z_L = cycle(z_H, z_L)
-        return z_H, z_L
+            for _ in range(self.config.H_cycles - self.config.H_grad_cycles):
+                z = cycle(z)
+        for _ in range(self.config.H_grad_cycles):
+            z = cycle(z)
+        return z
 
-    def refine(self, z_H: Tensor, z_L: Tensor, info: SequenceInfo) -> Tensor:
+    def refine(self, z: Latents, info: SequenceInfo) -> Tensor:
+        """Return the answer's stream after the refinement passes, (B, L, D)."""
         for _ in range(self.config.post_refinement_steps):
-            z_H = self.L_level(z_H, z_L, info)
-        return z_H
+            z = z | {self.streams[0]: self.conclude(z, info)}
+        return z[self.streams[0]]
 
     def answer(self, x: Tensor, info: SequenceInfo, steps: int) -> Tensor:
-        """z_H (B, L, D) after so many ACT steps from the start, refined, without halting: what
-        `forward` comes to in evaluation. x: embedded positions (B, L, D)."""
-        z_H, z_L = (init.to(x.dtype).expand_as(x) for init in (self.H_init, self.L_init))
+        """Return the answer's stream (B, L, D) after this many ACT steps from the start, refined,
+        without halting: what `forward` comes to in evaluation. x: embedded positions (B, L, D)."""
+        z = {name: start.to(x.dtype).expand_as(x) for name, start in self.starts().items()}
         for _ in range(steps):
-            z_H, z_L = self.recur(z_H, z_L, x, info)
-        return self.refine(z_H, z_L, info)
+            z = self.recur(z, x, info)
+        return self.refine(z, info)
 
     def halt_logits(self, z_H: Tensor, data: Batch) -> tuple[Tensor, Tensor]:
         """q_halt, q_continue: (B,) each, at least float32."""
@@ -206,38 +197,49 @@ class AthenaTRMInner(Backbone):
         return halt, proceed
 
 
-class AthenaTRM(nn.Module):
-    """The recursion under adaptive computation time (ACT).
+class AthenaTRM(Architecture):
+    """The recursion under adaptive computation time (ACT)."""
 
-    `config_dict` holds the options of `AthenaTRMConfig`; an unknown or inconsistent one raises
-    `pydantic.ValidationError` (a ValueError) that names it.
-    """
-
-    Config = AthenaTRMConfig
+    Config: type[AthenaTRMConfig] = AthenaTRMConfig
+    Inner: type[AthenaTRMInner] = AthenaTRMInner
+    inner: AthenaTRMInner
 
     def __init__(self, config_dict: dict):
         super().__init__()
-        self.config = AthenaTRMConfig(**config_dict)
-        self.inner = AthenaTRMInner(self.config).to(self.config.param_dtype)
+        self.config = self.Config(**config_dict)
+        self.inner = self.Inner(self.config).to(self.config.param_dtype)
 
-    def initial_carry(self, batch: Batch) -> Carry:
-        """A carry in which every row is free. Needs any batch of the right shapes."""
+    @property
+    def max_steps(self) -> int:  # type: ignore[override]
+        return self.config.halt_max_steps
+
+    @property
+    def eval_steps(self) -> int:
+        return self.config.max_eval_steps
+
+    @property
+    def row_depth(self) -> str | None:  # type: ignore[override]
+        return self.config.eval_halting if self.config.eval_halting in ("act", "budget") else None
+
+    def notes(self) -> list[str]:
+        if not self.config.post_refinement_steps or self.config.post_refinement_train:
+            return []
+        return [
+            "the refinement passes are never trained (post_refinement_train=false); evaluations "
+            "have figures without them under unrefined/"
+        ]
+
+    def empty_latents(self, batch: Batch) -> Latents:
         rows, length = batch["inputs"].shape
-        device = batch["inputs"].device
         shape = (rows, self.config.prefix_len + length, self.config.hidden_size)
-        z = torch.zeros(shape, dtype=self.config.dtype, device=device)
-        return Carry(
-            InnerCarry(z, z.clone()),
-            steps=torch.zeros(rows, dtype=torch.int32, device=device),
-            halted=torch.ones(rows, dtype=torch.bool, device=device),
-            current_data={
-                k: torch.zeros_like(v) for k, v in batch.items() if k not in PER_STEP_KEYS
-            },
-            last_loss=torch.full((rows,), torch.inf, device=device),
-        )
+        options = dict(dtype=self.config.dtype, device=batch["inputs"].device)
+        return {name: torch.zeros(shape, **options) for name in self.inner.streams}
+
+    def fresh_latents(self) -> Latents:
+        return self.inner.starts()
 
     def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, Batch]:
-        """One ACT step of every row; free rows first take their row of `batch`.
+        """Take one ACT step of every row; free rows first take their row of `batch`.
 
         Returns the new carry and outputs: logits (B, S, V); q_halt_logits, q_continue_logits
         (B,) at least float32; where they apply target_q_continue (B,), reasoning_logits,
@@ -245,23 +247,22 @@ class AthenaTRM(nn.Module):
         """
         carry = self.admit(carry, batch)
         data, inner = carry.current_data, self.inner
-        info, z = carry.info or inner.sequence_info(data), carry.inner_carry
-        z_H, z_L = inner.recur(z.z_H, z.z_L, inner.embed(data), info)
+        info, before = carry.info or inner.sequence_info(data), carry.latents
+        z = inner.recur(before, inner.embed(data), info)
         if not self.training:  # a row that has halted keeps what it had
             done = carry.halted.view(-1, 1, 1)
-            z_H = torch.where(done, z.z_H, z_H)
-            z_L = torch.where(done, z.z_L, z_L)
-        q_halt, q_continue = inner.halt_logits(z_H, data)
+            z = {name: torch.where(done, before[name], after) for name, after in z.items()}
+        q_halt, q_continue = inner.halt_logits(z[inner.streams[0]], data)
         steps = torch.where(carry.halted, carry.steps, carry.steps + 1)
         halted = carry.halted | self.halts(steps, q_halt, q_continue, data, batch.get("explore"))
         outputs = {"q_halt_logits": q_halt, "q_continue_logits": q_continue}
-        outputs |= self._readout(z_H, z_L, halted, info)
+        outputs |= self._readout(z, halted, info)
         new = replace(
             carry,
-            inner_carry=InnerCarry(z_H.detach(), z_L.detach()),
+            latents={name: after.detach() for name, after in z.items()},
             steps=steps,
             halted=halted.detach(),
-            info=info if self._keeps_info(z.z_H.device) else None,
+            info=info if self._keeps_info(halted.device) else None,
         )
         if self.training and not self.config.no_ACT_continue:
             outputs["target_q_continue"] = self._continue_target(new, data, info)
@@ -271,28 +272,6 @@ class AthenaTRM(nn.Module):
         """In evaluation no row is admitted after the first step, so that its data stay the same. On
         XLA the steps after the first would become another program."""
         return not self.training and device.type != "xla"
-
-    def admit(self, carry: Carry, batch: Batch) -> Carry:
-        """Lets the batch's examples into free rows; held rows keep all their own data.
-
-        In evaluation a row that has halted after some steps is done, not free.
-        """
-        free = carry.halted if self.training else carry.halted & (carry.steps == 0)
-        z, inner = carry.inner_carry, self.inner
-        return Carry(
-            InnerCarry(
-                torch.where(free.view(-1, 1, 1), inner.H_init.to(z.z_H.dtype), z.z_H),
-                torch.where(free.view(-1, 1, 1), inner.L_init.to(z.z_L.dtype), z.z_L),
-            ),
-            steps=torch.where(free, 0, carry.steps),
-            halted=carry.halted & ~free,
-            current_data={
-                key: torch.where(free.view(-1, *[1] * (held.ndim - 1)), batch[key], held)
-                for key, held in carry.current_data.items()
-            },
-            last_loss=torch.where(free, torch.inf, carry.last_loss),
-            info=None if self.training else carry.info,
-        )
 
     @torch.no_grad()
     def halts(
@@ -313,27 +292,26 @@ class AthenaTRM(nn.Module):
             steps >= (config.halt_max_steps if self.training else config.max_eval_steps)
         )
 
-    def _readout(self, z_H: Tensor, z_L: Tensor, halted: Tensor, info: SequenceInfo) -> Batch:
+    def _readout(self, z: Latents, halted: Tensor, info: SequenceInfo) -> Batch:
         config, inner, outputs = self.config, self.inner, {}
-        answer = z_H
+        answer = unrefined = z[inner.streams[0]]
         refines = config.post_refinement_steps > 0  # asked first: a look at `halted` waits
         if refines and (config.post_refinement_train if self.training else perhaps_any(halted)):
             # the carry stays unrefined: only the logits of rows that have halted change
-            answer = torch.where(halted.view(-1, 1, 1), inner.refine(z_H, z_L, info), z_H)
+            answer = torch.where(halted.view(-1, 1, 1), inner.refine(z, info), unrefined)
             if not self.training:
-                outputs["unrefined_logits"] = inner.logits(z_H)
+                outputs["unrefined_logits"] = inner.logits(unrefined)
         outputs["logits"] = inner.logits(answer)
         if config.enable_reasoning_stream is True:
-            read = z_L[:, config.prefix_len :][:, : config.reasoning_seq_len]
+            read = z[inner.streams[-1]][:, config.prefix_len :][:, : config.reasoning_seq_len]
             outputs["reasoning_logits"] = inner.reasoning_head(read)
         return outputs
 
     @torch.no_grad()
     def _continue_target(self, carry: Carry, data: Batch, info: SequenceInfo) -> Tensor:
         """TRM's bootstrapped Q-learning target: what the next step would say, (B,)."""
-        z = carry.inner_carry
-        z_H, _ = self.inner.recur(z.z_H, z.z_L, self.inner.embed(data), info)
-        halt, proceed = self.inner.halt_logits(z_H, data)
+        z = self.inner.recur(carry.latents, self.inner.embed(data), info)
+        halt, proceed = self.inner.halt_logits(z[self.inner.streams[0]], data)
         last = carry.steps >= self.config.halt_max_steps
         return torch.sigmoid(torch.where(last, halt, torch.maximum(halt, proceed)))
 

@@ -4,14 +4,16 @@ The baseline of equal parameters or equal FLOPs, with AthenaTRM's interface: it 
 one step, so that the same loop, stream, loss head and evaluators serve both.
 """
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.backbone import Backbone, BackboneConfig, Batch
+from models.base import Architecture, Carry
 from models.layers import SequenceInfo, rms_norm
-from models.recursive_reasoning.athena_trm import Carry, InnerCarry
 
 
 class TransformerConfig(BackboneConfig):
@@ -46,31 +48,21 @@ class TransformerInner(Backbone):
         return h
 
 
-class Transformer(nn.Module):
-    """See the module. `config_dict` holds the options of `TransformerConfig`."""
+class Transformer(Architecture):
+    """See the module."""
 
     Config = TransformerConfig
+    inner: TransformerInner
 
     def __init__(self, config_dict: dict):
         super().__init__()
         self.config = TransformerConfig(**config_dict)
         self.inner = TransformerInner(self.config).to(self.config.param_dtype)
 
-    def initial_carry(self, batch: Batch) -> Carry:
-        rows, device = batch["inputs"].shape[0], batch["inputs"].device
-        nothing = torch.zeros(rows, 0, 0, dtype=self.config.dtype, device=device)
-        return Carry(
-            InnerCarry(nothing, nothing),
-            steps=torch.zeros(rows, dtype=torch.int32, device=device),
-            halted=torch.ones(rows, dtype=torch.bool, device=device),
-            current_data=dict(batch),
-            last_loss=torch.full((rows,), torch.inf, device=device),
-        )
-
     def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, Batch]:
-        """One pass; every row halts. Outputs: logits (B, S, V)."""
+        """Make one pass; every row halts. Outputs: logits (B, S, V)."""
         done = torch.ones_like(carry.halted)
-        new = Carry(carry.inner_carry, done.to(torch.int32), done, dict(batch), carry.last_loss)
-        inner = self.inner
-        answer = inner.answer(inner.embed(batch), inner.sequence_info(batch))
-        return new, {"logits": inner.logits(answer)}
+        data = {name: batch[name] for name in carry.current_data}
+        new = replace(carry, steps=done.to(torch.int32), halted=done, current_data=data)
+        answer = self.inner.answer(self.inner.embed(data), self.inner.sequence_info(data))
+        return new, {"logits": self.inner.logits(answer)}

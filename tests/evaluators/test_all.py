@@ -182,7 +182,7 @@ def test_halting_figures_are_those_of_a_naive_loop(evaluated, trained, text_corp
         carry = model.admit(model.initial_carry(batch), batch)
         budgets.append(int(batch["iteration_targets"]))
         for step in range(1, 5):
-            old = carry.inner_carry.z_H[0, -len(labels) :]
+            old = carry.latents["z_H"][0, -len(labels) :]
             carry, outputs = model(carry, batch)
             x = outputs["logits"][0].double()
             s = torch.where(x >= 0, x + 1, 1 / (1 - x.clamp(max=0)))
@@ -190,7 +190,7 @@ def test_halting_figures_are_those_of_a_naive_loop(evaluated, trained, text_corp
             loss.append(-p.log().mean().item())
             says.append(torch.sigmoid(outputs["q_halt_logits"][0]).item())
             right.append(step >= budgets[-1])
-            change = (carry.inner_carry.z_H[0, -len(labels) :] - old).norm(dim=-1)
+            change = (carry.latents["z_H"][0, -len(labels) :] - old).norm(dim=-1)
             moved.append(change[scored].mean().item())
     table, said = np.array(loss).reshape(-1, 4), np.array(says).reshape(-1, 4)
     run = evaluated[1]

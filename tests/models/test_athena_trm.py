@@ -285,7 +285,7 @@ def test_refinement_changes_the_logits_only():
             carry, outputs = model(carry=carry, batch=batch)
         carries.append(carry)
         logits.append(outputs)
-    assert torch.equal(carries[0].inner_carry.z_H, carries[1].inner_carry.z_H)
+    assert torch.equal(carries[0].latents["z_H"], carries[1].latents["z_H"])
     assert not torch.equal(logits[0]["logits"], logits[1]["logits"])
     assert torch.equal(logits[0]["logits"], logits[1]["unrefined_logits"])
 

@@ -11,6 +11,8 @@ from models import cost
 from models.inference.loading import build_model
 from models.losses import ACTLossHead
 from models.recursive_reasoning.athena_trm import AthenaTRM
+from models.recursive_reasoning.hier6 import Hier6
+from models.recursive_reasoning.single_z import SingleZ
 from models.recursive_reasoning.transformer import Transformer
 from scripts.measure_step import measured_step
 from utils.backend.cpu import CPUBackend
@@ -39,6 +41,8 @@ MODELS = {
     "reasoning head": dict(
         enable_reasoning_stream=True, reasoning_seq_len=5, reasoning_vocab_size=40
     ),
+    "one stream": dict(kind=SingleZ),
+    "six streams": dict(kind=Hier6, L_cycles=6, H_cycles=2),
     "decoder": dict(num_layers=3),
     "decoder, recomputed": dict(num_layers=3, norm_type="pre", use_gradient_checkpointing=True),
 }
@@ -47,7 +51,8 @@ MODELS = {
 def build(options: dict) -> torch.nn.Module:
     if "num_layers" in options:
         return Transformer(SIZES | options)
-    return AthenaTRM(SIZES | RECURSION | options)
+    kind = options.get("kind", AthenaTRM)
+    return kind(SIZES | RECURSION | {k: v for k, v in options.items() if k != "kind"})
 
 
 def executed(model: torch.nn.Module, training: bool) -> int:

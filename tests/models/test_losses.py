@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset.common import IGNORE_LABEL_ID
 from models import losses
+from models.base import Carry
 from models.losses import LOSSES, ACTLossHead
-from models.recursive_reasoning.athena_trm import Carry, InnerCarry
 
 NAMES = list(LOSSES)
 
@@ -101,11 +101,10 @@ class Replay(torch.nn.Module):
     def __init__(self, steps, halted, outputs, last_loss=None):
         super().__init__()
         self.steps, self.halted, self.outputs = steps, halted, outputs
-        self.last_loss = torch.full((len(steps),), torch.inf) if last_loss is None else last_loss
+        self.memory = {} if last_loss is None else {"last_loss": last_loss}
 
     def forward(self, carry, batch):
-        z = torch.zeros(len(self.steps), 0, 0)
-        carry = Carry(InnerCarry(z, z), self.steps, self.halted, batch, self.last_loss)
+        carry = Carry({}, self.steps, self.halted, batch, self.memory)
         return carry, dict(self.outputs)
 
 
@@ -157,7 +156,7 @@ def test_labels_are_smoothed_in_training_only():
     ],
 )
 def test_halt_targets(halt_target, targets):
-    row_losses = replay()[0].last_loss
+    row_losses = replay("plateau")[0].memory["last_loss"]
     last = row_losses + torch.tensor([10.0, 0.001, 0.0])
     _, _, metrics, _, _ = replay(halt_target, last, plateau_threshold=0.01)
     expected = bce(3.0, targets[0]) + bce(-2.0, targets[1])

@@ -37,12 +37,21 @@ OTHER_SHAPES = 1e-9
 STABLEMAX = {"loss": {"name": "losses@ACTLossHead", "loss_type": "stablemax_cross_entropy"}}
 SOFTMAX = {"loss": {"name": "losses@ACTLossHead", "loss_type": "softmax_cross_entropy"}}
 GROUPED = {"num_heads": 4, "num_key_value_heads": 2, "post_refinement_steps": 2}
+RECURSION = {"hidden_size": 32, "H_cycles": 2, "L_cycles": 3, "L_layers": 1, "halt_max_steps": 3}
 VARIANTS: dict[str, dict[str, Any]] = {
     "identifiers, stablemax": GROUPED | STABLEMAX | {"puzzle_emb_ndim": 40},
     "tied, softmax": GROUPED
     | SOFTMAX
     | {"tie_embeddings": True, "puzzle_emb_ndim": 0, "norm_type": "pre"},
     "learned positions": GROUPED | STABLEMAX | {"pos_encodings": "learned", "L_layers": 1},
+    "one stream": STABLEMAX
+    | RECURSION
+    | GROUPED
+    | {"name": "recursive_reasoning.single_z@SingleZ"},
+    "six streams": STABLEMAX
+    | RECURSION
+    | GROUPED
+    | {"name": "recursive_reasoning.hier6@Hier6", "L_cycles": 6, "puzzle_emb_ndim": 0},
     "transformer": STABLEMAX
     | {"name": "recursive_reasoning.transformer@Transformer", "hidden_size": 32, "num_heads": 4}
     | {"puzzle_emb_ndim": 32, "norm_type": "pre"},

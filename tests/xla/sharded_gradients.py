@@ -64,7 +64,7 @@ def main() -> None:
         "losses": ((split_losses - losses).abs() / losses).max().item(),
         "largest gradient": max(g.abs().max().item() for g in plain.values()),
         "flags agree": torch.equal(split_carry.halted.cpu(), carry.halted),
-        "carry": torch_xla._XLAC._get_xla_sharding_spec(split_carry.inner_carry.z_H),
+        "carry": torch_xla._XLAC._get_xla_sharding_spec(split_carry.latents["z_H"]),
     }
     print(json.dumps(found))
 

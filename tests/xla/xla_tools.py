@@ -50,7 +50,7 @@ def apart(one: Path, other: Path) -> dict[str, float]:
     a, b = contents(one), contents(other)
     assert a.keys() == b.keys()
     found = {}
-    for part in ("model/", "ema/", "carry_0/carry/z_H", "carry_0/carry/halted"):
+    for part in ("model/", "ema/", "carry_0/carry/latents/z_H", "carry_0/carry/halted"):
         names = [name for name in a if name.startswith(part)]
         found[part] = max(
             (a[name].double() - b[name].double()).abs().max().item() for name in names

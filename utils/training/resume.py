@@ -29,7 +29,8 @@ from utils.corpus.corpora import Corpora, did_you_mean
 from utils.training.optimizers import share_moments
 from utils.training.state import TrainState, carry_rows
 
-FORMAT = 2  # of a checkpoint's files; 2: optimizers know parameters by name
+FORMAT = 3  # of a checkpoint's files; 3: latents and memory of held rows have names
+READABLE = (2, 3)
 
 
 class Resumable(Protocol):
@@ -213,10 +214,10 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
     if backend.is_main:
         print(f"resuming from {folder}", flush=True)
     opened = Checkpoint(folder)
-    if opened.json("state.json").get("format") != FORMAT:
+    if opened.json("state.json").get("format") not in READABLE:
         raise UserError(
-            f"{folder} was written by another version of Athena and cannot be gone on with; start "
-            f"a new run from its weights with load_checkpoint={folder}"
+            f"{folder} was written by an incompatible version of Athena and cannot be resumed; "
+            f"start a new run from its weights with load_checkpoint={folder}"
         )
     saved = yaml.safe_load(opened.text("config.yaml"))
     choose_dtype(config, backend, saved["arch"])

@@ -6,7 +6,7 @@ Model, optimizers, averages, held rows and counters; the stream keeps its own po
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from models.anchor import row_data
+from models.anchor import PREFIX
 from models.backbone import Backbone
+from models.base import Carry
 from models.build import load_into
 from models.flex import raise_recompile_limit
 from models.losses import ACTLossHead
-from models.recursive_reasoning.athena_trm import Carry, InnerCarry
 from models.sparse_embedding import SparseEmbeddingSignSGD, sparse_embeddings
 from utils.backend import Backend
 from utils.backend.state import (
@@ -124,9 +124,8 @@ class TrainState:
     def free_broken_rows(self) -> Tensor:
         """Rows whose latents are no longer finite make room; who has halted by now, (rows,)."""
         for carry in self.carries:
-            z = carry.inner_carry
-            broken = ~(z.z_H.isfinite().all(2).all(1) & z.z_L.isfinite().all(2).all(1))
-            carry.halted = carry.halted | broken
+            for z in carry.latents.values():
+                carry.halted = carry.halted | ~z.isfinite().all(2).all(1)
         return torch.cat([carry.halted for carry in self.carries])
 
     def adopt_rule(self, rule: EarlyStoppingConfig | None) -> None:
@@ -233,7 +232,9 @@ class TrainState:
         """Held rows of all this replica's slots, split into its micro-batches."""
         split = {k: v.chunk(micro_batches) for k, v in rows.items()}
         self.carries = [
-            self.model.adopted(carry_from_rows({k: v[i].to(self.device) for k, v in split.items()}))
+            self.model.remember(
+                carry_from_rows({k: v[i].to(self.device) for k, v in split.items()})
+            )
             for i in range(micro_batches)
         ]
 
@@ -264,9 +265,8 @@ def create_train_state(
         model.requires_grad_(False)
     if backend.compiles(config.compile):
         raise_recompile_limit()
-        for module in model.modules():
-            if type(module).__name__ == "Block":
-                module.compile(dynamic=False)
+        for module, method in model.model.regions():
+            _compile(module, method)
     trains = any(p.requires_grad for p in model.parameters())
     step_model = backend.wrap(model, config.parallel) if trains else model
     trainable = [p for p in model.parameters() if p.requires_grad]  # sharded by now, if at all
@@ -301,6 +301,14 @@ def create_train_state(
     )
 
 
+def _compile(module: nn.Module, method: str) -> None:
+    """Compile a method in place; the names of parameters stay as they are."""
+    if method == "forward":
+        module.compile(dynamic=False)
+    else:
+        setattr(module, method, torch.compile(getattr(module, method), dynamic=False))
+
+
 def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Loads moments and step counts; rates and decays stay those of today's config."""
     today = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -309,17 +317,20 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
         group.update(values)
 
 
+# Of format 2, in which latents and memory had the names of AthenaTRM's fields.
+_RENAMED = {"z_H": "latents/z_H", "z_L": "latents/z_L", "last_loss": "memory/last_loss"}
+
+
 def carry_rows(carries: Sequence[Carry]) -> dict[str, Tensor]:
     """The rows of a replica's carries as named tensors, slot after slot."""
 
     def flat(carry: Carry) -> dict[str, Tensor]:
-        return {
-            "z_H": carry.inner_carry.z_H,
-            "z_L": carry.inner_carry.z_L,
-            "steps": carry.steps,
-            "halted": carry.halted,
-            "last_loss": carry.last_loss,
-            **{f"data/{k}": v for k, v in row_data(carry).items()},
+        named = {"latents": carry.latents, "data": carry.current_data, "memory": carry.memory}
+        return {"steps": carry.steps, "halted": carry.halted} | {
+            f"{kind}/{name}": value
+            for kind, values in named.items()
+            for name, value in values.items()
+            if not name.startswith(PREFIX)
         }
 
     # copied first: on XLA a concatenation would be one more program
@@ -328,7 +339,12 @@ def carry_rows(carries: Sequence[Carry]) -> dict[str, Tensor]:
 
 
 def carry_from_rows(rows: dict[str, Tensor]) -> Carry:
-    data = {k.removeprefix("data/"): v for k, v in rows.items() if k.startswith("data/")}
-    own: dict[str, Any] = {f.name: rows[f.name] for f in fields(Carry) if f.name in rows}
-    inner = InnerCarry(rows["z_H"], rows["z_L"])
-    return Carry(inner_carry=inner, current_data=data, **own)
+    """Return the carry that `carry_rows` gave, or that a checkpoint of format 2 holds."""
+
+    def below(kind: str) -> dict[str, Tensor]:
+        start = f"{kind}/"
+        return {k.removeprefix(start): v for k, v in rows.items() if k.startswith(start)}
+
+    rows = {_RENAMED.get(name, name): value for name, value in rows.items()}
+    rows = {name: value for name, value in rows.items() if value.numel()}
+    return Carry(below("latents"), rows["steps"], rows["halted"], below("data"), below("memory"))

@@ -1,0 +1,128 @@
+"""What an architecture is, and what rows keep between its steps.
+
+Shape letters: B rows, S tokens, P prefix positions, D hidden.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.backbone import Backbone, BackboneConfig, Batch
+from models.layers import SequenceInfo
+
+# Drawn for every step: a row that is held must not keep its first draw.
+PER_STEP_KEYS = frozenset({"explore"})
+
+
+@dataclass
+class Carry:
+    """What rows keep between steps; the first axis of every tensor is rows.
+
+    latents: (B, P+S, D) each, in the forward dtype, without gradient; {} where nothing is carried.
+    steps: (B,) int32, steps that the row's present example has had.
+    halted: (B,) bool, the row takes the batch's example at the next training step.
+    current_data: the batch entries of the example that the row holds, all of them.
+    memory: (B, ...) each, of the loss; an architecture passes it on untouched.
+    info: in evaluation, positions and mask of the rows' data, which later steps share.
+    """
+
+    latents: dict[str, Tensor]
+    steps: Tensor
+    halted: Tensor
+    current_data: Batch
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    info: SequenceInfo | None = None
+
+
+class Architecture(nn.Module):
+    """A model below `models.`, constructed with a dict of the options of its `Config`.
+
+    An option that is unknown or does not fit the others raises `pydantic.ValidationError`, a
+    ValueError that names it.
+
+    inner: the module that holds all weights. max_steps: a training row halts after this many steps
+    at the latest.
+    """
+
+    Config: type[BackboneConfig]
+    config: Any
+    inner: Backbone
+    max_steps: int = 1
+    row_depth: str | None = None
+    """Prefix of an evaluation's figures where each row has a depth of its own: act, budget."""
+
+    @property
+    def eval_steps(self) -> int:
+        """Return the steps of every row in an evaluation."""
+        return self.max_steps
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the modules whose matrices Muon trains. Default: the items of every
+        `nn.ModuleList`."""
+        lists = [module for module in self.inner.modules() if isinstance(module, nn.ModuleList)]
+        return [block for items in lists for block in items]
+
+    def regions(self) -> list[tuple[nn.Module, str]]:
+        """Return what `torch.compile` compiles: modules and names of their methods. Default: the
+        forward pass of each block."""
+        return [(block, "forward") for block in self.blocks()]
+
+    def notes(self) -> list[str]:
+        """Return sentences that a user should read at the start of a run. Default: none."""
+        return []
+
+    def initial_carry(self, batch: Batch) -> Carry:
+        """Return a carry in which every row is free, for batches of this one's shapes."""
+        rows, device = len(batch["inputs"]), batch["inputs"].device
+        return Carry(
+            latents=self.empty_latents(batch),
+            steps=torch.zeros(rows, dtype=torch.int32, device=device),
+            halted=torch.ones(rows, dtype=torch.bool, device=device),
+            current_data={
+                name: torch.zeros_like(value)
+                for name, value in batch.items()
+                if name not in PER_STEP_KEYS
+            },
+        )
+
+    def empty_latents(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the latents of free rows: their names, shapes and dtypes. Default: none."""
+        return {}
+
+    def fresh_latents(self) -> dict[str, Tensor]:
+        """Return what the latents of a row start from, (D,) each. Default: none."""
+        return {}
+
+    def admit(self, carry: Carry, batch: Batch) -> Carry:
+        """Let the batch's examples into free rows; held rows keep all their own data.
+
+        In evaluation a row that has halted after some steps is done, not free.
+        """
+        free = carry.halted if self.training else carry.halted & (carry.steps == 0)
+
+        def choose(new: Tensor, held: Tensor) -> Tensor:
+            return torch.where(free.view(-1, *[1] * (held.ndim - 1)), new, held)
+
+        fresh = self.fresh_latents()
+        return Carry(
+            latents={
+                name: choose(fresh[name].to(held.dtype), held)
+                for name, held in carry.latents.items()
+            },
+            steps=torch.where(free, 0, carry.steps),
+            halted=carry.halted & ~free,
+            current_data={
+                name: choose(batch[name], held) for name, held in carry.current_data.items()
+            },
+            memory=carry.memory,
+            info=None if self.training else carry.info,
+        )
+
+    def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, Batch]:
+        """Take one step of every row; free rows first take their row of `batch`.
+
+        Returns the new carry and outputs by name: logits (B, S, V), and what else there is.
+        """
+        raise NotImplementedError
