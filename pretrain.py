@@ -53,7 +53,7 @@ from utils.training import resume as persistence
 from utils.training.dry_run import dry_run
 from utils.training.log import TrainingLog
 from utils.training.messages import advice_on_nonfinite, announce, ending, evaluation_table
-from utils.training.resume import Saver
+from utils.training.save import Saver
 from utils.training.schedule import Schedule
 from utils.training.state import TrainState, choose_kernels, create_train_state
 

@@ -18,7 +18,7 @@ import os, shutil, sys
 from pathlib import Path
 import torch
 import pretrain
-from utils.training.resume import Saver
+from utils.training.save import Saver
 
 Saver.RETRY_SECONDS = 0
 rank, real_batch = int(os.environ.get("RANK", 0)), pretrain.train_batch
