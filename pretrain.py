@@ -33,8 +33,7 @@ from utils.core.iterators import prefetched, ticking
 from utils.corpus.data import open_data
 from utils.monitoring.metrics import added
 from utils.training import lr_finder
-from utils.training import resume as persistence
-from utils.training.build import Run, build
+from utils.training.build import Run, build, evaluation_rows
 from utils.training.dry_run import dry_run
 from utils.training.messages import advice_on_nonfinite, announce, ending, evaluation_table
 from utils.training.state import TrainState
@@ -284,7 +283,7 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
             )
         say(run, "the corpora have no test split, or an empty one: evaluation is skipped")
         return {}
-    rows = persistence.evaluation_rows(config, backend, run.micro_batches, run.data.test)
+    rows = evaluation_rows(config, backend, run.micro_batches, run.data.test)
     stream: EvalStream | list[Any] = []
     if run.data.test is not None:
         ranks = dict(rank=backend.rank, world_size=backend.world_size)

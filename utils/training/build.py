@@ -11,16 +11,19 @@ from dataset.tokens.tokenization import TextTokenizer
 from evaluators.interface import Evaluator
 from evaluators.loop import create_evaluators
 from models import cost
-from models.build import create_model
-from models.inference.loading import load_anchor, open_tokenizer
+from models.build import create_model, load_into
+from models.inference.loading import fitting_weights, load_anchor, open_tokenizer
+from models.losses import ACTLossHead
 from sequence_dataset import TrainStream
 from utils.backend import Backend
 from utils.backend.feed_ahead import PresentAhead
+from utils.checkpoint.format import Checkpoint
 from utils.config.saved import dump_config
 from utils.config.schema import PretrainConfig
 from utils.core.atomic import write_result
 from utils.core.clock import Clock
 from utils.core.errors import UserError
+from utils.corpus.corpora import Corpora
 from utils.corpus.data import Data
 from utils.monitoring.loggers import Loggers
 from utils.monitoring.profiling import StepProfiler
@@ -95,12 +98,10 @@ def build(
     choose_kernels(config, model, backend)
     loaded_step = 0
     if config.load_checkpoint and resumed is None:
-        loaded, loaded_step = persistence.load_pretrained(
-            config, model, data.train.identifiers, data.tokenizer
-        )
+        loaded, loaded_step = load_pretrained(config, model, data.train.identifiers, data.tokenizer)
         if backend.is_main:
             print(f"starting from the {loaded}")
-    micro_batches = rows // persistence.micro_batch_rows(config, backend, model, resumed)
+    micro_batches = rows // micro_batch_rows(config, backend, model, resumed)
     model.to(backend.device)
     state = create_train_state(config, model, backend=backend)
     stream = create_stream(config, model.model.config, data, backend, micro_batches)
@@ -149,3 +150,62 @@ def build(
         StepProfiler(folder if config.profile else None, backend, state.step),
     )  # fmt: skip
     return run, state
+
+
+def micro_batch_rows(
+    config: PretrainConfig, backend: Backend, model: ACTLossHead, resumed: Checkpoint | None
+) -> int:
+    """Rows that a rank computes at once: as configured, as before, or what the memory of every rank
+    allows. A collective."""
+    rows, ranks, device = (
+        config.rows_per_rank(backend.world_size),
+        backend.world_size,
+        backend.device,
+    )
+    known = config.micro_rows(ranks) or backend.broadcast_object(saved_micro_rows(resumed, rows))
+    if known is not None:
+        return known
+    # the plan counts these too
+    free = backend.available_memory() + cost.count_present_bytes(model, device.type)
+    own = cost.fitting_rows(model.model, config, free, ranks=ranks, device=device.type)
+    return min(backend.gather_objects(own))  # each divides the rows of a rank
+
+
+def evaluation_rows(
+    config: PretrainConfig, backend: Backend, micro_batches: int, test: Corpora | None
+) -> int:
+    """Return the rows of an evaluation batch, over all ranks: as configured, or as in training."""
+    ranks = backend.world_size
+    at_once = config.rows_per_rank(ranks) // micro_batches
+    rows = config.eval_batch_size or ranks * at_once
+    if not backend.compiles(config.compile) and test is not None:
+        rows = min(rows, ranks * -(-test.num_rows // ranks))  # more would be padding alone
+    return rows  # another shape than in training, if compiled, takes long
+
+
+def saved_micro_rows(resumed: Checkpoint | None, rows: int) -> int | None:
+    """Rows of a micro-batch as before, so that a resumed run stays exact whatever is free today.
+
+    None for a new run, or where they do not divide the `rows` of a rank (another world size).
+    """
+    saved = resumed.json("state.json").get("micro_rows") if resumed is not None else None
+    return saved if saved is not None and rows % saved == 0 else None
+
+
+def load_pretrained(
+    config: PretrainConfig, model: ACTLossHead, identifiers: list[str], tokenizer: Path | None
+) -> tuple[str, int]:
+    """Starts a new run from the weights that `load_checkpoint` names.
+
+    Returns what they are, in words, and the step that they were saved at (0 if not known).
+    """
+    assert config.load_checkpoint is not None
+    weights, opened = fitting_weights(
+        "load_checkpoint", config.load_checkpoint, config.load_weights, identifiers, tokenizer
+    )
+    load_into(model.model, weights)
+    if opened is None:
+        return f"weights of {config.load_checkpoint}", 0
+    averaged = config.load_weights == "ema" and "ema.pt" in opened
+    told = f"{'averaged' if averaged else 'raw'} weights of {opened.folder}"
+    return told, opened.json("state.json")["counters"]["step"]

@@ -20,7 +20,8 @@ from utils.backend.memory import explain_out_of_memory
 from utils.backend.triton import missing_for_triton
 from utils.core.errors import UserError
 from utils.corpus.data import open_data
-from utils.training.resume import choose_dtype, micro_batch_rows
+from utils.training.build import micro_batch_rows
+from utils.training.resume import choose_dtype
 from utils.training.state import choose_kernels
 
 # --- compiling ---------------------------------------------------------------------------------
