@@ -35,7 +35,7 @@ from utils.monitoring.metrics import added
 from utils.training import lr_finder
 from utils.training.build import Run, build, evaluation_rows
 from utils.training.dry_run import dry_run
-from utils.training.messages import advice_on_nonfinite, announce, ending, evaluation_table
+from utils.training.messages import announce, describe_end, describe_nonfinite, format_evaluation
 from utils.training.state import TrainState
 
 
@@ -59,7 +59,7 @@ def launch(cfg: DictConfig) -> None:
     with warnings_as_notes(shown=os.environ.get("RANK", "0") == "0"):
         config = load_config(as_trained(cfg), world_size=int(os.environ.get("WORLD_SIZE", 1)))
     if config.lr_find:
-        config = lr_finder.settled(config)
+        config = lr_finder.configure_sweep(config)
     if config.dry_run:
         return dry_run(config)
     backend, reason = select_backend(config.device_type)
@@ -128,7 +128,7 @@ def train_loop(run: Run, state: TrainState) -> int:
         except Interrupted as interrupted:
             return leave(run, state, interrupted.signal)
     last = checkpoint.step_folder(run.folder, state.step)
-    say(run, ending(run.config, last, state, began))
+    say(run, describe_end(run.config, last, state, began))
     return FAILED_IN_PART if state.failed_evaluations else 0
 
 
@@ -250,11 +250,8 @@ def skip_update(run: Run, state: TrainState) -> None:
     say(run, f"step {state.step}: loss or gradient is not finite, update skipped")
     if state.nonfinite_in_a_row >= run.config.max_nonfinite:
         run.saver.writer.settle()  # one may just be in work
-        advice = advice_on_nonfinite(run.config, checkpoint.checkpoints_of(run.folder))
-        raise UserError(
-            f"{state.nonfinite_in_a_row} updates in a row were not finite (max_nonfinite="
-            f"{run.config.max_nonfinite}); {advice}"
-        )
+        saved = checkpoint.checkpoints_of(run.folder)
+        raise UserError(describe_nonfinite(run.config, state.nonfinite_in_a_row, saved))
 
 
 def evaluate_and_save(run: Run, state: TrainState) -> None:
@@ -312,7 +309,7 @@ def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
     state.failed_evaluations += FAILURES in results
     results = {f"eval/{name}": value for name, value in results.items()}
     run.loggers.log(results, state.step)
-    say(run, evaluation_table(results, state.step))
+    say(run, format_evaluation(results, state.step))
     return results
 
 
