@@ -266,7 +266,7 @@ def evaluate_and_save(run: Run) -> None:
         run.saver.save()
     results = run_evaluation(run)
     state.evaluated_epoch, state.evaluated_step = run.stream.epoch, state.step
-    if state.stops_early(run.config.early_stopping, results):
+    if state.update_stopping(run.config.early_stopping, results):
         run.report("stopped early: the evaluations no longer improve")
     run.saver.keep_best(results)
     run.saver.note_evaluation(results)

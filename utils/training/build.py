@@ -31,7 +31,7 @@ from utils.monitoring.profiling import StepProfiler
 from utils.monitoring.watchdog import Watchdog
 from utils.training.log import TrainingLog
 from utils.training.lr_finder import Sweep
-from utils.training.resume import find_resume, restore
+from utils.training.resume import prepare_resume, restore
 from utils.training.save import Saver
 from utils.training.schedule import Schedule
 from utils.training.state import TrainState, choose_kernels, create_train_state
@@ -93,7 +93,7 @@ def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path
 
     A collective. folder: the run's own, which exists.
     """
-    resumed = find_resume(config, folder, backend)
+    resumed = prepare_resume(config, folder, backend)
     model, step = build_model(config, backend, data, resumed)
     rows = config.rows_per_rank(backend.world_size)
     micro_batches = rows // choose_micro_batch_rows(config, backend, model, resumed)

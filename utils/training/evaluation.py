@@ -31,7 +31,7 @@ def run_evaluation(run: Run) -> dict[str, Any]:
     stream = create_stream(run, rows)
     bar = Progress(len(stream), "evaluate, batch", "batch", shown=backend.is_main)
     advice = f"in an evaluation of {rows} rows at once; lower eval_batch_size (now {rows})"
-    with explain_out_of_memory(advice), bar, state.averaged():
+    with explain_out_of_memory(advice), bar, state.use_averages():
         results = evaluate(
             state.model,
             ticking(prefetched(stream, config.num_workers), bar.update, run.watchdog.sign),

@@ -1,4 +1,4 @@
-"""Resuming a run: find its checkpoint, compare the configs, restore the state."""
+"""Resume a run: find its checkpoint, compare the configs, restore the state."""
 
 from pathlib import Path
 from typing import Any
@@ -20,30 +20,34 @@ from utils.training.save import FORMAT, Resumable
 from utils.training.state import TrainState
 
 
-def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoint | None:
-    """The checkpoint to go on from, checked; None for a new run. Settles what it stays near."""
-    folder = backend.from_main(lambda: folder_to_resume(config, run))
-    if folder is None:
+def prepare_resume(config: PretrainConfig, folder: Path, backend: Backend) -> Checkpoint | None:
+    """Open the checkpoint to resume and check that the config fits it; None for a new run.
+
+    A collective. Chooses the dtype and the base model in `config`, and sets aside what the run in
+    `folder` wrote after that checkpoint.
+    """
+    source = backend.from_main(lambda: find_checkpoint(config, folder))
+    if source is None:
         choose_dtype(config, backend, None)
         settle_anchor(config, backend, None)
         if backend.is_main and not config.eval_only:
-            checkpoint.forget_evaluation(run, after=-1)
+            checkpoint.forget_evaluation(folder, after=-1)
         return None
     if backend.is_main:
-        print(f"resuming from {folder}", flush=True)
-    opened = Checkpoint(folder)
+        print(f"resuming from {source}", flush=True)
+    opened = Checkpoint(source)
     if opened.json("state.json").get("format") != FORMAT:
         raise UserError(
-            f"{folder} was written by another version of Athena and cannot be gone on with; start "
-            f"a new run from its weights with load_checkpoint={folder}"
+            f"{source} was written by an incompatible version of Athena and cannot be resumed; "
+            f"start a new run from its weights with load_checkpoint={source}"
         )
     saved = yaml.safe_load(opened.text("config.yaml"))
     choose_dtype(config, backend, saved["arch"])
     settle_anchor(config, backend, saved["arch"]["loss"].get("kl_to"))
     check_unchanged(config, saved, opened)
     if backend.is_main and not config.eval_only:
-        checkpoint.set_aside(run, folder, opened.json("state.json")["counters"]["step"])
-        checkpoint.note_start(run, config.resume)
+        checkpoint.set_aside(folder, source, opened.json("state.json")["counters"]["step"])
+        checkpoint.note_start(folder, config.resume)
     backend.barrier()
     return opened
 
@@ -51,7 +55,7 @@ def find_resume(config: PretrainConfig, run: Path, backend: Backend) -> Checkpoi
 def choose_dtype(config: PretrainConfig, backend: Backend, saved: dict[str, Any] | None) -> None:
     """Set activations to float32 on a device without bfloat16. A collective.
 
-    saved: architecture of the run that is resumed; it keeps its dtype.
+    saved: architecture of the resumed run, which keeps its dtype; None for a new run.
     """
     options = config.arch.options | {"name": config.arch.name}
     chosen = set(backend.gather_objects(usable_dtype(options, backend)))
@@ -60,50 +64,53 @@ def choose_dtype(config: PretrainConfig, backend: Backend, saved: dict[str, Any]
     usable = lacks.pop()
     if saved is None or saved.get("forward_dtype") == usable:
         config.arch.forward_dtype = usable  # type: ignore[attr-defined]
-        told = f"this device has no bfloat16: the run uses arch.forward_dtype={usable}"
+        message = f"this device has no bfloat16: the run uses arch.forward_dtype={usable}"
     else:
-        told = "the run is resumed in bfloat16, which this device does not have: it will be slow"
+        message = "the run is resumed in bfloat16, which this device does not have: it will be slow"
     if backend.is_main:
-        print(f"note: {told}", flush=True)
+        print(f"note: {message}", flush=True)
 
 
-def folder_to_resume(config: PretrainConfig, run: Path) -> Path | None:
-    """The checkpoint that `resume` names or finds, compared with its manifest."""
+def find_checkpoint(config: PretrainConfig, folder: Path) -> Path | None:
+    """Find the checkpoint that `resume` asks for, and verify it against its manifest.
+
+    folder: of the run. Returns None for a new run.
+    """
     own = not config.eval_only
-    there = [folder.name for folder in checkpoint.checkpoints_of(run)]
+    saved = [path.name for path in checkpoint.checkpoints_of(folder)]
     if config.resume == "none":
-        if own and there:
+        if own and saved:
             raise UserError(
-                f"resume=none starts a new run, but {run} holds {there[-1]} of an old one; "
+                f"resume=none starts a new run, but {folder} holds {saved[-1]} of an old one; "
                 "choose another run_name, or move the folder away"
             )
         return None
     if own:
-        checkpoint.recover(run)
-    # A launcher that restarts its ranks gives them the same command, which has been obeyed once.
-    if config.resume == "auto" or (own and checkpoint.is_restart(run, config.resume)):
-        found = checkpoint.newest_whole(run, rename=own)
+        checkpoint.recover(folder)
+    # A launcher that restarts its ranks repeats the command, which has been followed once.
+    if config.resume == "auto" or (own and checkpoint.is_restart(folder, config.resume)):
+        found = checkpoint.newest_whole(folder, rename=own)
         return None if found is None else found.folder
-    named = next((p for p in (Path(config.resume), run / config.resume) if p.is_dir()), None)
+    named = next((p for p in (Path(config.resume), folder / config.resume) if p.is_dir()), None)
     if named is not None:
         named = named.resolve()  # `best` is a link
         if (named / checkpoint.MANIFEST).is_file():
             Checkpoint(named).verify()
             return named
-        own = own and named == run.resolve()  # others may be at work on theirs
+        own = own and named == folder.resolve()  # another run may be in progress there
         if (found := checkpoint.newest_whole(named, rename=own)) is not None:
             return found.folder
-    held = f"which holds {', '.join(there)}" if there else "which holds none"
+    held = f"which holds {', '.join(saved)}" if saved else "which holds none"
     raise UserError(
         f"resume={config.resume} is neither a checkpoint, nor a run that has one, nor the name of "
-        f"one in {run}, {held}"
+        f"one in {folder}, {held}"
     )
 
 
 def check_unchanged(config: PretrainConfig, saved: dict[str, Any], opened: Checkpoint) -> None:
-    """Raise UserError that lists the keys which changed and would change the result.
+    """Raise UserError if keys differ that would change the result; the message lists them.
 
-    It offers resume_allow for those alone with which the run can be resumed.
+    It suggests resume_allow only for keys with which the run can be resumed.
     """
     changed, gone = changed_keys(config, saved)
     if gone:
@@ -112,7 +119,7 @@ def check_unchanged(config: PretrainConfig, saved: dict[str, Any], opened: Check
         return
     fixed = [key for key in changed if is_fixed(config, key)]
     arch = [key for key in changed if key.startswith("arch.") and key not in fixed]
-    if not arch or weights_fit(config, opened):
+    if not arch or match_weights(config, opened):
         arch = []
     advice = ["Take them back"]
     if possible := [key for key in changed if key not in (*fixed, *arch)]:
@@ -132,7 +139,7 @@ def check_unchanged(config: PretrainConfig, saved: dict[str, Any], opened: Check
     )
 
 
-def weights_fit(config: PretrainConfig, opened: Checkpoint) -> bool:
+def match_weights(config: PretrainConfig, opened: Checkpoint) -> bool:
     """Return whether a checkpoint's weights are those of the model that `config` describes."""
     metadata = DatasetMetadata.model_validate_json(opened.text("dataset.json"))
     weighed = bool(config.arch.loss.options.get("reasoning_loss_weight"))
@@ -158,12 +165,12 @@ def restore(
     stream: Resumable,
     backend: Backend,
     opened: Checkpoint,
-    run: Path,
+    folder: Path,
     micro_batches: int,
 ) -> None:
-    """Continues where `opened` was taken: weights, optimizers, averages, stream, held rows.
+    """Restore a checkpoint: weights, optimizers, averages, stream, held rows and counters.
 
-    And after the evaluation there, if that one was finished.
+    An evaluation that was finished at that step counts as done.
     """
     saved = opened.json("state.json")
     position, rows = saved["stream"], None
@@ -180,14 +187,14 @@ def restore(
         print("note: the checkpoint has no moments for this optimizer, they start from zero")
     state.load_counters(saved["counters"])
     done = None
-    if backend.is_main and opened.folder.parent.resolve() == run.resolve():
-        done = checkpoint.noted_evaluation(run, state.step)
+    if backend.is_main and opened.folder.parent.resolve() == folder.resolve():
+        done = checkpoint.noted_evaluation(folder, state.step)
     if (done := backend.broadcast_object(done)) is not None:
         state.load_counters(done)
         state.evaluated_step = state.step
-    state.adopt_rule(config.early_stopping)
+    state.apply_stopping_rule(config.early_stopping)
     if backend.is_main and not config.eval_only:
-        checkpoint.link_best(run, state.best_step)
+        checkpoint.link_best(folder, state.best_step)
     if rows is None:
         reason = "held rows were not saved"
         if size != before:

@@ -1,4 +1,4 @@
-"""Saving a run: what goes into a checkpoint, and when."""
+"""Save a run: what goes into a checkpoint, and when one is written."""
 
 import json
 import math
@@ -24,18 +24,20 @@ FORMAT = 2  # of a checkpoint's files; 2: optimizers know parameters by name
 
 
 class Resumable(Protocol):
+    """A stream whose position a checkpoint stores."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any], *, restart_held: bool = False) -> None: ...
 
 
 class Saver:
-    """Saves one run: in the background, and again where the disk refuses. Methods are collectives.
+    """Save a run in the background, and retry if the disk refuses. Methods are collectives.
 
-    saved_at: the last step whose checkpoint is whole or in work.
+    saved_at: the last step whose checkpoint is complete or in progress.
     """
 
-    RETRY_SECONDS = 60  # of training, until a checkpoint that failed is tried again
+    RETRY_SECONDS = 60  # of training, before a failed checkpoint is retried
 
     def __init__(
         self,
@@ -43,57 +45,58 @@ class Saver:
         state: TrainState,
         stream: Resumable,
         backend: Backend,
-        run: Path,
+        folder: Path,
         corpora: Corpora,
         tokenizer: Path | None,
     ):
         self.config, self.state, self.stream, self.backend = config, state, stream, backend
-        self.run = run
-        self.writer = CheckpointWriter(run, backend, config.keep_checkpoints)
+        self.folder = folder
+        self.writer = CheckpointWriter(folder, backend, config.keep_checkpoints)
         texts = {
             "config.yaml": yaml.safe_dump(dump_config(config), sort_keys=False),
             "dataset.json": corpora.metadata.model_dump_json(),
             "identifiers.json": json.dumps(corpora.identifiers),
         }
-        # As they are now: in the days of a run they may change, or go.
+        # Read now: they may be changed or deleted while the run is in progress.
         self.files = {name: text.encode() for name, text in texts.items()}
         for name, path in source_files(state.model.modules()).items():
             self.files[f"source/{name}"] = path.read_bytes()
         if tokenizer is not None:
             self.files[tokenizer.name] = tokenizer.read_bytes()
-        # rank 0's word, because network storage may show ranks different things
-        there = backend.broadcast_object(checkpoint.step_folder(run, state.step).is_dir())
-        self.saved_at = state.step if there else -1  # what was resumed is saved already
+        # rank 0 decides, because network storage may show ranks different things
+        exists = backend.broadcast_object(checkpoint.step_folder(folder, state.step).is_dir())
+        self.saved_at = state.step if exists else -1  # a resumed checkpoint is saved already
         self.retry_at: float | None = None
 
     @property
     def failed(self) -> bool:
-        """Whether this rank could not write; `check` wants to know it of any rank."""
+        """Whether this rank could not write; `check` takes the same of any rank."""
         return self.writer.failed
 
     def check(self, failed: bool) -> None:
-        """Gives up a checkpoint that some rank failed to write, and plans the next attempt."""
+        """Drop a checkpoint that some rank failed to write, and schedule the next attempt."""
         if failed and not self.writer.settle():
             self._plan_retry()
 
     def due(self) -> bool:
+        """Return whether a checkpoint is due at this step, by interval or as a retry."""
         every = self.config.checkpoint_interval
-        again = self.retry_at is not None and self.state.seconds >= self.retry_at
-        return again or bool(every and self.state.step % every == 0)
+        retry = self.retry_at is not None and self.state.seconds >= self.retry_at
+        return retry or bool(every and self.state.step % every == 0)
 
     def save(self) -> None:
-        """Starts a checkpoint of the present state, unless there is one."""
+        """Start a checkpoint of the current state, unless there is one."""
         if self.saved_at == self.state.step:
             return
-        spare = () if self.state.best_step is None else (self.state.best_step,)
-        if not self.writer.begin(self.state.step, self._contents(), spare):
+        best = () if self.state.best_step is None else (self.state.best_step,)
+        if not self.writer.begin(self.state.step, self._contents(), best):
             return self._plan_retry()
         self.saved_at, self.retry_at = self.state.step, None
 
     def finish(self, patience: float, received: Sequence[int] = ()) -> bool:
-        """Returns when the present state is saved; False if that failed for `patience` seconds.
+        """Save the current state and wait; return False if that failed for `patience` seconds.
 
-        received: a list that a signal may fill, which ends the waiting too.
+        received: a list that a signal may fill, which also ends the waiting.
         """
         begun, pause = time.monotonic(), min(10.0, patience)
         while True:
@@ -110,7 +113,7 @@ class Saver:
             time.sleep(pause)
 
     def keep_best(self, results: dict[str, Any]) -> None:
-        """Keeps the checkpoint of this step besides the newest, if its evaluation is the best."""
+        """Exempt this step's checkpoint from deletion if its evaluation is the best so far."""
         state = self.state
         name, mode = self._rule(results)
         figure = self._figure(results, name, mode)
@@ -127,18 +130,21 @@ class Saver:
             state.best_step, state.best_figure = former
             return self._plan_retry()
         if self.backend.is_main:
-            checkpoint.link_best(self.run, state.best_step)
+            checkpoint.link_best(self.folder, state.best_step)
 
     def note_evaluation(self, results: dict[str, Any]) -> None:
-        """Has a run that goes on at this step not evaluate it again, unless an evaluator failed."""
+        """Record that this step was evaluated, so that a resumed run does not repeat it.
+
+        Does nothing if an evaluator failed: then it is worth repeating.
+        """
         if self.backend.is_main and FAILURES not in {key.removeprefix("eval/") for key in results}:
             try:
-                checkpoint.note_evaluation(self.run, self.state.counters())
-            except OSError as error:  # the worst is that it is evaluated once more
-                tell(f"warning: {self.run / checkpoint.EVALUATED}: {error.strerror or error}")
+                checkpoint.note_evaluation(self.folder, self.state.counters())
+            except OSError as error:  # at worst it is evaluated once more
+                tell(f"warning: {self.folder / checkpoint.EVALUATED}: {error.strerror or error}")
 
     def _rule(self, results: dict[str, Any]) -> tuple[str, str]:
-        """The metric that decides which checkpoint is best, and whether `min` or `max` of it."""
+        """Return the metric that decides which checkpoint is best, and `min` or `max`."""
         config, rule = self.config, self.config.early_stopping
         name, mode = config.best_metric, config.best_mode
         if name is None and rule is not None:
@@ -149,7 +155,7 @@ class Saver:
         return name, mode
 
     def _figure(self, results: dict[str, Any], name: str, mode: str) -> float | None:
-        """That metric's value, larger is better; None without one."""
+        """Return the value of that metric, larger is better; None if it was not evaluated."""
         value = results.get(f"eval/{name}")
         if not isinstance(value, int | float):
             if results and self.backend.is_main:
@@ -162,13 +168,14 @@ class Saver:
         return value if mode == "max" else -value
 
     def close(self) -> None:
+        """Wait for the checkpoint in progress, and stop the writer's thread."""
         self.writer.close()
 
     def _plan_retry(self) -> None:
         self.saved_at, self.retry_at = -1, self.state.seconds + self.RETRY_SECONDS
 
     def _contents(self) -> Contents:
-        """All that the checkpoint needs, copied to the host: the loop may go on."""
+        """Copy everything the checkpoint needs to the host, so that training can continue."""
         config, state = self.config, self.state
         shard = None
         if config.checkpoint_carry and state.carries:
@@ -177,7 +184,7 @@ class Saver:
             shard = {"slots": slots, "carry": carry_rows(state.carries)}
         position = self.stream.state_dict()
         if shard is None and config.feed == "consume":
-            # held rows start again, but those that have halted are done
+            # held rows restart, but those that have halted are done
             places = zip(position["held_places"], state.halted.tolist(), strict=True)
             position["held_places"] = [-1 if halted else place for place, halted in places]
         tensors = state.tensors(keep=self.backend.is_main)
