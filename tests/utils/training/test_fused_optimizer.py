@@ -36,7 +36,7 @@ import sys
 from functools import partial
 sys.path.insert(0, {package!r})
 import pretrain
-from models import train_state
+from utils.training import state as train_state
 train_state.create_optimizers = partial(
     lambda real, *args, **options: real(*args, **options | {{"device_type": "cuda"}}),
     train_state.create_optimizers,
