@@ -1,4 +1,4 @@
-"""Trains a recursive-reasoning language model: compose, check, launch, train, evaluate.
+"""Train a recursive-reasoning language model: compose, check, launch, loop, evaluate.
 
 python pretrain.py data_paths="[data/quickstart]" arch=athena_trm_small
 torchrun --nproc-per-node 4 pretrain.py data_paths="[data/athena_base]" +run_name=large
@@ -9,83 +9,39 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from omegaconf import DictConfig
 from torch import Tensor
 
-from dataset.tokens.tokenization import TextTokenizer
-from evaluators.guard import FAILURES, Interrupted
-from evaluators.interface import Evaluator
-from evaluators.loop import create_evaluators, evaluate, examined
-from models import cost
-from models.build import create_model
-from models.inference.loading import load_anchor, open_tokenizer
+from evaluators.guard import Interrupted
 from models.sparse_embedding import SparseEmbeddingSignSGD
-from sequence_dataset import EvalStream, TrainStream
 from utils.backend import Backend, select_backend
 from utils.backend.determinism import explain_nondeterminism
-from utils.backend.feed_ahead import PresentAhead
 from utils.backend.memory import explain_out_of_memory
 from utils.checkpoint import format as checkpoint
 from utils.checkpoint.run_config import as_trained
 from utils.checkpoint.run_folder import RunFolder
 from utils.config.load import PretrainConfig, check_ranks, hydra_entry, load_config
-from utils.config.saved import dump_config
-from utils.core.atomic import write_result
-from utils.core.clock import Clock
-from utils.core.console import Progress, tell, warnings_as_notes
+from utils.core.console import warnings_as_notes
 from utils.core.errors import UserError
-from utils.core.iterators import prefetched, ticking
-from utils.corpus.data import Data, open_data
-from utils.monitoring.loggers import Loggers
+from utils.corpus.data import open_data
 from utils.monitoring.metrics import added
-from utils.monitoring.profiling import StepProfiler
-from utils.monitoring.watchdog import Watchdog
-from utils.training import lr_finder
-from utils.training import resume as persistence
+from utils.training import lr_finder, messages
+from utils.training.build import Run, build_run
 from utils.training.dry_run import dry_run
-from utils.training.log import TrainingLog
-from utils.training.messages import advice_on_nonfinite, announce, ending, evaluation_table
-from utils.training.resume import Saver
-from utils.training.schedule import Schedule
-from utils.training.state import TrainState, choose_kernels, create_train_state
+from utils.training.evaluation import run_evaluation
 
-
-class Run(NamedTuple):
-    """What stays the same for a whole run on one replica."""
-
-    config: PretrainConfig
-    backend: Backend
-    data: Data
-    stream: TrainStream | PresentAhead
-    folder: Path
-    micro_batches: int
-    schedule: Schedule
-    loggers: Loggers
-    log: TrainingLog
-    saver: Saver
-    evaluators: list[Evaluator]
-    tokenizer: TextTokenizer | None
-    """Read at the start: in the days of a run its file may go."""
-    clock: Clock
-    watchdog: Watchdog
-    profiler: StepProfiler
-    received: Sequence[int] = ()
-    """Numbers of the signals that ask the run to stop."""
+FAILED_IN_PART = 3  # exit status: the run is over, but a warning says that something failed
 
 
 class Flags(NamedTuple):
-    """What the ranks told each other in a step.
+    """What all ranks agree on after the gradients of a step.
 
-    finite: of all ranks. stop: the number of a signal that a rank received, or 0. save_failed:
-    a rank could not write its part of a checkpoint.
+    finite: loss and gradients, of all ranks. stop: number of a signal that a rank received, or 0.
+    save_failed: a rank could not write its part of a checkpoint.
     """
 
     finite: bool
@@ -93,15 +49,12 @@ class Flags(NamedTuple):
     save_failed: bool
 
 
-FAILED_IN_PART = 3  # exit status: the run is over, but a warning tells of something that failed
-
-
 def launch(cfg: DictConfig) -> None:
-    """Checks everything that can be checked, then runs on the device that was asked for."""
+    """Check everything that needs no device, then train on the device that the config names."""
     with warnings_as_notes(shown=os.environ.get("RANK", "0") == "0"):
         config = load_config(as_trained(cfg), world_size=int(os.environ.get("WORLD_SIZE", 1)))
     if config.lr_find:
-        config = lr_finder.settled(config)
+        config = lr_finder.configure_sweep(config)
     if config.dry_run:
         return dry_run(config)
     backend, reason = select_backend(config.device_type)
@@ -111,186 +64,78 @@ def launch(cfg: DictConfig) -> None:
         sys.exit(status)
 
 
-def create_stream(
-    config: PretrainConfig, arch: Any, data: Data, backend: Backend, micro_batches: int
-) -> TrainStream | PresentAhead:
-    """`arch` is the model's own config, with its defaults."""
-    make = partial(
-        TrainStream.from_config,
-        data.train,
-        config,
-        arch,
-        rank=backend.rank,
-        world_size=backend.world_size,
-        micro_batches=micro_batches,
-    )
-    stream = make(num_workers=config.num_workers)
-    if config.feed == "present" and backend.moved_ahead is not None:
-        return PresentAhead(stream, make(num_workers=0), backend.moved_ahead)
-    return stream
-
-
 def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller asks") -> int:
-    """One replica of a run; returns the exit status."""
-    announce(backend, config, reason)
+    """Train one replica of a run, or evaluate it with eval_only=true; return the exit status."""
+    messages.announce(backend, config, reason)
     check_ranks(config, backend.world_size)
     backend.set_deterministic(config.deterministic)
     data = open_data(config)
     with RunFolder(config, backend) as folder:
-        with explain_out_of_memory(
-            "while the run is built; choose a smaller model (a preset of arch, arch.hidden_size), "
-            "ema=false, or parallel=fsdp on several GPUs, and look for other programs on the device"
-        ):
-            run, state = build(folder.path, data, backend, config)
-        rows = config.rows_per_rank(backend.world_size) // run.micro_batches
-        advice = (
-            f"with {rows} rows at once; lower micro_batch_size (now {rows}), or "
-            "global_batch_size, or set arch.use_gradient_checkpointing=true"
-        )
+        run = build_run(config, backend, data, folder.path)
         try:
             with (
-                explain_out_of_memory(advice),
+                explain_out_of_memory(messages.advise_on_memory(run.rows_at_once)),
                 explain_nondeterminism(backend.device),
-                backend.signals() as received,
+                backend.signals() as run.received,
             ):
-                run = run._replace(received=received)
-                if not config.eval_only:
-                    return train_loop(run, state)
-                with run.watchdog:
-                    run_evaluation(run, state)
-                return FAILED_IN_PART if state.failed_evaluations else 0
+                return evaluate_only(run) if config.eval_only else run_training(run)
         except Interrupted as interrupted:  # in an evaluation alone
             folder.failed = True
             return 128 + interrupted.signal
         finally:
-            run.saver.close()
-            run.stream.close()
-            run.loggers.close()
+            run.close()
 
 
-def build(
-    folder: Path, data: Data, backend: Backend, config: PretrainConfig
-) -> tuple[Run, TrainState]:
-    """Everything that a run needs, where its last checkpoint left it if it has one."""
-    rows = config.rows_per_rank(backend.world_size)
-    resumed = persistence.find_resume(config, folder, backend)
-    labels = data.reasoning_ids() if config.arch.loss.options.get("reasoning_loss_weight") else 0
-    with backend.taking_turns():
-        anchor = load_anchor(config, data, backend)
-        model = create_model(
-            config.arch,
-            data.train.metadata,
-            batch_size=rows,
-            seed=config.seed,
-            reasoning_ids=labels,
-        )
-        model.anchor = anchor
-    choose_kernels(config, model, backend)
-    loaded_step = 0
-    if config.load_checkpoint and resumed is None:
-        loaded, loaded_step = persistence.load_pretrained(
-            config, model, data.train.identifiers, data.tokenizer
-        )
-        if backend.is_main:
-            print(f"starting from the {loaded}")
-    micro_batches = rows // persistence.micro_batch_rows(config, backend, model, resumed)
-    model.to(backend.device)
-    state = create_train_state(config, model, backend=backend)
-    stream = create_stream(config, model.model.config, data, backend, micro_batches)
-    arch = model.model.config
-    refines = getattr(arch, "post_refinement_steps", 0) and not arch.post_refinement_train
-    if backend.is_main and refines and data.test is not None:
-        print("note: the refinement passes are never trained (post_refinement_train=false); "
-              "evaluations have figures without them under unrefined/")  # fmt: skip
-    if resumed is not None:
-        persistence.restore(config, state, stream, backend, resumed, folder, micro_batches)
-    elif config.eval_only:
-        state.step = loaded_step
-    evaluators = create_evaluators(config.evaluators, data)
-    if config.early_stopping is not None and data.test is None and not evaluators:
-        raise UserError(
-            f"early_stopping.metric={config.early_stopping.metric} is never evaluated, because the "
-            "corpora have no test split; name one with data_paths_test, or leave early_stopping out"
-        )
-    schedule = (lr_finder.Sweep if config.lr_find else Schedule)(config, stream)
-    wanted = config.logger if backend.is_main else []
-    place = None if config.eval_only else state.step
-    loggers = Loggers(wanted, folder, dump_config(config), place)
-    peak = backend.peak_flops(model.model.config.dtype)
-    log = TrainingLog(
-        loggers,
-        backend,
-        schedule,
-        row_tokens=data.train.metadata.seq_len,
-        rows=config.global_batch_size,
-        flops_per_token=cost.measure(model.model).train_flops
-        + (cost.measure(anchor.model).forward_flops if anchor else 0),
-        peak_flops=None if peak is None else peak * backend.world_size,
-    )
-    saver = Saver(config, state, stream, backend, folder, data.train, data.tokenizer)
-    clock = Clock(state.seconds)
-    metadata, file = data.train.metadata, data.tokenizer
-    tokenizer = None if file is None else open_tokenizer(file, metadata)
-    watchdog = Watchdog(backend, clock, config.slow_step_factor, config.step_timeout)
-    told = folder / "config.yaml"
-    if backend.is_main and not (config.eval_only and told.exists()):  # a training's own is kept
-        with write_result(told, f"checkpoint_path={folder}: config.yaml") as part:
-            part.write_text(yaml.safe_dump(dump_config(config), sort_keys=False), encoding="utf-8")
-    run = Run(
-        config, backend, data, stream, folder, micro_batches, schedule, loggers, log, saver,
-        evaluators, tokenizer, clock, watchdog,
-        StepProfiler(folder if config.profile else None, backend, state.step),
-    )  # fmt: skip
-    return run, state
+def evaluate_only(run: Run) -> int:
+    """Evaluate the weights that were loaded; return the exit status."""
+    with run.watchdog:
+        run_evaluation(run)
+    return FAILED_IN_PART if run.state.failed_evaluations else 0
 
 
-def train_loop(run: Run, state: TrainState) -> int:
-    """Trains, saves and evaluates until the run is over or a signal ends it; the exit status."""
-    began = state.step
+def run_training(run: Run) -> int:
+    """Train, save and evaluate until a limit or a signal ends the run; return the exit status."""
+    state, first_step = run.state, run.state.step
     with run.log.progress(state), run.watchdog:
         try:
             with run.profiler:
-                take_steps(run, state)
+                take_steps(run)
             if run.config.lr_find:
                 if run.backend.is_main:
-                    tell(lr_finder.conclude(run.folder, run.config.lr_find))
+                    run.report(lr_finder.conclude(run.folder, run.config.lr_find))
                 return 0
             with run.clock.paused():
                 patience = min(600, (run.config.step_timeout or math.inf) / 2)
                 if not run.saver.finish(patience, run.received):
-                    say(run, f"error: step {state.step}, the last, could not be saved")
+                    run.report(f"error: step {state.step}, the last, could not be saved")
                     return FAILED_IN_PART
                 if state.evaluated_step != state.step:
-                    evaluate_and_save(run, state)
+                    evaluate_and_save(run)
         except Interrupted as interrupted:
-            return leave(run, state, interrupted.signal)
+            return save_on_signal(run, interrupted.signal)
     last = checkpoint.step_folder(run.folder, state.step)
-    say(run, ending(run.config, last, state, began))
+    run.report(messages.describe_end(run.config, last, state, first_step))
     return FAILED_IN_PART if state.failed_evaluations else 0
 
 
-def take_steps(run: Run, state: TrainState) -> None:
-    """Steps until the stream or a limit ends the run.
+def take_steps(run: Run) -> None:
+    """Take optimizer steps until the stream or a limit ends the run.
 
-    Raises Interrupted where a rank received a signal. What is due at a step comes before the next
-    one begins, so that a run which is resumed there does the same.
+    Raises Interrupted if a rank received a signal. What is due after a step is done before the next
+    one begins, so that a run resumed there does the same.
     """
-    config = run.config
-    while True:
-        if run.stream.epoch >= state.next_eval(config):
-            with run.clock.paused():
-                evaluate_and_save(run, state)
-        if run.schedule.over(state):
-            break
+    state = run.state
+    evaluate_if_due(run)
+    while not run.schedule.over(state):
         batches = run.stream.next(state.step + 1, state.halted)
         if batches is None:
             break
-        metrics, flags = train_batch(run, state, batches)
+        metrics, flags = train_batch(run, batches)
         run.watchdog.beat(state.step)
         run.log.add(state, metrics)
         run.backend.end_step()
         run.profiler.step()
-        if state.step % config.log_interval == 0 or state.step == 1:
+        if state.step % run.config.log_interval == 0 or state.step == 1:
             run.log.write(state)
         run.saver.check(flags.save_failed)
         if flags.stop:
@@ -299,53 +144,29 @@ def take_steps(run: Run, state: TrainState) -> None:
         if run.saver.due():
             with run.clock.paused():
                 run.saver.save()
+        evaluate_if_due(run)
     run.log.write(state)
-    if state.step < config.lr_warmup_steps:
-        say(run, f"note: the run ended at step {state.step} of {config.lr_warmup_steps} in its "
-                 "warm-up, below lr; lower lr_warmup_steps or train for longer")  # fmt: skip
+    if state.step < (warmup := run.config.lr_warmup_steps):
+        run.report(f"note: the run ended at step {state.step} of {warmup} in its "
+                   "warm-up, below lr; lower lr_warmup_steps or train for longer")  # fmt: skip
 
 
-def leave(run: Run, state: TrainState, stop: int) -> int:
-    """Saves on a signal; the exit status."""
-    name = signal.Signals(stop).name
-    if run.config.lr_find:
-        say(run, f"stopped by {name}; a sweep keeps no weights, begin it again")
-        return 128 + stop
-    again = f"go on with the same command and run_name={run.config.run_name}"
-    if not run.saver.finish(patience=5):
-        say(run, f"stopped by {name}, but step {state.step} could not be saved; {again}")
-        return FAILED_IN_PART
-    say(run, f"stopped by {name} after saving step {state.step}; {again}")
-    return 128 + stop
+def train_batch(run: Run, batches: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Flags]:
+    """Take one optimizer step over this replica's micro-batches.
 
-
-def train_batch(
-    run: Run, state: TrainState, batches: list[dict[str, Any]]
-) -> tuple[dict[str, Tensor], Flags]:
-    """One optimizer step over this replica's micro-batches.
-
-    Returns the step's metrics (sums, on the device) and what the ranks told each other. The host
-    waits once, for the halted flags and whether all is finite.
+    Returns the step's metrics (sums, on the device) and what all ranks agree on. The host waits for
+    the device once, in `share_flags`.
     """
-    config, backend = run.config, run.backend
-    totals: dict[str, Tensor] = {}
+    state, backend = run.state, run.backend
     moved = [backend.to_device(batch) for batch in batches]
     if not state.carries:
         state.carries = [state.model.initial_carry(batch) for batch in moved]
         backend.end_step()  # to XLA they are data now, not constants: no program of their own
     if backend.needs_rehearsal(state.step_model) and not state.rehearsed:
         state.rehearse(moved[0], backend.backward)
-    finite = torch.ones((), dtype=torch.bool, device=backend.device)
-    for i, batch in enumerate(moved):
-        with backend.accumulating(state.step_model, last=i == len(moved) - 1):
-            state.carries[i], loss, metrics, *_ = state.step_model(
-                return_keys=(), carry=state.carries[i], batch=batch
-            )
-            backend.backward(loss / config.global_batch_size)
-        finite &= torch.isfinite(loss.detach())
-        totals = added(totals, metrics)
+    totals, finite = accumulate_gradients(run, moved)
     backend.reduce_gradients(state.optimizers)
-    norm = state.clip_gradients(config.grad_clip_norm)
+    norm = state.clip_gradients(run.config.grad_clip_norm)
     if norm is not None:
         finite &= torch.isfinite(norm)
         totals["grad_norm"] = norm
@@ -353,20 +174,39 @@ def train_batch(
         if isinstance(optimizer, SparseEmbeddingSignSGD):  # not part of the norm
             finite &= optimizer.finite()
     state.step += 1
-    flags = share_flags(run, state, finite)
+    flags = share_flags(run, finite)
     if flags.finite:
         state.update(run.schedule.learning_rate_factor(state))
     else:
-        skip_update(run, state)
+        skip_update(run)
     for optimizer in state.optimizers:
         optimizer.zero_grad()
     totals["updates"] = torch.ones((), device=backend.device)
     return totals, flags
 
 
-def share_flags(run: Run, state: TrainState, finite: Tensor) -> Flags:
-    """What all ranks must agree on. Which slots have halted (in slot order) and rank 0's clock are
-    noted in `state`."""
+def accumulate_gradients(
+    run: Run, batches: list[dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Run every micro-batch forward and backward; return summed metrics and a flag, both on the
+    device: whether all losses are finite."""
+    state, backend = run.state, run.backend
+    totals: dict[str, Tensor] = {}
+    finite = torch.ones((), dtype=torch.bool, device=backend.device)
+    for i, batch in enumerate(batches):
+        with backend.accumulating(state.step_model, last=i == len(batches) - 1):
+            state.carries[i], loss, metrics, *_ = state.step_model(
+                return_keys=(), carry=state.carries[i], batch=batch
+            )
+            backend.backward(loss / run.config.global_batch_size)
+        finite &= torch.isfinite(loss.detach())
+        totals = added(totals, metrics)
+    return totals, finite
+
+
+def share_flags(run: Run, finite: Tensor) -> Flags:
+    """Gather what all ranks must agree on; store the halted slots, in order, and rank 0's clock."""
+    state = run.state
     own = torch.cat([carry.halted for carry in state.carries]).long()
     signal_number = run.received[0] if run.received else 0
     host = [round(run.clock.seconds * 1000), signal_number, int(run.saver.failed)]
@@ -378,84 +218,58 @@ def share_flags(run: Run, state: TrainState, finite: Tensor) -> Flags:
     return Flags(bool(table[:, -4].all()), int(table[:, -2].max()), bool(table[:, -1].any()))
 
 
-def skip_update(run: Run, state: TrainState) -> None:
-    """Leaves the weights alone and frees the rows whose latents are no longer finite."""
+def skip_update(run: Run) -> None:
+    """Keep the weights, and free the rows whose latents are no longer finite.
+
+    Raises UserError after `max_nonfinite` skipped updates in a row.
+    """
+    state = run.state
     state.nonfinite += 1
     state.nonfinite_in_a_row += 1
     own = state.free_broken_rows()
     state.halted = run.backend.to_host(run.backend.all_gather(own.int())).astype(bool)
-    say(run, f"step {state.step}: loss or gradient is not finite, update skipped")
+    run.report(f"step {state.step}: loss or gradient is not finite, update skipped")
     if state.nonfinite_in_a_row >= run.config.max_nonfinite:
-        run.saver.writer.settle()  # one may just be in work
-        advice = advice_on_nonfinite(run.config, checkpoint.checkpoints_of(run.folder))
-        raise UserError(
-            f"{state.nonfinite_in_a_row} updates in a row were not finite (max_nonfinite="
-            f"{run.config.max_nonfinite}); {advice}"
-        )
+        run.saver.writer.settle()  # one may be in progress
+        saved = checkpoint.checkpoints_of(run.folder)
+        raise UserError(messages.describe_nonfinite(run.config, state.nonfinite_in_a_row, saved))
 
 
-def evaluate_and_save(run: Run, state: TrainState) -> None:
-    """A checkpoint first: the evaluation may fail, and its figures belong to one."""
+def save_on_signal(run: Run, number: int) -> int:
+    """Save the present state when signal `number` ends the run; return the exit status."""
+    name, step = signal.Signals(number).name, run.state.step
+    if run.config.lr_find:
+        run.report(f"stopped by {name}; a sweep keeps no weights, begin it again")
+        return 128 + number
+    again = f"go on with the same command and run_name={run.config.run_name}"
+    if not run.saver.finish(patience=5):
+        run.report(f"stopped by {name}, but step {step} could not be saved; {again}")
+        return FAILED_IN_PART
+    run.report(f"stopped by {name} after saving step {step}; {again}")
+    return 128 + number
+
+
+def evaluate_if_due(run: Run) -> None:
+    """Evaluate and save if the stream has reached the next evaluation's epoch."""
+    if run.stream.epoch >= run.state.next_eval(run.config):
+        with run.clock.paused():
+            evaluate_and_save(run)
+
+
+def evaluate_and_save(run: Run) -> None:
+    """Save a checkpoint, evaluate it, and record what follows from the figures.
+
+    It is saved first: the evaluation may fail, and its figures belong to a checkpoint.
+    """
+    state = run.state
     if run.config.checkpoint_every_eval:
         run.saver.save()
-    results = run_evaluation(run, state)
+    results = run_evaluation(run)
     state.evaluated_epoch, state.evaluated_step = run.stream.epoch, state.step
-    if state.stops_early(run.config.early_stopping, results):
-        say(run, "stopped early: the evaluations no longer improve")
+    if state.update_stopping(run.config.early_stopping, results):
+        run.report("stopped early: the evaluations no longer improve")
     run.saver.keep_best(results)
     run.saver.note_evaluation(results)
-
-
-def run_evaluation(run: Run, state: TrainState) -> dict[str, Any]:
-    """Evaluates the averaged weights on the test split, logs and prints what was found.
-
-    Raises Interrupted where a rank received a signal.
-    """
-    config, backend = run.config, run.backend
-    if run.data.test is None and not run.evaluators:
-        if config.eval_only:
-            raise UserError(
-                f"there is nothing to evaluate: {', '.join(run.data.test_paths)} has no test "
-                "split, or an empty one; name another corpus with data_paths_test"
-            )
-        say(run, "the corpora have no test split, or an empty one: evaluation is skipped")
-        return {}
-    rows = persistence.evaluation_rows(config, backend, run.micro_batches, run.data.test)
-    stream: EvalStream | list[Any] = []
-    if run.data.test is not None:
-        ranks = dict(rank=backend.rank, world_size=backend.world_size)
-        arch = state.model.model.config
-        stream = EvalStream.from_config(run.data.test, config, arch, rows, **ranks)
-    bar = Progress(len(stream), "evaluate, batch", "batch", shown=backend.is_main)
-    advice = f"in an evaluation of {rows} rows at once; lower eval_batch_size (now {rows})"
-    with explain_out_of_memory(advice), bar, state.averaged():
-        results = evaluate(
-            state.model,
-            ticking(prefetched(stream, config.num_workers), bar.update, run.watchdog.sign),
-            run.evaluators,
-            backend,
-            received=run.received,
-            save_outputs=config.eval_save_outputs,
-            save_path=run.folder / f"evaluation_step_{state.step}",
-            ask=examined(
-                state.model,
-                run.data.train,
-                run.tokenizer,
-                backend,
-                (config.eval_batch_size or rows) // backend.world_size,
-                run.watchdog.sign,
-            ),
-        )
-    state.failed_evaluations += FAILURES in results
-    results = {f"eval/{name}": value for name, value in results.items()}
-    run.loggers.log(results, state.step)
-    say(run, evaluation_table(results, state.step))
-    return results
-
-
-def say(run: Run, sentence: str) -> None:
-    if run.backend.is_main:
-        tell(sentence)
 
 
 main = hydra_entry(launch)

@@ -32,7 +32,7 @@ from utils.config.load import PretrainConfig
 from utils.core.console import run_cli
 from utils.core.errors import UserError
 from utils.core.functions import nearest
-from utils.training.dry_run import flops, number, planned_model, size
+from utils.training.dry_run import format_bytes, format_count, format_flops, plan_model
 
 LONG = 30 * 86400
 """Seconds of training that deserve a warning."""
@@ -106,22 +106,22 @@ def rows_of(p: Plan) -> list[tuple[str, str]]:
     steps = p.tokens * p.act_steps / (rows * c.seq_len)
     room = "fits" if p.fits else "DOES NOT FIT"
     return [
-        ("parameters", number(c.parameters)),
-        ("  core (blocks)", number(c.core_parameters)),
-        ("  embeddings", number(c.embedding_parameters)),
-        ("  heads", number(c.head_parameters)),
-        ("identifier embedding", number(c.identifier_parameters)),
+        ("parameters", format_count(c.parameters)),
+        ("  core (blocks)", format_count(c.core_parameters)),
+        ("  embeddings", format_count(c.embedding_parameters)),
+        ("  heads", format_count(c.head_parameters)),
+        ("identifier embedding", format_count(c.identifier_parameters)),
         ("layer passes per ACT step", f"{c.layer_passes} ({c.gradient_passes} with gradient)"),
         ("ACT steps of an example", f"{p.act_steps:.1f} of {c.max_steps}"),
         ("FLOPs per token", ""),
-        ("  training, an ACT step", flops(c.train_flops)),
-        ("  training, all its steps", flops(c.train_flops * p.act_steps)),
-        ("  evaluation, an ACT step", flops(c.forward_flops)),
-        ("  evaluation, all its steps", flops(c.evaluation_flops)),
-        ("memory of a device", f"{size(p.total)} of {size(p.memory)}: {room}"),
-        *((f"  {name}", size(part)) for name, part in p.parts.items()),
+        ("  training, an ACT step", format_flops(c.train_flops)),
+        ("  training, all its steps", format_flops(c.train_flops * p.act_steps)),
+        ("  evaluation, an ACT step", format_flops(c.forward_flops)),
+        ("  evaluation, all its steps", format_flops(c.evaluation_flops)),
+        ("memory of a device", f"{format_bytes(p.total)} of {format_bytes(p.memory)}: {room}"),
+        *((f"  {name}", format_bytes(part)) for name, part in p.parts.items()),
         ("rows at once", f"{p.micro_rows} of {p.config.rows_per_rank(p.devices)}"),
-        ("checkpoint on disk", size(cost.checkpoint_bytes(p.model, p.config))),
+        ("checkpoint on disk", format_bytes(cost.checkpoint_bytes(p.model, p.config))),
         ("tokens", f"{p.tokens:.3g}"),
         ("optimizer steps", f"{steps:,.0f}"),
         ("time", duration(p.seconds)),
@@ -159,12 +159,12 @@ def warnings_of(options: Options, overrides: Sequence[str], p: Plan) -> list[str
     found = []
     carry = p.parts["carry"]
     if not p.fits:
-        what = f"needs {size(p.total)} with {p.micro_rows} rows at once, but only " + (
-            f"{cost.FILLED:.0%} of {size(p.memory)} can be planned with"
+        what = f"needs {format_bytes(p.total)} with {p.micro_rows} rows at once, but only " + (
+            f"{cost.FILLED:.0%} of {format_bytes(p.memory)} can be planned with"
         )
         found.append(what + advice(options, overrides, p, SMALLER, "fits"))
     elif carry > 0.25 * p.memory:
-        what = f"the carry of {p.config.rows_per_rank(p.devices)} rows takes {size(carry)}"
+        what = f"the carry of {p.config.rows_per_rank(p.devices)} rows takes {format_bytes(carry)}"
         found.append(what + advice(options, overrides, p, (["global_batch_size=64"],), "carry"))
     if p.seconds > LONG or p.money > EXPENSIVE:
         what = (
@@ -182,7 +182,7 @@ def warnings_of(options: Options, overrides: Sequence[str], p: Plan) -> list[str
     unused = getattr(arch, "enable_reasoning_stream", False) is True
     if unused and not p.config.arch.loss.options.get("reasoning_loss_weight"):
         head = arch.hidden_size * arch.reasoning_vocab_size
-        what = f"{number(head)} parameters are a reasoning head that nothing trains"
+        what = f"{format_count(head)} parameters are a reasoning head that nothing trains"
         settings = (["arch.enable_reasoning_stream=auto"],)
         found.append(what + advice(options, overrides, p, settings, "parameters"))
     outside = p.counted.parameters - p.counted.core_parameters
@@ -219,8 +219,8 @@ def advice(
                 continue  # a preset may say no more than a single key before it
             named = " ".join(differing(overrides, extra, p.devices))
             helpful[counted] = (
-                f"\n    {named}: {size(other.total)}{room}, "
-                f"{number(other.counted.parameters)} parameters, {duration(other.seconds)}, "
+                f"\n    {named}: {format_bytes(other.total)}{room}, "
+                f"{format_count(other.counted.parameters)} parameters, {duration(other.seconds)}, "
                 f"{dollars(other.money)}"
             )
             if len(helpful) == SHOWN:
@@ -250,15 +250,16 @@ def compared(overrides: Sequence[str]) -> str:
     config = configure(overrides, 1)
     backend, _ = select_backend(config.device_type)
     device, free = backend.device.type, backend.available_memory()
-    head, data = planned_model(config, 1)
+    head, data = plan_model(config, 1)
     micro_rows = config.micro_rows(1)
     if micro_rows is None:
         micro_rows = cost.fitting_rows(head.model, config, free, device=device)
     parts = cost.memory(head.model, config, micro_rows=micro_rows, device=device)
     if sum(parts.values()) > free:
         raise UserError(
-            f"a step with {micro_rows} rows at once needs about {size(sum(parts.values()))}, but "
-            f"{size(free)} are free here; give a smaller arch, global_batch_size or seq_len"
+            f"a step with {micro_rows} rows at once needs about "
+            f"{format_bytes(sum(parts.values()))}, but {format_bytes(free)} are free here; give a "
+            "smaller arch, global_batch_size or seq_len"
         )
     metadata = head.model.config if data is None else data.train.metadata
     sizes = dict(vocab_size=metadata.vocab_size, seq_len=metadata.seq_len)
@@ -268,14 +269,14 @@ def compared(overrides: Sequence[str]) -> str:
     both["total"] = sum(parts.values()), sum(found.values())
     for name, (guess, real) in both.items():
         ratio = f"{guess / real:.2f}" if real else ""
-        lines.append(f"  {name:<14}{size(guess):>12}{size(real):>12}{ratio:>8}")
+        lines.append(f"  {name:<14}{format_bytes(guess):>12}{format_bytes(real):>12}{ratio:>8}")
     spent = cost.measure_run(head.model, config).row_train_flops * config.global_batch_size
     dtype = head.model.config.forward_dtype
     rate = cpu_rate(dtype) if device == "cpu" else backend.peak_flops(torch.bfloat16)
     share = f", utilisation={spent / seconds / rate:.2f}" if rate else ""
     lines.append(
         f"an optimizer step of {config.global_batch_size} rows, {micro_rows} at once, on "
-        f"{backend.describe()}: {flops(spent)} in {seconds:.2f} s{share}"
+        f"{backend.describe()}: {format_flops(spent)} in {seconds:.2f} s{share}"
     )
     return "\n".join(lines)
 

@@ -23,7 +23,7 @@ from utils.config.schema import PositiveFloat, PositiveInt
 from utils.core.errors import UserError
 from utils.corpus.curriculum import grown
 from utils.corpus.data import Data
-from utils.training.dry_run import planned_model
+from utils.training.dry_run import plan_model
 
 
 class Hardware(NamedTuple):
@@ -124,7 +124,7 @@ def plan(options: Options, overrides: Sequence[str], tokens: float | None = None
     hardware = HARDWARE[options.hardware]
     devices = options.devices or hardware.devices
     config = configure(overrides, devices)
-    head, data = planned_model(config, devices)
+    head, data = plan_model(config, devices)
     model, counted = head.model, cost.measure_run(head.model, config)
     memory = hardware.memory or host_memory()
     sizes: dict[str, Any] = dict(ranks=devices, device=hardware.device)

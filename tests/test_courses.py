@@ -142,10 +142,10 @@ def test_a_watchdog_that_nobody_listens_to_still_ends_the_run(text_corpus, tmp_p
         "import os, pretrain, utils.monitoring.watchdog\n"
         "utils.monitoring.watchdog._SPEAK = 2.0\n"
         "real = pretrain.train_batch\n"
-        "def train_batch(run, state, *args):\n"
-        "    while state.step == 5:\n"
+        "def train_batch(run, *args):\n"
+        "    while run.state.step == 5:\n"
         "        os.write(1, bytes(65536))\n"
-        "    return real(run, state, *args)\n"
+        "    return real(run, *args)\n"
         "pretrain.train_batch = train_batch\npretrain.main()\n",
         "utf-8",
     )

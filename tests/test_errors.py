@@ -15,16 +15,18 @@ from training_tools import ROOT, TINY, make_config, metrics_of
 
 from dataset import build_corpus_dataset
 from dataset.common import load_metadata
-from pretrain import launch, main, open_data, train
+from models.losses import ACTLossHead
+from pretrain import launch, main, train
 from utils.backend.cpu import CPUBackend
 from utils.config.load import compose_config
 from utils.core.errors import UserError
+from utils.corpus.data import open_data
 
 
 def refused(capsys, monkeypatch, *arguments: str) -> str:
     """Runs the real entry point; the sentence on stderr."""
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
-    monkeypatch.setattr("pretrain.create_model", lambda *a, **k: pytest.fail("a model was built"))
+    monkeypatch.setattr(ACTLossHead, "__init__", lambda *a, **k: pytest.fail("a model was built"))
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2

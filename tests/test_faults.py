@@ -18,15 +18,15 @@ import os, shutil, sys
 from pathlib import Path
 import torch
 import pretrain
-from utils.training.resume import Saver
+from utils.training.save import Saver
 
 Saver.RETRY_SECONDS = 0
 rank, real_batch = int(os.environ.get("RANK", 0)), pretrain.train_batch
 at = {}  # step -> what happens before it
 
-def train_batch(run, state, *args):
-    at.get(state.step + 1, lambda *_: None)(run, state)
-    return real_batch(run, state, *args)
+def train_batch(run, *args):
+    at.get(run.state.step + 1, lambda *_: None)(run, run.state)
+    return real_batch(run, *args)
 
 pretrain.train_batch = train_batch
 """

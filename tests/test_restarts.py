@@ -329,10 +329,10 @@ def admit(self, carry, batch):
             file.writelines(json.dumps(row) + "\\n" for row in batch["inputs"][free].tolist())
     return real_admit(self, carry, batch)
 
-def train_batch(run, state, *args):
-    if state.step + 1 == stop and run.backend.is_main:
+def train_batch(run, *args):
+    if run.state.step + 1 == stop and run.backend.is_main:
         os.kill(os.getpid(), signal.SIGUSR1)
-    return real_batch(run, state, *args)
+    return real_batch(run, *args)
 
 AthenaTRM.admit, pretrain.train_batch = admit, train_batch
 pretrain.main()
@@ -438,10 +438,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(text_corpus, run_trainin
     whole = run_training(text_corpus, "whole", *options)
     trained, real_batch, real_save = threading.Event(), pretrain.train_batch, writer.save_tensors
 
-    def train_batch(run, state, batches):
-        if state.step == 3:
+    def train_batch(run, batches):
+        if run.state.step == 3:
             trained.set()
-        return real_batch(run, state, batches)
+        return real_batch(run, batches)
 
     def save(value, path):
         if ".step_2." in str(path):

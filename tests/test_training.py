@@ -11,6 +11,7 @@ import torch
 from seeds import draw_rng
 from training_tools import IDENTIFIERS, TEXT, contents, finish, make_config, metrics_of, start
 
+from models.losses import ACTLossHead
 from models.sparse_embedding import CastedSparseEmbedding
 from pretrain import train
 from sequence_dataset import EvalStream
@@ -25,17 +26,14 @@ from utils.training.schedule import Schedule
 def test_a_non_finite_loss_skips_the_update_and_at_last_stops(
     text_corpus, run_training, monkeypatch
 ):
-    from models import build
+    real = ACTLossHead.__init__
 
-    real = build.create_model
-
-    def poisoned(*args, **kwargs):
-        model = real(*args, **kwargs)
+    def init_with_nan(self, model, **options):
+        real(self, model, **options)
         with torch.no_grad():
-            model.model.inner.lm_head.weight[0, 0] = torch.nan
-        return model
+            model.inner.lm_head.weight[0, 0] = torch.nan
 
-    monkeypatch.setattr("pretrain.create_model", poisoned)
+    monkeypatch.setattr(ACTLossHead, "__init__", init_with_nan)
     options = ["evaluators=[]", "max_nonfinite=3", "lr_warmup_steps=7"]
     with pytest.raises(UserError, match="max_nonfinite=3") as error:
         run_training(text_corpus, "run", "max_steps=9", *options)
@@ -170,7 +168,7 @@ def test_ranks_stop_together_when_the_time_is_up(text_corpus, tmp_path):
     """The learning rate follows the clock; two clocks would train two models."""
     run, script = tmp_path / "run", tmp_path / "clocks.py"
     script.write_text(
-        "import os\nfrom utils.training.messages import Clock\nimport pretrain\n"
+        "import os\nfrom utils.core.clock import Clock\nimport pretrain\n"
         "real, ahead = Clock.seconds.fget, 100 * int(os.environ['RANK'])\n"
         "Clock.seconds = property(lambda self: real(self) + ahead)\npretrain.main()\n",
         "utf-8",
@@ -247,15 +245,14 @@ def test_the_cosine_of_trm_ends_when_the_time_does():
 
 def test_a_small_test_split_is_not_padded_to_the_training_batch(text_corpus, run_training, capsys):
     """Evaluating a handful of rows must not cost what hundreds do."""
-    seen = []
+    seen, real = [], EvalStream.__init__
 
-    class Watched(EvalStream):
-        def __init__(self, *args, **options):
-            seen.append((options["global_batch_size"], args[0].num_rows))
-            super().__init__(*args, **options)
+    def record(self, corpora, **options):
+        seen.append((options["global_batch_size"], corpora.num_rows))
+        real(self, corpora, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pretrain.EvalStream", Watched)
+        patch.setattr(EvalStream, "__init__", record)
         run_training(text_corpus, "run", "max_steps=1", "global_batch_size=96", "lr_warmup_steps=5")
     (batch, rows), *_ = seen
     assert batch == min(rows, 96)

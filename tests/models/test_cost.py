@@ -18,7 +18,7 @@ from scripts.measure_step import measured_step
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint.format import Checkpoint, checkpoints_of
 from utils.config.load import compose_config, load_config
-from utils.training.dry_run import planned_model
+from utils.training.dry_run import plan_model
 
 ROWS, LENGTH = 3, 16
 SIZES = dict(
@@ -163,7 +163,7 @@ def test_memory_is_what_a_step_allocates(name):
     config = load_config(compose_config([*overrides, "dry_run=true", "device_type=cpu"]))
     micro_rows = config.micro_rows(1)
     found, _ = measured_step(config, micro_rows, CPUBackend())
-    head, _ = planned_model(config, 1)
+    head, _ = plan_model(config, 1)
     parts = cost.memory(head.model, config, micro_rows=micro_rows, device="cpu")
     total = sum(found.values())
     assert sum(parts.values()) == pytest.approx(total, rel=0.05)

@@ -1,4 +1,4 @@
-"""What a run would cost, told before anything real is built."""
+"""Print what a run would cost, before anything is built."""
 
 import os
 from pathlib import Path
@@ -21,9 +21,9 @@ from utils.corpus.data import Data, open_data
 
 
 def dry_run(config: PretrainConfig) -> None:
-    """Print the whole config and the cost of a run; reads at most the corpora's metadata."""
+    """Print the whole config and the cost of a run. Reads at most the corpora's metadata."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    head, _ = planned_model(config, ranks)
+    head, _ = plan_model(config, ranks)
     near = config.arch.loss.options.get("kl_to")
     if near is not None and not Path(near).is_dir():
         raise UserError(f"{KL_TO}={near} is not a folder; {missing_advice(Path(near))}")
@@ -45,13 +45,13 @@ def dry_run(config: PretrainConfig) -> None:
         fits = sum(cost.memory(head.model, config, **sizes).values()) < free
         why = "chosen for" if fits else "which is still too much for"
         why += f" the {free / 1e9:.1f} GB free on this {backend.name}"
-    lines = counts(head.model) + step(head.model, config, **sizes)
+    lines = describe_model(head.model) + describe_step(head.model, config, **sizes)
     print("\n".join(f"{name:<26}{value}" for name, value in lines))
     print(f"{'rows at once':<26}{micro_rows} of {rows}, {why}")
 
 
-def planned_model(config: PretrainConfig, ranks: int) -> tuple[ACTLossHead, Data | None]:
-    """The model of a run, without weights, and its corpora if it names any."""
+def plan_model(config: PretrainConfig, ranks: int) -> tuple[ACTLossHead, Data | None]:
+    """Build the model of a run on the meta device; return it with its corpora, if it names any."""
     data = open_data(config) if config.data_paths else None
     if data is not None:
         metadata = data.train.metadata
@@ -65,17 +65,17 @@ def planned_model(config: PretrainConfig, ranks: int) -> tuple[ACTLossHead, Data
     return create_model(config.arch, metadata, batch_size=rows, device="meta"), data
 
 
-def counts(model: nn.Module) -> list[tuple[str, str]]:
-    """Parameters, layer passes and FLOPs, as (name, value)."""
+def describe_model(model: nn.Module) -> list[tuple[str, str]]:
+    """Return parameters, layer passes and FLOPs as (name, value)."""
     counted = cost.measure(model)
     plain = counted.layer_passes - counted.gradient_passes
     return [
-        ("parameters", number(counted.parameters)),
-        ("  core (blocks)", number(counted.core_parameters)),
-        ("  embeddings", number(counted.embedding_parameters)),
-        ("  heads", number(counted.head_parameters)),
-        ("identifier embedding", number(counted.identifier_parameters) + " (own optimizer)"),
-        ("buffers", number(counted.buffers)),
+        ("parameters", format_count(counted.parameters)),
+        ("  core (blocks)", format_count(counted.core_parameters)),
+        ("  embeddings", format_count(counted.embedding_parameters)),
+        ("  heads", format_count(counted.head_parameters)),
+        ("identifier embedding", format_count(counted.identifier_parameters) + " (own optimizer)"),
+        ("buffers", format_count(counted.buffers)),
         (
             "layer passes per token",
             f"{counted.layer_passes} per ACT step ({counted.gradient_passes} with gradient, "
@@ -84,16 +84,16 @@ def counts(model: nn.Module) -> list[tuple[str, str]]:
         ),
         (
             "FLOPs per token",
-            f"{flops(counted.train_flops)} per ACT step in training, "
-            f"{flops(counted.forward_flops)} in evaluation",
+            f"{format_flops(counted.train_flops)} per ACT step in training, "
+            f"{format_flops(counted.forward_flops)} in evaluation",
         ),
     ]
 
 
-def step(
+def describe_step(
     model: nn.Module, config: PretrainConfig, *, ranks: int, micro_rows: int, device: str
 ) -> list[tuple[str, str]]:
-    """An optimizer step and the memory that it takes, as (name, value)."""
+    """Return the FLOPs of an optimizer step and the memory of a replica as (name, value)."""
     counted, rows = cost.measure_run(model, config), config.rows_per_rank(ranks)
     sizes: dict[str, Any] = dict(ranks=ranks, device=device)
     parts = cost.memory(model, config, micro_rows=micro_rows, **sizes)
@@ -101,28 +101,31 @@ def step(
     return [
         (
             "FLOPs per optimizer step",
-            f"{flops(counted.row_train_flops * rows * ranks)} "
+            f"{format_flops(counted.row_train_flops * rows * ranks)} "
             f"({rows * ranks} rows x {counted.seq_len} tokens)",
         ),
         (
             "memory of a replica",
-            f"about {size(sum(parts.values()))} "
-            f"({rows} rows, {micro_rows} at once; {size(least)} with one at once)",
+            f"about {format_bytes(sum(parts.values()))} "
+            f"({rows} rows, {micro_rows} at once; {format_bytes(least)} with one at once)",
         ),
-        *((f"  {name}", size(part)) for name, part in parts.items()),
+        *((f"  {name}", format_bytes(part)) for name, part in parts.items()),
     ]
 
 
-def number(count: int) -> str:
+def format_count(count: int) -> str:
+    """Format a number of parameters."""
     return f"{count / 1e6:,.2f} M" if count >= 1e5 else f"{count:,}"
 
 
-def flops(count: float) -> str:
+def format_flops(count: float) -> str:
+    """Format a number of FLOPs with the fitting SI prefix."""
     for scale, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if count >= scale:
             return f"{count / scale:.2f} {unit}FLOP"
     return f"{count:.0f} FLOP"
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
+    """Format a number of bytes in MB or GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights."""
+"""Keep an exponential moving average of the weights."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from utils.backend.state import part_like
 
 
 class EMA:
-    """Averages parameters in at least float32: shadow ← rate · shadow + (1 − rate) · weight.
+    """Average parameters in at least float32: shadow ← rate · shadow + (1 − rate) · weight.
 
     With `warmup` the rate after t updates is min(rate, (1 + t) / (10 + t)), so that the average
     forgets the initial weights early in training.
@@ -26,6 +26,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Add the present weights to the averages."""
         rate = self.rate
         if self.warmup:
             rate = min(rate, (1 + self.updates) / (10 + self.updates))
@@ -34,8 +35,8 @@ class EMA:
         torch._foreach_lerp_(list(self.shadow.values()), weights, 1 - rate)
 
     @contextmanager
-    def swapped(self) -> Iterator[None]:
-        """The model holds the averages inside the block, its own weights again after it."""
+    def swap(self) -> Iterator[None]:
+        """Put the averages into the model inside the block, and its own weights back after it."""
         self._swap()
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a run tells of itself every `log_interval` steps: to its loggers and to its bar."""
+"""Log the metrics of training every `log_interval` steps, to the loggers and the progress bar."""
 
 import math
 import sys
@@ -18,12 +18,13 @@ from utils.training.schedule import Schedule
 
 
 class TrainingLog:
-    """Adds up the metrics of steps on the device, and writes their means when asked.
+    """Sum the metrics of steps on the device, and write their means on request.
 
     Args:
-        row_tokens: tokens of a row. rows: rows of a step, over all ranks.
+        row_tokens: tokens of a row.
+        rows: rows of a step, over all ranks.
         flops_per_token: of one step, forward and backward.
-        peak_flops: FLOP/s of all devices together, where known.
+        peak_flops: FLOP/s of all devices together; None if unknown.
     """
 
     def __init__(
@@ -42,13 +43,13 @@ class TrainingLog:
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.sums = MetricSums()
         self.bar = tqdm(disable=True)
-        self._told_at = -math.inf
+        self._printed_at = -math.inf
 
     @contextmanager
     def progress(self, state: Any) -> Iterator[None]:
-        """A bar over the share of the run that is done, 0..1, from where `state` is.
+        """Show a bar of the share of the run that is done, 0..1, starting from `state`.
 
-        Lines instead where nobody watches a terminal: a bar makes a log file hard to read.
+        Without a terminal, print lines instead: a bar makes a log file hard to read.
         """
         self._last = (state.seconds, state.step, self.schedule.stream.examples_entered)
         self.bar = tqdm(
@@ -65,12 +66,12 @@ class TrainingLog:
             self.bar.close()
 
     def add(self, state: Any, metrics: dict[str, Tensor]) -> None:
-        """The sums of one step, which stay on the device."""
+        """Add the sums of one step, which stay on the device."""
         self.sums.add(metrics)
         self.bar.update(self.schedule.progress(state) - self.bar.n)
 
     def write(self, state: Any) -> None:
-        """Means since the last call, to the loggers and the bar. A collective."""
+        """Write the means since the last call to the loggers and the bar. A collective."""
         values = self.sums.read(self.backend.sum)
         if not self.backend.is_main or not values:
             return
@@ -101,10 +102,10 @@ class TrainingLog:
         # of the whole run: rows that halt together would make the bar jump, down to 0
         rate = stream.examples_entered * self.row_tokens / max(state.seconds, 1e-9)
         loss = metrics.get("train/lm_loss", math.nan)
-        told = f"step {state.step:,} loss {loss:.3f} {rate:,.0f} tokens/s"
-        self.bar.set_postfix_str(told)
+        line = f"step {state.step:,} loss {loss:.3f} {rate:,.0f} tokens/s"
+        self.bar.set_postfix_str(line)
         now_s = time.monotonic()
-        if self.bar.disable and now_s - self._told_at >= LINE_SECONDS:
-            self._told_at = now_s
+        if self.bar.disable and now_s - self._printed_at >= LINE_SECONDS:
+            self._printed_at = now_s
             left = tqdm.format_interval(metrics.get("train/eta_seconds", 0.0))
-            print(f"train {done:4.0%}  {told}  {left} left", flush=True)
+            print(f"train {done:4.0%}  {line}  {left} left", flush=True)

@@ -1,4 +1,4 @@
-"""A sweep of the learning rate: one short run in which it grows by the same factor every step.
+"""Sweep the learning rate: one short run in which it grows by the same factor every step.
 
 After L. N. Smith, "Cyclical Learning Rates for Training Neural Networks" (arXiv:1506.01186),
 section 3.3. The curve shows from where on the loss falls, and where the run would fall apart.
@@ -18,8 +18,8 @@ from utils.training.schedule import Counters, Schedule
 _SMOOTHING = 0.9  # decay of the running mean of the loss, per step
 
 
-def settled(config: PretrainConfig) -> PretrainConfig:
-    """`config` for a sweep: its length, every step logged, nothing evaluated and nothing saved."""
+def configure_sweep(config: PretrainConfig) -> PretrainConfig:
+    """Return `config` for a sweep: its length, every step logged, nothing evaluated or saved."""
     assert config.lr_find is not None
     return config.model_copy(
         update=dict(
@@ -32,7 +32,7 @@ def settled(config: PretrainConfig) -> PretrainConfig:
 
 
 def rate_at(step: int, rule: LRFindConfig) -> float:
-    """Learning rate of optimizer step `step`, from 1."""
+    """Return the learning rate of optimizer step `step`, from 1."""
     return rule.low * (rule.high / rule.low) ** ((step - 1) / (rule.steps - 1))
 
 
@@ -62,8 +62,8 @@ class Findings(NamedTuple):
     lowest: float
 
 
-def findings(rates: np.ndarray, losses: np.ndarray) -> Findings | None:
-    """What the curve says; None where the loss never falls."""
+def analyze(rates: np.ndarray, losses: np.ndarray) -> Findings | None:
+    """Find the rates of interest on the curve; None if the loss never falls."""
     smooth = running_mean(losses)
     least = int(smooth.argmin())
     if least < 3:
@@ -73,22 +73,22 @@ def findings(rates: np.ndarray, losses: np.ndarray) -> Findings | None:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Exponential, without the pull of a start at zero."""
+    """Average exponentially over the past, without the bias of a start at zero."""
     decay = _SMOOTHING ** np.arange(len(values), dtype=float)
     sums = np.array([(values[: i + 1] * decay[: i + 1][::-1]).sum() for i in range(len(values))])
     return sums / decay.cumsum()
 
 
 def conclude(folder: Path, rule: LRFindConfig) -> str:
-    """Reads the log of a sweep, draws `lr_find.png` beside it, and says what it shows."""
+    """Read the log of a sweep, draw `lr_find.png` beside it, and return advice in one sentence."""
     lines = [
         json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()
     ]
     # a step whose update was skipped logs the rate of the one before it
     points = [(rate_at(line["step"], rule), line["train/lm_loss"]) for line in lines]
     rates, losses = np.array([p for p in points if None not in p], dtype=float).reshape(-1, 2).T
-    found = findings(rates, losses) if len(rates) else None
-    picture = _picture(folder / "lr_find.png", rates, losses, found)
+    found = analyze(rates, losses) if len(rates) else None
+    picture = _draw_if_possible(folder / "lr_find.png", rates, losses, found)
     ended = ""
     if len(rates) < rule.steps:
         ended = f"; the loss was no longer finite after lr {rates[-1]:.2g}" if len(rates) else ""
@@ -110,8 +110,10 @@ def conclude(folder: Path, rule: LRFindConfig) -> str:
     return said
 
 
-def _picture(path: Path, rates: np.ndarray, losses: np.ndarray, found: Findings | None) -> str:
-    """Draw the sweep if there is anything to draw, and return where it is or why it is not."""
+def _draw_if_possible(
+    path: Path, rates: np.ndarray, losses: np.ndarray, found: Findings | None
+) -> str:
+    """Draw the sweep if it has points; return a clause with the path, or the reason for none."""
     if len(rates) == 0:
         return ""
     try:
@@ -122,6 +124,7 @@ def _picture(path: Path, rates: np.ndarray, losses: np.ndarray, found: Findings 
 
 
 def draw(path: Path, rates: np.ndarray, losses: np.ndarray, found: Findings | None) -> None:
+    """Draw the losses over the rates into an image file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

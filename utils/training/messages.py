@@ -1,18 +1,16 @@
-"""What a user watches: time, progress, tables."""
+"""Compose the messages of a run: what it runs on, what went wrong, how it ended."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from utils.backend import Backend
 from utils.config.load import PretrainConfig, config_warnings
 from utils.training.schedule import Counters
 
-T = TypeVar("T")
-
 
 def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
-    """Says which device was taken and why, and what of the config is rarely meant."""
+    """Print the device, the reason for it, and notes on config values that are rarely intended."""
     if backend.is_main:
         ranks = f", {backend.world_size} ranks" if backend.world_size > 1 else ""
         print(f"device: {backend.describe()} ({reason}){ranks}")
@@ -23,22 +21,38 @@ def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
             print(f"note: {line}")
 
 
-def advice_on_nonfinite(config: PretrainConfig, good: Sequence[Path]) -> str:
-    """What to do about updates that are not finite; `good`: the run's checkpoints."""
-    lower = f"lower lr (now {config.lr:g})"
-    if good:
-        return f"the last good checkpoint is {good[-1]}; {lower} and resume, resume_allow=[lr]"
+def advise_on_memory(rows: int) -> str:
+    """Describe how to train with less memory. rows: what a replica computes at once."""
     return (
-        f"nothing was saved before, so start again: {lower}, or raise lr_warmup_steps (now "
-        f"{config.lr_warmup_steps}); a lower checkpoint_interval (now "
-        f"{config.checkpoint_interval or 'null'}) saves earlier"
+        f"with {rows} rows at once; lower micro_batch_size (now {rows}), or "
+        "global_batch_size, or set arch.use_gradient_checkpointing=true"
     )
 
 
-def ending(config: PretrainConfig, last: Path, state: Counters, began: int) -> str:
-    """Say in one sentence where the last checkpoint of a run lies, or why nothing was left to train
-    and which key would change that."""
-    if state.step > began:
+def describe_nonfinite(config: PretrainConfig, skipped: int, saved: Sequence[Path]) -> str:
+    """Describe a run that ends because of non-finite updates, and what to change.
+
+    skipped: updates in a row that were not finite. saved: the run's checkpoints, oldest first.
+    """
+    lower = f"lower lr (now {config.lr:g})"
+    if saved:
+        advice = f"the last good checkpoint is {saved[-1]}; {lower} and resume, resume_allow=[lr]"
+    else:
+        advice = (
+            f"nothing was saved before, so start again: {lower}, or raise lr_warmup_steps (now "
+            f"{config.lr_warmup_steps}); a lower checkpoint_interval (now "
+            f"{config.checkpoint_interval or 'null'}) saves earlier"
+        )
+    return (
+        f"{skipped} updates in a row were not finite (max_nonfinite={config.max_nonfinite}); "
+        f"{advice}"
+    )
+
+
+def describe_end(config: PretrainConfig, last: Path, state: Counters, first_step: int) -> str:
+    """Describe where the last checkpoint of a run is, or why nothing was left to train and which
+    key would change that. first_step: the step that this process started from."""
+    if state.step > first_step:
         return f"finished at step {state.step:,}: {last}"
     if state.stopped:
         return (
@@ -56,8 +70,8 @@ def ending(config: PretrainConfig, last: Path, state: Counters, began: int) -> s
     )
 
 
-def evaluation_table(results: dict[str, Any], step: int) -> str:
-    """Headline figures a line each; curves over ACT steps in a row."""
+def format_evaluation(results: dict[str, Any], step: int) -> str:
+    """Format the figures of an evaluation, one a line; curves over ACT steps as rows."""
     plain: dict[str, str] = {}
     curves: dict[str, dict[int, float]] = {}
     for name, value in results.items():
@@ -67,9 +81,9 @@ def evaluation_table(results: dict[str, Any], step: int) -> str:
             curve = "/".join(parts[:at] + parts[at + 1 :])
             curves.setdefault(curve, {})[int(parts[at].removeprefix("step_"))] = value
         elif not isinstance(value, list):
-            plain[name] = f"{value:,}" if isinstance(value, int) else _short(value, 4)
+            plain[name] = f"{value:,}" if isinstance(value, int) else _format_value(value, 4)
     rows = {
-        name: "  ".join(_short(values[k], 3) for k in sorted(values))
+        name: "  ".join(_format_value(values[k], 3) for k in sorted(values))
         for name, values in curves.items()
     }
     width = max([40, *map(len, [*plain, *rows])]) + 2
@@ -79,5 +93,6 @@ def evaluation_table(results: dict[str, Any], step: int) -> str:
     return "\n".join(lines)
 
 
-def _short(value: float, digits: int) -> str:
+def _format_value(value: float, digits: int) -> str:
+    """Format with `digits` decimals, or significant digits if the value is huge."""
     return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.{digits}g}"

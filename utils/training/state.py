@@ -1,4 +1,4 @@
-"""Everything that a training run changes, in one place: what a checkpoint holds.
+"""The state of a training run: everything that training changes and a checkpoint stores.
 
 Model, optimizers, averages, held rows and counters; the stream keeps its own position.
 """
@@ -53,7 +53,7 @@ class TrainState:
     """Held rows, one carry a micro-batch; none before the first step."""
     step: int = 0
     seconds: float = 0.0
-    """Training time so far, evaluation and saving left out."""
+    """Training time so far, without evaluation and saving."""
     nonfinite: int = 0
     nonfinite_in_a_row: int = 0
     evaluated_epoch: float = 0.0
@@ -61,7 +61,7 @@ class TrainState:
     stopped: bool = False
     """Early stopping has ended the run."""
     evaluated_step: int = -1
-    """The step of the last evaluation, if this process or its resume knows of one."""
+    """Step of the last evaluation by this process or the run it resumed; -1 if there is none."""
     rehearsed: bool = False
     failed_evaluations: int = 0
     """Evaluations of this process in which an evaluator failed."""
@@ -96,7 +96,7 @@ class TrainState:
         return next(self.model.parameters()).device
 
     def learning_rates(self) -> dict[str, float]:
-        """Of the last step: lr, and puzzle_emb_lr where identifiers train."""
+        """Return the rates of the last step: lr, and puzzle_emb_lr if identifiers train."""
         return {
             "puzzle_emb_lr" if isinstance(o, SparseEmbeddingSignSGD) else "lr": o.param_groups[0][
                 "lr"
@@ -105,14 +105,14 @@ class TrainState:
         }
 
     def clip_gradients(self, max_norm: float | None) -> Tensor | None:
-        """Norm of the gradients, which are clipped to `max_norm` if there is one."""
+        """Clip the gradients to `max_norm`, if there is one; return their norm before that."""
         if not self.parameters:
             return None
         limit = math.inf if max_norm is None else max_norm
         return scalar(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
 
     def update(self, factor: float) -> None:
-        """One update of the weights by their gradients, at `factor` times the base rates."""
+        """Update the weights by their gradients, at `factor` times the base rates."""
         for optimizer, base in zip(self.optimizers, self.base_lrs, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = base * factor
@@ -122,20 +122,20 @@ class TrainState:
         self.nonfinite_in_a_row = 0
 
     def free_broken_rows(self) -> Tensor:
-        """Rows whose latents are no longer finite make room; who has halted by now, (rows,)."""
+        """Mark rows whose latents are not finite as halted; return all flags, (rows,)."""
         for carry in self.carries:
             for z in carry.latents.values():
                 carry.halted = carry.halted | ~z.isfinite().all(2).all(1)
         return torch.cat([carry.halted for carry in self.carries])
 
-    def adopt_rule(self, rule: EarlyStoppingConfig | None) -> None:
-        """After a resume: figures of another metric mean nothing, and patience may have grown."""
+    def apply_stopping_rule(self, rule: EarlyStoppingConfig | None) -> None:
+        """Apply today's rule after a resume: the metric or the patience may have changed."""
         if rule is None or self.stopping_rule not in (None, f"{rule.mode} {rule.metric}"):
             self.best, self.bad_evaluations = None, 0
         self.stopped = rule is not None and self.bad_evaluations >= rule.patience
 
-    def stops_early(self, rule: EarlyStoppingConfig | None, results: dict[str, Any]) -> bool:
-        """Whether early stopping ends the run after this evaluation."""
+    def update_stopping(self, rule: EarlyStoppingConfig | None, results: dict[str, Any]) -> bool:
+        """Count an evaluation for early stopping; return whether it ends the run."""
         if rule is None:
             return False
         if f"eval/{rule.metric}" not in results and results.get("eval/evaluators_failed"):
@@ -155,7 +155,7 @@ class TrainState:
         return self.stopped
 
     def next_eval(self, config: PretrainConfig) -> float:
-        """Epoch from which the next evaluation is due."""
+        """Return the epoch from which the next evaluation is due."""
         every = config.eval_interval
         if every is None:
             return math.inf
@@ -171,20 +171,20 @@ class TrainState:
             setattr(self, name, counters.get(name, getattr(self, name)))
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The model holds the averaged weights inside the block, if there are any."""
+    def use_averages(self) -> Iterator[None]:
+        """Put the averaged weights, if there are any, into the model inside the block."""
         if self.ema is None:
             gather(self.model)
             yield
             return
         release(self.model)
-        with self.ema.swapped():
+        with self.ema.swap():
             gather(self.model)
             yield
             release(self.model)
 
     def rehearse(self, batch: dict[str, Tensor], backward: Callable[[Tensor], None]) -> None:
-        """A backward pass whose gradients are dropped; changes nothing else."""
+        """Run a backward pass and drop its gradients; change nothing else."""
         _, loss, *_ = self.step_model(return_keys=(), carry=self.carries[0], batch=batch)
         backward(loss)
         for optimizer in self.optimizers:
@@ -192,10 +192,10 @@ class TrainState:
         self.rehearsed = True
 
     def tensors(self, keep: bool = True) -> dict[str, Any]:
-        """What a checkpoint stores once, whole and copied to the host.
+        """Copy what a checkpoint stores once to the host, unsharded.
 
-        A collective of all ranks where weights are sharded. keep: False on ranks that only take
-        part in it, so that their hosts need not hold it, too.
+        A collective if weights are sharded. keep: False on ranks that only take part in it, so that
+        their hosts need not hold a copy.
         """
         found: dict[str, Any] = {
             "model": model_state(self.model),
@@ -229,7 +229,7 @@ class TrainState:
         return same
 
     def load_carry(self, rows: dict[str, Tensor], micro_batches: int) -> None:
-        """Held rows of all this replica's slots, split into its micro-batches."""
+        """Load the held rows of this replica's slots, split into its micro-batches."""
         split = {k: v.chunk(micro_batches) for k, v in rows.items()}
         self.carries = [
             self.model.remember(

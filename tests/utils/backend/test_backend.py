@@ -20,7 +20,8 @@ from utils.backend.memory import explain_out_of_memory
 from utils.backend.triton import missing_for_triton
 from utils.core.errors import UserError
 from utils.corpus.data import open_data
-from utils.training.resume import choose_dtype, micro_batch_rows
+from utils.training.build import choose_micro_batch_rows
+from utils.training.resume import choose_dtype
 from utils.training.state import choose_kernels
 
 # --- compiling ---------------------------------------------------------------------------------
@@ -155,8 +156,8 @@ class Roomy(CPUBackend):
 def test_the_rank_with_the_least_memory_decides(text_corpus):
     config = make_config(text_corpus)
     model = create_model(config.arch, open_data(config).train.metadata, batch_size=8)
-    assert micro_batch_rows(config, Roomy(1 << 40), model, None) == 8
-    assert micro_batch_rows(config, Roomy(1 << 40, others=(2, 4)), model, None) == 2
+    assert choose_micro_batch_rows(config, Roomy(1 << 40), model, None) == 8
+    assert choose_micro_batch_rows(config, Roomy(1 << 40, others=(2, 4)), model, None) == 2
 
 
 def test_what_lies_on_the_device_is_planned_once(text_corpus, text_run):
@@ -171,7 +172,7 @@ def test_what_lies_on_the_device_is_planned_once(text_corpus, text_run):
     there += [*model.anchor.model.parameters(), *model.anchor.model.buffers()]
     # room for the whole plan, less what is there already
     free = round(sum(parts.values()) / cost.FILLED * 1.001) - sum(t.nbytes for t in there)
-    assert micro_batch_rows(config, Roomy(free), model, None) == 8
+    assert choose_micro_batch_rows(config, Roomy(free), model, None) == 8
     assert cost.count_present_bytes(model, "cuda") == 0
 
 

@@ -33,9 +33,7 @@ real, TrainStream._feed_freed = TrainStream._feed_freed, slow
     (line,) = [line for line in out.splitlines() if "warning: step 21 has taken" in line][:1]
     assert "rank 1 holds up the others" in line, line
     assert re.search(r"rank 1 is at sequence_dataset\.py:\d+ \(next\)", line), line
-    assert re.search(r"rank 0 waits for other ranks at pretrain\.py:\d+ \(train_batch\)", line), (
-        line
-    )
+    assert re.search(r"rank 0 waits for other ranks at pretrain\.py:\d+ \(\w+\)", line), line
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def test_average_follows_its_formula_and_swaps_in_place():
             expected[name] = rate * expected[name] + (1 - rate) * p.detach()
     own = {name: p.detach().clone() for name, p in layer.named_parameters()}
     places = [p.data_ptr() for p in layer.parameters()]
-    with ema.swapped():
+    with ema.swap():
         for name, p in layer.named_parameters():
             torch.testing.assert_close(p.detach(), expected[name])
         assert places == [p.data_ptr() for p in layer.parameters()]

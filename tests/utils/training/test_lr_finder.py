@@ -19,11 +19,11 @@ SWEEP = "lr_find={low: 1e-5, high: 10, steps: 60}"
 def test_findings_are_those_of_a_known_curve():
     rates = np.geomspace(1e-6, 1, 600)
     losses = 5 - 2 / (1 + np.exp(-6 * (np.log10(rates) + 3))) + np.maximum(0, rates - 0.1) * 9
-    found = lr_finder.findings(rates, losses)
+    found = lr_finder.analyze(rates, losses)
     # a running mean of 10 steps lags behind by a tenth of a decade
     assert np.log10(found.steepest) == pytest.approx(-3, abs=0.15)
     assert np.log10(found.lowest) == pytest.approx(-1, abs=0.25)
-    assert lr_finder.findings(rates, np.linspace(5, 6, 600)) is None
+    assert lr_finder.analyze(rates, np.linspace(5, 6, 600)) is None
     values = draw_rng().normal(size=20)
     mean = total = 0.0
     for value, expected in zip(values, lr_finder.running_mean(values), strict=True):
@@ -118,4 +118,4 @@ def test_true_and_false_stand_for_the_defaults_and_none(text_corpus):
     assert make_config(text_corpus, "lr_find=true").lr_find == LRFindConfig()
     assert make_config(text_corpus, "lr_find=false").lr_find is None
     no_length = make_config(text_corpus, "lr_find=true", "epochs=null", "max_steps=null")
-    assert lr_finder.settled(no_length).max_steps == LRFindConfig().steps
+    assert lr_finder.configure_sweep(no_length).max_steps == LRFindConfig().steps

@@ -95,9 +95,9 @@ def finished_rows(monkeypatch) -> Counter:
     counts: Counter[tuple[int, ...]] = Counter()
     real = pretrain.train_batch
 
-    def train_batch(run, state, batches):
-        found = real(run, state, batches)
-        for carry in state.carries:
+    def train_batch(run, batches):
+        found = real(run, batches)
+        for carry in run.state.carries:
             rows = carry.current_data["inputs"][carry.halted]
             counts.update(tuple(row) for row in rows.tolist() if any(row))  # not of empty slots
         return found
@@ -143,10 +143,10 @@ import pretrain
 
 path, real = sys.argv.pop(1), pretrain.train_batch
 
-def train_batch(run, state, batches):
-    found = real(run, state, batches)
+def train_batch(run, batches):
+    found = real(run, batches)
     with open(f"{path}.{os.environ['RANK']}", "a", encoding="utf-8") as file:
-        for carry in state.carries:
+        for carry in run.state.carries:
             for row in carry.current_data["inputs"][carry.halted].tolist():
                 file.write(json.dumps(row) + "\\n" if any(row) else "")
     return found

@@ -1,0 +1,278 @@
+"""Build a run: model, optimizers, stream, logs and saver, restored if there is a checkpoint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from dataset.tokens.tokenization import TextTokenizer
+from evaluators.interface import Evaluator
+from evaluators.loop import create_evaluators
+from models import cost
+from models.build import create_model, load_into
+from models.inference.loading import fitting_weights, load_anchor, open_tokenizer
+from models.losses import ACTLossHead
+from sequence_dataset import TrainStream
+from utils.backend import Backend
+from utils.backend.feed_ahead import PresentAhead
+from utils.backend.memory import explain_out_of_memory
+from utils.checkpoint.format import Checkpoint
+from utils.config.saved import dump_config
+from utils.config.schema import PretrainConfig
+from utils.core.atomic import write_result
+from utils.core.clock import Clock
+from utils.core.console import tell
+from utils.core.errors import UserError
+from utils.corpus.data import Data
+from utils.monitoring.loggers import Loggers
+from utils.monitoring.profiling import StepProfiler
+from utils.monitoring.watchdog import Watchdog
+from utils.training.log import TrainingLog
+from utils.training.lr_finder import Sweep
+from utils.training.resume import prepare_resume, restore
+from utils.training.save import Saver
+from utils.training.schedule import Schedule
+from utils.training.state import TrainState, choose_kernels, create_train_state
+
+
+@dataclass
+class Run:
+    """One replica of a run: the state that it trains, and everything around it.
+
+    Args:
+        state: all that training changes; what a checkpoint holds.
+        micro_batches: forward passes of this replica per optimizer step.
+        tokenizer: loaded at startup; its file may be deleted while the run is in progress.
+        clock: seconds of training, without evaluation and saving.
+        received: numbers of the signals that ask the run to stop.
+    """
+
+    config: PretrainConfig
+    backend: Backend
+    data: Data
+    folder: Path
+    state: TrainState
+    stream: TrainStream | PresentAhead
+    micro_batches: int
+    schedule: Schedule
+    evaluators: list[Evaluator]
+    tokenizer: TextTokenizer | None
+    loggers: Loggers
+    log: TrainingLog
+    saver: Saver
+    clock: Clock
+    watchdog: Watchdog
+    profiler: StepProfiler
+    received: Sequence[int] = ()
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a micro-batch of this replica."""
+        return self.config.rows_per_rank(self.backend.world_size) // self.micro_batches
+
+    def report(self, message: str) -> None:
+        """Print `message` on rank 0."""
+        if self.backend.is_main:
+            tell(message)
+
+    def close(self) -> None:
+        """Wait for the checkpoint in progress, then close threads and loggers."""
+        self.saver.close()
+        self.stream.close()
+        self.loggers.close()
+
+
+@explain_out_of_memory(
+    "while the run is built; choose a smaller model (a preset of arch, arch.hidden_size), "
+    "ema=false, or parallel=fsdp on several GPUs, and look for other programs on the device"
+)
+def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path) -> Run:
+    """Build everything the run needs, restoring the latest checkpoint if there is one.
+
+    A collective. folder: the run's own, which exists.
+    """
+    resumed = prepare_resume(config, folder, backend)
+    model, step = build_model(config, backend, data, resumed)
+    rows = config.rows_per_rank(backend.world_size)
+    micro_batches = rows // choose_micro_batch_rows(config, backend, model, resumed)
+    model.to(backend.device)
+    state = create_train_state(config, model, backend=backend)
+    stream = create_stream(config, model, data, backend, micro_batches)
+    if backend.is_main and data.test is not None:
+        for note in model.model.notes():
+            print(f"note: {note}")
+    if resumed is not None:
+        restore(config, state, stream, backend, resumed, folder, micro_batches)
+    elif config.eval_only:
+        state.step = step
+    evaluators = create_evaluators(config.evaluators, data)
+    check_early_stopping(config, data, evaluators)
+    schedule = (Sweep if config.lr_find else Schedule)(config, stream)
+    names = config.logger if backend.is_main else []
+    start = None if config.eval_only else state.step
+    loggers = Loggers(names, folder, dump_config(config), start)
+    log = create_log(config, model, data, backend, schedule, loggers)
+    saver = Saver(config, state, stream, backend, folder, data.train, data.tokenizer)
+    clock = Clock(state.seconds)
+    file, metadata = data.tokenizer, data.train.metadata
+    tokenizer = None if file is None else open_tokenizer(file, metadata)
+    watchdog = Watchdog(backend, clock, config.slow_step_factor, config.step_timeout)
+    if backend.is_main:
+        write_config(config, folder)
+    return Run(
+        config=config,
+        backend=backend,
+        data=data,
+        folder=folder,
+        state=state,
+        stream=stream,
+        micro_batches=micro_batches,
+        schedule=schedule,
+        evaluators=evaluators,
+        tokenizer=tokenizer,
+        loggers=loggers,
+        log=log,
+        saver=saver,
+        clock=clock,
+        watchdog=watchdog,
+        profiler=StepProfiler(folder if config.profile else None, backend, state.step),
+    )
+
+
+def build_model(
+    config: PretrainConfig, backend: Backend, data: Data, resumed: Checkpoint | None
+) -> tuple[ACTLossHead, int]:
+    """Build the model on the host, with the weights that a new run starts from.
+
+    Returns it with the step that those weights were saved at (0 if not known). The weights of a
+    resumed run are loaded later, by `restore`.
+    """
+    labels = data.reasoning_ids() if config.arch.loss.options.get("reasoning_loss_weight") else 0
+    with backend.taking_turns():
+        anchor = load_anchor(config, data, backend)
+        model = create_model(
+            config.arch,
+            data.train.metadata,
+            batch_size=config.rows_per_rank(backend.world_size),
+            seed=config.seed,
+            reasoning_ids=labels,
+        )
+        model.anchor = anchor
+    choose_kernels(config, model, backend)
+    if not config.load_checkpoint or resumed is not None:
+        return model, 0
+    source, step = load_pretrained(config, model, data)
+    if backend.is_main:
+        print(f"starting from the {source}")
+    return model, step
+
+
+def load_pretrained(config: PretrainConfig, model: ACTLossHead, data: Data) -> tuple[str, int]:
+    """Load the weights that `load_checkpoint` names into a new run's model.
+
+    Returns a description of them, and the step that they were saved at (0 if not known).
+    """
+    assert config.load_checkpoint is not None
+    weights, opened = fitting_weights(
+        "load_checkpoint",
+        config.load_checkpoint,
+        config.load_weights,
+        data.train.identifiers,
+        data.tokenizer,
+    )
+    load_into(model.model, weights)
+    if opened is None:
+        return f"weights of {config.load_checkpoint}", 0
+    averaged = config.load_weights == "ema" and "ema.pt" in opened
+    source = f"{'averaged' if averaged else 'raw'} weights of {opened.folder}"
+    return source, opened.json("state.json")["counters"]["step"]
+
+
+def create_stream(
+    config: PretrainConfig, model: ACTLossHead, data: Data, backend: Backend, micro_batches: int
+) -> TrainStream | PresentAhead:
+    """Create the stream of training batches, read ahead to the device where that is possible."""
+    make = partial(
+        TrainStream.from_config,
+        data.train,
+        config,
+        model.model.config,  # the architecture's own, with its defaults
+        rank=backend.rank,
+        world_size=backend.world_size,
+        micro_batches=micro_batches,
+    )
+    stream = make(num_workers=config.num_workers)
+    if config.feed == "present" and backend.moved_ahead is not None:
+        return PresentAhead(stream, make(num_workers=0), backend.moved_ahead)
+    return stream
+
+
+def create_log(
+    config: PretrainConfig,
+    model: ACTLossHead,
+    data: Data,
+    backend: Backend,
+    schedule: Schedule,
+    loggers: Loggers,
+) -> TrainingLog:
+    """Create the log of training metrics, which knows what a token costs."""
+    anchor = model.anchor
+    peak = backend.peak_flops(model.model.config.dtype)
+    return TrainingLog(
+        loggers,
+        backend,
+        schedule,
+        row_tokens=data.train.metadata.seq_len,
+        rows=config.global_batch_size,
+        flops_per_token=cost.measure(model.model).train_flops
+        + (cost.measure(anchor.model).forward_flops if anchor else 0),
+        peak_flops=None if peak is None else peak * backend.world_size,
+    )
+
+
+def write_config(config: PretrainConfig, folder: Path) -> None:
+    """Write config.yaml; an evaluation keeps the one of the training."""
+    path = folder / "config.yaml"
+    if config.eval_only and path.exists():
+        return
+    with write_result(path, f"checkpoint_path={folder}: config.yaml") as part:
+        part.write_text(yaml.safe_dump(dump_config(config), sort_keys=False), encoding="utf-8")
+
+
+def check_early_stopping(
+    config: PretrainConfig, data: Data, evaluators: Sequence[Evaluator]
+) -> None:
+    """Raise UserError if early stopping waits for a metric that nothing evaluates."""
+    if config.early_stopping is not None and data.test is None and not evaluators:
+        raise UserError(
+            f"early_stopping.metric={config.early_stopping.metric} is never evaluated, because the "
+            "corpora have no test split; name one with data_paths_test, or leave early_stopping out"
+        )
+
+
+def choose_micro_batch_rows(
+    config: PretrainConfig, backend: Backend, model: ACTLossHead, resumed: Checkpoint | None
+) -> int:
+    """Return how many rows a rank computes at once: as configured, as before, or as many as the
+    memory of every rank allows. A collective."""
+    ranks, device = backend.world_size, backend.device
+    rows = config.rows_per_rank(ranks)
+    known = config.micro_rows(ranks) or backend.broadcast_object(read_micro_rows(resumed, rows))
+    if known is not None:
+        return known
+    # the plan counts these too
+    free = backend.available_memory() + cost.count_present_bytes(model, device.type)
+    own = cost.fitting_rows(model.model, config, free, ranks=ranks, device=device.type)
+    return min(backend.gather_objects(own))  # each divides the rows of a rank
+
+
+def read_micro_rows(resumed: Checkpoint | None, rows: int) -> int | None:
+    """Return the rows of a micro-batch as before, so that a resumed run stays exact whatever memory
+    is free today.
+
+    None for a new run, or where they do not divide the `rows` of a rank (another world size).
+    """
+    saved = resumed.json("state.json").get("micro_rows") if resumed is not None else None
+    return saved if saved is not None and rows % saved == 0 else None

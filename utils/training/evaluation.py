@@ -1,0 +1,80 @@
+"""Evaluate a run's weights on the test split."""
+
+from typing import Any
+
+from evaluators.guard import FAILURES
+from evaluators.loop import evaluate, examined
+from sequence_dataset import EvalStream
+from utils.backend.memory import explain_out_of_memory
+from utils.core.console import Progress
+from utils.core.errors import UserError
+from utils.core.iterators import prefetched, ticking
+from utils.training.build import Run
+from utils.training.messages import format_evaluation
+
+
+def run_evaluation(run: Run) -> dict[str, Any]:
+    """Evaluate the averaged weights; log, print and return the figures.
+
+    Raises Interrupted if a rank received a signal.
+    """
+    config, state, backend = run.config, run.state, run.backend
+    if run.data.test is None and not run.evaluators:
+        if config.eval_only:
+            raise UserError(
+                f"there is nothing to evaluate: {', '.join(run.data.test_paths)} has no test "
+                "split, or an empty one; name another corpus with data_paths_test"
+            )
+        run.report("the corpora have no test split, or an empty one: evaluation is skipped")
+        return {}
+    rows = choose_rows(run)
+    stream = create_stream(run, rows)
+    bar = Progress(len(stream), "evaluate, batch", "batch", shown=backend.is_main)
+    advice = f"in an evaluation of {rows} rows at once; lower eval_batch_size (now {rows})"
+    with explain_out_of_memory(advice), bar, state.use_averages():
+        results = evaluate(
+            state.model,
+            ticking(prefetched(stream, config.num_workers), bar.update, run.watchdog.sign),
+            run.evaluators,
+            backend,
+            received=run.received,
+            save_outputs=config.eval_save_outputs,
+            save_path=run.folder / f"evaluation_step_{state.step}",
+            ask=examined(
+                state.model,
+                run.data.train,
+                run.tokenizer,
+                backend,
+                (config.eval_batch_size or rows) // backend.world_size,
+                run.watchdog.sign,
+            ),
+        )
+    state.failed_evaluations += FAILURES in results
+    results = {f"eval/{name}": value for name, value in results.items()}
+    run.loggers.log(results, state.step)
+    run.report(format_evaluation(results, state.step))
+    return results
+
+
+def choose_rows(run: Run) -> int:
+    """Return the rows of a batch, over all ranks: as configured, or as many as in training."""
+    config, backend, test = run.config, run.backend, run.data.test
+    ranks = backend.world_size
+    rows = config.eval_batch_size or ranks * run.rows_at_once
+    if not backend.compiles(config.compile) and test is not None:
+        rows = min(rows, ranks * -(-test.num_rows // ranks))  # more would be padding alone
+    return rows  # another shape than in training, if compiled, takes long
+
+
+def create_stream(run: Run, rows: int) -> EvalStream | list[Any]:
+    """Create the stream of the test split in batches of `rows`; an empty one without a split."""
+    if run.data.test is None:
+        return []
+    return EvalStream.from_config(
+        run.data.test,
+        run.config,
+        run.state.model.model.config,
+        rows,
+        rank=run.backend.rank,
+        world_size=run.backend.world_size,
+    )

@@ -1,0 +1,199 @@
+"""Save a run: what goes into a checkpoint, and when one is written."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from evaluators.guard import FAILURES
+from models.source_code import source_files
+from utils.backend import Backend
+from utils.checkpoint import format as checkpoint
+from utils.checkpoint.writer import CheckpointWriter, Contents
+from utils.config.saved import dump_config
+from utils.config.schema import PretrainConfig
+from utils.core.console import tell
+from utils.corpus.corpora import Corpora, did_you_mean
+from utils.training.state import TrainState, carry_rows
+
+FORMAT = 3  # of a checkpoint's files; 3: latents and memory of held rows have names
+
+
+class Resumable(Protocol):
+    """A stream whose position a checkpoint stores."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], *, restart_held: bool = False) -> None: ...
+
+
+class Saver:
+    """Save a run in the background, and retry if the disk refuses. Methods are collectives.
+
+    saved_at: the last step whose checkpoint is complete or in progress.
+    """
+
+    RETRY_SECONDS = 60  # of training, before a failed checkpoint is retried
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        state: TrainState,
+        stream: Resumable,
+        backend: Backend,
+        folder: Path,
+        corpora: Corpora,
+        tokenizer: Path | None,
+    ):
+        self.config, self.state, self.stream, self.backend = config, state, stream, backend
+        self.folder = folder
+        self.writer = CheckpointWriter(folder, backend, config.keep_checkpoints)
+        texts = {
+            "config.yaml": yaml.safe_dump(dump_config(config), sort_keys=False),
+            "dataset.json": corpora.metadata.model_dump_json(),
+            "identifiers.json": json.dumps(corpora.identifiers),
+        }
+        # Read now: they may be changed or deleted while the run is in progress.
+        self.files = {name: text.encode() for name, text in texts.items()}
+        for name, path in source_files(state.model.modules()).items():
+            self.files[f"source/{name}"] = path.read_bytes()
+        if tokenizer is not None:
+            self.files[tokenizer.name] = tokenizer.read_bytes()
+        # rank 0 decides, because network storage may show ranks different things
+        exists = backend.broadcast_object(checkpoint.step_folder(folder, state.step).is_dir())
+        self.saved_at = state.step if exists else -1  # a resumed checkpoint is saved already
+        self.retry_at: float | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write; `check` takes the same of any rank."""
+        return self.writer.failed
+
+    def check(self, failed: bool) -> None:
+        """Drop a checkpoint that some rank failed to write, and schedule the next attempt."""
+        if failed and not self.writer.settle():
+            self._plan_retry()
+
+    def due(self) -> bool:
+        """Return whether a checkpoint is due at this step, by interval or as a retry."""
+        every = self.config.checkpoint_interval
+        retry = self.retry_at is not None and self.state.seconds >= self.retry_at
+        return retry or bool(every and self.state.step % every == 0)
+
+    def save(self) -> None:
+        """Start a checkpoint of the current state, unless there is one."""
+        if self.saved_at == self.state.step:
+            return
+        best = () if self.state.best_step is None else (self.state.best_step,)
+        if not self.writer.begin(self.state.step, self._contents(), best):
+            return self._plan_retry()
+        self.saved_at, self.retry_at = self.state.step, None
+
+    def finish(self, patience: float, received: Sequence[int] = ()) -> bool:
+        """Save the current state and wait; return False if that failed for `patience` seconds.
+
+        received: a list that a signal may fill, which also ends the waiting.
+        """
+        begun, pause = time.monotonic(), min(10.0, patience)
+        while True:
+            self.save()
+            if self.writer.settle() and self.saved_at == self.state.step:
+                return True
+            self._plan_retry()
+            waited = time.monotonic() - begun
+            if self.backend.broadcast_object(waited >= patience or bool(received)):
+                return False
+            if self.backend.is_main:
+                left = patience - waited
+                tell(f"trying again every {pause:.0f} s for {left:.0f} s: make room")
+            time.sleep(pause)
+
+    def keep_best(self, results: dict[str, Any]) -> None:
+        """Exempt this step's checkpoint from deletion if its evaluation is the best so far."""
+        state = self.state
+        name, mode = self._rule(results)
+        figure = self._figure(results, name, mode)
+        if state.best_rule not in (None, f"{mode} {name}"):  # figures of another kind
+            state.best_step = state.best_figure = None
+        state.best_rule = f"{mode} {name}"
+        best = state.best_figure
+        if figure is None or math.isnan(figure) or (best is not None and figure <= best):
+            return
+        former = state.best_step, state.best_figure
+        state.best_step, state.best_figure = state.step, figure
+        self.save()
+        if not self.writer.settle() or self.saved_at != state.step:
+            state.best_step, state.best_figure = former
+            return self._plan_retry()
+        if self.backend.is_main:
+            checkpoint.link_best(self.folder, state.best_step)
+
+    def note_evaluation(self, results: dict[str, Any]) -> None:
+        """Record that this step was evaluated, so that a resumed run does not repeat it.
+
+        Does nothing if an evaluator failed: then it is worth repeating.
+        """
+        if self.backend.is_main and FAILURES not in {key.removeprefix("eval/") for key in results}:
+            try:
+                checkpoint.note_evaluation(self.folder, self.state.counters())
+            except OSError as error:  # at worst it is evaluated once more
+                tell(f"warning: {self.folder / checkpoint.EVALUATED}: {error.strerror or error}")
+
+    def _rule(self, results: dict[str, Any]) -> tuple[str, str]:
+        """Return the metric that decides which checkpoint is best, and `min` or `max`."""
+        config, rule = self.config, self.config.early_stopping
+        name, mode = config.best_metric, config.best_mode
+        if name is None and rule is not None:
+            name, mode = rule.metric, rule.mode
+        if name is None:
+            losses = [key for key in results if key.endswith("/lm_loss") and "/step_" not in key]
+            name = (losses[0] if losses else "eval/lm_loss").removeprefix("eval/")
+        return name, mode
+
+    def _figure(self, results: dict[str, Any], name: str, mode: str) -> float | None:
+        """Return the value of that metric, larger is better; None if it was not evaluated."""
+        value = results.get(f"eval/{name}")
+        if not isinstance(value, int | float):
+            if results and self.backend.is_main:
+                names = [key.removeprefix("eval/") for key in results]
+                tell(
+                    f"warning: best_metric={name} was not evaluated; no checkpoint counts as best; "
+                    + did_you_mean(name, names)
+                )
+            return None
+        return value if mode == "max" else -value
+
+    def close(self) -> None:
+        """Wait for the checkpoint in progress, and stop the writer's thread."""
+        self.writer.close()
+
+    def _plan_retry(self) -> None:
+        self.saved_at, self.retry_at = -1, self.state.seconds + self.RETRY_SECONDS
+
+    def _contents(self) -> Contents:
+        """Copy everything the checkpoint needs to the host, so that training can continue."""
+        config, state = self.config, self.state
+        shard = None
+        if config.checkpoint_carry and state.carries:
+            share = len(state.halted) // self.backend.world_size
+            slots = [self.backend.rank * share, (self.backend.rank + 1) * share]
+            shard = {"slots": slots, "carry": carry_rows(state.carries)}
+        position = self.stream.state_dict()
+        if shard is None and config.feed == "consume":
+            # held rows restart, but those that have halted are done
+            places = zip(position["held_places"], state.halted.tolist(), strict=True)
+            position["held_places"] = [-1 if halted else place for place, halted in places]
+        tensors = state.tensors(keep=self.backend.is_main)
+        if not self.backend.is_main:
+            return Contents({}, {}, shard)
+        saved = {
+            "format": FORMAT,
+            "counters": state.counters(),
+            "stream": position,
+            "micro_rows": len(state.carries[0].halted) if state.carries else None,
+        }
+        return Contents(tensors, self.files | {"state.json": json.dumps(saved).encode()}, shard)
