@@ -5,13 +5,13 @@ import random
 from itertools import pairwise, product
 
 import pytest
-from tests.dataset.test_encoders import odd_text
 from tokenizers import Tokenizer
 
 from dataset.tokens.sizes import ids_of
 from dataset.tokens.tokenization import TextTokenizer
 from tests.dataset.conftest import WORDS, random_text
 from tests.dataset.tokenizer_variants import CASES, LOSSLESS, LOSSY, MARKED, case
+from tests.dataset.tokens.test_encoders import odd_text
 
 ALL = LOSSLESS | MARKED | LOSSY
 # Beside special tokens: what a normalizer turns into them, and what spells the piece of a byte.
