@@ -391,7 +391,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add(
         "--domain-labels", nargs="+", action="extend",
-        help="one per --input-files argument, or one per file",
+        help="domain names, one per --input-files argument or one per file (default: file names)",
     )  # fmt: skip
     add(
         "--identifiers", choices=("none", "domain", "sequence"), default="domain",

@@ -199,33 +199,35 @@ class _Rule:
 
 _QUALITY = {
     "word_count": _Rule("words", _word_count, 50, 100_000),
-    "mean_word_length": _Rule("mean characters of a word (English)", _mean_word_length, 3, 10),
-    "symbol_ratio": _Rule("# signs, or ellipses, per word", _symbol_ratio, high=0.1),
+    "mean_word_length": _Rule("mean word length in characters (English)", _mean_word_length, 3, 10),
+    "symbol_ratio": _Rule("number of # signs or ellipses per word", _symbol_ratio, high=0.1),
     "bullet_lines": _Rule("share of lines that start with a bullet", _bullet_lines, high=0.9),
     "ellipsis_lines": _Rule("share of lines that end with an ellipsis", _ellipsis_lines, high=0.3),
     "alphabetic_words": _Rule("share of words with a letter", _alphabetic_words, low=0.8),
-    "stop_words": _Rule(f"different words of {' '.join(STOP_WORDS)} (English)", _stop_words, low=2),
+    "stop_words": _Rule(
+        f"distinct words among {' '.join(STOP_WORDS)} (English)", _stop_words, low=2
+    ),
 }
 _REPETITION = {
     "duplicate_lines": _Rule(
-        "share of lines that came before", lambda d: _duplicate_share(d.lines), high=0.3
+        "share of duplicate lines", lambda d: _duplicate_share(d.lines), high=0.3
     ),
     "duplicate_paragraphs": _Rule(
-        "share of paragraphs that came before", lambda d: _duplicate_share(d.paragraphs), high=0.3
+        "share of duplicate paragraphs", lambda d: _duplicate_share(d.paragraphs), high=0.3
     ),
     "duplicate_line_characters": _Rule(
-        "share of characters in lines that came before",
+        "share of characters in duplicate lines",
         lambda d: _duplicate_character_share(d.lines),
         high=0.2,
     ),
     "duplicate_paragraph_characters": _Rule(
-        "share of characters in paragraphs that came before",
+        "share of characters in duplicate paragraphs",
         lambda d: _duplicate_character_share(d.paragraphs),
         high=0.2,
     ),
     **{
         f"top_{size}_gram": _Rule(
-            f"share of characters in the most frequent {size}-gram of words",
+            f"share of characters in the most frequent word {size}-gram",
             partial(_top_gram, size=size),
             high=high,
         )
@@ -233,7 +235,7 @@ _REPETITION = {
     },
     **{
         f"duplicate_{size}_grams": _Rule(
-            f"share of characters in {size}-grams of words that came before",
+            f"share of characters in duplicate word {size}-grams",
             partial(_duplicate_grams, size=size),
             high=high,
         )

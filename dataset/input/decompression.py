@@ -28,7 +28,7 @@ def _open_zstd(raw: IO[bytes]) -> IO[bytes]:
             from backports import zstd
         except ImportError:
             raise UserError(
-                "reading .zst needs the package backports.zstd: pip install backports.zstd"
+                "reading .zst requires backports.zstd: pip install backports.zstd"
             ) from None
     # The largest window of the format, for files written with `zstd --long=31`.
     return zstd.open(raw, "rb", options={zstd.DecompressionParameter.window_log_max: 31})

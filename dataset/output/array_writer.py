@@ -68,7 +68,7 @@ class ArrayWriter:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Patch in the row count and flush the file to disk."""
+        """Write the final row count into the header and flush the file to disk."""
         self._file.seek(0)
         self._file.write(_npy_header(self.dtype, (self.rows, *self.row_shape)))
         self.sync()

@@ -102,7 +102,7 @@ class PlainTokenizer:
         if model["type"] == "BPE":
             hidden = special.union(BYTE_PIECES if model["byte_fallback"] else ())
             model["merges"] = [pair for pair in model["merges"] if hidden.isdisjoint(
-                _merged(model, pair))]  # fmt: skip
+                _merge_pair(model, pair))]  # fmt: skip
         if model.get("byte_fallback") and (model["type"] == "Unigram" or model["ignore_merges"]):
             stages = [self.description["pre_tokenizer"], _CUT_BYTE_PIECES]
             self.description["pre_tokenizer"] = {
@@ -200,7 +200,7 @@ def _may_spell(description: dict[str, Any], special: set[str]) -> bool:
     if any(token in vocabulary and (model.get("ignore_merges") or len(token) == 1)
            for token in special):  # fmt: skip
         return True
-    return not all(special.isdisjoint(_merged(model, pair)) for pair in model["merges"])
+    return not all(special.isdisjoint(_merge_pair(model, pair)) for pair in model["merges"])
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -210,7 +210,7 @@ def _overlap(one: str, other: str) -> bool:
     return any(one[:n] == other[-n:] or one[-n:] == other[:n] for n in sizes)
 
 
-def _merged(model: dict[str, Any], pair: Any) -> tuple[str, str, str]:
+def _merge_pair(model: dict[str, Any], pair: Any) -> tuple[str, str, str]:
     """Return both parts of a merge and its result."""
     first, second = pair.split(" ") if isinstance(pair, str) else pair
     prefix = model.get("continuing_subword_prefix") or ""

@@ -73,7 +73,7 @@ class MarkEncoder:
         ids, counts = self._fast.encode(texts)
         tokens = np.zeros(len(ids), sized_dtype(ids.dtype))
         tokens["id"], tokens["bytes"] = ids, self._byte_lengths[ids]
-        # The tokenizer may put a space before a text; the first token does not count it.
+        # The tokenizer may prepend a space to a text, which must not count for the first token.
         ends = np.append(0, np.cumsum(counts))
         sizes = np.append(0, np.cumsum(tokens["bytes"], dtype=np.int64))
         added = np.diff(sizes[ends]) - np.fromiter(map(len, texts), np.int64, len(texts))

@@ -172,7 +172,7 @@ def map_array(path: Path) -> np.memmap:
             f"{path} is truncated, damaged or not an array of numbers{why}; {REBUILD}."
         ) from error
     if mapped.dtype.kind not in "iu":
-        raise UserError(f"{path} holds {mapped.dtype}, not integers; {REBUILD}.")
+        raise UserError(f"{path} contains {mapped.dtype}, not integers; {REBUILD}.")
     return mapped
 
 

@@ -10,7 +10,7 @@ from dataset.input.document_reader import DocumentReader, ReadOptions
 from dataset.input.text_sources import find_sources
 from utils.core.errors import UserError
 
-CASES = Path(__file__).parent / "cases"
+CASES = Path(__file__).parents[1] / "cases"
 TEXTS = ["aé", "a longer text than a view holds inline", None, "日本"]
 DATA = [None if text is None else text.encode() for text in TEXTS]
 COLUMNS = {

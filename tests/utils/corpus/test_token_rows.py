@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from seeds import draw_rng
-from tests.utils.corpus.test_row_reader import naive_starts
 
 from dataset.common import IGNORE_LABEL_ID
 from sequence_dataset import Corpora, TrainStream
@@ -26,6 +25,7 @@ from tests.stream_tools import (
     write_split,
     write_windows,
 )
+from tests.utils.corpus.test_row_reader import naive_starts
 from utils.core.errors import UserError
 
 LAYOUTS = ("npy", "stream")
