@@ -29,7 +29,8 @@ KILLED_AFTER_RENAME = """if True:
 """
 BUILD = """if True:
     import sys
-    from dataset import build_corpus_dataset, documents
+    from dataset import build_corpus_dataset
+    from dataset.input import documents
     documents.BATCH_BYTES = 3000
     build_corpus_dataset.main(sys.argv[1:])
 """

@@ -18,9 +18,11 @@ KILLS = 20
 # Batches of a few documents, saved after each: many moments at which something is half done.
 RUN = """if True:
     import sys
-    from dataset import documents, packing, build_corpus_dataset
+    from dataset import build_corpus_dataset
+    from dataset.input import documents
+    from dataset.packing import windows
     documents.BATCH_BYTES = 3000
-    packing.BLOCK_TOKENS = 500
+    windows.BLOCK_TOKENS = 500
     build_corpus_dataset.main(sys.argv[1:])
 """
 
