@@ -110,7 +110,7 @@ def test_empty_files_are_named(tmp_path, content, name):
 def test_bad_json_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     bad = ['{"text": ', "[1]", '{"body": "x", "id": 3}', '{"text": null}', '{"text": "\\ud800"}']
-    expected = ["not valid JSON", "a list", "keys there: body, id", "holds null", "surrogate"]
+    expected = ["not valid JSON", "a list", "keys: body, id", "null", "surrogate"]
     for line, fault in zip(bad, expected, strict=True):
         path.write_text('{"text": "good"}\n\n' + line + "\n", "utf-8")
         with pytest.raises(UserError, match=rf"a\.jsonl, line 3: .*{fault}"):

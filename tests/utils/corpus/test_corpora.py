@@ -148,7 +148,7 @@ def _put(value):
         (lambda root: (root / "train/all/labels.npy").unlink(), r"labels\.npy is missing"),
         (_truncate, r"inputs\.npy is truncated"),
         (lambda root: (root / "train/all/inputs.npy").write_bytes(b""), r"inputs\.npy is trunc"),
-        (_save("inputs", lambda a: a.astype(np.float32)), r"inputs\.npy holds float32"),
+        (_save("inputs", lambda a: a.astype(np.float32)), r"inputs\.npy .*float32"),
         (_save("inputs", lambda a: a[:, :-1]), r"inputs\.npy has shape .*seq_len 12"),
         (_save("labels", lambda a: a[:-1]), r"labels\.npy has shape"),
         (_save("inputs", _put(60)), r"inputs\.npy .*token id 60.*60"),

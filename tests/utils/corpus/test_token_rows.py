@@ -117,7 +117,7 @@ def _put(value: int):
             r"row_lengths\.npy is missing",
         ),
         (lambda root: (root / "train/all/tokens.npy").write_bytes(b""), r"tokens\.npy is truncat"),
-        (_save("tokens", lambda a: a.astype(np.float32)), r"tokens\.npy holds float32"),
+        (_save("tokens", lambda a: a.astype(np.float32)), r"tokens\.npy .*float32"),
         (_save("tokens", lambda a: a[:, None]), r"tokens\.npy has shape .*one dimension"),
         (_save("tokens", lambda a: a[:-9]), r"row_starts\.npy .* row .*tokens\.npy"),
         (_save("tokens", lambda a: np.full_like(a, 60)), r"tokens\.npy .*token id 60.*60"),
