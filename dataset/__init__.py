@@ -1,1 +1,1 @@
-"""Offline builders: from raw files to arrays that training maps. Never imports torch."""
+"""Offline corpus builders: convert raw files to arrays for training. Does not import torch."""

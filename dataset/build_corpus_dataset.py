@@ -4,9 +4,9 @@ r"""Build a corpus for language modelling from text files.
         --input-files c4.jsonl.zst github.txt.gz --output-dir data/athena_base \
         --seq-len 2048 --stride 2048 --format jsonl --text-key text
 
-Documents are tokenized, ended with eos, and packed into windows that never mix domains or splits.
-A document's split is a keyed hash of its text, so it depends on nothing but the seed. A build that
-was killed goes on with --resume and ends in the same bytes.
+Documents are tokenized, terminated with eos, and packed into windows that never mix domains or
+splits. A document's split is a keyed hash of its text, so it depends only on the seed. A build that
+was killed can be continued with --resume and produces the same bytes.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from dataset.input.inputs import describe_inputs, plan_inputs
 from dataset.input.text_sources import add_input_options
 from dataset.output.array_writer import write_json
 from dataset.output.corpus_folder import (
-    Workplace,
+    BuildWorkspace,
     add_output_options,
     check_output_dir,
     clear_leftovers,
+    create_resumable_corpus,
     is_corpus,
     resolve_output,
-    resumable_folder,
 )
 from dataset.output.spool import DocumentSpool
 from dataset.pipeline import PACKERS, PackedCorpus, Stopwatch, tokenize_all
@@ -52,8 +52,9 @@ from utils.core.console import command_parser, run_cli, seed_number
 from utils.core.errors import UserError
 
 DEFAULT_TRAIN_RATIO = 0.995
-MANY_DOMAINS, MANY_ROWS = 16, 8  # more domains with fewer rows each are hardly meant
-# Options that may change between a build and its --resume: they do not change the result.
+MANY_DOMAINS, MANY_ROWS = 16, 8  # more domains with fewer rows each are probably a mistake
+# Options that may change between a build and its --resume because the result does not depend on
+# them.
 FREE_OPTIONS = {
     "workers",
     "tokenizer_library",
@@ -65,7 +66,7 @@ FREE_OPTIONS = {
 
 
 class Build:
-    """One run of the command, from its arguments to a finished folder."""
+    """One run of the command, from its arguments to a finished corpus."""
 
     def __init__(self, args: argparse.Namespace, tokenizer: TextTokenizer) -> None:
         self.args = args
@@ -79,18 +80,18 @@ class Build:
         self.train_ratio = ratio
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed build must have in common with the one that it goes on with."""
+        """Return everything that must be unchanged for a build to be resumed."""
         pipes = [str(entry.source) for entry in self.inputs if entry.source.is_pipe]
         if pipes and self.args.resume:
             raise UserError(
-                f"--resume: {pipes[0]} cannot be read again from its beginning; write it to a "
-                "file first."
+                f"--resume: {pipes[0]} cannot be read again from the start; write it to a file "
+                "first."
             )
         options = {n: str(v) for n, v in vars(self.args).items() if n not in FREE_OPTIONS}
         files = [
             (str(entry.source), entry.source.size, entry.source.version) for entry in self.inputs
         ]
-        # Added for these tokenizers alone: other unfinished builds of older versions can go on.
+        # Only for these tokenizers, so that other builds begun by older versions can be resumed.
         sized = {} if self.tokenizer.lossless else {"scored bytes": "by row"}
         return {
             **options,
@@ -101,10 +102,10 @@ class Build:
             "input files (name, bytes, version)": str(files),
         }
 
-    def run(self, place: Workplace) -> tuple[dict[str, CorpusSplit], dict[str, int]]:
-        """Build in the given folder; the splits and what was left out of them."""
-        state = place.state or {}
-        folder = place.folder
+    def run(self, workspace: BuildWorkspace) -> tuple[dict[str, CorpusSplit], dict[str, int]]:
+        """Build in the given workspace; return the splits and the counts of skipped documents."""
+        state = workspace.state or {}
+        folder = workspace.folder
         folder.mkdir(exist_ok=True)
         self.tokenizer.save(folder / "tokenizer.json")
         self.watch.seconds = state.get("seconds", {})
@@ -126,65 +127,66 @@ class Build:
                 spool_folder, self.tokenizer.token_dtype, self.args.seed, state.get("spool")
             )
         with self._bar(state.get("shown", {})) as bar:
-            feed = self._feed(place, bar.update)
+            feed = self._feed(workspace, bar.update)
             if "feed" in state:
                 feed.load_state_dict(state["feed"])
-            save = partial(self._save, place, feed, packed, spool, bar)
+            save = partial(self._save, workspace, feed, packed, spool, bar)
             self._read(feed, spool or packed, save, bar)
-        left_out = feed.left_out()
+        skipped = feed.count_skipped()
         with self.watch("packing and writing"):
             if spool is not None:
-                save()  # packing begins anew if it is cut short: it is the lesser part
+                save()  # if packing is interrupted it restarts from here; it is the cheaper part
                 for batch, ids, counts in spool.batches():
                     packed.add(batch, ids, counts)
-                left_out["near_duplicates"] = spool.left_out
+                skipped["near_duplicates"] = spool.skipped
             packed.finish()
-        left_out["documents_without_tokens"] = packed.empty_documents
-        return splits, left_out
+        skipped["documents_without_tokens"] = packed.empty_documents
+        return splits, skipped
 
     def finish(
-        self, place: Workplace, splits: dict[str, CorpusSplit], left_out: dict[str, int]
+        self, workspace: BuildWorkspace, splits: dict[str, CorpusSplit], skipped: dict[str, int]
     ) -> None:
-        """Close the files and write what there is to say about them."""
+        """Close the files and write the metadata and the build report."""
         if not splits["train"].writer.rows and self.train_ratio > 0:
             raise UserError(
-                "no document is left for the training split; name fewer --test-files, raise "
-                f"--train-ratio (it is {self.train_ratio}), or filter less."
+                "no documents remain for the training split; pass fewer --test-files, raise "
+                f"--train-ratio (now {self.train_ratio}), or filter less."
             )
         report = {
             "train_ratio": self.train_ratio,
             "inputs": describe_inputs(self.inputs, self.domains),
-            "skipped": left_out,
+            "skipped": skipped,
             "quality_rules": {name: RULES[name] for name in self.quality.enabled},
             "tokenizer_library": self.tokenizer.encoder.name,
         }
         with self.watch("checksums"):
             report = finish_corpus(
-                self.args, place.folder, splits, self.tokenizer, self.domains, self.args.seq_len,
-                report,
+                self.args, workspace.folder, splits, self.tokenizer, self.domains,
+                self.args.seq_len, report,
             )  # fmt: skip
         report["seconds"] = {n: round(s, 3) for n, s in self.watch.seconds.items()}
-        write_json(place.folder / "build_report.json", report)
+        write_json(workspace.folder / "build_report.json", report)
 
     def print_notes(self, train: CorpusSplit) -> None:
-        """Say what may not be what was meant."""
+        """Print notes about results that may be unintended."""
         args, places = self.args, train.total.rows * self.args.seq_len
         trained = {entry.domain for entry in self.inputs if not entry.held_out}
         if missing := [self.domains[d] for d in sorted(trained) if not train.count(d).rows]:
-            print(f"note: no training row is of domain {', '.join(missing[:9])}: all its documents "
-                  "were left out, or are test")  # fmt: skip
+            print(f"note: no training rows are of domain {', '.join(missing[:9])}: all of its "
+                  "documents were skipped or are in the test split")  # fmt: skip
         rows = train.total.rows
         if len(trained) > MANY_DOMAINS and rows < MANY_ROWS * len(trained):
-            print(f"note: {len(trained):,} domains, one for each name of an input, share {rows:,} "
-                  "training rows; --domain-labels names one for all files of an input")  # fmt: skip
+            print(f"note: {len(trained):,} domains, one per input file name, share {rows:,} "
+                  "training rows; use --domain-labels to give all files of an input one "
+                  "domain")  # fmt: skip
         elif train.total.stored_tokens < places / 2:
-            print(f"note: {1 - train.total.stored_tokens / places:.0%} of the training rows is "
+            print(f"note: {1 - train.total.stored_tokens / places:.0%} of the training data is "
                   f"padding; lower --seq-len (now {args.seq_len})")  # fmt: skip
         if args.documents == "line" and any(e.source.format == "text" for e in self.inputs):
-            print("note: each line of the text files was a document of its own, a repeated one a "
-                  "duplicate; --documents file keeps files whole")  # fmt: skip
+            print("note: each line of the text files was treated as a separate document, and "
+                  "repeated lines as duplicates; --documents file keeps files whole")  # fmt: skip
 
-    def _feed(self, place: Workplace, progress: Callable[[int], Any]) -> DocumentFeed:
+    def _feed(self, workspace: BuildWorkspace, progress: Callable[[int], Any]) -> DocumentFeed:
         args = self.args
         options = ReadOptions(args.documents, args.text_key, args.max_bad_lines)
         return DocumentFeed(
@@ -192,7 +194,7 @@ class Build:
             DocumentReader(options, progress),
             LengthFilter(args.min_chars, args.max_chars),
             self.quality,
-            DocumentRouter(args.seed, self.train_ratio, args.dedup != "none", place.journal),
+            DocumentRouter(args.seed, self.train_ratio, args.dedup != "none", workspace.journal),
             progress,
         )
 
@@ -209,20 +211,20 @@ class Build:
             sink,
             self.watch,
             save=save,
-            every=self.args.save_every,
-            shown=bar.show,
+            save_every=self.args.save_every,
+            on_packed=bar.show,
         )
 
     def _save(
         self,
-        place: Workplace,
+        workspace: BuildWorkspace,
         feed: DocumentFeed,
         packed: PackedCorpus,
         spool: DocumentSpool | None,
         bar: "CorpusBar",
     ) -> None:
-        """What a resumed build needs, in one commit."""
-        place.journal.commit(
+        """Commit everything needed to resume the build."""
+        workspace.journal.commit(
             state={
                 "feed": feed.state_dict(),
                 "packed": packed.state_dict(),
@@ -236,13 +238,13 @@ class Build:
         return CorpusBar(sum(entry.source.size for entry in self.inputs), **shown)
 
     def _open_splits(self, folder: Path, states: dict[str, Any]) -> dict[str, CorpusSplit]:
-        """Both splits, with the identifiers that their rows will carry."""
+        """Open both splits, with the identifiers for their rows."""
         identifiers = self.args.identifiers
         trained = {entry.domain for entry in self.inputs if not entry.held_out}
         byte_lengths = self.tokenizer.byte_lengths
 
         def identifier_of(domain: int) -> int:
-            # One that no training row carries would be evaluated untrained: blank is better.
+            # An identifier without training rows would stay untrained: blank is better.
             return domain + 1 if identifiers == "domain" and domain in trained else 0
 
         return {
@@ -260,10 +262,10 @@ class Build:
 
 
 class CorpusBar:
-    """A progress bar over the bytes of the inputs that also tells documents, tokens and speed."""
+    """A progress bar over input bytes that also shows documents, tokens and throughput."""
 
     def __init__(self, total: int, documents: int = 0, tokens: int = 0) -> None:
-        # Its own rate would be one of bytes on disk, compressed ones maybe.
+        # tqdm's own rate would count bytes on disk, which may be compressed.
         layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self._bar = tqdm(
             total=total or None, unit="B", unit_scale=True, disable=None, desc="building",
@@ -279,11 +281,11 @@ class CorpusBar:
         self._bar.close()
 
     def update(self, count: int) -> None:
-        """More bytes of the input files have been read."""
+        """Advance the bar by `count` bytes of the input files."""
         self._bar.update(count)
 
     def show(self, batch: Batch, counts: np.ndarray) -> None:
-        """A batch has been packed."""
+        """Add a packed batch to the displayed counts."""
         self._documents += len(batch)
         self._tokens += int(counts.sum())
         self._text_bytes += batch.size
@@ -298,57 +300,57 @@ class CorpusBar:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Everything about the numbers that can be said before a file is opened."""
+    """Check the numeric options, before any file is opened."""
     if args.seq_len < 1:
         raise UserError(f"--seq-len is {args.seq_len}; it must be at least 1.")
     args.stride = args.seq_len if args.stride is None else args.stride
     if not 1 <= args.stride <= args.seq_len:
         raise UserError(
-            f"--stride is {args.stride}; it must lie in 1..{args.seq_len} (--seq-len), because a "
-            "longer one would lose tokens."
+            f"--stride is {args.stride}; it must be in 1..{args.seq_len} (--seq-len), because a "
+            "larger stride would skip tokens."
         )
     if args.pack == "bestfit" and args.stride != args.seq_len:
         raise UserError(
-            f"--stride {args.stride} and --pack bestfit clash: rows that hold whole documents do "
-            "not overlap; leave --stride out."
+            f"--stride {args.stride} cannot be combined with --pack bestfit, whose rows do not "
+            "overlap; omit --stride."
         )
     if args.train_ratio is not None and not 0 <= args.train_ratio <= 1:
-        raise UserError(f"--train-ratio is {args.train_ratio}; it must lie in 0..1.")
+        raise UserError(f"--train-ratio is {args.train_ratio}; it must be between 0 and 1.")
     check_iterations(args)
     for name in ("min_chars", "save_every", "max_bad_lines"):
         if not (value := getattr(args, name)) >= 0:  # nan, too
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 0 or more.")
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 0.")
     if args.max_chars is not None and args.max_chars < max(1, args.min_chars):
         raise UserError(
-            f"--min-chars {args.min_chars} and --max-chars {args.max_chars} leave no document; "
-            "raise --max-chars."
+            f"--min-chars {args.min_chars} and --max-chars {args.max_chars} exclude every "
+            "document; raise --max-chars."
         )
     QualityFilter(args.quality)
 
 
 def build(args: argparse.Namespace) -> None:
-    """Build the corpus that the command line asks for, whole or not at all."""
+    """Build the corpus that the command line describes, atomically."""
     started = time.perf_counter()
     check_options(args)
     target = resolve_output(args.output_dir)
     if args.resume and not args.overwrite and target.is_dir() and is_corpus(target):
         clear_leftovers(target)
-        print(f"{args.output_dir} is finished; there is nothing to resume")
+        print(f"{args.output_dir} is already finished; nothing to resume")
         return
     check_output_dir(target, args.overwrite)
     tokenizer = TextTokenizer(
         args.tokenizer_json, args.eos_token, args.pad_token, args.workers, args.tokenizer_library
     )
     job = Build(args, tokenizer)
-    with resumable_folder(
+    with create_resumable_corpus(
         args.output_dir, overwrite=args.overwrite, resume=args.resume, identity=job.identity()
-    ) as place:
-        if place.finished:
-            print(f"{args.output_dir} was built already; it is in its place now")
+    ) as workspace:
+        if workspace.finished:
+            print(f"{args.output_dir} was already built; moved it into place")
             return
-        splits, left_out = job.run(place)
-        job.finish(place, splits, left_out)
-    print_summary(args.output_dir, splits, left_out, time.perf_counter() - started)
+        splits, skipped = job.run(workspace)
+        job.finish(workspace, splits, skipped)
+    print_summary(args.output_dir, splits, skipped, time.perf_counter() - started)
     job.print_notes(splits["train"])
 
 
@@ -359,59 +361,59 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_tokenizer_options(parser)
     add_layout_option(parser)
     add = parser.add_argument
-    add("--resume", action="store_true", help="go on with a build that was killed")
+    add("--resume", action="store_true", help="resume a build that was killed or failed")
     add(
         "--save-every", type=float, default=10.0, metavar="SECONDS",
-        help="time between points from which --resume goes on (default: 10)",
+        help="interval between the points that --resume can start from (default: 10)",
     )  # fmt: skip
     add("--seq-len", type=int, default=2048, help="tokens per row (default: 2048)")
-    add("--stride", type=int, help="tokens from one window to the next (default: --seq-len)")
+    add("--stride", type=int, help="tokens between window starts (default: --seq-len)")
     add(
         "--pack", choices=tuple(PACKERS), default="concat",
-        help="concat cuts documents wherever a row ends; bestfit keeps those whole that fit into a "
-        "row (default: concat)",
+        help="concat: cut documents at row ends; bestfit: keep documents that fit into a row whole "
+        "(default: concat)",
     )  # fmt: skip
     add("--train-ratio", type=float, help=f"(default: {DEFAULT_TRAIN_RATIO}; 1 with --test-files)")
     add(
         "--test-files", nargs="+", action="extend", metavar="FILE",
-        help="inputs, or further files, wholly test",
+        help="inputs, or additional files, to hold out entirely for the test split",
     )  # fmt: skip
-    add("--seed", type=seed_number, default=0, help="decides which documents are test (default: 0)")
+    add("--seed", type=seed_number, default=0, help="selects the test documents (default: 0)")
     add(
         "--min-iterations", type=int, default=4, metavar="N",
-        help="ACT steps that a row of one token repeated is given; the share of distinct tokens "
-        "decides in between (default: 4)",
+        help="ACT-step budget of a row that repeats a single token; budgets scale with the share "
+        "of distinct tokens in a row (default: 4)",
     )  # fmt: skip
     add(
         "--max-iterations", type=int, default=48, metavar="N",
-        help="ACT steps that a row of distinct tokens is given; training caps them at "
+        help="ACT-step budget of a row without repeated tokens; training caps budgets at "
         "arch.halt_max_steps (default: 48)",
     )  # fmt: skip
     add(
         "--domain-labels", nargs="+", action="extend",
-        help="one per --input-files argument, or one per file",
+        help="domain names, one per --input-files argument or one per file (default: file names)",
     )  # fmt: skip
     add(
         "--identifiers", choices=("none", "domain", "sequence"), default="domain",
-        help="what a learned identifier embedding stands for (default: domain)",
+        help="what each learned identifier embedding represents (default: domain)",
     )  # fmt: skip
     add(
         "--dedup", choices=("exact", "near", "none"), default="exact",
-        help="leave out documents that came before: the same, or also nearly the same (MinHash "
-        "over token 5-grams) (default: exact)",
+        help="skip exact duplicates, or also near duplicates (MinHash over token 5-grams) "
+        "(default: exact)",
     )  # fmt: skip
-    add("--min-chars", type=int, default=0, help="leave shorter documents out (default: 0)")
-    add("--max-chars", type=int, help="leave longer documents out (default: keep them)")
+    add("--min-chars", type=int, default=0, help="skip shorter documents (default: 0)")
+    add("--max-chars", type=int, help="skip longer documents (default: no limit)")
     add(
         "--quality", nargs="+", action="extend", default=[], metavar="RULE",
-        help=f"leave out documents that break a rule of Gopher's: {', '.join(PRESETS)}, one of "
-        f"{', '.join(RULES)}, or no_<rule> to leave one out (default: none)",
+        help=f"skip documents that violate a Gopher rule: a preset ({', '.join(PRESETS)}), a rule "
+        f"({', '.join(RULES)}), or no_<rule> to disable one (default: none)",
     )  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
+    """Run the command; see the module docstring."""
     run_cli(lambda: build(parse_args(argv)))
 
 

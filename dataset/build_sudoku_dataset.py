@@ -1,10 +1,11 @@
-r"""Build a sudoku data set in the file format of Tiny Recursive Models.
+r"""Build a sudoku dataset in the file format of Tiny Recursive Models (TRM).
 
     python -m dataset.build_sudoku_dataset --size 6 --num-train 1000 --num-test 200 --blanks 20 \
         --output-dir data/sudoku6
 
-Every puzzle has exactly one solution. Splits are by solution: no test solution is a training
-solution, nor one with its digits renamed. Tokens as in TRM: pad 0, blank 1, digit d is d + 1.
+Every puzzle has exactly one solution. Splits are by solution: no test solution equals a training
+solution, not even with its digits renamed. Tokens are those of TRM: pad 0, blank 1, digit d is
+d + 1.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from dataset.output.array_writer import SplitWriter, write_json
 from dataset.output.corpus_folder import (
     add_output_options,
     check_output_dir,
-    corpus_folder,
+    create_corpus,
     resolve_output,
 )
 from utils.core.console import command_parser, run_cli, seed_number
@@ -28,15 +29,15 @@ from utils.core.errors import UserError
 
 BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 FRUITLESS_GRIDS = 300
-"""Grids in a row that gave no new puzzle, after which more will not help."""
+"""Number of consecutive grids without a new puzzle after which the search stops."""
 BLOCK_ROWS = 1024
 
 Grid = list[int]
-"""Cells row by row; each a bit mask with one bit set, or 0 for a blank."""
+"""Cells in row-major order; each is a mask with one bit set, or 0 for a blank."""
 
 
 class Sudoku:
-    """The geometry of one size, and a bit-mask solver on it."""
+    """The geometry of one grid size, and a bit-mask solver for it."""
 
     def __init__(self, size: int) -> None:
         box_rows, box_columns = BOX_SHAPES[size]
@@ -44,7 +45,7 @@ class Sudoku:
         self.cells = size * size
         self.all_digits = (1 << size) - 1
         boxes_across = size // box_columns
-        # Units are numbered together: rows, then columns, then boxes.
+        # Units are numbered consecutively: rows, then columns, then boxes.
         self.units_of = [
             (
                 cell // size,
@@ -58,8 +59,8 @@ class Sudoku:
             for unit in range(3 * size)
         ]
 
-    def used(self, grid: Grid) -> list[int]:
-        """Digits already placed in each unit, as masks."""
+    def find_used(self, grid: Grid) -> list[int]:
+        """Return the digits already placed in each unit, as masks."""
         used = [0] * (3 * self.size)
         for cell, bit in enumerate(grid):
             for unit in self.units_of[cell]:
@@ -69,9 +70,9 @@ class Sudoku:
     def fill(
         self, grid: Grid, used: list[int], blanks: list[int], rng: random.Random | None
     ) -> bool:
-        """Complete the grid in place; False, and everything as it was, if it cannot be.
+        """Complete the grid in place; return False, with all arguments restored, if impossible.
 
-        Always takes the blank with the fewest candidates; `rng` shuffles candidates and ties.
+        Always picks the blank with the fewest candidates; `rng` shuffles candidates and ties.
         """
         if not blanks:
             return True
@@ -105,19 +106,22 @@ class Sudoku:
         return False
 
     def random_solution(self, rng: random.Random) -> Grid:
-        """A full grid. Cells are filled in a random order among equally tight ones."""
+        """Return a full grid, choosing randomly among equally constrained cells."""
         grid, blanks = [0] * self.cells, list(range(self.cells))
         rng.shuffle(blanks)
-        filled = self.fill(grid, self.used(grid), blanks, rng)
-        assert filled, "an empty grid always has a solution"
+        success = self.fill(grid, self.find_used(grid), blanks, rng)
+        assert success, "an empty grid always has a solution"
         return grid
 
     def dig(self, solution: Grid, blanks: int, rng: random.Random) -> tuple[Grid, int]:
-        """Blank up to `blanks` cells while the solution stays the only one: puzzle, cells blanked.
+        """Blank up to `blanks` cells while keeping the solution unique.
 
-        A cell that cannot go now cannot go later either, so one pass over the cells is all.
+        A cell that cannot be blanked now cannot be blanked later, so one pass is enough.
+
+        Returns:
+            The puzzle and the number of blanked cells.
         """
-        puzzle, used, dug = list(solution), self.used(solution), 0
+        puzzle, used, dug = list(solution), self.find_used(solution), 0
         for cell in rng.sample(range(self.cells), self.cells):
             if dug == blanks:
                 break
@@ -134,7 +138,7 @@ class Sudoku:
         return puzzle, dug
 
     def _is_forced(self, puzzle: Grid, used: list[int], cell: int, bit: int) -> bool:
-        """Whether every solution has `bit` in the blank `cell`: by looking, else by searching."""
+        """Return whether every solution has `bit` in the blank `cell`; search only if needed."""
         row, column, box = self.units_of[cell]
         others = self.all_digits & ~(used[row] | used[column] | used[box] | bit)
         if not others:
@@ -146,7 +150,7 @@ class Sudoku:
                 if other != cell
             ):
                 return True
-        blanks = [other for other, placed in enumerate(puzzle) if not placed and other != cell]
+        blanks = [other for other, digit in enumerate(puzzle) if not digit and other != cell]
         for other_bit in _bits(others, None):
             trial, trial_used = list(puzzle), list(used)
             trial[cell] = other_bit
@@ -171,8 +175,8 @@ def _bits(mask: int, rng: random.Random | None) -> list[int]:
     return bits
 
 
-def canonical(solution: Sequence[int]) -> tuple[int, ...]:
-    """A full grid with its digits numbered by first appearance: equal for relabelled grids."""
+def canonicalize(solution: Sequence[int]) -> tuple[int, ...]:
+    """Renumber a full grid's digits by first appearance, so that relabelled grids are equal."""
     names: dict[int, int] = {}
     return tuple(names.setdefault(digit, len(names)) for digit in solution)
 
@@ -180,7 +184,7 @@ def canonical(solution: Sequence[int]) -> tuple[int, ...]:
 def generate(
     size: int, blanks: int, wanted: dict[str, int], seed: int
 ) -> Iterator[tuple[str, Grid, Grid]]:
-    """Distinct puzzles as (split, puzzle, solution), each split up to its number wanted."""
+    """Yield distinct (split, puzzle, solution) tuples until each split has its wanted number."""
     sudoku, rng = Sudoku(size), random.Random(seed)
     missing = dict(wanted)
     split_of: dict[tuple[int, ...], str] = {}
@@ -188,7 +192,7 @@ def generate(
     fruitless = deepest = 0
     while any(missing.values()):
         solution = sudoku.random_solution(rng)
-        key = canonical(solution)
+        key = canonicalize(solution)
         if key not in split_of:
             split_of[key] = _choose_split(missing, set(split_of.values()), rng)
         split = split_of[key]
@@ -202,12 +206,15 @@ def generate(
                 fruitless = 0
                 yield split, puzzle, solution
         if fruitless == FRUITLESS_GRIDS:
-            _give_up(size, blanks, deepest, len(puzzles), sum(wanted.values()))
+            _fail(size, blanks, deepest, len(puzzles), sum(wanted.values()))
 
 
 def _choose_split(missing: dict[str, int], present: set[str], rng: random.Random) -> str:
-    """Split of a new solution: each split gets one before any gets more (4x4 has only twelve), then
-    in proportion to what is missing."""
+    """Choose the split of a new solution.
+
+    Each split gets one before any gets more (4x4 has only twelve solutions), then splits are drawn
+    in proportion to what they are missing.
+    """
     needed = [split for split, count in missing.items() if count]
     without = [split for split in needed if split not in present]
     if without:
@@ -215,11 +222,11 @@ def _choose_split(missing: dict[str, int], present: set[str], rng: random.Random
     return rng.choices(needed, [missing[split] for split in needed])[0]
 
 
-def _give_up(size: int, blanks: int, deepest: int, found: int, wanted: int) -> None:
+def _fail(size: int, blanks: int, deepest: int, found: int, wanted: int) -> None:
     if deepest < blanks:
         raise UserError(
-            f"--blanks {blanks} is too many for size {size}: of {FRUITLESS_GRIDS} grids in a row "
-            f"none kept a single solution with more than {deepest} blanks; ask for fewer."
+            f"--blanks {blanks} is too many for size {size}: none of {FRUITLESS_GRIDS} consecutive "
+            f"grids had a unique solution with more than {deepest} blanks; use fewer."
         )
     raise UserError(
         f"found only {found} of {wanted} distinct puzzles of size {size} with {blanks} blanks; "
@@ -228,31 +235,31 @@ def _give_up(size: int, blanks: int, deepest: int, found: int, wanted: int) -> N
 
 
 def to_tokens(grids: list[Grid]) -> np.ndarray:
-    """Grids as tokens (n, cells) uint8: blank 1, digit d is d + 1."""
+    """Convert grids to tokens (n, cells) uint8: blank is 1, digit d is d + 1."""
     return np.array([[bit.bit_length() + 1 for bit in grid] for grid in grids], dtype=np.uint8)
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Everything about the numbers that can be said before work starts."""
+    """Check the options, before any work is done."""
     if not 1 <= args.blanks < args.size**2:
         raise UserError(
-            f"--blanks is {args.blanks}; for size {args.size} it must lie in 1..{args.size**2 - 1}."
+            f"--blanks is {args.blanks}; for size {args.size} it must be in 1..{args.size**2 - 1}."
         )
     if args.num_train < 1 or args.num_test < 0:
         raise UserError(
-            f"--num-train {args.num_train} must be at least 1 and --num-test {args.num_test} at "
-            "least 0."
+            f"--num-train is {args.num_train} and --num-test is {args.num_test}; they must be at "
+            "least 1 and 0."
         )
     check_output_dir(resolve_output(args.output_dir), args.overwrite)
 
 
 def build(args: argparse.Namespace) -> None:
-    """Generate the puzzles and write both splits, whole or not at all."""
+    """Generate the puzzles and write both splits, atomically."""
     started = time.perf_counter()
     check_options(args)
     wanted = {"train": args.num_train, "test": args.num_test}
     with (
-        corpus_folder(args.output_dir, args.overwrite) as folder,
+        create_corpus(args.output_dir, args.overwrite) as folder,
         tqdm(total=sum(wanted.values()), unit=" puzzles", disable=None) as bar,
     ):
         cells = (np.uint8, (args.size**2,))
@@ -298,13 +305,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--size", type=int, choices=tuple(BOX_SHAPES), default=6, help="(default: 6)")
     add("--num-train", type=int, default=1000, help="(default: 1000)")
     add("--num-test", type=int, default=200, help="(default: 200)")
-    add("--blanks", type=int, default=20, help="empty cells of each puzzle (default: 20)")
+    add("--blanks", type=int, default=20, help="empty cells per puzzle (default: 20)")
     add("--seed", type=seed_number, default=0, help="(default: 0)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
+    """Run the command; see the module docstring."""
     run_cli(lambda: build(parse_args(argv)))
 
 

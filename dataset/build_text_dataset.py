@@ -3,10 +3,10 @@ r"""Build a corpus of prompts and responses from JSON lines.
     python -m dataset.build_text_dataset --tokenizer-json tok.json --input-files qa.jsonl.zst \
         --output-dir data/qa --max-context-tokens 256 --max-response-tokens 256
 
-A line is `{"prompt": ..., "response": ..., "meta": {"domain": ..., "iteration_budget": ...,
-"complexity": ...}}`, with `meta` and its keys optional, and other names for the two texts with
-`--prompt-key question --response-key answer`. Each example is one causal row: prompt,
-response, eos; the prompt's labels are ignored. Examples with the same prompt share a split.
+Each line is `{"prompt": ..., "response": ..., "meta": {"domain": ..., "iteration_budget": ...,
+"complexity": ...}}`; `meta` and its keys are optional, and `--prompt-key question --response-key
+answer` reads the texts from other keys. Each example becomes one causal row of prompt, response
+and eos, with the prompt's labels ignored. Examples with the same prompt go to the same split.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from dataset.output.array_writer import write_json
 from dataset.output.corpus_folder import (
     add_output_options,
     check_output_dir,
-    corpus_folder,
+    create_corpus,
     resolve_output,
 )
 from dataset.output.journal import Journal
@@ -51,7 +51,7 @@ BATCH_CHARS = 2_000_000
 
 @dataclass(frozen=True)
 class Example:
-    """One line, checked."""
+    """One validated line."""
 
     prompt: str
     response: str
@@ -60,7 +60,7 @@ class Example:
 
 
 class ExampleReader:
-    """Turns JSON objects into examples; `clipped_budgets` counts those outside the bounds."""
+    """Parses JSON objects into examples; `clipped_budgets` counts budgets out of bounds."""
 
     def __init__(self, reader: DocumentReader, args: argparse.Namespace) -> None:
         self._reader = reader
@@ -69,11 +69,11 @@ class ExampleReader:
         self.clipped_budgets = 0
 
     def examples(self, source: Source) -> Iterator[Example]:
-        """Examples of one source."""
+        """Yield the examples of one source."""
         found, bad_lines = False, self._reader.bad_lines
         for number, record in self._reader.records(source):
             try:
-                example = self._example(record, source.label)
+                example = self._parse(record, source.label)
             except UserError as error:
                 self._reader.skip_bad_line(source, number, str(error))
                 continue
@@ -81,52 +81,52 @@ class ExampleReader:
             yield example
         self._reader.end_source(source, found, self._reader.bad_lines - bad_lines)
 
-    def _example(self, record: dict[str, Any], label: str) -> Example:
+    def _parse(self, record: dict[str, Any], label: str) -> Example:
         meta = record.get("meta")
         meta = {} if meta is None else meta
         if not isinstance(meta, dict):
-            raise UserError("key 'meta' holds no object")
+            raise UserError("key 'meta' is not an object")
         domain = meta.get("domain", label)
         if not isinstance(domain, str) or not domain:
-            raise UserError(f"meta.domain is {domain!r}, not a name")
+            raise UserError(f"meta.domain is {domain!r}, but must be a non-empty string")
         if domain == BLANK_IDENTIFIER:
-            raise UserError(f"meta.domain is {domain!r}, which stands for none")
-        prompt, response = (_text(record, *key) for key in self._keys.items())
-        return Example(prompt, response, domain, self._budget(meta))
+            raise UserError(f"meta.domain is {domain!r}, which is reserved for no domain")
+        prompt, response = (_get_text(record, *key) for key in self._keys.items())
+        return Example(prompt, response, domain, self._compute_budget(meta))
 
-    def _budget(self, meta: dict[str, Any]) -> int:
+    def _compute_budget(self, meta: dict[str, Any]) -> int:
         low, high = self._bounds
-        budget = _number(meta, "iteration_budget")
+        budget = _get_number(meta, "iteration_budget")
         if budget is None:
-            budget = low + (_number(meta, "complexity") or 0)
+            budget = low + (_get_number(meta, "complexity") or 0)
         clipped = min(max(math.floor(budget), low), high)
         self.clipped_budgets += clipped != math.floor(budget)
         return clipped
 
 
-def _text(record: dict[str, Any], key: str, option: str) -> str:
+def _get_text(record: dict[str, Any], key: str, option: str) -> str:
     if key not in record:
-        there = ", ".join(sorted(record)[:10]) or "none"
-        raise UserError(f"no key {key!r} (keys there: {there}; see {option})")
+        present = ", ".join(sorted(record)[:10]) or "none"
+        raise UserError(f"no key {key!r} (keys: {present}; see {option})")
     value = record[key]
     if not isinstance(value, str) or not value:
-        raise UserError(f"key {key!r} holds {'no text' if value != '' else 'an empty text'}")
+        raise UserError(f"key {key!r} is {'not a string' if value != '' else 'an empty string'}")
     return value
 
 
-def _number(meta: dict[str, Any], key: str) -> float | None:
+def _get_number(meta: dict[str, Any], key: str) -> float | None:
     value = meta.get(key)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"meta.{key} is {value!r}, not a number")
+        raise UserError(f"meta.{key} is {value!r}, but must be numeric")
     if not abs(value) < 2**63:  # nan, too
-        raise UserError(f"meta.{key} is {str(value)[:40]}, which no row can hold")
+        raise UserError(f"meta.{key} is {str(value)[:40]}, which is out of range")
     return value
 
 
 class ExampleRows:
-    """Lays examples out as rows and writes them, each to the split of its prompt."""
+    """Turns examples into rows and writes each to the split of its prompt."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class ExampleRows:
         self._tokens_written = 0
 
     def add(self, batch: list[tuple[str, Example]]) -> None:
-        """Tokenize and write examples, in order."""
+        """Tokenize and write (split, example) pairs, in order."""
         prompts = self._tokenizer.encode_tokens([example.prompt for _, example in batch])
         responses = self._tokenizer.encode_tokens([example.response for _, example in batch])
         rows: dict[tuple[str, int], list[tuple[np.ndarray, int, int]]] = {}
@@ -154,32 +154,34 @@ class ExampleRows:
                 self.domains.append(example.domain)
             domain = self.domains.index(example.domain)
             for text, part in ((example.prompt, prompt), (example.response, response)):
-                if not len(part):  # a normalizer may leave nothing of a text
+                if not len(part):  # a normalizer may remove all of a text
                     self._splits[split].count_lost_text(domain, len(text.encode()))
-            tokens, prompt_length = self._layout(prompt, response)
+            tokens, prompt_length = self._make_tokens(prompt, response)
             if len(tokens) < 2:
                 self.empty_examples += 1
                 continue
             kept_bytes = int(bytes_of(tokens, self._tokenizer.byte_lengths).sum(dtype=np.int64))
             self._splits[split].count_document(domain, kept_bytes, len(tokens))
-            self._splits[split].count_losses(domain, tokens)
-            # Rows are written in order: a run ends where the split's domain changes.
+            self._splits[split].count_unencodable(domain, tokens)
+            # Rows are written in order, so a run ends where the split's domain changes.
             for key in [key for key in rows if key[0] == split and key[1] != domain]:
                 self._write(*key, rows.pop(key))
             rows.setdefault((split, domain), []).append((tokens, prompt_length, example.budget))
         for key, run in rows.items():
             self._write(*key, run)
 
-    def _layout(self, prompt: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, int]:
-        """Tokens of a row, at most S + 1, and how many are prompt. A response that is cut gets no
-        eos: the model must not learn to stop there."""
+    def _make_tokens(self, prompt: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, int]:
+        """Return the tokens of a row, at most S + 1, and the number of prompt tokens.
+
+        A truncated response gets no eos: the model must not learn to stop there.
+        """
         self.truncated_prompts += len(prompt) > self._context
         prompt = prompt[max(0, len(prompt) - self._context) :]
         if len(response) > self._response:
             self.truncated_responses += 1
             end = response[: self._response]
         else:
-            end = self._tokenizer.end(response)
+            end = self._tokenizer.append_eos(response)
         return np.concatenate([prompt, end]), len(prompt)
 
     def _write(self, split: str, domain: int, run: list[tuple[np.ndarray, int, int]]) -> None:
@@ -200,24 +202,27 @@ class ExampleRows:
             self._tokens_written,
             np.cumsum(lengths) - lengths,
             lengths,
-            # The prompt's last token predicts the response's first; nothing predicts a row's first.
+            # The prompt's last token predicts the response's first; a row's first is never a label.
             np.maximum(prompts, 1) - 1,
         )
         self._tokens_written += int(lengths.sum())
         self._splits[split].write(domain, rows, np.array([budget for _, _, budget in run]))
 
 
-def routed_batches(
+def batch_by_split(
     sources: list[Source], reader: ExampleReader, router: DocumentRouter, dedup: bool
 ) -> Iterator[list[tuple[str, Example]]]:
-    """Batches of (split, example); the prompt decides the split, both texts what is a copy."""
+    """Yield batches of (split, example).
+
+    The prompt determines the split; prompt and response together determine duplicates.
+    """
     batch, size = [], 0
     for source in sources:
         for example in reader.examples(source):
             both = f"{len(example.prompt)}\n{example.prompt}{example.response}"
             if dedup and router.is_copy(both.encode()):
                 continue
-            batch.append((router.split_of(example.prompt.encode()), example))
+            batch.append((router.assign_split(example.prompt.encode()), example))
             size += len(both)
             if size >= BATCH_CHARS:
                 yield batch
@@ -227,7 +232,7 @@ def routed_batches(
 
 
 def parse_weights(given: list[str]) -> dict[str, float]:
-    """`name=weight` arguments as a table."""
+    """Parse `name=weight` arguments."""
     weights = {}
     for argument in given:
         name, _, value = argument.rpartition("=")
@@ -237,25 +242,27 @@ def parse_weights(given: list[str]) -> dict[str, float]:
             weight = math.nan
         if not name or not 0 <= weight < math.inf:
             raise UserError(
-                f"--domain-weights {argument!r} is not NAME=WEIGHT with a weight of 0 or more."
+                f"--domain-weights {argument!r} is not of the form NAME=WEIGHT with WEIGHT >= 0."
             )
         if name in weights:
-            raise UserError(f"--domain-weights names {name!r} twice; name it once.")
+            raise UserError(f"--domain-weights lists {name!r} twice; list it once.")
         weights[name] = weight
     if weights and not any(weights.values()):
-        raise UserError("--domain-weights are all 0; give at least one domain a positive weight.")
+        raise UserError("--domain-weights are all 0; at least one must be positive.")
     return weights
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Everything about the numbers that can be said before a file is opened."""
+    """Check the options, before any file is opened."""
     for option in ("max_context_tokens", "max_response_tokens"):
         if (value := getattr(args, option)) < 1:
             raise UserError(f"--{option.replace('_', '-')} is {value}; it must be at least 1.")
     if args.prompt_key == args.response_key:
-        raise UserError(f"--prompt-key and --response-key are both {args.prompt_key!r}.")
+        raise UserError(
+            f"--prompt-key and --response-key are both {args.prompt_key!r}; they must differ."
+        )
     if not 0 <= args.train_ratio <= 1:
-        raise UserError(f"--train-ratio is {args.train_ratio}; it must lie in 0..1.")
+        raise UserError(f"--train-ratio is {args.train_ratio}; it must be between 0 and 1.")
     check_iterations(args)
     check_output_dir(resolve_output(args.output_dir), args.overwrite)
 
@@ -263,7 +270,7 @@ def check_options(args: argparse.Namespace) -> None:
 def open_splits(
     args: argparse.Namespace, folder: Path, tokenizer: TextTokenizer
 ) -> dict[str, CorpusSplit]:
-    """Empty splits in the temporary folder."""
+    """Open empty splits in the temporary directory."""
     byte_lengths = tokenizer.byte_lengths
     seq_len = args.max_context_tokens + args.max_response_tokens
     return {
@@ -280,7 +287,7 @@ def open_splits(
 
 
 def build(args: argparse.Namespace) -> None:
-    """Build the corpus that the command line asks for, whole or not at all."""
+    """Build the corpus that the command line describes, atomically."""
     started = time.perf_counter()
     check_options(args)
     weights = parse_weights(args.domain_weights)
@@ -290,11 +297,11 @@ def build(args: argparse.Namespace) -> None:
     sources = [source for group in find_sources(args.input_files, "jsonl") for source in group]
     if plain := [source for source in sources if source.format != "jsonl"]:
         kind = {"text": "plain text", "parquet": "Parquet"}[plain[0].format]
-        raise UserError(f"{plain[0]} is {kind}; prompts and responses come as JSON lines.")
+        raise UserError(f"{plain[0]} is {kind}; prompts and responses must be JSON lines.")
     router = DocumentRouter(args.seed, args.train_ratio, dedup=False, journal=Journal(""))
     size = sum(source.size for source in sources)
     with (
-        corpus_folder(args.output_dir, args.overwrite) as folder,
+        create_corpus(args.output_dir, args.overwrite) as folder,
         tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar,
     ):
         tokenizer.save(folder / "tokenizer.json")
@@ -302,17 +309,18 @@ def build(args: argparse.Namespace) -> None:
         reader = ExampleReader(lines, args)
         splits = open_splits(args, folder, tokenizer)
         rows = ExampleRows(args, tokenizer, splits)
-        for batch in routed_batches(sources, reader, router, args.dedup == "exact"):
+        for batch in batch_by_split(sources, reader, router, args.dedup == "exact"):
             rows.add(batch)
         lines.check_sources()
         if unknown := weights.keys() - set(rows.domains):
             raise UserError(
-                f"--domain-weights names {', '.join(sorted(unknown))}, but the domains are "
-                f"{', '.join(rows.domains)}."
+                f"--domain-weights lists unknown domains {', '.join(sorted(unknown))}; the domains "
+                f"are {', '.join(rows.domains)}."
             )
         if not splits["train"].writer.rows and args.train_ratio > 0:
             raise UserError(
-                f"no example fell to the training split; raise --train-ratio {args.train_ratio}."
+                "no examples were assigned to the training split; raise --train-ratio (now "
+                f"{args.train_ratio})."
             )
         skipped = {
             "duplicates": router.duplicates,
@@ -349,24 +357,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         action="extend",
         required=True,
         metavar="FILE",
-        help="JSON lines, as described above",
+        help="JSON lines files, as described above",
     )
-    add("--prompt-key", default="prompt", help="key of the prompt's text (default: prompt)")
-    add("--response-key", default="response", help="and of the response's (default: response)")
+    add("--prompt-key", default="prompt", help="key of the prompt (default: prompt)")
+    add("--response-key", default="response", help="key of the response (default: response)")
     add(
         "--max-context-tokens",
         type=int,
         default=1024,
-        help="longer prompts lose their start (default: 1024)",
+        help="maximum prompt length; longer prompts are truncated at the start (default: 1024)",
     )
     add(
         "--max-response-tokens",
         type=int,
         default=1024,
-        help="longer responses lose their end (default: 1024)",
+        help="maximum response length; longer responses are truncated at the end (default: 1024)",
     )
     add("--train-ratio", type=float, default=0.98, help="(default: 0.98)")
-    add("--seed", type=seed_number, default=7, help="decides which prompts are test (default: 7)")
+    add("--seed", type=seed_number, default=7, help="selects the test prompts (default: 7)")
     add("--min-iterations", type=int, default=4, help="(default: 4)")
     add("--max-iterations", type=int, default=48, help="(default: 48)")
     add(
@@ -375,17 +383,23 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="NAME=WEIGHT",
-        help="share of each domain in training, relative to 1 for those that are not named "
-        "(default: by size); domain_weights of pretrain.py replaces them",
+        help="relative share of each domain in training; unlisted domains get 1 (default: by "
+        "size); overridden by domain_weights of pretrain.py",
     )
     add("--identifiers", choices=("none", "domain"), default="domain", help="(default: domain)")
     add("--dedup", choices=("exact", "none"), default="exact", help="(default: exact)")
-    add("--max-bad-lines", type=int, default=0, metavar="N", help="lines that may be skipped")
+    add(
+        "--max-bad-lines",
+        type=int,
+        default=0,
+        metavar="N",
+        help="bad lines to skip before failing (default: 0)",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
+    """Run the command; see the module docstring."""
     run_cli(lambda: build(parse_args(argv)))
 
 

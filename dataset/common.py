@@ -1,7 +1,7 @@
-"""What every part of Athena may know about a corpus: its constants, metadata and errors.
+"""Constants, metadata and checks of a corpus that every part of Athena shares.
 
-A leaf: it imports numpy, pydantic, xxhash and (only where a tokenizer is read) tokenizers, and
-nothing else of the project, so that builders, the stream, the model and the scripts can share it.
+A leaf module: apart from the error type it imports nothing of the project, so that builders, the
+data stream, models and scripts can all use it.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from utils.core.errors import UserError
 
 IGNORE_LABEL_ID = -100
-"""What the loss ignores; the reader turns a corpus' own `ignore_label_id` into this."""
+"""Label that the loss ignores; the reader maps a corpus' own `ignore_label_id` to this."""
 
 
 FORMAT_VERSION = 1
-"""Version of the folders that today's builders write; 0 stands for TRM's and older ones."""
+"""Format version that the builders write; 0 stands for TRM's and older corpora."""
 
 ARRAY_NAMES = (
     "inputs",
@@ -43,82 +43,90 @@ BLANK_IDENTIFIER = "<blank>"
 T = TypeVar("T")
 
 
-def _renamed(name: str, older: str, **options: Any) -> Any:
-    return Field(validation_alias=AliasChoices(name, older), **options)
+def _aliased_field(name: str, old_name: str, **options: Any) -> Any:
+    return Field(validation_alias=AliasChoices(name, old_name), **options)
 
 
 class DatasetMetadata(BaseModel):
-    """One split's `dataset.json`: Athena's, TRM's, or an older corpus with the older names."""
+    """The `dataset.json` of one split, as Athena, TRM or older builders write it."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     pad_id: int
     eos_id: int | None = None
     ignore_label_id: int | None
-    """Label that marks an ignored position, as stored; None where every label counts."""
+    """Label that marks ignored positions, as stored; None if every label counts."""
     blank_identifier_id: int = 0
     vocab_size: int = Field(gt=0)
     """Highest token id + 1."""
     seq_len: int = Field(gt=0)
-    num_puzzle_identifiers: int = _renamed("num_puzzle_identifiers", "num_sequence_identifiers")
+    num_puzzle_identifiers: int = _aliased_field(
+        "num_puzzle_identifiers", "num_sequence_identifiers"
+    )
     total_groups: int = Field(ge=0)
-    mean_puzzle_examples: float = _renamed("mean_puzzle_examples", "mean_examples_per_group")
-    total_puzzles: int = _renamed("total_puzzles", "total_sequences", ge=0)
+    mean_puzzle_examples: float = _aliased_field("mean_puzzle_examples", "mean_examples_per_group")
+    total_puzzles: int = _aliased_field("total_puzzles", "total_sequences", ge=0)
     sets: list[str] = ["all"]
     layout: str = "npy"
-    """npy: one array entry for every position; stream: one token array and views of it as rows."""
+    """npy: one array entry per position; stream: one token array whose rows are views of it."""
     min_iterations: int | None = None
     max_iterations: int | None = None
     domains: list[str] = []
-    """Names; `domain_ids` index this list."""
+    """Domain names, indexed by `domain_ids`."""
     domain_weights: dict[str, float] = {}
-    """Weights by domain name that the builder was asked to record; empty: none."""
+    """Weights by domain name, as given to the builder; empty: none."""
     format_version: int = 0
     tokens: int | None = None
-    """Real tokens in `inputs`: padding does not count."""
+    """Tokens in `inputs`, not counting padding."""
     documents: int | None = None
     scored_bytes: int | None = None
-    """Bytes of text that the labels which are not ignored stand for."""
+    """Bytes of text covered by the labels that are not ignored."""
     checksums: dict[str, str] = {}
-    """Checksum of each array file, by file name: `xxh3_128:` and hex, or SHA-256 in hex alone."""
+    """Checksum of each array file, by file name: `xxh3_128:` plus hex, or plain SHA-256 hex."""
     relabel_ids: tuple[int, int] | None = None
-    """Half-open range of token ids that training may permute freely: a sudoku's digits."""
+    """Half-open range of token ids that training may permute freely, such as sudoku digits."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Smallest unsigned dtype that holds `vocab_size` ids and, above them, one ignored label."""
+    """Return the smallest unsigned dtype for `vocab_size` ids plus one ignored label."""
     if vocab_size < 1:
-        raise UserError(f"vocab_size is {vocab_size}; it must be at least 1.")
+        raise UserError(f"vocab_size is {vocab_size}, but it must be at least 1.")
     for dtype in (np.uint8, np.uint16, np.uint32, np.uint64):
         if vocab_size <= np.iinfo(dtype).max:
             return np.dtype(dtype)
-    raise UserError(f"vocab_size is {vocab_size}, which no integer type can hold.")
+    raise UserError(f"vocab_size is {vocab_size}, which is too large for any integer type.")
 
 
 def iteration_target(unique_ratio: float, min_iterations: int, max_iterations: int) -> int:
-    """ACT-step budget of a row whose share of distinct tokens is `unique_ratio` (0..1)."""
+    """Return the ACT-step budget of a row whose share of distinct tokens is `unique_ratio`."""
     return math.floor(min_iterations + unique_ratio * (max_iterations - min_iterations))
 
 
 def find_split(path: str | Path, split: str) -> Path:
-    """Folder that holds `dataset.json` of a split: `<path>/<split>/all` or, in TRM's layout,
-    `<path>/<split>`."""
+    """Return the directory of a split's `dataset.json`.
+
+    That is `<path>/<split>/all` or, in TRM's layout, `<path>/<split>`.
+    """
     root = Path(path)
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder; name a corpus that a dataset builder wrote.")
+        raise UserError(
+            f"{root} is not an existing directory; pass a corpus written by a dataset builder."
+        )
     for folder in (root / split / "all", root / split):
         if (folder / METADATA_NAME).is_file():
             return folder
     if root.name in ("train", "test", "all"):
-        raise UserError(f"{root} is a part of a corpus; name the folder that holds train/.")
+        raise UserError(
+            f"{root} is part of a corpus; pass the directory that contains train/ instead."
+        )
     raise UserError(
         f"{root} has no split {split!r}: neither {split}/all/{METADATA_NAME} nor "
-        f"{split}/{METADATA_NAME} is there; build the corpus again or name another folder."
+        f"{split}/{METADATA_NAME} exists; rebuild the corpus or pass another directory."
     )
 
 
 def array_path(split_dir: str | Path, name: str, set_name: str = "all") -> Path:
-    """File of one array beside `dataset.json` (it may be absent), in whichever layout is there."""
+    """Return the path of one array next to `dataset.json`, in any layout; it may not exist."""
     folder = Path(split_dir)
     layouts = (
         folder / f"{name}.npy",
@@ -129,7 +137,7 @@ def array_path(split_dir: str | Path, name: str, set_name: str = "all") -> Path:
 
 
 def load_metadata(split_dir: str | Path) -> DatasetMetadata:
-    """Read and check `dataset.json` in the folder that `find_split` gives."""
+    """Read and validate `dataset.json` in a directory returned by `find_split`."""
     path = Path(split_dir) / METADATA_NAME
     try:
         return DatasetMetadata.model_validate(json.loads(path.read_bytes()))
@@ -137,42 +145,46 @@ def load_metadata(split_dir: str | Path) -> DatasetMetadata:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
     except ValidationError as error:
         faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or 'the whole file'}: {fault['msg']}"
+            f"{'.'.join(map(str, fault['loc'])) or 'top level'}: {fault['msg']}"
             for fault in error.errors()
         )
-        raise UserError(f"{path} is not the metadata of a corpus ({faults}).") from error
+        raise UserError(f"{path} is not valid corpus metadata ({faults}).") from error
     except ValueError as error:  # JSON syntax or encoding
-        raise UserError(f"{path} is not valid JSON ({error}); build the corpus again.") from error
+        raise UserError(f"{path} is not valid JSON ({error}); rebuild the corpus.") from error
 
 
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
+    """Return the SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksum_file(path: str | Path) -> str:
-    """Checksum of a file's bytes as metadata holds it: fast, because arrays are large, and against
-    damage alone."""
+    """Return the checksum of a file as stored in the metadata.
+
+    A fast hash, because arrays are large; it detects corruption, not tampering.
+    """
     with open(path, "rb") as file:
         return _FAST + hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def verify_arrays(split_dir: str | Path, metadata: DatasetMetadata) -> None:
-    """Compare each array file with its checksum in the metadata; reads every byte."""
+    """Check every array file against its checksum in the metadata; reads every byte."""
     for name, expected in metadata.checksums.items():
         path = Path(split_dir) / name
         if not path.is_file():
-            raise UserError(f"{path} is missing, though the metadata lists it; build it again.")
+            raise UserError(
+                f"{path} is missing, although the metadata lists it; rebuild the corpus."
+            )
         if (checksum_file if expected.startswith(_FAST) else sha256_file)(path) != expected:
             raise UserError(
-                f"{path} differs from its checksum in {METADATA_NAME}: it is damaged or was "
-                "changed; copy or build the corpus again."
+                f"{path} does not match its checksum in {METADATA_NAME}: it is damaged or was "
+                "modified; copy the corpus again or rebuild it."
             )
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte value, as character -> byte."""
+    """Return GPT-2's byte alphabet, a dict from printable character to byte value."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     alphabet = {chr(byte): byte for byte in printable}
@@ -181,15 +193,15 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def is_byte_token(token: str) -> bool:
-    """Return whether a token is spelled as byte fallback spells a byte, such as <0x0A>."""
+    """Return whether a token is spelled like a byte-fallback token, such as <0x0A>."""
     return _BYTE_TOKEN.fullmatch(token) is not None
 
 
 def token_byte_lengths(tokenizer_json_path: str | Path) -> np.ndarray:
-    """Bytes of text that each token id stands for: (V,) int32, V = highest id + 1.
+    """Return the bytes of text that each token id stands for: (V,) int32, V = highest id + 1.
 
-    Special tokens and ids without a token count 0. Exact for byte-level BPE and for byte-fallback
-    tokens; for other tokenizers, what a token adds when it is decoded after a letter.
+    Special tokens and unused ids count as 0. Exact for byte-level BPE and byte-fallback tokens;
+    for other tokenizers, the number of bytes a token adds when decoded after a letter.
     """
     from tokenizers import Tokenizer
 
@@ -210,17 +222,17 @@ def token_byte_lengths(tokenizer_json_path: str | Path) -> np.ndarray:
 
 
 def tokenizer_fault(content: bytes, error: Exception) -> str:
-    """Return in a clause what a file holds instead of a tokenizer.json."""
+    """Describe, as a clause, what a file contains instead of a tokenizer.json."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):  # of JSON or of UTF-8
         return "it is not JSON"
     if not isinstance(value, dict):
-        return f"it holds a {type(value).__name__}"
+        return f"it contains a {type(value).__name__}"
     if value and all(isinstance(number, int) for number in value.values()):
         return (
-            "it maps tokens to ids, as a vocab.json does, and lacks all else that a tokenizer "
-            "needs; give the tokenizer.json that belongs to it"
+            "it only maps tokens to ids, like a vocab.json; pass the matching tokenizer.json "
+            "instead"
         )
     return str(error) if "model" in value else "it has no key 'model'"
 
@@ -228,12 +240,12 @@ def tokenizer_fault(content: bytes, error: Exception) -> str:
 def byte_lengths(
     tokenizer: Any, vocabulary: dict[str, int], description: dict[str, Any]
 ) -> np.ndarray:
-    """`token_byte_lengths` of a loaded tokenizer, with the tokenizer.json it was made from."""
+    """Compute `token_byte_lengths` for a loaded tokenizer and its parsed tokenizer.json."""
     ids = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
     lengths = np.zeros(ids.max() + 1, dtype=np.int32)
     if not _is_byte_level(description):
-        each = map(_decoded_length(tokenizer), vocabulary, vocabulary.values())
-    elif _ALPHABET.keys() >= set().union(*vocabulary):  # a character a byte, in all tokens
+        each = map(_make_decoded_length(tokenizer), vocabulary, vocabulary.values())
+    elif _ALPHABET.keys() >= set().union(*vocabulary):  # one character per byte in all tokens
         each = map(len, vocabulary)
     else:
         each = map(_byte_level_length, vocabulary)
@@ -244,15 +256,15 @@ def byte_lengths(
 
 
 def _is_byte_level(description: dict[str, Any]) -> bool:
-    """Whether tokens are spelled in GPT-2's byte alphabet, as any part of it may say."""
+    """Return whether tokens are spelled in GPT-2's byte alphabet, as any stage may declare."""
 
-    def parts(node: Any) -> list[Any]:
+    def list_types(node: Any) -> list[Any]:
         if not isinstance(node, dict):
             return []
         children = node.get("decoders") or node.get("pretokenizers") or []
-        return [node.get("type"), *(kind for child in children for kind in parts(child))]
+        return [node.get("type"), *(kind for child in children for kind in list_types(child))]
 
-    return "ByteLevel" in parts(description.get("decoder")) + parts(
+    return "ByteLevel" in list_types(description.get("decoder")) + list_types(
         description.get("pre_tokenizer")
     )
 
@@ -264,14 +276,17 @@ def _byte_level_length(token: str) -> int:
     return sum(1 if char in _ALPHABET else len(char.encode()) for char in token)
 
 
-def _decoded_length(tokenizer: Any) -> Callable[[str, int], int]:
-    """Length by decoding; a letter goes first, because decoders strip a text's leading space."""
+def _make_decoded_length(tokenizer: Any) -> Callable[[str, int], int]:
+    """Return a function that measures tokens by decoding them.
+
+    It decodes each token after a letter, because decoders strip leading spaces.
+    """
     prefix = tokenizer.encode("a", add_special_tokens=False).ids
     before = len(tokenizer.decode(prefix, skip_special_tokens=False).encode())
 
     def length(token: str, index: int) -> int:
         if is_byte_token(token):
-            return 1  # alone it would decode to a replacement character
+            return 1  # on its own it decodes to a replacement character
         return len(tokenizer.decode([*prefix, index], skip_special_tokens=False).encode()) - before
 
     return length

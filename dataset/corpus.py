@@ -1,7 +1,7 @@
-"""A corpus in the making, as every text builder needs it: documents to splits, rows to files.
+"""Shared parts of the text corpus builders: assign documents to splits, write rows to files.
 
-The builders decide what a row is; here is what they share: the split and the copies of a document,
-the counts that bits per byte rest on, and the files around the arrays.
+The builders decide what a row is. This module handles what they have in common: splitting and
+deduplication, the counts behind bits per byte, and the files around the arrays.
 """
 
 import argparse
@@ -29,35 +29,35 @@ from dataset.tokens.tokenization import TextTokenizer
 from utils.core.errors import UserError
 
 SPLITS = ("train", "test")
-_HELD_OUT = 1  # kind of the digests of held-out documents
+_HELD_OUT = 1  # digest kind of held-out documents
 
 
 @dataclass
 class Counts:
-    """What one domain put into one split."""
+    """Counts of what one domain contributed to one split."""
 
     documents: int = 0
     text_bytes: int = 0
     tokens: int = 0
-    """Tokens of the documents, eos included."""
+    """Tokens of the documents, including eos."""
     rows: int = 0
     stored_tokens: int = 0
-    """Real tokens in `inputs`; windows that overlap store some twice."""
+    """Non-padding tokens in `inputs`; overlapping windows store some twice."""
     scored_tokens: int = 0
     scored_bytes: int = 0
     unknown_tokens: int = 0
-    """Tokens that stand for text which the vocabulary cannot spell."""
+    """Tokens that replace text the vocabulary cannot represent."""
     unknown_bytes: int = 0
-    """Bytes of text that those tokens stand for."""
+    """Bytes of text behind those tokens."""
     lost_bytes: int = 0
-    """Bytes of text that are in no token."""
+    """Bytes of text not covered by any token."""
 
 
 class DocumentRouter:
-    """Sends each document to a split, or nowhere when it is a copy.
+    """Assigns each document to a split and drops duplicates.
 
-    The digest is keyed with the seed, so that identical texts share their fate whatever their
-    order. Held-out files must come first: their documents never reach the training split.
+    The hash is keyed with the seed, so identical texts get the same split whatever their order.
+    Held-out files must come first, so that their documents never reach the training split.
     """
 
     def __init__(self, seed: int, train_ratio: float, dedup: bool, journal: Journal) -> None:
@@ -70,35 +70,35 @@ class DocumentRouter:
         self.held_out_copies = 0
 
     def route(self, text: bytes, held_out: bool) -> str | None:
-        """The split of a document given as UTF-8; None if it is to be left out."""
+        """Return the split of a document given as UTF-8, or None to skip the document."""
         digest = self._digest(text)
         if self._dedup and self._is_copy(digest):
             return None
         if held_out:
             if not self._dedup:
                 self._holds_out = True
-                self._journal.is_new(digest, _HELD_OUT)
+                self._journal.add(digest, _HELD_OUT)
             return "test"
-        split = self._split(digest)
-        if split == "train" and self._holds_out and self._journal.knows(digest, _HELD_OUT):
+        split = self._assign_split(digest)
+        if split == "train" and self._holds_out and self._journal.contains(digest, _HELD_OUT):
             self.held_out_copies += 1
             return None
         return split
 
     def is_copy(self, text: bytes) -> bool:
-        """Whether this text came before; copies are counted."""
+        """Return whether this text was seen before, and count it if so."""
         return self._is_copy(self._digest(text))
 
-    def split_of(self, text: bytes) -> str:
-        """The split that the text's digest falls to."""
-        return self._split(self._digest(text))
+    def assign_split(self, text: bytes) -> str:
+        """Return the split determined by the text's hash."""
+        return self._assign_split(self._digest(text))
 
     def _is_copy(self, digest: bytes) -> bool:
-        new = self._journal.is_new(digest)
+        new = self._journal.add(digest)
         self.duplicates += not new
         return not new
 
-    def _split(self, digest: bytes) -> str:
+    def _assign_split(self, digest: bytes) -> str:
         share = int.from_bytes(digest[:8], "big") / 2**64
         return "train" if share < self._train_ratio else "test"
 
@@ -106,7 +106,7 @@ class DocumentRouter:
         return xxhash.xxh3_128_digest(text, self._seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts; the digests are the journal's."""
+        """Return the counts; the digests are in the journal."""
         names = ("duplicates", "held_out_copies", "_holds_out")
         return {name: getattr(self, name) for name in names}
 
@@ -115,14 +115,14 @@ class DocumentRouter:
 
 
 class CorpusSplit:
-    """One split in the making: its files, and the counts of what each domain put into them.
+    """Writes the files of one split and counts what each domain contributes.
 
     Args:
-        layout: `npy` stores inputs and labels of every row, `stream` the tokens once and where
-            rows begin in them.
-        identifier_of: identifier of a domain's rows; None numbers the rows from 1.
-        byte_lengths: (V,) int32, bytes of text that a token id stands for.
-        state: what `state_dict` gave, to go on from there.
+        layout: `npy` stores the inputs and labels of every row; `stream` stores each token once,
+            plus the start of each row.
+        identifier_of: maps a domain to the identifier of its rows; None numbers rows from 1.
+        byte_lengths: (V,) int32, bytes of text per token id.
+        state: output of `state_dict` to resume from.
     """
 
     def __init__(
@@ -138,16 +138,16 @@ class CorpusSplit:
         self.layout = layout
         self.ignore_label_id = tokenizer.ignore_label_id
         self._identifier_of = identifier_of
-        # One entry more, for the ignored label: look-ups beyond the end are clipped to it.
+        # One extra entry for the ignored label: lookups past the end are clipped to it.
         self.byte_lengths = np.append(byte_lengths, 0)
         self.counts: dict[int, Counts] = {}
-        self._last = (-1, 0, 0)  # domain and end of the row written last, and its end in tokens
+        self._last = (-1, 0, 0)  # domain and end of the last row written, and its end in tokens
         row, per_row = (seq_len,), (np.int32, ())
         arrays: dict[str, tuple[Any, tuple[int, ...]]]
         if layout == "npy":
             arrays = {"inputs": (tokenizer.dtype, row), "labels": (tokenizer.dtype, row)}
         else:
-            # Ignored labels are not stored here, so no value need be left for them.
+            # Ignored labels are not stored in this layout, so they need no value of their own.
             token = np.min_scalar_type(tokenizer.vocab_size - 1)
             length = (np.min_scalar_type(seq_len + 1), ())
             arrays = {"tokens": (token, ()), "row_starts": (np.int64, ())}
@@ -157,7 +157,7 @@ class CorpusSplit:
         if not tokenizer.lossless:
             arrays["scored_bytes"] = (np.int64, ())
         if layout == "stream":
-            arrays["iteration_targets"] = (np.uint16, ())  # `check_iterations` sees that it fits
+            arrays["iteration_targets"] = (np.uint16, ())  # `check_iterations` ensures it fits
         rows = None
         if state is not None:
             rows, self._last = state["rows"], tuple(state["last"])
@@ -168,14 +168,14 @@ class CorpusSplit:
         return self.counts.setdefault(domain, Counts())
 
     def count_document(self, domain: int, text_bytes: int, tokens: int) -> None:
-        """Count a document of `text_bytes` bytes and `tokens` tokens, eos included."""
+        """Count a document of `text_bytes` bytes and `tokens` tokens, including eos."""
         counts = self.count(domain)
         counts.documents += 1
         counts.text_bytes += text_bytes
         counts.tokens += tokens
 
-    def count_losses(self, domain: int, tokens: np.ndarray) -> None:
-        """Count what the tokens (n,) of documents fail to spell; nothing if they are ids alone."""
+    def count_unencodable(self, domain: int, tokens: np.ndarray) -> None:
+        """Count the text that tokens (n,) fail to represent; a no-op for plain ids."""
         if not tokens.dtype.names:
             return
         counts, unknown = self.count(domain), tokens[tokens["id"] == self._unknown_id]
@@ -184,19 +184,19 @@ class CorpusSplit:
         counts.lost_bytes += int(tokens["lost"].sum(dtype=np.int64))
 
     def count_lost_text(self, domain: int, text_bytes: int) -> None:
-        """Count a text of `text_bytes` bytes that became no token."""
+        """Count a text of `text_bytes` bytes that produced no tokens."""
         counts = self.count(domain)
         counts.text_bytes += text_bytes
         counts.lost_bytes += text_bytes
 
     def write(self, domain: int, rows: Rows, targets: np.ndarray) -> None:
-        """Append rows of one domain with their iteration targets (n,)."""
+        """Append rows of one domain and their iteration targets (n,)."""
         count = len(rows.inputs)
         if self._identifier_of is None:
             identifiers = np.arange(self.writer.rows + 1, self.writer.rows + count + 1)
         else:
             identifiers = np.full(count, self._identifier_of(domain))
-        stored = self._views(domain, rows) if self.layout == "stream" else {
+        stored = self._to_views(domain, rows) if self.layout == "stream" else {
             "inputs": rows.inputs, "labels": rows.labels
         }  # fmt: skip
         if rows.label_bytes is not None:
@@ -216,11 +216,11 @@ class CorpusSplit:
             sizes = bytes_of(rows.labels, self.byte_lengths)
         counts.scored_bytes += int(sizes.sum(dtype=np.int64))
 
-    def _views(self, domain: int, rows: Rows) -> dict[str, np.ndarray]:
-        """The tokens that are not stored yet, and where the rows lie among all tokens."""
+    def _to_views(self, domain: int, rows: Rows) -> dict[str, np.ndarray]:
+        """Return the tokens not stored yet, and each row's location in the token stream."""
         first, last = int(rows.starts[0]), int(rows.starts[-1] + rows.lengths[-1])
         end, written = self._last[1] - rows.origin, self._last[2]
-        # Windows overlap the one before in the same stream; its tokens are there already.
+        # A window may overlap the previous one, whose tokens are already stored.
         known = end - first if self._last[0] == domain and 0 <= end - first <= last - first else 0
         tokens = rows.stream[first + known : last]
         shift = written - known - first
@@ -238,7 +238,7 @@ class CorpusSplit:
         return Counts(**{name: sum(part[name] for part in parts) for name in asdict(Counts())})
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts and the rows that the disk has; waits for the disk."""
+        """Return the counts and the rows flushed to disk."""
         return {
             "rows": self.writer.saved_rows(),
             "last": self._last,
@@ -256,8 +256,11 @@ def finish_corpus(
     report: dict[str, Any],
     domain_weights: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Close both splits and write their metadata and `identifiers.json`; gives what
-    `build_report.json` is to hold: `report` and what is known here."""
+    """Close both splits and write their metadata and `identifiers.json`.
+
+    Returns:
+        The contents of `build_report.json`: `report` plus what is known here.
+    """
     train = splits["train"]
     metadata = {
         name: split.writer.finish(
@@ -282,7 +285,7 @@ def finish_corpus(
         )
         for name, split in splits.items()
     }
-    write_json(folder / "identifiers.json", _identifiers(args.identifiers, metadata["train"]))
+    write_json(folder / "identifiers.json", _name_identifiers(args.identifiers, metadata["train"]))
     options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     return {
         "format_version": FORMAT_VERSION,
@@ -300,9 +303,12 @@ def finish_corpus(
     }
 
 
-def _identifiers(kind: str, train: DatasetMetadata) -> list[str]:
-    """Names by identifier. Those of sequences start with the corpus' own digest, because joined
-    corpora match identifiers by name."""
+def _name_identifiers(kind: str, train: DatasetMetadata) -> list[str]:
+    """Return the name of each identifier.
+
+    Names of sequences start with a digest of the corpus, because joined corpora match identifiers
+    by name.
+    """
     if kind == "none":
         return [BLANK_IDENTIFIER]
     if kind == "domain":
@@ -313,29 +319,29 @@ def _identifiers(kind: str, train: DatasetMetadata) -> list[str]:
 
 
 def add_layout_option(parser: argparse.ArgumentParser) -> None:
-    """How the rows are stored."""
+    """Add the option that selects the storage layout."""
     parser.add_argument(
         "--layout",
         choices=("npy", "stream"),
         default="npy",
-        help="npy: inputs and labels of every row; stream: each token once, about half the bytes, "
-        "read by the same programs (default: npy)",
+        help="npy: store inputs and labels of every row; stream: store each token once, which "
+        "takes about half the space; both are read by the same programs (default: npy)",
     )
 
 
 def check_iterations(args: argparse.Namespace) -> None:
-    """Refuse bounds of the iteration budget that clash."""
+    """Raise UserError if the iteration-budget bounds are inconsistent."""
     if not 1 <= args.min_iterations <= args.max_iterations:
         raise UserError(
             f"--min-iterations {args.min_iterations} and --max-iterations {args.max_iterations} "
-            "clash; 1 <= min <= max is needed."
+            "are inconsistent; use 1 <= min <= max."
         )
     if args.max_iterations > np.iinfo(np.uint16).max:
         raise UserError(f"--max-iterations is {args.max_iterations}; it must be at most 65535.")
 
 
-def print_losses(splits: dict[str, CorpusSplit]) -> None:
-    """Say how much of the text the tokens do not spell, if any."""
+def print_unencodable(splits: dict[str, CorpusSplit]) -> None:
+    """Print how much of the text the tokens fail to represent, if any."""
     totals = [split.total for split in splits.values()]
     unknown, unknown_bytes, lost, text = (
         sum(getattr(total, name) for total in totals)
@@ -343,21 +349,21 @@ def print_losses(splits: dict[str, CorpusSplit]) -> None:
     )
     found = []
     if unknown:
-        found.append(f"{unknown:,} unknown tokens stand for {unknown_bytes:,} bytes")
+        found.append(f"{unknown:,} unknown tokens replace {unknown_bytes:,} bytes")
     if lost:
-        found.append(f"{lost:,} bytes are in no token")
+        found.append(f"{lost:,} bytes are not covered by any token")
     if found:
         print(
-            f"note: the tokenizer cannot spell all of the text: of {text:,} bytes, "
-            f"{' and '.join(found)}; no model can learn them, and bits per byte counts them except "
-            "for texts without any token"
+            f"note: the tokenizer cannot represent all of the text: of {text:,} bytes, "
+            f"{' and '.join(found)}; no model can learn these bytes, and bits per byte includes "
+            "them except for texts without any tokens"
         )
 
 
 def print_summary(
     output_dir: Path, splits: dict[str, CorpusSplit], skipped: dict[str, int], seconds: float
 ) -> None:
-    """Say what was built, in a few lines."""
+    """Print a short summary of the finished corpus."""
     for name, split in splits.items():
         total = split.total
         per_token = f"{total.text_bytes / total.tokens:.2f}" if total.tokens else "no"
@@ -368,10 +374,10 @@ def print_summary(
     if counted := [
         f"{count:,} {name.replace('_', ' ')}" for name, count in skipped.items() if count
     ]:
-        print(f"left out: {', '.join(counted)}")
-    print_losses(splits)
+        print(f"skipped: {', '.join(counted)}")
+    print_unencodable(splits)
     if not splits["train"].writer.rows:
-        print("note: the training split is empty; this corpus can be evaluated on only")
+        print("note: the training split is empty; this corpus can only be used for evaluation")
     if not splits["test"].writer.rows:
         print("note: the test split is empty; training on this corpus will skip evaluation")
     print(f"built {output_dir} in {seconds:.1f} s")

@@ -1,10 +1,10 @@
-"""Show what is in a corpus: figures, documents, budgets, a few rows as text.
+"""Inspect a corpus: statistics, documents, budgets, and a few rows as text.
 
     python -m dataset.inspect_corpus data/athena_base
     python -m dataset.inspect_corpus gs://bucket/athena_base --split test --rows 10 --png corpus.png
 
-Checksums are compared first; a file that differs from its checksum ends the command with exit
-code 1. Everything is read in chunks, in whichever layout the corpus has.
+Checksums are verified first; the command exits with code 1 if a file does not match. Data is read
+in chunks, in any layout.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from dataset.common import (
 from dataset.output.corpus_statistics import (
     Figures,
     SplitStatistics,
+    count_real_tokens,
     measure,
     quantiles,
-    real_tokens,
 )
-from dataset.output.corpus_views import Decode, bars, draw, row_lines
+from dataset.output.corpus_views import Decode, draw, format_histogram, format_row
 from utils.core.console import command_parser, run_cli, seed_number
 from utils.core.errors import UserError
 from utils.corpus.corpora import Corpora
@@ -43,13 +43,13 @@ from utils.remote.cache import is_remote, local_path
 SPLITS = ("train", "test")
 WIDTH = 92
 MOST_DOMAINS = 20
-# Options of a builder that say where, not what.
-DULL_OPTIONS = {"output_dir", "overwrite", "input_files", "tokenizer_json", "workers"}
+# Builder options that do not affect the contents.
+HIDDEN_OPTIONS = {"output_dir", "overwrite", "input_files", "tokenizer_json", "workers"}
 
 
 @dataclass
 class Tokenizer:
-    """The corpus' tokenizer.json: `decode` for people, bytes per token for the figures."""
+    """The corpus' tokenizer.json: `decode` to show text, byte lengths for the statistics."""
 
     description: str
     decode: Decode
@@ -57,11 +57,12 @@ class Tokenizer:
     byte_lengths: np.ndarray
 
     @classmethod
-    def of(cls, root: Path) -> "Tokenizer | None":
+    def load(cls, root: Path) -> "Tokenizer | None":
+        """Load the tokenizer of a corpus, if it has one."""
         path = root / "tokenizer.json"
         if not path.is_file():
             return None
-        byte_lengths = token_byte_lengths(path)  # and says what is wrong with the file
+        byte_lengths = token_byte_lengths(path)  # reports what is wrong with the file
         import tokenizers
 
         kind = json.loads(path.read_bytes()).get("model", {}).get("type", "unknown kind")
@@ -76,10 +77,10 @@ class Tokenizer:
 
 @dataclass
 class Corpus:
-    """One corpus folder, opened as far as all splits share it."""
+    """What the splits of one corpus share."""
 
     path: str
-    """As the user names it, perhaps a url; `root` is the folder on this machine."""
+    """The path or URL that the user passed; `root` is the local directory."""
     root: Path
     folders: dict[str, Path]
     metadata: dict[str, DatasetMetadata]
@@ -87,15 +88,16 @@ class Corpus:
     report: dict[str, Any]
 
     @classmethod
-    def of(cls, path: str, split: str) -> "Corpus":
+    def open(cls, path: str, split: str) -> "Corpus":
+        """Open a corpus, with one split or all of them."""
         root = Path(local_path(path))
         wanted = [split]
-        if split == "all":  # where none is there, find_split says so of the first
+        if split == "all":  # if there are none, find_split reports the first as missing
             wanted = [name for name in SPLITS if _has_split(root, name)] or ["train"]
         folders = {name: find_split(root, name) for name in wanted}
         metadata = {name: load_metadata(folder) for name, folder in folders.items()}
-        report = _report(root / "build_report.json")
-        return cls(path, root, folders, metadata, Tokenizer.of(root), report)
+        report = _load_report(root / "build_report.json")
+        return cls(path, root, folders, metadata, Tokenizer.load(root), report)
 
     @property
     def any_metadata(self) -> DatasetMetadata:
@@ -103,8 +105,8 @@ class Corpus:
 
     @property
     def overlap(self) -> int:
-        """Tokens that a window repeats of the one before it, as the report tells."""
-        stride, width = report_part(self.report, "options").get("stride"), self.any_metadata.seq_len
+        """Number of tokens shared by consecutive windows, according to the report."""
+        stride, width = get_section(self.report, "options").get("stride"), self.any_metadata.seq_len
         return width - stride if isinstance(stride, int) and 0 < stride < width else 0
 
 
@@ -116,8 +118,8 @@ def _has_split(root: Path, name: str) -> bool:
     return True
 
 
-def _report(path: Path) -> dict[str, Any]:
-    """build_report.json, of whichever version: {} where there is none."""
+def _load_report(path: Path) -> dict[str, Any]:
+    """Load a build_report.json of any version; {} if there is none."""
     try:
         report = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -127,8 +129,8 @@ def _report(path: Path) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
-def wrong_files(corpus: Corpus) -> list[str]:
-    """What is wrong with each file that differs from its checksum; reads every byte."""
+def verify_files(corpus: Corpus) -> list[str]:
+    """Return one message per file that does not match its checksum; reads every byte."""
     checks = [
         (folder, meta.model_copy(update={"checksums": {name: checksum}}))
         for split, folder in corpus.folders.items()
@@ -143,7 +145,7 @@ def wrong_files(corpus: Corpus) -> list[str]:
             faults.append(str(error))
     tokenizer, known = corpus.root / "tokenizer.json", corpus.report.get("tokenizer_sha256")
     if known and tokenizer.is_file() and sha256_file(tokenizer) != known:
-        faults.append(f"{tokenizer} is not the one that the corpus was built with.")
+        faults.append(f"{tokenizer} is not the tokenizer that the corpus was built with.")
     return faults
 
 
@@ -170,7 +172,7 @@ def _ratio(value: float | None) -> str:
 
 
 def _table(rows: list[list[str]]) -> list[str]:
-    """Columns as wide as their longest cell: the first to the left, the others to the right."""
+    """Format rows as a table: the first column left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "    " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
@@ -179,14 +181,14 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 
 def describe(corpus: Corpus, verified: bool) -> list[str]:
-    """What all splits share."""
+    """Describe what all splits share."""
     meta, tokenizer = corpus.any_metadata, corpus.tokenizer
     lines = [corpus.path]
     if is_remote(corpus.path):
         lines.append(_field("copy", str(corpus.root)))
     lines += [_field("rows", f"{meta.seq_len:,} tokens, layout {meta.layout}")]
     if tokenizer is None:
-        lines.append(_field("tokenizer", f"none; token ids below {meta.vocab_size:,}"))
+        lines.append(_field("tokenizer", f"none; {meta.vocab_size:,} token ids"))
     else:
         eos = "no eos" if meta.eos_id is None else f"eos {_token(tokenizer, meta.eos_id)}"
         pad = f"pad {_token(tokenizer, meta.pad_id)}"
@@ -196,7 +198,7 @@ def describe(corpus: Corpus, verified: bool) -> list[str]:
     if meta.relabel_ids:
         lines.append(_field("relabelled", "ids {} to {}".format(*meta.relabel_ids)))
     files = sum(len(each.checksums) for each in corpus.metadata.values())
-    found = f"{_count(files, 'file')} as written" if verified else "not compared"
+    found = f"{_count(files, 'file')} verified" if verified else "not verified"
     lines.append(_field("checksums", found if files else "none recorded"))
     return lines + describe_report(corpus.report)
 
@@ -205,26 +207,26 @@ def _token(tokenizer: Tokenizer, index: int) -> str:
     return f"{index} {tokenizer.name(index) or '(no such token)'}"
 
 
-def report_part(report: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The first part of a report that is there, its inner parts as `outer.inner`."""
+def get_section(report: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Return the first of these report sections that exists, with nested keys as `outer.inner`."""
 
-    def flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    def flatten(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
         for name, value in values.items():
             if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{name}.")
+                yield from flatten(value, f"{prefix}{name}.")
             else:
                 yield f"{prefix}{name}", value
 
     found: Any = next((report[name] for name in names if name in report), {})
-    return dict(flat(found)) if isinstance(found, dict) else {}
+    return dict(flatten(found)) if isinstance(found, dict) else {}
 
 
 def describe_report(report: dict[str, Any]) -> list[str]:
-    """What the builder noted; every key may be missing, and others may be there."""
+    """Describe the build report; every key is optional, and unknown keys are ignored."""
 
-    def numbers(*names: str) -> dict[str, float]:
-        part = report_part(report, *names)
-        return {name: value for name, value in part.items() if isinstance(value, int | float)}
+    def get_numbers(*names: str) -> dict[str, float]:
+        section = get_section(report, *names)
+        return {name: value for name, value in section.items() if isinstance(value, int | float)}
 
     lines = []
     inputs = [entry for entry in report.get("inputs") or [] if isinstance(entry, dict)]
@@ -233,31 +235,31 @@ def describe_report(report: dict[str, Any]) -> list[str]:
         lines.append(_field("built from", f"{_count(len(inputs), 'file')}, {size / 1e6:,.1f} MB"))
     options = {
         name: value
-        for name, value in report_part(report, "options").items()
-        if name not in DULL_OPTIONS and value not in (None, False, [])
+        for name, value in get_section(report, "options").items()
+        if name not in HIDDEN_OPTIONS and value not in (None, False, [])
     }
     if options:
         lines.append(_field("options", " ".join(f"{name}={v}" for name, v in options.items())))
-    left_out = numbers("skipped", "left_out")
-    counted = [f"{count:,} {name.replace('_', ' ')}" for name, count in left_out.items() if count]
-    if left_out:
-        lines.append(_field("left out", ", ".join(counted) or "nothing"))
-    counts = numbers("splits").items()
+    skipped = get_numbers("skipped", "left_out")
+    counted = [f"{count:,} {name.replace('_', ' ')}" for name, count in skipped.items() if count]
+    if skipped:
+        lines.append(_field("skipped", ", ".join(counted) or "nothing"))
+    counts = get_numbers("splits").items()
     unknown, lost = (
         sum(int(count) for name, count in counts if name.endswith(f".total.{ending}"))
         for ending in ("unknown_tokens", "lost_bytes")
     )
     if unknown or lost:
-        text = f"{_count(unknown, 'unknown token')}, {_count(lost, 'byte')} of text in no token"
-        lines.append(_field("not spelled", text))
-    seconds = numbers("seconds", "timings")
+        text = f"{_count(unknown, 'unknown token')}, {_count(lost, 'byte')} of text without token"
+        lines.append(_field("unencodable", text))
+    seconds = get_numbers("seconds", "timings")
     if seconds:
         lines.append(_field("seconds", ", ".join(f"{name} {v:.1f}" for name, v in seconds.items())))
     return lines
 
 
 def describe_split(name: str, corpora: Corpora, statistics: SplitStatistics) -> list[str]:
-    """The figures of one split."""
+    """Describe the statistics of one split."""
     total, meta = statistics.total, corpora.metadata
     lines = ["", f"{name}: {total.rows:,} rows, {total.tokens:,} tokens"]
     lines.append(_field("padding", f"{_share(total.padding)} of all positions"))
@@ -275,7 +277,11 @@ def describe_split(name: str, corpora: Corpora, statistics: SplitStatistics) -> 
         lines.append(_field("sets", ", ".join(f"{key} {rows:,}" for key, rows in sets.items())))
     lines += ["", *_domains(statistics), "", *_lengths(statistics, meta)]
     if statistics.budgets:
-        lines += ["", "  iteration budgets (ACT steps: rows)", *bars(statistics.budgets)]
+        lines += [
+            "",
+            "  iteration budgets (ACT steps: rows)",
+            *format_histogram(statistics.budgets),
+        ]
     return lines
 
 
@@ -303,8 +309,8 @@ def _domains(statistics: SplitStatistics) -> list[str]:
 
 def _lengths(statistics: SplitStatistics, metadata: DatasetMetadata) -> list[str]:
     if metadata.eos_id is None:
-        return ["  documents: this corpus has no eos, each row is an example of its own"]
-    lines = ["  documents (tokens, eos included)"]
+        return ["  documents: this corpus has no eos; each row is a separate example"]
+    lines = ["  documents (tokens, including eos)"]
     if statistics.lengths:
         mean = sum(n * count for n, count in statistics.lengths.items()) / (
             statistics.lengths.total()
@@ -316,8 +322,8 @@ def _lengths(statistics: SplitStatistics, metadata: DatasetMetadata) -> list[str
             lines.append("    " + "  ".join(map(str.rjust, cells, widths)))
     if statistics.unended:
         lines.append(
-            f"    {statistics.unended:,} more runs are cut off where a row ends; "
-            "what goes on elsewhere counts as a run of its own"
+            f"    {statistics.unended:,} more runs are cut off at the end of a row; "
+            "continuations elsewhere count as separate runs"
         )
     return lines
 
@@ -325,7 +331,7 @@ def _lengths(statistics: SplitStatistics, metadata: DatasetMetadata) -> list[str
 def describe_rows(
     corpus: Corpus, corpora: Corpora, count: int, generator: np.random.Generator
 ) -> list[str]:
-    """Some rows, drawn at random, in the order of the corpus."""
+    """Show some rows, drawn at random, in corpus order."""
     size = min(count, corpora.num_rows)
     chosen = np.sort(generator.choice(corpora.num_rows, size, replace=False))
     rows, meta = corpora.rows(chosen), corpora.metadata
@@ -340,24 +346,24 @@ def describe_rows(
             facts.append(f"identifier {corpora.identifiers[identifier]}")
         if corpora.has_targets:
             facts.append(f"budget {rows['iteration_targets'][place]}")
-        real = int(real_tokens(inputs[None], meta)[0])
+        real = int(count_real_tokens(inputs[None], meta)[0])
         facts.append(f"{real:,} tokens, {int((labels >= 0).sum()):,} scored")
         lines += ["", textwrap.fill("; ".join(facts), WIDTH, initial_indent="  ")]
-        lines += [f"    | {line}" for line in row_lines(inputs, labels, meta, decode, WIDTH - 6)]
+        lines += [f"    | {line}" for line in format_row(inputs, labels, meta, decode, WIDTH - 6)]
     if lines and decode:
-        lines.insert(0, "\n  rows as text; no label scores what stands in ⟦ ⟧")
+        lines.insert(0, "\n  rows as text; ⟦ ⟧ encloses text that is not scored")
     return lines
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Print everything; SystemExit(1) where a file differs from its checksum."""
+    """Print everything; raise SystemExit(1) if a file does not match its checksum."""
     if args.rows < 0:
         raise UserError(f"--rows is {args.rows}; it must be at least 0.")
-    corpus = Corpus.of(args.path, args.split)
-    if not args.no_verify and (faults := wrong_files(corpus)):
+    corpus = Corpus.open(args.path, args.split)
+    if not args.no_verify and (faults := verify_files(corpus)):
         for fault in faults:
             print(f"error: {fault}", file=sys.stderr)
-        print("--no-verify shows what is in the corpus all the same.", file=sys.stderr)
+        print("use --no-verify to show the corpus anyway", file=sys.stderr)
         raise SystemExit(1)
     print("\n".join(describe(corpus, not args.no_verify)))
     tokenizer = corpus.tokenizer
@@ -380,15 +386,15 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
+    """Run the command; see the module docstring."""
     parser = command_parser("python -m dataset.inspect_corpus", __doc__)
     add = parser.add_argument
-    add("path", metavar="PATH", help="folder of a corpus, or its url")
+    add("path", metavar="PATH", help="directory or URL of a corpus")
     add("--split", choices=(*SPLITS, "all"), default="all", help="(default: all)")
-    add("--rows", type=int, default=3, metavar="N", help="rows of a split to show (default: 3)")
-    add("--seed", type=seed_number, default=0, help="decides which rows (default: 0)")
-    add("--png", type=Path, metavar="FILE", help="draw the figures there")
-    add("--no-verify", action="store_true", help="do not compare files with their checksums")
+    add("--rows", type=int, default=3, metavar="N", help="rows to show per split (default: 3)")
+    add("--seed", type=seed_number, default=0, help="selects which rows to show (default: 0)")
+    add("--png", type=Path, metavar="FILE", help="also plot the statistics to this file")
+    add("--no-verify", action="store_true", help="skip the verification of checksums")
     args = parser.parse_args(argv)
     run_cli(lambda: inspect(args), closed_status=0)
 

@@ -1,7 +1,8 @@
-"""From batches of documents to rows on disk: tokenized ahead, packed in order, saved at times.
+"""Turn batches of documents into rows on disk: tokenize ahead, pack in order, save periodically.
 
-One thread reads, one keeps the tokenizer's own threads busy, one packs and writes, so that none
-waits for another. Each takes the batches in reading order, so rows depend on no worker count.
+One thread reads, one feeds the tokenizer's own threads, and one packs and writes, so that none
+waits for another. All process the batches in reading order, so the result does not depend on the
+number of workers.
 """
 
 import time
@@ -25,19 +26,19 @@ PACKERS: dict[str, Callable[[PackOptions], Packer]] = {
     "concat": WindowPacker,
     "bestfit": BestFitPacker,
 }
-_AHEAD = 3  # batches on their way: one is tokenized, one packed, one waits for either
+_AHEAD = 3  # batches in flight: one being tokenized, one being packed, one waiting
 
 
 class Sink(Protocol):
-    """Where tokenized documents go."""
+    """Destination of tokenized documents."""
 
     def add(self, batch: Batch, ids: np.ndarray, counts: np.ndarray) -> None:
-        """Documents of a batch with their token ids (n,) and how many each has (documents,)."""
+        """Add the documents of a batch: token ids (n,) and the count of each (documents,)."""
         ...
 
 
 class Stopwatch:
-    """Seconds by stage. Stages of different threads overlap, so they need not add up."""
+    """Measures seconds per stage; stages of different threads overlap, so they may not add up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -51,8 +52,8 @@ class Stopwatch:
             spent = time.perf_counter() - started
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
 
-    def timed(self, stage: str, items: Iterable[Batch]) -> Iterator[Batch]:
-        """The same items, with the time that making them takes."""
+    def time_items(self, stage: str, items: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the items and measure the time it takes to produce them."""
         iterator = iter(items)
         while True:
             with self(stage):
@@ -69,34 +70,35 @@ def tokenize_all(
     watch: Stopwatch,
     *,
     save: Callable[[], None],
-    every: float,
-    shown: Callable[[Batch, np.ndarray], None],
+    save_every: float,
+    on_packed: Callable[[Batch, np.ndarray], None],
 ) -> None:
-    """Tokenize batches and hand them to the sink, in order.
+    """Tokenize batches and pass them to the sink, in order.
 
-    `save` is called about every so many seconds, at a moment when all batches that were read are
-    in the sink; `shown` for each batch and its token counts, for a progress bar.
+    Args:
+        save: called about every `save_every` seconds, when all batches read so far are in the sink.
+        on_packed: called with each batch and its token counts, for a progress bar.
     """
 
-    def encoded(batch: Batch) -> Encoded:
+    def encode(batch: Batch) -> Encoded:
         with watch("tokenizing"):
             return encoder.encode(batch.texts)
 
-    def packed(batch: Batch, future: Future[Encoded]) -> None:
+    def pack(batch: Batch, future: Future[Encoded]) -> None:
         ids, counts = future.result()
         with watch("packing and writing"):
             sink.add(batch, ids, counts)
-        shown(batch, counts)
+        on_packed(batch, counts)
 
     in_flight: deque[Future[None]] = deque()
     saved = time.monotonic()
     with ThreadPoolExecutor(1) as tokenizing, ThreadPoolExecutor(1) as packing:
         try:
-            for batch in watch.timed("reading", batches):
-                in_flight.append(packing.submit(packed, batch, tokenizing.submit(encoded, batch)))
+            for batch in watch.time_items("reading", batches):
+                in_flight.append(packing.submit(pack, batch, tokenizing.submit(encode, batch)))
                 if len(in_flight) >= _AHEAD:
                     in_flight.popleft().result()
-                if time.monotonic() - saved >= every:
+                if time.monotonic() - saved >= save_every:
                     while in_flight:
                         in_flight.popleft().result()
                     with watch("saving"):
@@ -110,7 +112,7 @@ def tokenize_all(
 
 
 class PackedCorpus:
-    """Packs both splits' documents: one stream of tokens per (split, domain)."""
+    """Packs the documents of both splits, one token stream per (split, domain)."""
 
     def __init__(
         self,
@@ -141,25 +143,29 @@ class PackedCorpus:
         self.empty_documents = 0
 
     def add(self, batch: Batch, ids: np.ndarray, counts: np.ndarray) -> None:
-        """Pack documents and write the rows that they complete."""
+        """Pack documents and write the rows they complete."""
         ends = np.cumsum(counts)
-        for (split, domain), documents in self._runs(batch, counts):
+        for (split, domain), documents in self._group_runs(batch, counts):
             if len(documents) == len(counts):
                 chosen = ids
             else:
                 chosen = np.concatenate([ids[ends[n] - counts[n] : ends[n]] for n in documents])
-            self._splits[split].count_losses(domain, chosen)
-            stream, stream_ends = self._with_eos(chosen, counts[documents])
-            self._write(split, domain, self._packer(split, domain).add(stream, stream_ends))
+            self._splits[split].count_unencodable(domain, chosen)
+            stream, stream_ends = self._append_eos(chosen, counts[documents])
+            self._write(split, domain, self._get_packer(split, domain).add(stream, stream_ends))
 
-    def _runs(self, batch: Batch, counts: np.ndarray) -> list[tuple[tuple[str, int], list[int]]]:
-        """Documents that follow each other in one split and are of one domain: handed on together,
-        and in this order, rows come out as if documents had come one by one. Counts them too."""
+    def _group_runs(
+        self, batch: Batch, counts: np.ndarray
+    ) -> list[tuple[tuple[str, int], list[int]]]:
+        """Group consecutive documents of one split and domain, and count all documents.
+
+        Packed as groups in this order, rows come out as if documents had been packed one by one.
+        """
         runs: list[tuple[tuple[str, int], list[int]]] = []
-        last: dict[str, int] = {}  # per split, its run that may still grow
+        last: dict[str, int] = {}  # index of each split's current run
         keys = zip(batch.splits, batch.domains, batch.sizes, counts.tolist(), strict=True)
         for number, (split, domain, size, tokens) in enumerate(keys):
-            if not tokens:  # a normalizer may leave nothing of a text
+            if not tokens:  # a normalizer may remove all of a text
                 self.empty_documents += 1
                 self._splits[split].count_lost_text(domain, size)
                 continue
@@ -172,12 +178,12 @@ class PackedCorpus:
         return runs
 
     def finish(self) -> None:
-        """Write the last rows of each stream, in the order of the domains."""
+        """Write the last rows of each stream, in domain order."""
         for split, domain in sorted(self._packers):
             self._write(split, domain, self._packers[split, domain].finish())
 
-    def _with_eos(self, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of documents with eos after each, and where the documents end."""
+    def _append_eos(self, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens with eos after each document, and where the documents end."""
         ends = np.cumsum(counts + 1)
         stream = np.zeros(len(ids) + len(counts), self._tokenizer.token_dtype)
         is_text = np.ones(len(stream), bool)
@@ -186,7 +192,7 @@ class PackedCorpus:
         ids_of(stream)[ends - 1] = self._tokenizer.eos_id
         return stream, ends
 
-    def _packer(self, split: str, domain: int) -> Packer:
+    def _get_packer(self, split: str, domain: int) -> Packer:
         if (split, domain) not in self._packers:
             self._packers[split, domain] = self._make_packer(self._options[split])
         return self._packers[split, domain]
@@ -197,7 +203,7 @@ class PackedCorpus:
             self._splits[split].write(domain, rows, targets)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is not on disk yet, and where the files end; waits for the disk."""
+        """Return the data not yet written and the lengths of the files; flushes them to disk."""
         return {
             "empty_documents": self.empty_documents,
             "packers": [
@@ -208,7 +214,7 @@ class PackedCorpus:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The packers' part of a state; splits are made with theirs."""
+        """Restore the packers; splits restore their own state when constructed."""
         self.empty_documents = state["empty_documents"]
         for entry in state["packers"]:
-            self._packer(entry["split"], entry["domain"]).load_state_dict(entry["state"])
+            self._get_packer(entry["split"], entry["domain"]).load_state_dict(entry["state"])

@@ -1,10 +1,10 @@
-r"""Train a byte-level BPE tokenizer on the same kinds of input as the corpus builder.
+r"""Train a byte-level BPE tokenizer on the inputs that the corpus builder accepts.
 
     python -m dataset.train_tokenizer --input-files data/demo/train --vocab-size 1024 \
         --output tok.json --documents file
 
-Text is cut as GPT-2 cuts it (letters, digits, the rest); all 256 bytes are tokens, so every text
-can be encoded. The same input gives the same file.
+Text is pre-tokenized as in GPT-2 (letters, digits, other characters). All 256 bytes are tokens, so
+any text can be encoded. The same input produces the same file.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with at most `vocab_size` tokens; pad has id 0, eos id 1."""
+    """Train a byte-level BPE with at most `vocab_size` tokens; pad has id 0 and eos id 1."""
     if vocab_size < SMALLEST_VOCAB:
         raise UserError(
             f"--vocab-size is {vocab_size}; it must be at least {SMALLEST_VOCAB}: 256 bytes and "
@@ -45,13 +45,15 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read the inputs, train, and put the file in place at once."""
+    """Read the inputs, train, and write the tokenizer atomically."""
     output: Path = args.output
     if output.is_dir():
-        raise UserError(f"--output {output} is a folder; name a file, such as {output}/tok.json.")
+        raise UserError(
+            f"--output {output} is a directory; pass a file, such as {output}/tok.json."
+        )
     sources = [source for group in find_sources(args.input_files, args.format) for source in group]
     if any(not s.is_pipe and output.resolve() == s.path.resolve() for s in sources):
-        raise UserError(f"--output {output} is one of the inputs; name another file.")
+        raise UserError(f"--output {output} is one of the inputs; pass another file.")
     options = ReadOptions(args.documents, args.text_key, args.max_bad_lines)
     size = sum(source.size for source in sources)
     with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         part.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     learned = tokenizer.get_vocab_size()
     if learned < args.vocab_size:
-        print(f"The text gave only {learned} tokens of the {args.vocab_size} asked for.")
+        print(f"The text yielded only {learned} of the {args.vocab_size} requested tokens.")
     print(f"wrote {output}: {learned} tokens, pad 0, eos 1")
 
 
@@ -74,16 +76,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--vocab-size",
         type=int,
         default=32000,
-        help="tokens, bytes and special ones included (default: 32000)",
+        help="number of tokens, including bytes and special tokens (default: 32000)",
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="FILE", help="tokenizer.json to write"
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="path of the tokenizer.json to write",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
+    """Run the command; see the module docstring."""
     run_cli(lambda: run(parse_args(argv)))
 
 

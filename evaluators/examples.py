@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dataset.input.document_reader import json_object, read_lines
+from dataset.input.document_reader import parse_json_object, read_lines
 from dataset.input.text_sources import find_source
 from utils.core.errors import UserError
 
@@ -18,7 +18,7 @@ def read_json_lines(path: str, option: str = "path") -> list[tuple[str, dict[str
             continue
         where = f"{path}, line {number:,}"
         try:
-            records.append((where, json_object(line, number)))
+            records.append((where, parse_json_object(line, number)))
         except ValueError as error:
             raise UserError(f"{where}: no JSON object: {error}") from None
     if not records:

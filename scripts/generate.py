@@ -25,7 +25,7 @@ import orjson
 from pydantic import Field, field_validator
 from tqdm import tqdm
 
-from dataset.input.document_reader import json_object, read_lines, text_of
+from dataset.input.document_reader import decode_line, parse_json_object, read_lines
 from dataset.input.text_sources import find_source
 from models.inference.language_model import LanguageModel
 from models.inference.loading import load_language_model
@@ -188,7 +188,7 @@ def talk(options: Options, model: LanguageModel) -> None:
             print(file=sys.stderr)
             return
         try:
-            prompt = text_of(line, 1)
+            prompt = decode_line(line, 1)
         except ValueError as error:
             note(f"line skipped: {error}")
             continue
@@ -218,9 +218,9 @@ def prompts_of(path: Path) -> Iterator[str]:
         raise UserError(f"prompts_file={path} cannot be read: {error}") from None
     for number, line in read_lines(source):
         try:
-            prompt: Any = text_of(line, number)
+            prompt: Any = decode_line(line, number)
             if source.format == "jsonl" and (prompt := prompt.strip()):
-                prompt = json_object(line, number).get("prompt")
+                prompt = parse_json_object(line, number).get("prompt")
                 if not isinstance(prompt, str):
                     raise ValueError('no text below the key "prompt"')
         except ValueError as error:

@@ -21,7 +21,7 @@ from utils.checkpoint.run_config import as_trained
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.config.schema import PositiveFloat, PositiveInt
 from utils.core.errors import UserError
-from utils.corpus.curriculum import grown
+from utils.corpus.curriculum import scale_budgets
 from utils.corpus.data import Data
 from utils.training.dry_run import plan_model
 
@@ -183,7 +183,9 @@ def steps_of_an_example(config: PretrainConfig, arch: Any, data: Data | None) ->
         whole = np.array([min(b or most, most) for b in budgets])
         lowest = max(1, arch.force_min_steps, config.min_iterations or 1)
         moments = [(i + 0.5) / 20 for i in range(20)]
-        budgets = np.concatenate([grown(whole, rule, at, lowest) for at in moments]).tolist()
+        budgets = np.concatenate(
+            [scale_budgets(whole, rule, at, lowest) for at in moments]
+        ).tolist()
         why += ", growing by iteration_curriculum"
     return cost.expected_steps(arch, budgets), why + ", and exploration"
 

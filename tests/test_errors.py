@@ -152,8 +152,8 @@ def test_a_tokenizer_that_is_missing_from_one_of_two(text_corpus, copied):
 def test_test_corpora_that_are_not_there(text_corpus, tmp_path):
     for wrong, why in (
         (tmp_path / "nowhere", "does not exist"),
-        (text_corpus / "tokenizer.json", "is no folder"),
-        (text_corpus / "train", "is a part of a corpus"),
+        (text_corpus / "tokenizer.json", "exists but must be a directory"),
+        (text_corpus / "train", "is part of a corpus"),
     ):
         with pytest.raises(UserError, match=f"{wrong} {why}") as error:
             open_data(make_config(text_corpus, f"data_paths_test=[{wrong}]"))
@@ -167,7 +167,7 @@ def test_a_run_folder_that_cannot_be_written_to(text_corpus):
 
 def test_going_on_with_another_corpus_names_the_corpus(text_corpus, build_other, run_training):
     run_training(text_corpus, "run", "max_steps=1", "evaluators=[]")
-    with pytest.raises(UserError, match=f"{build_other}: not the corpora"):
+    with pytest.raises(UserError, match=f"{build_other}.*load_checkpoint"):
         run_training(text_corpus, "run", "max_steps=1", "evaluators=[]",
                      f"data_paths=[{text_corpus},{build_other}]")  # fmt: skip
 

@@ -11,7 +11,7 @@ from sequence_dataset import (
     Corpora,
     EvalStream,
     TrainStream,
-    exploration,
+    sample_exploration,
 )
 from tests.stream_tools import (
     PAD,
@@ -267,7 +267,7 @@ def test_weighted_domains_cycle_through_their_own_rows(tmp_path):
 @pytest.mark.parametrize(
     "weights, message",
     [
-        ({"p": 1, "q": 1}, "leaves out 'r'"),
+        ({"p": 1, "q": 1}, "missing 'r'"),
         ({"p": 1, "q": 1, "r": 1, "rr": 1}, "'rr'.*did you mean 'r'"),
         ({"p": 1, "q": -1, "r": 1}, "-1"),
         ({"p": 0, "q": 0, "r": 0}, "all 0"),
@@ -279,15 +279,15 @@ def test_wrong_domain_weights_are_named(corpus, weights, message):
 
 
 def test_exploration_depends_on_seed_step_and_slot_alone():
-    draws = np.stack([exploration(3, step, 64, 0.25, 6) for step in range(400)])
+    draws = np.stack([sample_exploration(3, step, 64, 0.25, 6) for step in range(400)])
     assert set(np.unique(draws)) == {0, 2, 3, 4, 5, 6}
     assert abs((draws > 0).mean() - 0.25) < 0.02
     counts = np.bincount(draws[draws > 0], minlength=7)[2:]
     assert counts.min() > 0.85 * counts.mean()
-    np.testing.assert_array_equal(draws[7, :16], exploration(3, 7, 16, 0.25, 6))
+    np.testing.assert_array_equal(draws[7, :16], sample_exploration(3, 7, 16, 0.25, 6))
     assert (draws[0] != draws[1]).any()
-    assert (draws[0] != exploration(4, 0, 64, 0.25, 6)).any()
-    assert not exploration(3, 0, 64, 1.0, 1).any()
+    assert (draws[0] != sample_exploration(4, 0, 64, 0.25, 6)).any()
+    assert not sample_exploration(3, 0, 64, 1.0, 1).any()
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

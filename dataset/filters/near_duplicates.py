@@ -1,18 +1,18 @@
-"""Near-duplicate documents: MinHash signatures in bands, on disk, and the search for equal bands.
+"""Find near-duplicate documents by banded MinHash signatures, kept on disk.
 
-A signature has 14 bands of 8 minima of hashed 5-grams of tokens. A minimum of two documents is
-equal with probability J, the Jaccard similarity of their sets of 5-grams (Broder 1997), so that a
-pair has an equal band, and is found, with probability `1 - (1 - J^8)^14`: 0.3 % at J = 0.35, 5 % at
-0.5, 56 % at 0.7, 92 % at 0.8, 99.96 % at 0.9, always at 1. The numbers are FineWeb's (Penedo et al.
-2024, arXiv 2406.17557).
+A signature has 14 bands of 8 minima over hashed 5-grams of tokens. A given minimum is equal for two
+documents with probability J, the Jaccard similarity of their sets of 5-grams (Broder 1997), so a
+pair shares a band, and is found, with probability `1 - (1 - J^8)^14`: 0.3 % at J = 0.35, 5 % at
+0.5, 56 % at 0.7, 92 % at 0.8, 99.96 % at 0.9, and always at 1. These parameters are FineWeb's
+(Penedo et al. 2024, arXiv 2406.17557).
 
 Each 5-gram is hashed once, into one of 112 bins that keep their minimum (Li, Owen & Zhang 2012,
-arXiv 1208.1259), and an empty bin borrows from a full one, by an order of its own ("optimal
-densification", Shrivastava 2017, arXiv 1703.04664). Documents of 11 to 1,000 5-grams were found as
-often as the formula says, within 2 percentage points, at a hundredth of the hashing.
+arXiv 1208.1259). An empty bin borrows from a full one, each in its own random order ("optimal
+densification", Shrivastava 2017, arXiv 1703.04664). For documents of 11 to 1,000 5-grams the
+measured detection rate matches the formula within 2 percentage points, at 1% of the hashing cost.
 
-Only the bands' keys are kept, 112 bytes for a document, one file per band; nothing grows in memory
-but the answer.
+Only the band keys are stored, 112 bytes per document, in one file per band; memory grows only with
+the result.
 """
 
 import hashlib
@@ -27,27 +27,27 @@ from utils.core.errors import UserError
 from utils.corpus.permutation import scramble
 
 SHINGLE = 5
-"""Tokens of an n-gram; a document of fewer is one n-gram as a whole."""
+"""Tokens per n-gram; a shorter document counts as a single n-gram."""
 BANDS = 14
 ROWS = 8
 BINS = BANDS * ROWS
 EMPTY = np.uint64(2**64 - 1)
 
 BLOCK_TOKENS = 1 << 15
-"""Tokens hashed at once: few enough for the intermediate arrays to stay in the cache."""
+"""Tokens hashed at once, few enough to keep the intermediate arrays in cache."""
 BLOCK_DOCUMENTS = 1 << 10
 """Signatures in memory at once, 896 bytes each."""
 SORT_KEYS = 1 << 19
-"""Keys sorted at once, at about 130 bytes each."""
+"""Keys sorted at once, about 130 bytes each."""
 
 KEY_BYTES = 8
 KEY = np.dtype("<u8")
 Entries = tuple[np.ndarray, np.ndarray]
-"""Keys (n,) `KEY` and the documents (n,) int64 that they belong to."""
+"""Keys (n,) of dtype `KEY` and the documents (n,) int64 they belong to."""
 
 
 class BandKeys:
-    """Computes band keys; a pure function of a document's tokens and the seed."""
+    """Computes band keys, a pure function of a document's tokens and the seed."""
 
     def __init__(self, seed: int) -> None:
         def random(count: int, purpose: str) -> np.ndarray:
@@ -60,42 +60,42 @@ class BandKeys:
         np.fill_diagonal(order, 0)  # a full bin lends to itself
         self._codes = order.argsort(axis=0).argsort(axis=0).astype(np.uint16) << 8
         self._codes |= np.arange(BINS, dtype=np.uint16)[:, None]
-        """(lenders, borrowers): the lender's place in the borrower's own random order, and it."""
+        """(lenders, borrowers): the lender's rank in the borrower's random order, and its index."""
 
-    def of(self, documents: Sequence[np.ndarray]) -> np.ndarray:
-        """Keys (documents, BANDS) uint64 of documents given as token ids (n,) of any int dtype."""
+    def compute(self, documents: Sequence[np.ndarray]) -> np.ndarray:
+        """Compute the keys (documents, BANDS) uint64 of documents given as token ids (n,)."""
         keys = np.empty((len(documents), BANDS), np.uint64)
         for start in range(0, len(documents), BLOCK_DOCUMENTS):
             part = documents[start : start + BLOCK_DOCUMENTS]
-            bands = self._signatures(part).reshape(len(part), BANDS, ROWS)
+            bands = self._compute_signatures(part).reshape(len(part), BANDS, ROWS)
             keys[start : start + len(part)] = scramble((bands * self._row_factors).sum(axis=2))
         return keys
 
-    def _signatures(self, documents: Sequence[np.ndarray]) -> np.ndarray:
-        """Minima (documents, BINS) uint64."""
+    def _compute_signatures(self, documents: Sequence[np.ndarray]) -> np.ndarray:
+        """Compute the minima (documents, BINS) uint64."""
         minima = np.full((len(documents), BINS), EMPTY)
-        for rows, pieces in _blocks(documents):
-            hashes = scramble(self._shingles(pieces))
+        for rows, pieces in _split_blocks(documents):
+            hashes = scramble(self._combine_shingles(pieces))
             bins = (hashes >> np.uint64(32)) * np.uint64(BINS) >> np.uint64(32)
             places = np.repeat(rows * BINS, [len(piece) - SHINGLE + 1 for piece in pieces])
             np.minimum.at(minima.reshape(-1), places + bins.view(np.int64), hashes)
         full = minima != EMPTY
         rows = np.flatnonzero(~full.all(axis=1))
-        minima[rows] = np.take_along_axis(minima[rows], self._lenders(full[rows]), axis=1)
+        minima[rows] = np.take_along_axis(minima[rows], self._find_lenders(full[rows]), axis=1)
         return minima
 
-    def _lenders(self, full: np.ndarray) -> np.ndarray:
-        """Bin (n, BINS) that each bin takes its minimum from; full (n, BINS) bool."""
+    def _find_lenders(self, full: np.ndarray) -> np.ndarray:
+        """Return the bin (n, BINS) that each bin copies its minimum from; full (n, BINS) bool."""
         best = np.full(full.shape, np.iinfo(np.uint16).max, np.uint16)
         for lender in range(BINS):
             rows = np.flatnonzero(full[:, lender])
             best[rows] = np.minimum(best[rows], self._codes[lender])
         return (best & 0xFF).astype(np.int64)
 
-    def _shingles(self, pieces: list[np.ndarray]) -> np.ndarray:
-        """States (n,) uint64 of the 5-grams within each of the pieces, in order.
+    def _combine_shingles(self, pieces: list[np.ndarray]) -> np.ndarray:
+        """Combine each 5-gram within the pieces into a uint64, in order: (n,).
 
-        A sum of products with random factors: different 5-grams are equal about once in 2^60.
+        A sum of products with random factors; different 5-grams collide about once in 2^60.
         """
         tokens = np.concatenate(pieces, dtype=np.int64, casting="same_kind").view(np.uint64)
         count = len(tokens) - SHINGLE + 1
@@ -110,18 +110,18 @@ class BandKeys:
         return states[within[:count]]
 
 
-def _blocks(documents: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """Documents in pieces of SHINGLE tokens or more: rows (p,) they belong to, and the pieces.
+def _split_blocks(documents: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """Split documents into blocks of about `BLOCK_TOKENS` tokens.
 
-    A block has about `BLOCK_TOKENS`; a longer document comes in pieces that overlap, so that each
-    of its 5-grams is in exactly one.
+    A longer document is split into overlapping pieces, so that each of its 5-grams is in exactly
+    one. Yields the row (p,) that each piece belongs to, and the pieces, of SHINGLE tokens or more.
     """
     rows: list[int] = []
     pieces: list[np.ndarray] = []
     size = 0
     for row, document in enumerate(documents):
         if len(document) < SHINGLE:
-            absent = SHINGLE - len(document)  # filled with -1, which no token has
+            absent = SHINGLE - len(document)  # padded with -1, which is not a token id
             document = np.pad(document.astype(np.int64), (0, absent), constant_values=-1)
         for start in range(0, len(document) - SHINGLE + 1, BLOCK_TOKENS):
             piece = document[start : start + BLOCK_TOKENS + SHINGLE - 1]
@@ -136,11 +136,10 @@ def _blocks(documents: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, list[
 
 
 class NearDuplicates:
-    """Band keys of documents in reading order, on disk, and which of them came before.
+    """Stores the band keys of documents on disk, in reading order, and finds near duplicates.
 
-    Opening a folder goes on with what is there, for the same seed. The keys of a document are a
-    pure function of its tokens and the seed, so calls of `add` may hold any number of documents;
-    many are faster than few.
+    Opening an existing directory continues with its contents; the seed must be the same. Calls of
+    `add` may contain any number of documents without affecting the result; larger calls are faster.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
@@ -154,20 +153,20 @@ class NearDuplicates:
             path.touch()
             with open(path, "r+b") as file:
                 start = file.read(KEY_BYTES)
-                if len(start) < KEY_BYTES:  # new, or cut off in the making
+                if len(start) < KEY_BYTES:  # new, or interrupted while it was created
                     file.seek(0)
                     file.write(mark)
                 elif start != mark:
                     raise UserError(
-                        f"{path} was made with another seed than {seed}, or by another version; "
-                        f"name that seed, or remove {folder} and begin again."
+                        f"{path} was created with a seed other than {seed}, or by another version; "
+                        f"use that seed, or remove {folder} and start over."
                     )
         self.documents = min(path.stat().st_size for path in self._paths) // KEY_BYTES - 1
-        """Documents added so far."""
+        """Number of documents added so far."""
 
     def add(self, documents: Sequence[np.ndarray]) -> None:
-        """Append the next documents, each as its token ids (n,) of any integer dtype."""
-        keys = self._band_keys.of(documents)
+        """Append documents, each given as token ids (n,) of any integer dtype."""
+        keys = self._band_keys.compute(documents)
         for path, column in zip(self._paths, keys.T, strict=True):
             with open(path, "r+b") as file:
                 file.seek((1 + self.documents) * KEY_BYTES)
@@ -175,43 +174,43 @@ class NearDuplicates:
         self.documents += len(documents)
 
     def flush(self) -> None:
-        """Wait until the disk has everything that was added."""
+        """Flush everything added so far to disk."""
         for path in self._paths:
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())
 
     def truncate(self, documents: int) -> None:
-        """Forget all but the first `documents`; `UserError` if there never were that many."""
+        """Drop all but the first `documents`; raise UserError if there are fewer."""
         if documents > self.documents:
             raise UserError(
-                f"{self._folder} has the keys of {self.documents} documents, not of {documents}: "
-                "files of it are lost or damaged; begin again."
+                f"{self._folder} has the keys of {self.documents} documents instead of "
+                f"{documents}: files are missing or damaged; start over."
             )
         for path in self._paths:
             os.truncate(path, (1 + documents) * KEY_BYTES)
         self.documents = documents
 
-    def resolve(self) -> np.ndarray:
-        """Which documents have an equal band with an earlier one: (documents,) bool.
+    def find_duplicates(self) -> np.ndarray:
+        """Return which documents share a band with an earlier one: (documents,) bool.
 
-        Every earlier document counts, whether or not it is itself left out: of a chain in which
-        each resembles the one before, only the first stays. A document that resembles no earlier
-        one is named with probability `14 * documents / 2^64` at most.
+        Earlier documents count even if they are duplicates themselves: in a chain where each
+        document resembles the previous one, only the first is kept. The probability of a false
+        match is at most `14 * documents / 2^64` per document.
         """
         later = np.zeros(self.documents, bool)
-        # A power of two, so that the top bits of a key name its part.
+        # A power of two, so that the top bits of a key select its part.
         part_bits = max(0, (self.documents - 1) // SORT_KEYS).bit_length()
         for path in self._paths:
             if not part_bits:
-                _mark_later(self._blocks(path), later)
+                _mark_later(self._read_blocks(path), later)
                 continue
             with tempfile.TemporaryDirectory(dir=self._folder) as parts:
-                for part in _scatter(self._blocks(path), Path(parts), part_bits):
+                for part in _scatter(self._read_blocks(path), Path(parts), part_bits):
                     _mark_later(_read_part(part), later)
         return later
 
-    def _blocks(self, path: Path) -> Iterator[Entries]:
-        """One band's keys and their documents, both (n,), in reading order."""
+    def _read_blocks(self, path: Path) -> Iterator[Entries]:
+        """Yield one band's keys and their documents, both (n,), in reading order."""
         with open(path, "rb") as file:
             file.seek(KEY_BYTES)
             for start in range(0, self.documents, SORT_KEYS):
@@ -220,7 +219,7 @@ class NearDuplicates:
 
 
 def _scatter(blocks: Iterable[Entries], folder: Path, part_bits: int) -> list[Path]:
-    """Distribute entries by their keys' top bits over files, each in reading order."""
+    """Distribute entries over files by the top bits of their keys, each in reading order."""
     paths = [folder / str(part) for part in range(1 << part_bits)]
     for keys, documents in blocks:
         parts = (keys >> np.uint64(64 - part_bits)).astype(np.int64)
@@ -234,7 +233,7 @@ def _scatter(blocks: Iterable[Entries], folder: Path, part_bits: int) -> list[Pa
 
 
 def _read_part(path: Path) -> Iterator[Entries]:
-    """Entries of a file that `_scatter` wrote."""
+    """Yield the entries of a file that `_scatter` wrote."""
     with open(path, "rb") as file:
         while len(flat := np.fromfile(file, KEY, 2 * SORT_KEYS)):
             entries = flat.reshape(-1, 2)
@@ -244,8 +243,8 @@ def _read_part(path: Path) -> Iterator[Entries]:
 def _mark_later(blocks: Iterable[Entries], later: np.ndarray) -> None:
     """Set `later` (documents,) for all but the first document of each key.
 
-    Blocks come in reading order. Distinct keys of earlier blocks are held; a part is made so that
-    there are about `SORT_KEYS`, however often one of them is repeated.
+    Blocks must be in reading order. The distinct keys of earlier blocks are held in memory; parts
+    are sized so that there are about `SORT_KEYS` of them, however often a key repeats.
     """
     seen = np.empty(0, KEY)
     for keys, documents in blocks:

@@ -1,13 +1,13 @@
-"""Quality rules: which documents are worth learning from, by the published rules of Gopher.
+"""Quality filters based on the published rules of Gopher.
 
-The thresholds are those of Rae et al. 2021 (arXiv 2112.11446, appendix A.1 and table A1). The paper
-leaves some terms open; here
+Thresholds follow Rae et al. 2021 (arXiv 2112.11446, appendix A.1 and table A1). The paper leaves
+some terms undefined; here
 
-- a word is what white space separates, so the rules mean nothing for scripts without spaces;
-- blank lines and paragraphs do not count, and of equal ones all but the first are duplicates;
-- an n-gram is a run of n words. Of equal n-grams all but the first are duplicates, characters
-  below several of them count once, and one that occurs only once is no repetition;
-- characters in n-grams are a share of the characters of all words, white space left out.
+- words are separated by white space, so the rules do not apply to scripts without spaces;
+- blank lines and paragraphs are ignored; all but the first of equal ones are duplicates;
+- an n-gram is a sequence of n words. All but the first of equal n-grams are duplicates, characters
+  covered by several of them count once, and an n-gram that occurs once is not a repetition;
+- characters in n-grams are a share of the characters of all words, excluding white space.
 """
 
 import difflib
@@ -31,7 +31,7 @@ NOT_IN_A_WORD = ".,;:!?\"'()[]{}*_-–—“”‘’«»…"
 
 
 class _Document:
-    """One text as the rules look at it; each view is made when the first rule asks for it."""
+    """Lazily computed views of one text that the rules need."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -40,7 +40,7 @@ class _Document:
 
     @cached_property
     def word_ids(self) -> np.ndarray:
-        """(words,) int64: place of each word's first occurrence."""
+        """(words,) int64: position of each word's first occurrence."""
         numbered = map(self._first.setdefault, self.words, count())
         return np.fromiter(numbered, np.int64, len(self.words))
 
@@ -52,12 +52,12 @@ class _Document:
 
     @cached_property
     def word_counts(self) -> np.ndarray:
-        """(words,) int64: occurrences of the word with this id."""
+        """(words,) int64: number of occurrences of the word with each id."""
         return np.bincount(self.word_ids, minlength=len(self.words))
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """(words + 1,) int64: characters before each word and, last, of all words."""
+        """(words + 1,) int64: characters before each word; the last entry is the total."""
         offsets = np.zeros(len(self.words) + 1, np.int64)
         lengths = np.fromiter(map(len, self.words), np.int64, len(self.words))
         np.cumsum(lengths, out=offsets[1:])
@@ -76,17 +76,17 @@ class _Document:
         starts = np.flatnonzero(self.word_counts[self.word_ids] > 1)
         return [(starts, self.word_ids[starts])]
 
-    def repeated_grams(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """First words (n,), ascending, of the n-grams that occur more than once; ids (n,) of these.
+    def find_repeated_grams(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the start words (n,), ascending, and ids (n,) of n-grams that occur repeatedly.
 
-        Built up from shorter ones: an n-gram can only be repeated where both the n-gram without its
-        last word and the one without its first are, so that little is left to sort after 2-grams.
+        Built up from shorter n-grams: an n-gram can only repeat if it repeats without its last word
+        and without its first word, so little is left to sort beyond 2-grams.
         """
         while len(self._levels) < size:
-            self._levels.append(self._one_word_longer(*self._levels[-1], len(self._levels)))
+            self._levels.append(self._extend_grams(*self._levels[-1], len(self._levels)))
         return self._levels[size - 1]
 
-    def _one_word_longer(
+    def _extend_grams(
         self, starts: np.ndarray, ids: np.ndarray, size: int
     ) -> tuple[np.ndarray, np.ndarray]:
         if not len(starts):
@@ -100,8 +100,8 @@ class _Document:
         kept = counts[ids] > 1
         return starts[kept], ids[kept]
 
-    def covered_share(self, starts: np.ndarray, size: int) -> float:
-        """Share of the words' characters below n-grams that start at `starts` (n,), ascending."""
+    def compute_coverage(self, starts: np.ndarray, size: int) -> float:
+        """Return the share of characters in n-grams that start at `starts` (n,), ascending."""
         if not len(starts):
             return 0.0
         ends = np.minimum(starts + size, np.append(starts[1:], len(self.words)))
@@ -145,7 +145,7 @@ def _alphabetic_words(document: _Document) -> float:
 
 def _stop_words(document: _Document) -> float:
     found = sum(word in document.vocabulary for word in STOP_WORDS)
-    if found >= 2:  # nearly always, and then nothing has to be stripped
+    if found >= 2:  # nearly always, so that stripping is rarely needed
         return found
     bare = {word.strip(NOT_IN_A_WORD).lower() for word in document.vocabulary}
     return sum(word in bare for word in STOP_WORDS)
@@ -161,28 +161,28 @@ def _duplicate_character_share(parts: list[str]) -> float:
 
 
 def _top_gram(document: _Document, size: int) -> float:
-    """Of several n-grams that are equally frequent, the one of the most characters counts."""
-    starts, ids = document.repeated_grams(size)
+    """Measure the most frequent n-gram; the longest wins ties."""
+    starts, ids = document.find_repeated_grams(size)
     if not len(starts):
         return 0.0
     counts = np.bincount(ids)[ids]
     lengths = document.offsets[starts + size] - document.offsets[starts]
     top = ids[np.where(counts == counts.max(), lengths, 0).argmax()]
-    return document.covered_share(starts[ids == top], size)
+    return document.compute_coverage(starts[ids == top], size)
 
 
 def _duplicate_grams(document: _Document, size: int) -> float:
-    starts, ids = document.repeated_grams(size)
+    starts, ids = document.find_repeated_grams(size)
     if not len(starts):
         return 0.0
     first = np.empty(ids.max() + 1, np.int64)
-    first[ids[::-1]] = starts[::-1]  # of several assignments the last one stays
-    return document.covered_share(starts[starts > first[ids]], size)
+    first[ids[::-1]] = starts[::-1]  # the last of several assignments wins
+    return document.compute_coverage(starts[starts > first[ids]], size)
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """A text passes where low <= measure <= high."""
+    """A text passes if low <= measure <= high."""
 
     meaning: str
     measure: Callable[[_Document], float]
@@ -199,33 +199,35 @@ class _Rule:
 
 _QUALITY = {
     "word_count": _Rule("words", _word_count, 50, 100_000),
-    "mean_word_length": _Rule("mean characters of a word (English)", _mean_word_length, 3, 10),
-    "symbol_ratio": _Rule("# signs, or ellipses, per word", _symbol_ratio, high=0.1),
+    "mean_word_length": _Rule("mean word length in characters (English)", _mean_word_length, 3, 10),
+    "symbol_ratio": _Rule("number of # signs or ellipses per word", _symbol_ratio, high=0.1),
     "bullet_lines": _Rule("share of lines that start with a bullet", _bullet_lines, high=0.9),
     "ellipsis_lines": _Rule("share of lines that end with an ellipsis", _ellipsis_lines, high=0.3),
     "alphabetic_words": _Rule("share of words with a letter", _alphabetic_words, low=0.8),
-    "stop_words": _Rule(f"different words of {' '.join(STOP_WORDS)} (English)", _stop_words, low=2),
+    "stop_words": _Rule(
+        f"distinct words among {' '.join(STOP_WORDS)} (English)", _stop_words, low=2
+    ),
 }
 _REPETITION = {
     "duplicate_lines": _Rule(
-        "share of lines that came before", lambda d: _duplicate_share(d.lines), high=0.3
+        "share of duplicate lines", lambda d: _duplicate_share(d.lines), high=0.3
     ),
     "duplicate_paragraphs": _Rule(
-        "share of paragraphs that came before", lambda d: _duplicate_share(d.paragraphs), high=0.3
+        "share of duplicate paragraphs", lambda d: _duplicate_share(d.paragraphs), high=0.3
     ),
     "duplicate_line_characters": _Rule(
-        "share of characters in lines that came before",
+        "share of characters in duplicate lines",
         lambda d: _duplicate_character_share(d.lines),
         high=0.2,
     ),
     "duplicate_paragraph_characters": _Rule(
-        "share of characters in paragraphs that came before",
+        "share of characters in duplicate paragraphs",
         lambda d: _duplicate_character_share(d.paragraphs),
         high=0.2,
     ),
     **{
         f"top_{size}_gram": _Rule(
-            f"share of characters in the most frequent {size}-gram of words",
+            f"share of characters in the most frequent word {size}-gram",
             partial(_top_gram, size=size),
             high=high,
         )
@@ -233,7 +235,7 @@ _REPETITION = {
     },
     **{
         f"duplicate_{size}_grams": _Rule(
-            f"share of characters in {size}-grams of words that came before",
+            f"share of characters in duplicate word {size}-grams",
             partial(_duplicate_grams, size=size),
             high=high,
         )
@@ -243,58 +245,63 @@ _REPETITION = {
 _RULES = {**_QUALITY, **_REPETITION}
 
 RULES: dict[str, str] = {name: rule.description for name, rule in _RULES.items()}
-"""What each rule measures and the bounds it sets, in the order in which rules are tried."""
+"""Description of each rule, with its bounds, in the order in which rules are applied."""
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "gopher": tuple(_RULES),
     "gopher_quality": tuple(_QUALITY),
     "gopher_repetition": tuple(_REPETITION),
 }
-LEAVE_OUT = "no_"
-"""In front of a name: leave that rule, or that preset's rules, out of the others."""
+EXCLUDE_PREFIX = "no_"
+"""Prefix of a rule or preset to exclude."""
 
 
-def _way_out(name: str) -> str:
+def _suggest(name: str) -> str:
     known = [*PRESETS, *RULES]
     if near := difflib.get_close_matches(name, known, n=1):
         return f"did you mean {near[0]}?"
-    return f"name any of {', '.join(known)}, or one after {LEAVE_OUT} to leave it out."
+    return f"choose from {', '.join(known)}, or prefix one with {EXCLUDE_PREFIX} to exclude it."
 
 
 def select_rules(names: Sequence[str]) -> tuple[str, ...]:
-    """Rules that names of rules and presets ask for, less those after `no_`, in the fixed order."""
+    """Return the rules selected by names of rules and presets, in the order of `RULES`.
+
+    Names that start with `no_` exclude rules.
+    """
     wanted: set[str] = set()
-    left_out: set[str] = set()
+    excluded: set[str] = set()
     for name in names:
-        plain = name.removeprefix(LEAVE_OUT)
+        plain = name.removeprefix(EXCLUDE_PREFIX)
         rules = PRESETS.get(plain, (plain,))
         if not RULES.keys() >= set(rules):
-            raise UserError(f"there is no quality rule {name!r}; {_way_out(plain)}")
-        (wanted if name == plain else left_out).update(rules)
-    if idle := [rule for rule in RULES if rule in left_out and rule not in wanted]:
+            raise UserError(f"unknown quality rule {name!r}; {_suggest(plain)}")
+        (wanted if name == plain else excluded).update(rules)
+    if idle := [rule for rule in RULES if rule in excluded and rule not in wanted]:
         raise UserError(
-            f"{LEAVE_OUT}{idle[0]} leaves out a quality rule that no other name puts in; name a "
-            f"preset beside it, as in: gopher {LEAVE_OUT}{idle[0]}."
+            f"{EXCLUDE_PREFIX}{idle[0]} excludes a quality rule that is not enabled; combine it "
+            f"with a preset, as in: gopher {EXCLUDE_PREFIX}{idle[0]}."
         )
-    if names and not wanted - left_out:
-        raise UserError(f"quality rules {' '.join(names)} leave no rule; name none at all instead.")
-    return tuple(rule for rule in RULES if rule in wanted - left_out)
+    if names and not wanted - excluded:
+        raise UserError(
+            f"quality rules {' '.join(names)} exclude every rule; omit the option instead."
+        )
+    return tuple(rule for rule in RULES if rule in wanted - excluded)
 
 
 class QualityFilter:
     """Finds the first rule that a text breaks, and counts texts per rule.
 
-    `names` are those of rules and presets; `no_<name>` leaves one out. No names: all texts pass.
+    `names` are rules and presets; `no_<name>` excludes one. Without names all texts pass.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.enabled = select_rules(names)
-        """Names of the rules in the order in which they are tried; empty: none is."""
+        """Names of the enabled rules, in the order in which they are applied."""
         self.counts = dict.fromkeys(self.enabled, 0)
-        """Texts by the first rule that they broke."""
+        """Number of rejected texts by the first rule they broke."""
 
-    def broken_rule(self, text: str) -> str | None:
-        """Name of the first rule that the text breaks, which is counted; None if it passes."""
+    def find_broken_rule(self, text: str) -> str | None:
+        """Return and count the first rule that the text breaks; None if it passes."""
         if not self.enabled:
             return None
         document = _Document(text)
@@ -306,15 +313,15 @@ class QualityFilter:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts so far, for JSON."""
+        """Return the counts so far, as JSON values."""
         return {"counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting from a state; `UserError` if it was made under other rules."""
+        """Resume counting from a state; raise UserError if it was saved with other rules."""
         if state["counts"].keys() != self.counts.keys():
             raise UserError(
-                f"the saved state counts the quality rules {', '.join(state['counts']) or 'none'}, "
-                f"but {', '.join(self.enabled) or 'none'} are asked for; use the former, or begin "
-                "again."
+                f"the saved state has quality rules {', '.join(state['counts']) or 'none'}, but "
+                f"{', '.join(self.enabled) or 'none'} were requested; use the saved ones or start "
+                "over."
             )
         self.counts = {name: int(state["counts"][name]) for name in self.enabled}

@@ -1,7 +1,7 @@
-"""Opening an input file as a stream of bytes, whatever it is compressed with.
+"""Open an input file as a stream of decompressed bytes.
 
-Every way in which a file can be unreadable, cut off or damaged ends in a `UserError` that names the
-file and the place: a decompressor that stops early without a word would lose documents.
+Unreadable, truncated and damaged files always raise a `UserError` with the file and the position:
+a decompressor that stops early without an error would silently lose documents.
 """
 
 import io
@@ -15,12 +15,12 @@ from typing import IO, Any, cast
 from dataset.input.text_sources import Source
 from utils.core.errors import UserError
 
-# A decompressor hands out lines byte by byte; a buffer of this size in front of it does not.
+# Reading lines directly from a decompressor is slow, so it is wrapped in a buffer of this size.
 _BUFFER = 1 << 20
 
 
 def _open_zstd(raw: IO[bytes]) -> IO[bytes]:
-    # Not the `zstandard` package: it reads a truncated file to a clean end.
+    # Not the `zstandard` package, which reads truncated files without an error.
     try:
         from compression import zstd  # Python 3.14
     except ImportError:
@@ -28,9 +28,9 @@ def _open_zstd(raw: IO[bytes]) -> IO[bytes]:
             from backports import zstd
         except ImportError:
             raise UserError(
-                "reading .zst needs the package backports.zstd: pip install backports.zstd"
+                "reading .zst requires backports.zstd: pip install backports.zstd"
             ) from None
-    # The widest window that the format has, for files written with `zstd --long=31`.
+    # The largest window of the format, for files written with `zstd --long=31`.
     return zstd.open(raw, "rb", options={zstd.DecompressionParameter.window_log_max: 31})
 
 
@@ -41,8 +41,11 @@ def _open_gzip(raw: IO[bytes]) -> IO[bytes]:
 
 
 class _XzReader(io.RawIOBase):
-    """All streams of an .xz file. `lzma.LZMAFile` takes whatever follows the first and is no stream
-    for the end, and so would read a file whose second stream is damaged without a word."""
+    """Reads all streams of an .xz file.
+
+    `lzma.LZMAFile` takes invalid data after the first stream for the end of the file, so it would
+    silently ignore a damaged second stream.
+    """
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
@@ -63,7 +66,7 @@ class _XzReader(io.RawIOBase):
             else:
                 rest = self._raw.read(_BUFFER) if self._stream.needs_input else b""
                 if not rest and self._stream.needs_input:
-                    raise EOFError("the file ends before its last stream does")
+                    raise EOFError("the file ends in the middle of a stream")
             data = self._stream.decompress(rest, len(buffer))
             if data:
                 buffer[: len(data)] = data
@@ -84,37 +87,41 @@ _OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def check_not_a_pointer(source: Source, start: bytes) -> None:
-    """Refuse what a clone without Git LFS has in place of a file, given the file's first bytes."""
+def check_not_lfs_pointer(source: Source, start: bytes) -> None:
+    """Raise UserError if a file's first bytes show that it is a Git LFS pointer."""
     if start.startswith(_POINTER):
         raise UserError(
-            f"{source} is a pointer of Git LFS, not the file itself; fetch it with git lfs pull."
+            f"{source} is a Git LFS pointer, not the file itself; fetch it with git lfs pull."
         )
 
 
 @contextmanager
 def open_source(source: Source) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
-    """The decompressed bytes of a source, and a function that tells how many bytes of the file on
-    disk have been read so far. Faults inside the block become `UserError`s."""
+    """Open a source for reading; errors inside the block become `UserError`s.
+
+    Yields:
+        The decompressed stream, and a function that returns how many bytes of the file on disk
+        have been read so far.
+    """
     if source.is_stdin:
         if sys.stdin is None:  # python <&-
-            raise UserError("standard input is closed; name a file, or pipe one into the command.")
+            raise UserError("standard input is closed; pass a file or pipe one into the command.")
         yield sys.stdin.buffer, lambda: 0
         return
     position = 0
     try:
         with io.BufferedReader(io.FileIO(source.path), _BUFFER) as raw:
-            tell = raw.tell if raw.seekable() else lambda: 0  # a pipe such as <(cat FILE)
-            check_not_a_pointer(source, cast(io.BufferedReader, raw).peek(len(_POINTER)))
+            get_position = raw.tell if raw.seekable() else lambda: 0  # a pipe such as <(cat FILE)
+            check_not_lfs_pointer(source, cast(io.BufferedReader, raw).peek(len(_POINTER)))
             if source.compression is None:
-                yield raw, tell
+                yield raw, get_position
                 return
             with _OPENERS[source.compression](raw) as stream:
                 buffered = io.BufferedReader(cast(io.RawIOBase, stream), _BUFFER)
                 try:
-                    yield cast(IO[bytes], buffered), tell
+                    yield cast(IO[bytes], buffered), get_position
                 finally:
-                    position = tell()
+                    position = get_position()
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise _reading_fault(source, error, position) from error
     except Exception as error:
@@ -124,11 +131,11 @@ def open_source(source: Source) -> Iterator[tuple[IO[bytes], Callable[[], int]]]
 
 
 def _reading_fault(source: Source, error: Exception, position: int) -> UserError:
-    """One sentence for a file that ends early, is damaged, or cannot be opened."""
+    """Return the error for a file that is truncated, damaged, or cannot be opened."""
     if isinstance(error, OSError) and error.errno is not None:
         return UserError(f"cannot read {source}: {error.strerror}.")
     what = (
-        "is cut off" if isinstance(error, EOFError) else f"is not valid {source.compression} data"
+        "is truncated" if isinstance(error, EOFError) else f"is not valid {source.compression} data"
     )
     return UserError(
         f"{source} {what} at or before byte {position:,} of {source.size:,} ({error}); "

@@ -1,8 +1,8 @@
-"""Reading lines and documents out of files, one at a time, and counting what could not be used.
+"""Read lines and documents from files, one at a time, and count unusable ones.
 
-Nothing is held but the current document. A reader can go on in the middle of a file: every document
-comes with the number of records (lines, paragraphs, Parquet rows) that have been read with it.
-Whatever reads a user's lines, prompts and tasks included, does so by `read_lines`.
+Only the current document is held in memory. Reading can resume in the middle of a file, because
+every document comes with the number of records (lines, paragraphs, Parquet rows) read so far.
+All code that reads lines from users, including prompts and tasks, uses `read_lines`.
 """
 
 import json
@@ -24,26 +24,26 @@ MAGIC = {
     b"PAR1": "parquet",
 }
 MAX_LINE_BYTES = 1 << 30
-"""A longer line is taken for a file that has no lines at all."""
+"""A longer line means that the file is not line-based at all."""
 
-NAMED_SOURCES = 3
+MAX_LISTED_SOURCES = 3
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How documents are cut out of a file."""
+    """How a file is divided into documents."""
 
     documents: str = "line"
     """line | paragraph | file, for plain text"""
     text_key: str = "text"
     max_bad_lines: int = 0
-    """Lines that may be skipped over all files before reading stops."""
+    """Number of bad lines to skip, over all files, before failing."""
 
 
 class DocumentReader:
-    """Reads documents of sources in order and counts what it skipped.
+    """Reads the documents of sources in order and counts what it skips.
 
-    `progress` is called with the number of bytes on disk that were newly read.
+    `progress` is called with the number of bytes on disk read since the last call.
     """
 
     def __init__(self, options: ReadOptions, progress: Callable[[int], Any] | None = None) -> None:
@@ -51,22 +51,24 @@ class DocumentReader:
         self.bad_lines = 0
         self.blank_documents = 0
         self.found = False
-        """Whether any source so far held something."""
+        """Whether any source so far contained a document."""
         self.blank_sources = 0
         self.first_blank_sources: list[str] = []
-        """Names of the first few."""
+        """Names of the first few blank sources."""
         self._progress = progress or (lambda count: None)
 
     def texts(self, source: Source) -> Iterator[str]:
-        """Documents of one source; blank ones are skipped."""
+        """Yield the documents of one source, skipping blank ones."""
         for _, text in self.documents(source):
             yield text
 
     def documents(self, source: Source, skip: int = 0) -> Iterator[tuple[int, str]]:
-        """Documents of one source after its first `skip` records, each with the number of records
-        read so far."""
+        """Yield the documents of one source after its first `skip` records.
+
+        Each comes with the number of records read so far.
+        """
         found, bad_lines = skip > 0, self.bad_lines
-        for number, text in self._pieces(source, skip):
+        for number, text in self._read(source, skip):
             if not text or text.isspace():
                 self.blank_documents += 1
                 continue
@@ -75,74 +77,73 @@ class DocumentReader:
         self.end_source(source, found, self.bad_lines - bad_lines)
 
     def end_source(self, source: Source, found: bool, bad_lines: int) -> None:
-        """Count a source as blank if nothing was found in it; only bad lines are an error."""
+        """Count a source as blank if nothing was found; fail if it had only bad lines."""
         self.found |= found
         if found:
             return
         if bad_lines:
             raise UserError(
-                f"{source} holds no document: its {bad_lines:,} lines are bad ones; leave it out "
-                "of the inputs."
+                f"{source} contains no documents: all {bad_lines:,} lines are bad; remove it from "
+                "the inputs."
             )
         self.blank_sources += 1
-        if self.blank_sources <= NAMED_SOURCES:
+        if self.blank_sources <= MAX_LISTED_SOURCES:
             self.first_blank_sources.append(str(source))
 
     def check_sources(self) -> None:
-        """Note which of the sources were blank, after the last one; all of them is an error."""
+        """Warn about blank sources after the last one; fail if all are blank."""
         if not self.blank_sources:
             return
         more = ", …" if self.blank_sources > len(self.first_blank_sources) else ""
         shown = ", ".join(self.first_blank_sources) + more
         if not self.found:
-            verb = "hold" if self.blank_sources > 1 else "holds"
-            raise UserError(f"{shown} {verb} no document: empty or blank; name other inputs.")
+            verb = "contain" if self.blank_sources > 1 else "contains"
+            raise UserError(f"{shown} {verb} no documents: empty or blank; pass other inputs.")
         warnings.warn(
-            f"{self.blank_sources:,} input file(s) are skipped, because they are empty or blank "
-            f"({shown})",
+            f"skipped {self.blank_sources:,} empty or blank input file(s) ({shown})",
             stacklevel=1,
         )
 
     def records(self, source: Source, skip: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Line numbers and JSON objects of one source, whatever their keys."""
-        for number, line in self._lines(source, skip):
+        """Yield the line numbers and JSON objects of one source, whatever their keys."""
+        for number, line in self._read_lines(source, skip):
             if not line or line.isspace():
                 continue
             try:
-                record = json_object(line, number)
+                record = parse_json_object(line, number)
             except ValueError as error:
                 self.skip_bad_line(source, number, str(error))
                 continue
             yield number, record
 
     def skip_bad_line(self, source: Source, number: int, fault: str) -> None:
-        """Count a line that cannot be used; one too many is an error."""
+        """Count an unusable line; fail if there are more than `max_bad_lines`."""
         self.bad_lines += 1
         if self.bad_lines > self.options.max_bad_lines:
             hint = (
-                "mend it, or pass --max-bad-lines to skip such lines"
+                "fix it, or pass --max-bad-lines to skip such lines"
                 if self.options.max_bad_lines == 0
-                else f"that is one more than --max-bad-lines {self.options.max_bad_lines}"
+                else f"this exceeds --max-bad-lines {self.options.max_bad_lines}"
             )
             what = "row" if source.format == "parquet" else "line"
             raise UserError(f"{source}, {what} {number:,}: {fault}; {hint}.")
 
-    def _pieces(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
+    def _read(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
         if source.format == "jsonl":
-            return self._checked(source, self.records(source, skip))
+            return self._extract_texts(source, self.records(source, skip))
         if source.format == "parquet":
-            from dataset.input.parquet import parquet_records
+            from dataset.input.parquet import read_parquet_records
 
-            records = parquet_records(source, self.options.text_key, skip, self._progress)
-            return self._checked(source, records)
+            records = read_parquet_records(source, self.options.text_key, skip, self._progress)
+            return self._extract_texts(source, records)
         if self.options.documents == "line":
-            return self._text_lines(source, skip)
-        return self._joined_lines(source, skip)
+            return self._read_text_lines(source, skip)
+        return self._read_multiline(source, skip)
 
-    def _checked(
+    def _extract_texts(
         self, source: Source, records: Iterator[tuple[int, dict[str, Any]]]
     ) -> Iterator[tuple[int, str]]:
-        """The text of each record; one without text is a bad line."""
+        """Yield the text of each record; a record without text counts as a bad line."""
         key = self.options.text_key
         for number, record in records:
             text = record.get(key)
@@ -150,28 +151,28 @@ class DocumentReader:
                 yield number, text
                 continue
             if key in record:
-                fault = f"key {key!r} holds {_json_type(text)}, not text"
+                fault = f"key {key!r} is {_describe_type(text)}, not a string"
             else:
-                there = ", ".join(sorted(record)[:10]) or "none"
-                fault = f"no key {key!r} (keys there: {there}; see --text-key)"
+                present = ", ".join(sorted(record)[:10]) or "none"
+                fault = f"no key {key!r} (keys: {present}; see --text-key)"
             self.skip_bad_line(source, number, fault)
 
-    def _text_lines(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
-        for number, line in self._lines(source, skip):
+    def _read_text_lines(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
+        for number, line in self._read_lines(source, skip):
             try:
-                text = text_of(line, number)
+                text = decode_line(line, number)
             except ValueError as error:
                 self.skip_bad_line(source, number, str(error))
                 continue
             yield number, text
 
-    def _joined_lines(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
-        """Paragraphs, or the whole file; numbered, because a document has many lines."""
+    def _read_multiline(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
+        """Yield numbered paragraphs, or the whole file as number 1."""
         by_paragraph = self.options.documents == "paragraph"
         number, held = 0, []
-        for line_number, line in self._lines(source, 0):
+        for line_number, line in self._read_lines(source, 0):
             try:
-                text = _decoded(line, line_number)
+                text = _decode(line, line_number)
             except ValueError as error:
                 raise UserError(f"{source}, line {line_number:,}: {error}.") from None
             if not by_paragraph or not (text.isspace() or not text):
@@ -179,32 +180,32 @@ class DocumentReader:
             elif held:
                 number += 1
                 if number > skip:
-                    yield number, _without_end("".join(held)).replace("\r\n", "\n")
+                    yield number, _strip_line_end("".join(held)).replace("\r\n", "\n")
                 held = []
         if held and number >= skip:
             text = "".join(held)
-            yield number + 1, _without_end(text).replace("\r\n", "\n") if by_paragraph else text
+            yield number + 1, _strip_line_end(text).replace("\r\n", "\n") if by_paragraph else text
 
-    def _lines(self, source: Source, skip: int) -> Iterator[tuple[int, bytes]]:
-        """Return the numbered lines with their ends after the first `skip`."""
+    def _read_lines(self, source: Source, skip: int) -> Iterator[tuple[int, bytes]]:
+        """Return the numbered lines after the first `skip`, including line ends."""
         return (item for item in read_lines(source, self._progress) if item[0] > skip)
 
 
 def read_lines(
     source: Source, progress: Callable[[int], Any] | None = None
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a source with their ends, numbered from 1.
+    """Yield the lines of a source, numbered from 1 and including line ends.
 
-    A line ends with a line feed, perhaps after a carriage return, and with nothing else; a byte
-    order mark at the start is dropped. `progress` is called with the number of bytes newly read.
+    Only a line feed, optionally preceded by a carriage return, ends a line. A byte order mark at
+    the start is dropped. `progress` is called with the number of bytes read since the last call.
     """
     with open_source(source) as (stream, position):
         reported = 0
         for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES), b""), 1):
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 raise UserError(
-                    f"{source}, line {number:,}: longer than {MAX_LINE_BYTES:,} bytes; this is "
-                    "no file of lines, convert it."
+                    f"{source}, line {number:,}: longer than {MAX_LINE_BYTES:,} bytes; the file is "
+                    "not line-based, convert it."
                 )
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -216,118 +217,116 @@ def read_lines(
 
 
 def _check_first_line(source: Source, line: bytes) -> None:
-    """Refuse what is no text though it may be valid UTF-8, and point out a file without lines."""
-    kind, advice = "", "extract its files and name those"
+    """Fail on formats that are not text, and warn if the file has no line feeds."""
+    kind, advice = "", "extract its files and pass those"
     if line[257:262] == b"ustar":
         kind = "a tar archive"
     elif line.startswith(b"PK\x03\x04"):
         kind = "a zip archive"
     elif line.startswith(b"BZh") and line[4:10] == b"1AY&SY":
         kind, advice = "bzip2 data", "decompress it with bunzip2"
-    elif _is_wide(line[:1024]):
+    elif _looks_like_utf16(line[:1024]):
         kind, advice = "UTF-16", "convert the file to UTF-8"
     if kind:
         raise UserError(f"{source} looks like {kind}; {advice}.")
     if not line.endswith(b"\n") and (returns := line.rstrip().count(b"\r")):
         warnings.warn(
-            f"{source} is one line: it has {returns:,} carriage returns, but no line feed; to have "
-            "lines, convert it (tr '\\r' '\\n' < FILE)",
+            f"{source} is a single line: it has {returns:,} carriage returns but no line feed; "
+            "convert it to get lines (tr '\\r' '\\n' < FILE)",
             stacklevel=1,
         )
 
 
-def _is_wide(start: bytes) -> bool:
-    """Return whether every other byte of a text is NUL, as in UTF-16 without a byte order mark."""
+def _looks_like_utf16(start: bytes) -> bool:
+    """Return whether every other byte is NUL, as in UTF-16 without a byte order mark."""
     nuls = [start[place::2].count(0) for place in (0, 1)]
     return min(nuls) == 0 and max(nuls) > 1 and 2 * max(nuls) > len(start) // 2
 
 
-def text_of(line: bytes, number: int) -> str:
-    """Return a line without its end as text; `ValueError` says in a clause what is wrong."""
-    return _without_end(_decoded(line, number))
+def decode_line(line: bytes, number: int) -> str:
+    """Decode a line without its line end; raise ValueError with a clause on what is wrong."""
+    return _strip_line_end(_decode(line, number))
 
 
-def _decoded(line: bytes, number: int) -> str:
+def _decode(line: bytes, number: int) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(_encoding_fault(line, number, error)) from None
+        raise ValueError(_describe_encoding_error(line, number, error)) from None
 
 
-def _without_end(line: str) -> str:
+def _strip_line_end(line: str) -> str:
     return line.removesuffix("\r\n") if line.endswith("\r\n") else line.removesuffix("\n")
 
 
-def _encoding_fault(line: bytes, number: int, error: UnicodeDecodeError) -> str:
+def _describe_encoding_error(line: bytes, number: int, error: UnicodeDecodeError) -> str:
     actual = next((kind for magic, kind in MAGIC.items() if line.startswith(magic)), "")
     hint = "convert the file to UTF-8"
     if number == 1 and actual:
-        hint = f"it looks like {actual} data, so give the file that ending"
+        hint = f"it looks like {actual} data, so give the file the matching extension"
     elif number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
         hint = "it looks like UTF-16; convert the file to UTF-8"
     return (
-        f"byte 0x{line[error.start]:02x} at place {error.start + 1:,} of the line is not valid "
+        f"byte 0x{line[error.start]:02x} at position {error.start + 1:,} of the line is not valid "
         f"UTF-8; {hint}"
     )
 
 
-def json_object(line: bytes, number: int) -> dict[str, Any]:
-    """Parse one line; `ValueError` says in a clause what is wrong."""
+def parse_json_object(line: bytes, number: int) -> dict[str, Any]:
+    """Parse one line as a JSON object; raise ValueError with a clause on what is wrong."""
     try:
         value = orjson.loads(line)
     except ValueError:
-        # The standard library says better what is wrong, and takes what only looks wrong (NaN).
+        # The standard library has better error messages, and accepts NaN.
         try:
-            value = _marked(json.loads(_decoded(line, number)))
+            value = _mark_surrogates(json.loads(_decode(line, number)))
         except json.JSONDecodeError as error:
-            fault = f"not valid JSON ({error}); one object per line is expected"
-            raise ValueError(_one_value_fault(line, number) or fault) from None
+            fault = f"not valid JSON ({error}); expected one object per line"
+            raise ValueError(_detect_multiline_json(line, number) or fault) from None
         except RecursionError:
-            raise ValueError("JSON nested too deeply") from None
+            raise ValueError("the JSON is nested too deeply") from None
     if not isinstance(value, dict):
-        fault = f"holds {_json_type(value)}; one JSON object per line is expected"
-        raise ValueError(_one_value_fault(line, number) or fault)
+        fault = f"contains {_describe_type(value)}; expected one JSON object per line"
+        raise ValueError(_detect_multiline_json(line, number) or fault)
     return value
 
 
-def _one_value_fault(line: bytes, number: int) -> str | None:
-    """Return advice for a file that seems to be one JSON value instead of a line for each."""
+def _detect_multiline_json(line: bytes, number: int) -> str | None:
+    """Return advice if the file seems to be a single JSON value instead of JSON lines."""
     start = line.strip() if number == 1 else b""
     if start.startswith(b"["):
-        return (
-            "the file is one JSON array; write its items as lines (jq -c '.[]' FILE > FILE.jsonl)"
-        )
+        return "the file is one JSON array; write one item per line (jq -c '.[]' FILE > FILE.jsonl)"
     if start == b"{":
-        return "a JSON object takes several lines; write each as one (jq -c . FILE > FILE.jsonl)"
+        return "JSON objects span several lines; write one per line (jq -c . FILE > FILE.jsonl)"
     return None
 
 
-class _Broken:
-    """Stands for a text that UTF-8 has no bytes for: JSON can spell halves of surrogate pairs."""
+class _LoneSurrogate:
+    """Placeholder for a string with half a surrogate pair, which UTF-8 cannot encode."""
 
     def __repr__(self) -> str:
-        return _json_type(self)
+        return _describe_type(self)
 
 
-def _marked(value: Any) -> Any:
-    """Return the same with a `_Broken` for each such text."""
+def _mark_surrogates(value: Any) -> Any:
+    """Replace each string that UTF-8 cannot encode by a `_LoneSurrogate`."""
     if isinstance(value, str):
-        return _Broken() if any("\ud800" <= char <= "\udfff" for char in value) else value
+        return _LoneSurrogate() if any("\ud800" <= char <= "\udfff" for char in value) else value
     if isinstance(value, list):
-        return [_marked(item) for item in value]
+        return [_mark_surrogates(item) for item in value]
     if isinstance(value, dict):
-        return {key: _marked(item) for key, item in value.items()}
+        return {key: _mark_surrogates(item) for key, item in value.items()}
     return value
 
 
-def _json_type(value: Any) -> str:
-    if isinstance(value, _Broken):
+def _describe_type(value: Any) -> str:
+    if isinstance(value, _LoneSurrogate):
         return "half a surrogate pair"
     names = {
         bytes: "bytes that are not UTF-8",
         dict: "an object",
         list: "a list",
-        str: "text",
-        bool: "a truth value",
+        str: "a string",
+        bool: "a boolean",
     }
     return "null" if value is None else names.get(type(value), "a number")

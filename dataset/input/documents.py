@@ -1,7 +1,7 @@
-"""The documents of a build: read, filtered, freed of copies and sent to their splits, in batches.
+"""Read, filter, deduplicate and split the documents of a build, in batches.
 
-Everything here happens in reading order in one thread, so that what is left out depends neither on
-batches nor on workers; the state after a batch is enough to go on behind it.
+Everything here runs in reading order in one thread, so that what is skipped depends neither on
+batches nor on workers; the state after a batch is enough to resume from there.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,15 +14,14 @@ from dataset.input.document_reader import DocumentReader
 from dataset.input.inputs import Input
 
 BATCH_BYTES = 2_000_000
-"""Text tokenized at once: enough to keep all threads busy, little enough to keep memory flat."""
+"""Text per batch: enough to keep all threads busy, small enough to keep memory flat."""
 BATCH_DOCUMENTS = 1 << 14
-"""And documents: of a few bytes each, they would take hundreds of times their size."""
+"""Documents per batch: tiny documents have an overhead of hundreds of times their size."""
 
 
 @dataclass
 class Batch:
-    """Documents in reading order: their split, domain, bytes of UTF-8, and, until they are
-    tokenized, those bytes themselves."""
+    """Documents in reading order: split, domain, size in bytes and, until tokenized, UTF-8 text."""
 
     splits: list[str] = field(default_factory=list)
     domains: list[int] = field(default_factory=list)
@@ -43,20 +42,20 @@ class Batch:
 
 @dataclass
 class LengthFilter:
-    """Leaves out documents that are too short or too long to be worth learning; counts them."""
+    """Rejects, and counts, documents that are too short or too long."""
 
     min_chars: int
     max_chars: int | None
-    left_out: int = 0
+    rejected: int = 0
 
-    def keeps(self, text: str) -> bool:
-        kept = self.min_chars <= len(text) <= (self.max_chars or len(text))
-        self.left_out += not kept
-        return kept
+    def accepts(self, text: str) -> bool:
+        accepted = self.min_chars <= len(text) <= (self.max_chars or len(text))
+        self.rejected += not accepted
+        return accepted
 
 
 class DocumentFeed:
-    """Batches of the documents of all inputs that are to be in the corpus."""
+    """Iterates over batches of the documents of all inputs that belong in the corpus."""
 
     def __init__(
         self,
@@ -78,14 +77,14 @@ class DocumentFeed:
 
     def __iter__(self) -> Iterator[Batch]:
         batch = Batch()
-        # Bytes of the inputs that an earlier process read.
+        # Count the inputs that were read before the build was resumed.
         self._progress(sum(entry.source.size for entry in self._inputs[: self._input]))
         while self._input < len(self._inputs):
             entry = self._inputs[self._input]
             for records, text in self._reader.documents(entry.source, self._records):
                 self._records = records
                 self.documents_read += 1
-                if not self._lengths.keeps(text) or self._quality.broken_rule(text):
+                if not self._lengths.accepts(text) or self._quality.find_broken_rule(text):
                     continue
                 data = text.encode()
                 split = self._router.route(data, entry.held_out)
@@ -100,19 +99,19 @@ class DocumentFeed:
         if len(batch):
             yield batch
 
-    def left_out(self) -> dict[str, int]:
-        """Documents, and lines, that are not in the corpus, by reason."""
+    def count_skipped(self) -> dict[str, int]:
+        """Return the number of skipped documents and lines, by reason."""
         return {
             "duplicates": self._router.duplicates,
             "copies_of_held_out_documents": self._router.held_out_copies,
             "blank_documents": self._reader.blank_documents,
-            "documents_by_length": self._lengths.left_out,
+            "documents_by_length": self._lengths.rejected,
             "bad_lines": self._reader.bad_lines,
             **{f"quality_{name}": n for name, n in self._quality.counts.items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Where to go on behind the batch that was given out last, and the counts so far."""
+        """Return the position after the last batch yielded, and the counts so far."""
         return {
             "input": self._input,
             "records": self._records,
@@ -121,7 +120,7 @@ class DocumentFeed:
             "blank_documents": self._reader.blank_documents,
             "blank_sources": self._reader.blank_sources,
             "first_blank_sources": self._reader.first_blank_sources,
-            "by_length": self._lengths.left_out,
+            "by_length": self._lengths.rejected,
             "router": self._router.state_dict(),
             "quality": self._quality.state_dict(),
         }
@@ -134,6 +133,6 @@ class DocumentFeed:
         self._reader.blank_sources = state.get("blank_sources", 0)
         self._reader.first_blank_sources = state.get("first_blank_sources", [])
         self._reader.found = self.documents_read > 0
-        self._lengths.left_out = state["by_length"]
+        self._lengths.rejected = state["by_length"]
         self._router.load_state_dict(state["router"])
         self._quality.load_state_dict(state["quality"])

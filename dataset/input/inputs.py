@@ -1,4 +1,4 @@
-"""Which files a corpus is built from: their domains, which are held out, and in which order."""
+"""Plan the inputs of a corpus: their domains, which are held out, and their order."""
 
 import argparse
 import fnmatch
@@ -13,7 +13,7 @@ from utils.core.errors import UserError
 
 @dataclass(frozen=True)
 class Input:
-    """One source with what the command line says about it."""
+    """One source with its domain and split."""
 
     source: Source
     domain: int
@@ -21,25 +21,25 @@ class Input:
 
 
 def plan_inputs(args: argparse.Namespace) -> tuple[list[Input], list[str]]:
-    """Inputs in reading order (held-out files first) and the names of the domains."""
+    """Return the inputs in reading order (held-out files first) and the domain names."""
     groups = find_sources(args.input_files, args.format)
     sources = [source for group in groups for source in group]
-    held_out, extra_groups = _held_out(args, sources)
-    labels = _labels(args.domain_labels, groups, extra_groups)
+    held_out, extra_groups = _find_held_out(args, sources)
+    labels = _assign_labels(args.domain_labels, groups, extra_groups)
     if BLANK_IDENTIFIER in labels.values():
         raise UserError(
-            f"a domain cannot be named {BLANK_IDENTIFIER}, which stands for none; give another "
-            "name with --domain-labels."
+            f"a domain cannot be named {BLANK_IDENTIFIER}, which is reserved for no domain; "
+            "choose another name with --domain-labels."
         )
     domains = {label: index for index, label in enumerate(dict.fromkeys(labels.values()))}
     inputs = [Input(source, domains[label], source in held_out) for source, label in labels.items()]
     return sorted(inputs, key=lambda entry: not entry.held_out), list(domains)
 
 
-def _held_out(
+def _find_held_out(
     args: argparse.Namespace, sources: list[Source]
 ) -> tuple[set[Source], list[list[Source]]]:
-    """Sources that are wholly test, and those among them that are not inputs, per argument."""
+    """Return the held-out sources and, per argument, those that are not among the inputs."""
     by_path = {source.path.resolve(): source for source in sources if not source.is_stdin}
     held_out: set[Source] = set()
     extra_groups = []
@@ -48,7 +48,7 @@ def _held_out(
         matches = [
             source
             for source in named or sources
-            if not Path(pattern).is_file()  # else that very file, and none of its name elsewhere
+            if not Path(pattern).is_file()  # else exactly that file, not others of the same name
             and (
                 source in named
                 or fnmatch.fnmatchcase(source.path.name, pattern)
@@ -67,17 +67,17 @@ def _held_out(
     return held_out, extra_groups
 
 
-def _labels(
+def _assign_labels(
     given: list[str] | None, groups: list[list[Source]], extra_groups: list[list[Source]]
 ) -> dict[Source, str]:
-    """Domain of each source: one label per argument or per file; else the file's stem."""
+    """Return the domain of each source: one label per argument or file, else the file's stem."""
     sources = [source for group in groups for source in group]
     extras = [source for group in extra_groups for source in group]
     labels = {source: source.label for source in sources + extras}
     if not given:
         return labels
     if "" in given:
-        raise UserError("--domain-labels names a domain ''; a name is needed.")
+        raise UserError("--domain-labels contains an empty name ''; names must not be empty.")
     if len(given) == len(groups) + len(extra_groups) and extras:
         groups = groups + extra_groups
     if len(given) == len(groups):
@@ -88,16 +88,16 @@ def _labels(
         labels.update(zip(sources, given, strict=True))
     else:
         raise UserError(
-            f"--domain-labels names {len(given)} ({', '.join(given[:5])}); give one for each of "
-            f"the {len(groups)} --input-files arguments or for each of their {len(sources)} files."
+            f"--domain-labels has {len(given)} labels ({', '.join(given[:5])}); pass one per "
+            f"--input-files argument ({len(groups)}) or one per file ({len(sources)})."
         )
-    if len(set(given)) == 1:  # a corpus of one domain: files held out beside it are of it too
+    if len(set(given)) == 1:  # a corpus of one domain: extra held-out files belong to it too
         labels.update((source, given[0]) for source in extras)
     return labels
 
 
 def describe_inputs(inputs: list[Input], domains: list[str]) -> list[dict[str, Any]]:
-    """What the report says of the inputs, in reading order."""
+    """Describe the inputs for the build report, in reading order."""
     return [
         {
             "file": str(entry.source),

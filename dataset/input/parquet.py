@@ -1,10 +1,10 @@
-"""Reading one text column of a Parquet file, a few rows at a time; needs the optional pyarrow."""
+"""Read one text column of a Parquet file, a few rows at a time; requires pyarrow."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
-from dataset.input.decompression import check_not_a_pointer
+from dataset.input.decompression import check_not_lfs_pointer
 from dataset.input.text_sources import Source
 from utils.core.errors import UserError
 from utils.core.functions import has_utf8_name
@@ -13,20 +13,20 @@ _ROWS = 256
 _BUFFER = 1 << 20
 
 
-def parquet_records(
+def read_parquet_records(
     source: Source, column: str, skip: int, progress: Callable[[int], Any]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Row numbers (from 1) and `{column: value}` of the rows after the first `skip`.
+    """Yield row numbers (from 1) and `{column: value}` for the rows after the first `skip`.
 
-    Text may be stored as bytes; a value that is not UTF-8 is given as bytes. `UserError` where the
-    file is damaged, cut off, or has no such column of text.
+    Text may be stored as bytes; values that are not UTF-8 are yielded as bytes. Raises UserError if
+    the file is damaged or truncated, or has no such text column.
     """
-    pq, arrow_error = _pyarrow()
+    pq, arrow_error = _import_pyarrow()
     try:
         with source.path.open("rb") as start:
-            check_not_a_pointer(source, start.read(100))
-        # Buffered: otherwise a whole row group is held, which may be gigabytes.
-        own = has_utf8_name(source.path)  # Arrow opens no other
+            check_not_lfs_pointer(source, start.read(100))
+        # Buffered: otherwise a whole row group, possibly gigabytes, is held in memory.
+        own = has_utf8_name(source.path)  # Arrow cannot open other names
         with (
             nullcontext(source.path) if own else source.path.open("rb") as place,
             pq.ParquetFile(
@@ -36,7 +36,7 @@ def parquet_records(
             _check_column(source, file.schema_arrow, column)
             total, first = file.metadata.num_rows, 0
             groups: list[int] = []
-            for group in range(file.num_row_groups):  # whole groups are skipped unread
+            for group in range(file.num_row_groups):  # skip whole groups without reading them
                 rows = file.metadata.row_group(group).num_rows
                 if not groups and first + rows <= skip:
                     first += rows
@@ -57,16 +57,16 @@ def parquet_records(
             raise UserError(f"cannot read {source}: {error.strerror}.") from error
         first_line = str(error).splitlines()[0]
         raise UserError(
-            f"{source} is damaged or cut off ({first_line}); copy or download it again."
+            f"{source} is damaged or truncated ({first_line}); copy or download it again."
         ) from error
 
 
-def _pyarrow() -> tuple[Any, type[Exception]]:
+def _import_pyarrow() -> tuple[Any, type[Exception]]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError("reading Parquet needs the package pyarrow: pip install pyarrow") from None
+        raise UserError("reading Parquet requires pyarrow: pip install pyarrow") from None
     return parquet, pyarrow.ArrowException
 
 
@@ -74,25 +74,25 @@ def _check_column(source: Source, schema: Any, column: str) -> None:
     import pyarrow
 
     if schema.names.count(column) > 1:
-        raise UserError(f"{source} has several columns {column!r}; write it with one of that name.")
+        raise UserError(f"{source} has several columns {column!r}; rewrite it with unique names.")
     if column not in schema.names:
-        there = ", ".join(schema.names[:10])
+        present = ", ".join(schema.names[:10])
         raise UserError(
-            f"{source} has no column {column!r} (columns: {there}); name one with --text-key."
+            f"{source} has no column {column!r} (columns: {present}); select one with --text-key."
         )
     kind = _stored_type(schema.field(column).type)
     names = (
         "string", "large_string", "string_view", "binary", "large_binary", "binary_view",
         "fixed_size_binary", "null",
     )  # fmt: skip
-    # Older versions of pyarrow know fewer of them.
+    # Older versions of pyarrow lack some of these.
     known = [getattr(pyarrow.types, f"is_{name}", None) for name in names]
     if not any(is_kind(kind) for is_kind in known if is_kind is not None):
-        raise UserError(f"column {column!r} of {source} holds {kind}, not text; see --text-key.")
+        raise UserError(f"column {column!r} of {source} has type {kind}, not text; see --text-key.")
 
 
 def _stored_type(kind: Any) -> Any:
-    """Return the type of the values themselves, without what encodes or renames them."""
+    """Return the type of the values themselves, without extension and dictionary types."""
     import pyarrow
 
     while True:
@@ -105,7 +105,7 @@ def _stored_type(kind: Any) -> Any:
 
 
 def _as_bytes(array: Any) -> Any:
-    """Cast an array of text, in whichever encoding, to one of bytes or nulls."""
+    """Cast an array of text, whatever its encoding, to an array of bytes or nulls."""
     import pyarrow
 
     while True:
@@ -118,7 +118,7 @@ def _as_bytes(array: Any) -> Any:
 
 
 def _as_text(value: bytes | None) -> str | bytes | None:
-    """Decode a value; bytes that are not UTF-8 stay what they are."""
+    """Decode a value; bytes that are not UTF-8 are returned unchanged."""
     try:
         return value if value is None else value.decode("utf-8")
     except UnicodeDecodeError:

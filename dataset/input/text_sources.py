@@ -1,7 +1,7 @@
-"""Finding the input files: which they are, in which format, compressed how.
+"""Find the input files and determine their format and compression.
 
-A file's name decides its format and compression; files may also be remote, and are then fetched
-into a local cache.
+Format and compression are inferred from the file extension. Remote files are fetched into a local
+cache.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Source:
     compression: str | None
     label: str
     url: str | None = None
-    """Where a remote file came from; `path` is then its copy here."""
+    """URL of a remote file; `path` is then its local copy."""
 
     @property
     def is_stdin(self) -> bool:
@@ -45,7 +45,7 @@ class Source:
 
     @property
     def is_pipe(self) -> bool:
-        """Return whether it can be read only once."""
+        """Whether the source can be read only once."""
         return self.is_stdin or self.path.is_fifo()
 
     @property
@@ -55,8 +55,11 @@ class Source:
 
     @property
     def version(self) -> str:
-        """What changes when the file does: its time of change in nanoseconds, or the name of the
-        copy of a remote file; empty for standard input."""
+        """A string that changes when the file does.
+
+        The modification time in nanoseconds, the version in the cache of a remote file, or "" for
+        standard input.
+        """
         if self.is_stdin:
             return ""
         return self.path.parent.name if self.url else str(self._stat().st_mtime_ns)
@@ -64,7 +67,7 @@ class Source:
     def _stat(self) -> os.stat_result:
         try:
             return self.path.stat()
-        except OSError as error:  # it was there when it was found
+        except OSError as error:  # removed since it was found
             raise UserError(f"cannot read {self}: {error.strerror}.") from error
 
     def __str__(self) -> str:
@@ -72,43 +75,45 @@ class Source:
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every builder of text shares."""
+    """Add the input options that all text builders share."""
     parser.add_argument(
         "--input-files",
         nargs="+",
         action="extend",
         required=True,
         metavar="FILE",
-        help="files, globs, folders, - for standard input, or remote ones such as "
-        "s3://bucket/*.jsonl.zst (.txt .md .text .jsonl .json, plain or below .gz .zst .xz, and "
-        ".parquet)",
+        help="files, globs, directories, - for standard input, or URLs such as "
+        "s3://bucket/*.jsonl.zst (.txt .md .text .jsonl .json, optionally compressed as .gz .zst "
+        ".xz, and .parquet)",
     )
     parser.add_argument(
-        "--format", choices=("text", "jsonl", "parquet"), help="where the name does not tell it"
+        "--format",
+        choices=("text", "jsonl", "parquet"),
+        help="format of files without a known extension",
     )
     parser.add_argument(
         "--text-key",
         default="text",
-        help="JSON key, or Parquet column, of the text (default: text)",
+        help="JSON key or Parquet column that contains the text (default: text)",
     )
     parser.add_argument(
         "--documents",
         choices=("line", "paragraph", "file"),
         default="line",
-        help="what one document of plain text is (default: line)",
+        help="what counts as a document in plain text (default: line)",
     )
     parser.add_argument(
         "--max-bad-lines",
         type=int,
         default=0,
         metavar="N",
-        help="lines (or Parquet rows) without usable text that are skipped before that is an error "
+        help="number of lines (or Parquet rows) without usable text to skip before failing "
         "(default: 0)",
     )
 
 
 def split_name(path: Path) -> tuple[str, str | None, str | None]:
-    """A file's stem without format endings, its format and its compression (None: not told)."""
+    """Split a file name into stem, format and compression (None if the extension is unknown)."""
     name = path.name
     compression = COMPRESSIONS.get(Path(name).suffix.lower())
     if compression:
@@ -120,20 +125,23 @@ def split_name(path: Path) -> tuple[str, str | None, str | None]:
 
 
 def find_sources(arguments: list[str], given_format: str | None = None) -> list[list[Source]]:
-    """Sources per command-line argument: a file, glob or folder, here or remote, or `-`; each list
-    is sorted."""
+    """Return a sorted list of sources for each command-line argument.
+
+    An argument is a local or remote file, glob or directory, or `-`.
+    """
     seen: dict[Path, str] = {}
     found = []
     for argument in arguments:
         if is_remote(argument):
-            sources = [_source(Path(url), given_format, url) for url in _remote_files(argument)]
+            urls = _list_remote_files(argument)
+            sources = [_make_source(Path(url), given_format, url) for url in urls]
         else:
-            sources = [_source(path, given_format) for path in _expand(argument)]
+            sources = [_make_source(path, given_format) for path in _expand(argument)]
         for source in sources:
             key = source.path if source.is_stdin else source.path.resolve()
             if key in seen:
                 raise UserError(
-                    f"{source} is named twice, by {seen[key]!r} and {argument!r}; name it once."
+                    f"{source} is given twice, by {seen[key]!r} and {argument!r}; give it once."
                 )
             seen[key] = argument
         found.append(sources)
@@ -141,57 +149,59 @@ def find_sources(arguments: list[str], given_format: str | None = None) -> list[
 
 
 def find_source(path: str, given_format: str, option: str) -> Source:
-    """Return the one file that a key=value option names."""
+    """Return the single file that a key=value option refers to."""
     sources = [source for found in find_sources([path], given_format) for source in found]
     if len(sources) != 1:
-        raise UserError(f"{option}={path} is {len(sources)} files; name one")
+        raise UserError(f"{option}={path} matches {len(sources)} files; pass a single file")
     return sources[0]
 
 
-def _remote_files(argument: str) -> list[str]:
-    """Remote files that a url, a pattern or a remote folder stands for."""
+def _list_remote_files(argument: str) -> list[str]:
+    """Return the URLs of the files that a URL, glob or remote directory refers to."""
     urls = expand(argument)
     if urls == [argument]:
         return urls
     if readable := [url for url in urls if split_name(Path(url))[1]]:
         return readable
-    raise UserError(f"{argument} holds no file that ends in {' '.join(FORMATS)}; name one file.")
+    raise UserError(
+        f"{argument} contains no files with extension {' '.join(FORMATS)}; pass a single file."
+    )
 
 
 def _expand(argument: str) -> list[Path]:
     if not argument.strip():
-        raise UserError("an input is named by an empty text; name a file, or . for this folder.")
+        raise UserError("an input path is empty (''); pass a file, or . for the current directory.")
     try:
         path = Path(argument).expanduser()
         if path == STDIN or path.is_file() or path.is_fifo():
             return [path]
         if path.is_dir():
-            return _each_once(_files_below(path, argument))
+            return _deduplicate(_list_files(path, argument))
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         _check_links(matches)
         matches = [match for match in matches if match.is_file()]
-    except RuntimeError:  # no such user, or no home folder
+    except RuntimeError:  # no such user, or no home directory
         raise UserError(
-            f"the input {argument!r}: ~ names no home folder here; write the path out."
+            f"the input {argument!r}: ~ does not resolve to a home directory; use a full path."
         ) from None
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot read the input {argument!r}: {reason}.") from error
     if not matches:
-        what = "matches no file" if glob.has_magic(argument) else "does not exist"
+        what = "matches no files" if glob.has_magic(argument) else "does not exist"
         raise UserError(f"the input {argument!r} {what}; check the path.")
-    return _each_once(matches)
+    return _deduplicate(matches)
 
 
-def _files_below(folder: Path, argument: str) -> list[Path]:
-    """Readable files of a folder and its subfolders, links to folders included, hidden ones not."""
+def _list_files(folder: Path, argument: str) -> list[Path]:
+    """Return all readable files below a directory, following links and skipping hidden files."""
 
     def fail(error: OSError) -> None:
         raise error
 
     found, others, entered = [], [], set()
     for place, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
-        if (real := os.path.realpath(place)) in entered:  # a link to a folder further up, say
+        if (real := os.path.realpath(place)) in entered:  # such as a link to a parent directory
             subfolders.clear()
             continue
         entered.add(real)
@@ -201,14 +211,14 @@ def _files_below(folder: Path, argument: str) -> list[Path]:
         others += [str(path) for path in paths if not split_name(path)[1]]
     if not found:
         raise UserError(
-            f"the folder {argument} holds no file that ends in {' '.join(FORMATS)} "
-            f"(or these and {' '.join(COMPRESSIONS)}); name its files with a glob."
+            f"the directory {argument} contains no files with extension {' '.join(FORMATS)} "
+            f"(optionally followed by {' '.join(COMPRESSIONS)}); select files with a glob."
         )
     if others:
         shown = ", ".join(sorted(others)[:3]) + (", …" if len(others) > 3 else "")
         warnings.warn(
-            f"{len(others)} file(s) in {argument} are not read, because their names tell no format "
-            f"({shown}); a glob names them",
+            f"skipped {len(others)} file(s) in {argument} with unknown extensions ({shown}); use a "
+            "glob to include them",
             stacklevel=1,
         )
     _check_links(found)
@@ -216,21 +226,21 @@ def _files_below(folder: Path, argument: str) -> list[Path]:
 
 
 def _check_links(paths: list[Path]) -> None:
-    """Refuse links to files that are not there: their text would be missing silently."""
+    """Fail on broken links: their text would be silently missing."""
     for path in paths:
         if path.is_symlink() and not path.exists():
             raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist.")
 
 
-def _each_once(paths: list[Path]) -> list[Path]:
-    """Return the paths without further links to the same files."""
+def _deduplicate(paths: list[Path]) -> list[Path]:
+    """Return the paths, without additional links to the same files."""
     once: dict[Path, Path] = {}
     for path in paths:
         once.setdefault(path.resolve(), path)
     return list(once.values())
 
 
-def _source(path: Path, given_format: str | None, url: str | None = None) -> Source:
+def _make_source(path: Path, given_format: str | None, url: str | None = None) -> Source:
     check_decoded([str(path)])
     if path == STDIN:
         label, kind, compression = "stdin", given_format, None
@@ -240,10 +250,14 @@ def _source(path: Path, given_format: str | None, url: str | None = None) -> Sou
     if kind is None:
         what = "of standard input" if path == STDIN else f"of {url or path} from its name"
         raise UserError(
-            f"cannot tell the format {what}; pass --format text, --format jsonl or "
+            f"cannot infer the format {what}; pass --format text, --format jsonl or "
             "--format parquet."
         )
     if kind == "parquet" and (compression or path == STDIN):
-        what = "from standard input" if path == STDIN else f"below {path.suffix}: {url or path}"
-        raise UserError(f"cannot read Parquet {what}; give the .parquet file itself.")
+        what = (
+            "from standard input"
+            if path == STDIN
+            else f"compressed as {path.suffix}: {url or path}"
+        )
+        raise UserError(f"cannot read Parquet {what}; pass the .parquet file itself.")
     return Source(fetch(url) if url else path, kind, compression, label, url)

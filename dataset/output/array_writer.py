@@ -1,8 +1,8 @@
-"""Writing arrays: `.npy` files that grow, and the set of them that is a split.
+"""Write growing `.npy` files, and the set of them that forms a split.
 
-Rows go to a raw stream behind an `.npy` header of fixed size, whose row count is patched in at the
-end, so that neither memory nor a count known beforehand is needed. A file can be cut back to an
-earlier number of rows and go on from there.
+Rows are appended after an `.npy` header of fixed size whose row count is patched in at the end, so
+neither memory nor a known number of rows is required. Writing can resume from an earlier row count
+by truncating the file.
 """
 
 import json
@@ -21,7 +21,7 @@ HEADER_BYTES = 128
 
 
 def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """Version 1.0 header, padded with spaces to `HEADER_BYTES` whatever the shape."""
+    """Return a version 1.0 header, padded with spaces to `HEADER_BYTES` for any shape."""
     descr = np.lib.format.dtype_to_descr(dtype)
     description = {"descr": descr, "fortran_order": False, "shape": shape}
     text = repr(description).ljust(HEADER_BYTES - 11) + "\n"
@@ -30,9 +30,9 @@ def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 
 class ArrayWriter:
-    """One `.npy` file that grows by blocks of rows: (N, *row_shape).
+    """Writes one `.npy` file (N, *row_shape) in blocks of rows.
 
-    `rows`: go on with a file that is there, after its first so many rows.
+    `rows`: append to an existing file after its first `rows` rows.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ArrayWriter:
         if rows is not None and (not path.is_file() or path.stat().st_size < size):
             raise DamagedBuildError(
                 f"{path} of the unfinished build is missing or shorter than when it was saved; "
-                "begin anew with --overwrite."
+                "start over with --overwrite."
             )
         mode = "wb" if rows is None else "r+b"
         self._file = open(path, mode, buffering=1 << 20)  # noqa: SIM115  closed by close()
@@ -57,37 +57,37 @@ class ArrayWriter:
             self._file.seek(size)
 
     def append(self, rows: np.ndarray) -> None:
-        """Append rows (n, *row_shape); they are cast to the file's dtype."""
+        """Append rows (n, *row_shape), cast to the file's dtype."""
         assert rows.shape[1:] == self.row_shape, f"{self.path}: rows of {rows.shape[1:]}"
         self._file.write(np.ascontiguousarray(rows, dtype=self.dtype).data)
         self.rows += len(rows)
 
     def sync(self) -> None:
-        """Wait until the disk has all rows."""
+        """Flush all rows to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Patch the row count in and wait until the disk has the file."""
+        """Write the final row count into the header and flush the file to disk."""
         self._file.seek(0)
         self._file.write(_npy_header(self.dtype, (self.rows, *self.row_shape)))
         self.sync()
         self._file.close()
 
     def abandon(self) -> None:
-        """Close without finishing; the folder is about to be removed."""
+        """Close without finishing, because the directory is about to be removed."""
         self._file.close()
 
 
 class SplitWriter:
-    """The arrays of one split, one row per puzzle and group, and their `dataset.json`.
+    """Writes the arrays of one split, one row per puzzle and group, and their `dataset.json`.
 
     Args:
-        arrays: dtype and row shape by array name; `puzzle_identifiers` is among them.
+        arrays: dtype and row shape by array name; must include `puzzle_identifiers`.
         prefix: "" for Athena's layout and "all__" for TRM's.
-        indices: write `puzzle_indices` and `group_indices`, which say that each row is a puzzle
-            and a group of its own.
-        rows: go on with files that are there, each after its first so many rows.
+        indices: also write `puzzle_indices` and `group_indices`, in which each row is its own
+            puzzle and group.
+        rows: append to existing files, each after this many rows.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class SplitWriter:
         return self._writers["puzzle_identifiers"].rows
 
     def append(self, **arrays: np.ndarray) -> None:
-        """Append to every array; all but `tokens` get the same number of rows."""
+        """Append to every array; all except `tokens` get the same number of rows."""
         assert arrays.keys() == self._writers.keys(), f"{self.folder}: got {sorted(arrays)}"
         per_row = {len(rows) for name, rows in arrays.items() if name != "tokens"}
         assert len(per_row) == 1, f"{self.folder}: uneven rows"
@@ -120,7 +120,7 @@ class SplitWriter:
             self._writers[name].append(rows)
 
     def saved_rows(self) -> dict[str, int]:
-        """Rows of each array, once the disk has them."""
+        """Flush all arrays to disk and return the number of rows of each."""
         for writer in self._writers.values():
             writer.sync()
         return {name: writer.rows for name, writer in self._writers.items()}
@@ -158,7 +158,7 @@ class SplitWriter:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON and wait until the disk has it."""
+    """Write indented JSON and flush it to disk."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
         file.write("\n")

@@ -1,7 +1,7 @@
-"""Corpus folders that appear whole or not at all, and builds that can be gone on with.
+"""Create corpus directories atomically, and resume interrupted builds.
 
-A corpus is built in a folder beside its target and renamed at the very end. What stood at the
-target stays until then.
+A corpus is built in a sibling of the target directory and renamed at the very end. Existing
+contents of the target are kept until then.
 """
 
 import argparse
@@ -24,111 +24,112 @@ CORPUS_ENTRIES = {"train", "test", "identifiers.json", "tokenizer.json", "build_
 
 
 def is_corpus(folder: Path) -> bool:
-    """Whether a builder of Athena (or of TRM) finished this folder."""
+    """Return whether this directory contains a corpus finished by Athena's or TRM's builders."""
     return any(
         (folder / "train" / layout / METADATA_NAME).is_file() for layout in ("all", ".")
     ) and ((folder / "identifiers.json").is_file())
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every builder shares."""
-    parser.add_argument("--output-dir", required=True, type=Path, metavar="FOLDER")
+    """Add the output options that all builders share."""
+    parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a finished corpus, at the very end"
+        "--overwrite",
+        action="store_true",
+        help="replace an existing corpus once the new one is complete",
     )
 
 
 def resolve_output(output_dir: str | Path) -> Path:
-    """Return the absolute path of the folder that --output-dir names."""
+    """Return the absolute path of --output-dir."""
     try:
         return Path(output_dir).expanduser().resolve()
-    except RuntimeError:  # no such user, or no home folder
+    except RuntimeError:  # no such user, or no home directory
         raise UserError(
-            f"--output-dir {output_dir}: ~ names no home folder here; write the path out."
+            f"--output-dir {output_dir}: ~ does not resolve to a home directory; use a full path."
         ) from None
 
 
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
-    """Refuse, before any work is done, a folder that must not be replaced."""
+    """Fail early if the output directory must not be replaced."""
     if not output_dir.exists():
         return
     if not output_dir.is_dir():
-        raise UserError(f"--output-dir {output_dir} is a file; name a folder.")
+        raise UserError(f"--output-dir {output_dir} is a file; pass a directory.")
     entries = {entry.name for entry in output_dir.iterdir()}
     if not entries:
         return
     if not is_corpus(output_dir):
         raise UserError(
-            f"--output-dir {output_dir} is not empty and holds no finished corpus; name a new "
-            "folder, or empty this one yourself."
+            f"--output-dir {output_dir} is not empty and does not contain a finished corpus; use a "
+            "new directory or empty this one first."
         )
     if not overwrite:
         raise UserError(
-            f"--output-dir {output_dir} holds a finished corpus; name another folder, or pass "
-            "--overwrite to replace it."
+            f"--output-dir {output_dir} already contains a finished corpus; use another directory, "
+            "or pass --overwrite to replace it."
         )
     if foreign := sorted(entries - CORPUS_ENTRIES):
         raise UserError(
-            f"--output-dir {output_dir} also holds {', '.join(foreign[:5])}, which --overwrite "
-            "would delete; move that away first."
+            f"--output-dir {output_dir} also contains {', '.join(foreign[:5])}, which --overwrite "
+            "would delete; move it elsewhere first."
         )
 
 
 @contextmanager
-def corpus_folder(output_dir: str | Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling to build in; it takes `output_dir`'s place when the block succeeds.
+def create_corpus(output_dir: str | Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary sibling of `output_dir` that replaces it when the block succeeds.
 
-    On any exception the sibling is removed and `output_dir` is as it was.
+    On any exception the sibling is removed and `output_dir` is unchanged.
     """
     target = resolve_output(output_dir)
     check_output_dir(target, overwrite)
     building = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     with _disk_faults(building):
-        shutil.rmtree(building, ignore_errors=True)  # of an earlier process of the same number
+        shutil.rmtree(building, ignore_errors=True)  # from an earlier process with the same id
         building.mkdir(parents=True)
     try:
         with _disk_faults(building):
             yield building
             _sync_folders(building)
-            check_output_dir(target, overwrite)  # someone else may have finished meanwhile
+            check_output_dir(target, overwrite)  # another build may have finished meanwhile
             _replace(building, target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """Where a build that can be gone on with happens."""
+class BuildWorkspace:
+    """Directory and journal of a resumable build."""
 
     folder: Path
     journal: Journal
 
     @property
     def state(self) -> Any:
-        """What an earlier build committed; None at the beginning."""
+        """State committed by an earlier build, or None for a new one."""
         return self.journal["state"]
 
     @property
     def finished(self) -> bool:
-        """Whether all files are written, and at most the last rename is missing."""
+        """Whether all files are written and only the final rename may be missing."""
         return bool(self.journal["finished"])
 
     @property
     def renamed(self) -> bool:
-        """Whether the build was killed right after its last rename: all but the journal is gone."""
+        """Whether the build was killed right after its final rename, so only the journal exists."""
         return self.finished and not self.folder.exists()
 
 
 @contextmanager
-def resumable_folder(
+def create_resumable_corpus(
     output_dir: str | Path, *, overwrite: bool, resume: bool, identity: dict[str, Any]
-) -> Iterator[Workplace]:
-    """A folder beside `output_dir` to build in, with a journal; it takes `output_dir`'s place when
-    the block succeeds.
+) -> Iterator[BuildWorkspace]:
+    """Yield a workspace beside `output_dir`, with a journal, that replaces it on success.
 
-    What was built up to the last commit outlasts errors and crashes. `resume` goes on with it, if
-    its `identity` is the same; without, an unfinished build is an error, or, with `overwrite`,
-    thrown away.
+    Everything up to the last commit survives errors and crashes. With `resume`, such a build is
+    continued if its `identity` is unchanged; without, an unfinished build is an error or, with
+    `overwrite`, is discarded.
     """
     target = resolve_output(output_dir)
     check_output_dir(target, overwrite)
@@ -141,41 +142,41 @@ def resumable_folder(
         journal.close()
         what = "; ".join(f"{n} was {known.get(n)}, now {identity.get(n)}" for n in changed)
         raise UserError(
-            f"--resume: the unfinished build of {target} was begun otherwise: {what}; change that "
-            "back, or begin anew with --overwrite."
+            f"--resume: the unfinished build of {target} was started with other settings: {what}; "
+            "restore them, or start over with --overwrite."
         )
-    place = Workplace(building / "corpus", journal)
+    workspace = BuildWorkspace(building / "corpus", journal)
     try:
         with _disk_faults(building):
-            yield place
-            if place.renamed:
+            yield workspace
+            if workspace.renamed:
                 _remove_former(target)
                 return
-            _sync_folders(place.folder)
+            _sync_folders(workspace.folder)
             journal.commit(finished=True)
-            check_output_dir(target, overwrite)  # someone else may have finished meanwhile
-            _replace(place.folder, target)
+            check_output_dir(target, overwrite)  # another build may have finished meanwhile
+            _replace(workspace.folder, target)
     except DamagedBuildError:
         raise
     except UserError as error:
-        if place.state is None:
+        if workspace.state is None:
             raise
-        raise UserError(f"{error} What was built before is kept: go on with --resume.") from error
+        raise UserError(f"{error} The progress is saved: continue with --resume.") from error
     except KeyboardInterrupt:
-        if place.state is not None:
-            print("what was built so far is kept: go on with --resume", file=sys.stderr)
+        if workspace.state is not None:
+            print("the progress is saved: continue with --resume", file=sys.stderr)
         raise
     finally:
-        keep = place.state is not None and place.folder.exists()
-        if not keep:  # under the journal's lock: another build may be waiting to begin
+        keep = workspace.state is not None and workspace.folder.exists()
+        if not keep:  # while holding the lock: another build may be waiting to start
             shutil.rmtree(building, ignore_errors=True)
         journal.close()
 
 
 def _open_journal(building: Path, target: Path, overwrite: bool, resume: bool) -> Journal:
-    """The journal of an unfinished build to go on with, or of a new one in an empty folder.
+    """Open the journal of an unfinished build to resume, or of a new one in an empty directory.
 
-    Nothing is touched before the journal's lock is held: two builds may begin at the same moment.
+    Nothing is modified before the journal's lock is held, because two builds may start at once.
     """
     building.mkdir(parents=True, exist_ok=True)
     path = building / "journal.sqlite"
@@ -186,39 +187,39 @@ def _open_journal(building: Path, target: Path, overwrite: bool, resume: bool) -
             raise
         path.unlink()
         journal = Journal(path)
-    place = Workplace(building / "corpus", journal)
-    unfinished = place.state is not None and not place.renamed
-    if resume and (unfinished or (place.renamed and is_corpus(target))):
+    workspace = BuildWorkspace(building / "corpus", journal)
+    unfinished = workspace.state is not None and not workspace.renamed
+    if resume and (unfinished or (workspace.renamed and is_corpus(target))):
         return journal
     if unfinished and not overwrite:
         journal.close()
         raise UserError(
-            f"an unfinished build of {target} is there; go on with --resume, or begin anew with "
+            f"there is an unfinished build of {target}; continue with --resume, or start over with "
             "--overwrite."
         )
     journal.clear()
     for left in building.iterdir():
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
-    place.folder.mkdir()
+    workspace.folder.mkdir()
     return journal
 
 
 def clear_leftovers(output_dir: Path) -> None:
-    """Remove what a build that was killed right after its last rename has left."""
+    """Remove the leftovers of a build that was killed right after its final rename."""
     target = resolve_output(output_dir)
     building = target.with_name(f".{target.name}.building")
     if not (building / "journal.sqlite").is_file():
-        for left in building.glob("journal.sqlite-*"):  # its removal was cut short
+        for left in building.glob("journal.sqlite-*"):  # the removal was interrupted
             left.unlink(missing_ok=True)
         with suppress(OSError):
             building.rmdir()
         return
     try:
         journal = Journal(building / "journal.sqlite")
-    except UserError:  # damaged, or at work: not ours to remove
+    except UserError:  # damaged, or in use: not ours to remove
         return
-    if Workplace(building / "corpus", journal).renamed:
+    if BuildWorkspace(building / "corpus", journal).renamed:
         shutil.rmtree(building, ignore_errors=True)
         _remove_former(target)
     journal.close()
@@ -226,13 +227,13 @@ def clear_leftovers(output_dir: Path) -> None:
 
 @contextmanager
 def _disk_faults(folder: Path) -> Iterator[None]:
-    """A disk that is full or cannot be written to ends in one sentence."""
+    """Turn errors of a full or read-only disk into a UserError."""
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
         what = getattr(error, "strerror", None) or error
         raise UserError(
-            f"cannot write to {folder.parent}: {what}; make room there, or name another "
+            f"cannot write to {folder.parent}: {what}; free up space there or use another "
             "--output-dir."
         ) from error
 
@@ -243,10 +244,10 @@ def _sync_folders(root: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make renames and new names in a folder durable, where the system can."""
+    """Flush a directory's entries to disk, if the system supports it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
+    except OSError:  # Windows cannot open directories
         return
     try:
         os.fsync(descriptor)
@@ -255,7 +256,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _replace(building: Path, target: Path) -> None:
-    """Put `building` in `target`'s place; what stood there is deleted last."""
+    """Replace `target` with `building`; delete the old contents last."""
     former = target.with_name(f".{target.name}.old-{os.getpid()}")
     if target.exists():
         shutil.rmtree(former, ignore_errors=True)
@@ -271,6 +272,6 @@ def _replace(building: Path, target: Path) -> None:
 
 
 def _remove_former(target: Path) -> None:
-    """Delete what stood at `target` before, crashes included."""
+    """Delete the old contents of `target`, including those left by crashes."""
     for former in target.parent.glob(f".{glob.escape(target.name)}.old-*"):
         shutil.rmtree(former, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""What the rows of a split hold, counted in one pass: domains, documents, budgets, padding.
+"""Compute statistics of a split in one pass: domains, documents, budgets, padding.
 
-Rows are read through `Corpora` alone, in chunks, so that memory stays flat and every storage
-layout is counted in the same way. Nothing here prints or draws.
+Rows are read through `Corpora` in chunks, so memory stays flat and all storage layouts are counted
+the same way. Nothing here prints or draws.
 """
 
 from collections import Counter
@@ -20,27 +20,27 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 @dataclass
 class Figures:
-    """Counts of one domain, or of all."""
+    """Counts of one domain, or of all domains."""
 
     rows: int = 0
     positions: int = 0
     tokens: int = 0
-    """Positions of `inputs` that are not padding; windows that overlap hold some tokens twice."""
+    """Non-padding positions of `inputs`; overlapping windows contain some tokens twice."""
     text_bytes: int = 0
     text_tokens: int = 0
     """Tokens whose bytes are counted in `text_bytes`."""
     documents: int = 0
-    """Documents that an eos ends."""
+    """Documents terminated by eos."""
 
     def add(
         self, rows: dict[str, np.ndarray], real: np.ndarray, byte_lengths: np.ndarray | None
     ) -> None:
-        """Count rows of which `real` (n,) tokens are not padding."""
+        """Count rows with `real` (n,) non-padding tokens each."""
         inputs = rows["inputs"]
         self.rows += len(inputs)
         self.positions += inputs.size
         self.tokens += int(real.sum())
-        if "scored_bytes" in rows:  # ids do not tell the bytes of text
+        if "scored_bytes" in rows:  # ids alone do not determine the bytes of text
             known = rows["scored_bytes"] >= 0
             self.text_bytes += int(rows["scored_bytes"][known].sum())
             self.text_tokens += int((rows["labels"][known] >= 0).sum())
@@ -50,7 +50,7 @@ class Figures:
 
     @property
     def padding(self) -> float:
-        """Share of the positions that are padding."""
+        """Share of positions that are padding."""
         return 1 - self.tokens / self.positions if self.positions else 0.0
 
     @property
@@ -60,19 +60,19 @@ class Figures:
 
 @dataclass
 class SplitStatistics:
-    """Everything that is counted of a split."""
+    """All statistics of a split."""
 
     total: Figures
     domains: dict[str, Figures]
     lengths: Counter[int]
-    """Documents by their tokens, eos included. Exact, and yet small: k different lengths take
-    k²/2 tokens."""
+    """Documents by length in tokens, including eos. Exact yet small: k different lengths need at
+    least k²/2 tokens."""
     unended: int
-    """Runs of tokens that no eos ends: rows cut them off."""
+    """Token runs without eos, cut off at row ends."""
     budgets: Counter[int]
-    """Rows by iteration budget; empty where the corpus has none."""
+    """Rows by iteration budget; empty if the corpus has none."""
     filled: np.ndarray
-    """(S + 1,) rows by their number of real tokens."""
+    """(S + 1,) rows by their number of non-padding tokens."""
     token_ids: np.ndarray
     """(V,) positions of `inputs` by token id."""
     identifiers: np.ndarray
@@ -83,20 +83,20 @@ class SplitStatistics:
 
 @dataclass
 class _Open:
-    """A domain's last row, and the run of tokens that is not yet known to have ended there."""
+    """A domain's last row, and the token run that may continue in the next row."""
 
     length: int
     row: np.ndarray  # inputs (S,)
-    next_token: int  # its last label
-    ends: bool  # whether the label of its last real token is the eos of the run
+    next_token: int  # the row's last label
+    ends: bool  # whether the label of the last non-padding token is the run's eos
 
 
 @dataclass
 class _Documents:
-    """Lengths of the documents of one domain, which go on from row to row.
+    """Counts the document lengths of one domain, across rows.
 
-    A row continues the one before it, of its domain, where its first token is that one's last
-    label; or, where windows overlap, where it repeats that one's end.
+    A row continues the previous row of its domain if its first token is that row's last label or,
+    with overlapping windows, if it repeats that row's end.
     """
 
     eos_id: int
@@ -106,19 +106,19 @@ class _Documents:
     _open: _Open | None = None
 
     def add(self, inputs: np.ndarray, labels: np.ndarray, real: np.ndarray) -> None:
-        """Count the next rows: inputs and labels (n, S), real tokens (n,) at their starts."""
+        """Count the next rows: inputs and labels (n, S), of which `real` (n,) are not padding."""
         size, width = inputs.shape
-        goes_on = self._continued(inputs, labels)
-        if not goes_on[0]:
+        continues = self._find_continuations(inputs, labels)
+        if not continues[0]:
             self._close()
-        # Where a row repeats the end of the one before it, those tokens are counted already.
-        first = np.where(goes_on, self.overlap, 0)
+        # Tokens repeated from the end of the previous row are already counted.
+        first = np.where(continues, self.overlap, 0)
         kept = (np.arange(width) >= first[:, None]) & (np.arange(width) < real[:, None])
         tokens = inputs[kept]
         row_starts = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
         last_label = labels[np.arange(size), np.maximum(real, 1) - 1]
         ends = np.flatnonzero(tokens == self.eos_id) + 1
-        cuts = row_starts[:-1][~goes_on]
+        cuts = row_starts[:-1][~continues]
         borders = np.unique(np.concatenate([[0], ends, cuts, [len(tokens)]]))
         lengths = np.diff(borders)
         if len(lengths) and self._open is not None:
@@ -139,10 +139,10 @@ class _Documents:
     def finish(self) -> None:
         self._close()
 
-    def _continued(self, inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """(n,) whether each row goes on where the row before it stopped.
+    def _find_continuations(self, inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return (n,) whether each row continues the previous one.
 
-        Never after padding: its labels are ignored, and no row begins with it.
+        Never after padding, whose labels are ignored and which no row starts with.
         """
         width, overlap = inputs.shape[1], self.overlap
         result = np.zeros(len(inputs), bool)
@@ -171,10 +171,10 @@ class _Documents:
         self.unended += int((~ended).sum())
 
 
-def real_tokens(inputs: np.ndarray, metadata: DatasetMetadata) -> np.ndarray:
-    """Tokens of each row (n, S) that are not padding: (n,).
+def count_real_tokens(inputs: np.ndarray, metadata: DatasetMetadata) -> np.ndarray:
+    """Count the non-padding tokens of each row (n, S): (n,).
 
-    Where padding is spelled as eos, the first one of a row's last run is the document's end.
+    If padding equals eos, the first one of a row's trailing run is the end of the document.
     """
     if metadata.pad_id != metadata.eos_id:
         return (inputs != metadata.pad_id).sum(axis=1)
@@ -184,8 +184,8 @@ def real_tokens(inputs: np.ndarray, metadata: DatasetMetadata) -> np.ndarray:
     return np.minimum(before + 1, width)
 
 
-def chunks(corpora: Corpora) -> Iterator[dict[str, np.ndarray]]:
-    """All rows in order, about a million tokens at a time."""
+def read_chunks(corpora: Corpora) -> Iterator[dict[str, np.ndarray]]:
+    """Yield all rows in order, about a million tokens at a time."""
     size = max(1, CHUNK_TOKENS // corpora.metadata.seq_len)
     for start in range(0, corpora.num_rows, size):
         yield corpora.rows(np.arange(start, min(start + size, corpora.num_rows)))
@@ -197,20 +197,20 @@ def measure(
     overlap: int = 0,
     progress: Callable[[int], Any] | None = None,
 ) -> SplitStatistics:
-    """Count a split.
+    """Compute the statistics of a split.
 
     Args:
-        byte_lengths: (V,) bytes of text per token id, where they are known.
-        overlap: tokens that a window repeats of the one before it (seq_len - stride).
-        progress: called with the number of rows that were newly read.
+        byte_lengths: (V,) bytes of text per token id, if known.
+        overlap: tokens shared by consecutive windows (seq_len - stride).
+        progress: called with the number of rows read since the last call.
     """
     meta = corpora.metadata
     names = corpora.domains or ["(none)"]
     domains = [Figures() for _ in names]
     documents = [_Documents(meta.eos_id, overlap) for _ in names] if meta.eos_id is not None else []
-    statistics = _empty(corpora)
-    for rows in chunks(corpora):
-        real = real_tokens(rows["inputs"], meta)
+    statistics = _make_empty(corpora)
+    for rows in read_chunks(corpora):
+        real = count_real_tokens(rows["inputs"], meta)
         _count_rows(statistics, rows, real, corpora.has_targets)
         for domain in np.unique(rows["domain_ids"]).tolist():
             own = rows["domain_ids"] == domain
@@ -232,7 +232,7 @@ def measure(
     return statistics
 
 
-def _empty(corpora: Corpora) -> SplitStatistics:
+def _make_empty(corpora: Corpora) -> SplitStatistics:
     return SplitStatistics(
         total=Figures(),
         domains={},
@@ -249,7 +249,7 @@ def _empty(corpora: Corpora) -> SplitStatistics:
 def _count_rows(
     statistics: SplitStatistics, rows: dict[str, np.ndarray], real: np.ndarray, has_targets: bool
 ) -> None:
-    """What needs no telling apart of domains; `rows` as `Corpora.rows` gives them."""
+    """Update the statistics that do not depend on the domain; `rows` come from `Corpora.rows`."""
     statistics.filled += np.bincount(real, minlength=len(statistics.filled))
     ids = statistics.token_ids
     ids += np.bincount(rows["inputs"].ravel(), minlength=len(ids))[: len(ids)]
@@ -262,7 +262,7 @@ def _count_rows(
 
 
 def quantiles(counts: Counter[int], shares: tuple[float, ...] = QUANTILES) -> list[int]:
-    """Smallest values that at least these shares of all counted things do not exceed."""
+    """Return the smallest values that at least these shares of all counted items do not exceed."""
     values = np.array(sorted(counts))
     reached = np.cumsum([counts[value] for value in values.tolist()])
     places = np.searchsorted(reached, np.ceil(np.array(shares) * reached[-1]).clip(1))

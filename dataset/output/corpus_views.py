@@ -1,4 +1,4 @@
-"""A corpus for the eye: rows as text, with document borders and what is ignored; histograms."""
+"""Show a corpus: rows as text with document boundaries and ignored positions, and histograms."""
 
 import textwrap
 from collections import Counter
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata
-from dataset.output.corpus_statistics import SplitStatistics, real_tokens
+from dataset.output.corpus_statistics import SplitStatistics, count_real_tokens
 from utils.core.errors import UserError
 from utils.monitoring.plotting import save_figure
 
 MOST_LINES = 14
-"""Lines of a row that are shown; a longer one loses its middle."""
+"""Maximum lines per row; the middle of longer rows is omitted."""
 MOST_BARS = 16
 BAR_WIDTH = 48
 END = "── end of document ─────────────────"
@@ -25,28 +25,28 @@ Decode = Callable[[list[int]], str]
 # --- rows ---------------------------------------------------------------------------------------
 
 
-def row_lines(
+def format_row(
     inputs: np.ndarray,
     labels: np.ndarray,
     metadata: DatasetMetadata,
     decode: Decode | None,
     width: int,
 ) -> list[str]:
-    """One row, inputs and labels (S,), as lines of at most `width` characters.
+    """Format one row, inputs and labels (S,), as lines of at most `width` characters.
 
-    With a tokenizer: its text, where ⟦ ⟧ encloses what no label scores and a rule ends each
-    document. Without: token ids, and below them the labels, a dot for one that is ignored.
+    With a tokenizer, shows the text; ⟦ ⟧ encloses text that is not scored and a rule marks the end
+    of each document. Without, shows token ids and, below them, labels, with dots for ignored ones.
     """
-    real = int(real_tokens(inputs[None], metadata)[0])
+    real = int(count_real_tokens(inputs[None], metadata)[0])
     if decode is None:
         ids = " ".join(map(str, inputs.tolist()))
         scored = " ".join("·" if label < 0 else str(label) for label in labels.tolist())
         parts = (("inputs ", ids), ("labels ", scored))
-        lines = [line for name, text in parts for line in _wrapped(text, width, name)]
+        lines = [line for name, text in parts for line in _wrap(text, width, name)]
     else:
         lines = []
-        for piece, ended in _documents(inputs, labels, real, metadata.eos_id):
-            lines += _wrapped(_marked(inputs, labels, piece, decode), width)
+        for piece, ended in _split_documents(inputs, labels, real, metadata.eos_id):
+            lines += _wrap(_mark_unscored(inputs, labels, piece, decode), width)
             if ended:
                 lines.append(END)
         if real < len(inputs):
@@ -57,26 +57,26 @@ def row_lines(
     head = MOST_LINES - tail - 1
     middle = lines[head:-tail]
     ends = middle.count(END)
-    also = f", {ends:,} with an end of document" if ends else ""
-    return [*lines[:head], f"... {len(middle):,} lines more{also} ...", *lines[-tail:]]
+    also = f", including {ends:,} document ends" if ends else ""
+    return [*lines[:head], f"... {len(middle):,} more lines{also} ...", *lines[-tail:]]
 
 
-def _documents(
+def _split_documents(
     inputs: np.ndarray, labels: np.ndarray, real: int, eos_id: int | None
 ) -> list[tuple[range, bool]]:
-    """Positions of each document's part of a row, its eos left out, and whether it ends there."""
+    """Return the positions of each document in a row, without eos, and whether it ends there."""
     ends = [] if eos_id is None else np.flatnonzero(inputs[:real] == eos_id).tolist()
     starts = [0, *(end + 1 for end in ends)]
     parts = [(range(start, end), True) for start, end in zip(starts, ends, strict=False)]
     if starts[-1] < real:
-        # An eos may also be a row's last label alone.
+        # The eos may also be only the row's last label.
         parts.append((range(starts[-1], real), bool(labels[real - 1] == eos_id)))
     return parts
 
 
-def _marked(inputs: np.ndarray, labels: np.ndarray, piece: range, decode: Decode) -> str:
-    """Text of a document's positions in a row, what is not scored in ⟦ ⟧."""
-    # Position i is predicted by label i - 1. A first token never is, which needs no mark.
+def _mark_unscored(inputs: np.ndarray, labels: np.ndarray, piece: range, decode: Decode) -> str:
+    """Return the text of a document's positions in a row, with unscored text in ⟦ ⟧."""
+    # Position i is predicted by label i - 1. First tokens are never scored and need no mark.
     scored = [bool(i and labels[i - 1] != IGNORE_LABEL_ID) for i in piece]
     if len(scored) > 1:
         scored[0] = scored[1]
@@ -91,8 +91,8 @@ def _marked(inputs: np.ndarray, labels: np.ndarray, piece: range, decode: Decode
     return text
 
 
-def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
-    """Lines of a text; what a terminal would not show, or would act on, is replaced."""
+def _wrap(text: str, width: int, indent: str = "") -> list[str]:
+    """Wrap a text into lines and replace unprintable and control characters."""
     lines = []
     for paragraph in text.expandtabs(4).split("\n"):
         safe = "".join(char if char.isprintable() else "�" for char in paragraph)
@@ -104,8 +104,8 @@ def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
 # --- figures ------------------------------------------------------------------------------------
 
 
-def bars(counts: Counter[int]) -> list[str]:
-    """A histogram in text: one line a value, or a range of values where there are many."""
+def format_histogram(counts: Counter[int]) -> list[str]:
+    """Format a text histogram with one line per value, or per range if there are many values."""
     low, high = min(counts), max(counts)
     step = -(-(high - low + 1) // MOST_BARS)
     bins = [range(start, min(start + step, high + 1)) for start in range(low, high + 1, step)]
@@ -120,11 +120,11 @@ def bars(counts: Counter[int]) -> list[str]:
 
 
 def draw(splits: dict[str, SplitStatistics], title: str, output: Path) -> None:
-    """Document lengths, iteration budgets, tokens by domain, padding: one PNG, a colour a split."""
+    """Plot document lengths, iteration budgets, tokens by domain and padding into one PNG."""
     try:
         import matplotlib
     except ImportError:
-        raise UserError("figures need the package matplotlib: pip install matplotlib") from None
+        raise UserError("plots require matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -137,7 +137,7 @@ def draw(splits: dict[str, SplitStatistics], title: str, output: Path) -> None:
         padding: _draw_padding(padding, splits),
     }
     titles = (
-        (lengths, "Document lengths", "tokens, eos included", "share of documents"),
+        (lengths, "Document lengths", "tokens, including eos", "share of documents"),
         (budgets, "Iteration budgets", "ACT steps", "share of rows"),
         (domains, "Tokens by domain", "tokens", ""),
         (padding, "Padding", "padding of a row, %", "share of rows"),
@@ -201,17 +201,17 @@ def _draw_domains(panel: Any, splits: dict[str, SplitStatistics], most: int = 12
     left = np.zeros(len(names))
     for split_name, split in splits.items():
         tokens = [split.domains[name].tokens if name in split.domains else 0 for name in names]
-        panel.barh(_short(names), tokens, left=left, label=split_name, alpha=0.8)
+        panel.barh(_shorten(names), tokens, left=left, label=split_name, alpha=0.8)
         left += tokens
     panel.invert_yaxis()
     panel.xaxis.set_major_formatter(EngFormatter())
     if len(sizes) > most:
-        panel.set_ylabel(f"the {most} largest of {len(sizes):,}")
+        panel.set_ylabel(f"{most} largest of {len(sizes):,}")
     return bool(names)
 
 
-def _short(names: Sequence[str]) -> list[str]:
-    """Names cut to a length, and yet different from each other."""
+def _shorten(names: Sequence[str]) -> list[str]:
+    """Truncate names while keeping them distinct."""
     cut = [name if len(name) <= 24 else name[:23] + "…" for name in names]
     return [f"{name} #{i}" if cut.count(name) > 1 else name for i, name in enumerate(cut, 1)]
 
@@ -231,6 +231,6 @@ def _draw_padding(panel: Any, splits: dict[str, SplitStatistics]) -> bool:
 
 
 def _draw_shares(panel: Any, counts: Any, edges: np.ndarray, label: str) -> None:
-    """A histogram of counted values, as shares of all of them."""
+    """Draw a histogram of counted values as shares of the total."""
     values, weights = np.array(list(counts)), np.array(list(counts.values()), float)
     panel.hist(values, edges, weights=weights / weights.sum(), label=label, alpha=0.6)

@@ -1,4 +1,4 @@
-"""Documents set aside as token ids until all are read: only then near-duplicates are known."""
+"""Store tokenized documents on disk until all are read, when near duplicates are known."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +17,10 @@ _BLOCK_TOKENS = 1 << 21
 
 
 class DocumentSpool:
-    """A sink that keeps documents on disk, and gives those back that no earlier one is near to.
+    """A sink that stores documents on disk and returns those that are not near duplicates.
 
     Args:
-        state: what `state_dict` gave, to go on from there.
+        state: output of `state_dict` to resume from.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class DocumentSpool:
         self._tokens = ArrayWriter(folder / "tokens.npy", dtype, rows=tokens)
         self._documents = ArrayWriter(folder / "documents.npy", np.int64, (4,), rows=documents)
         self._dtype = dtype
-        self.left_out = 0
-        """Documents that an earlier one is near to; known once all were given back."""
+        self.skipped = 0
+        """Number of near duplicates of earlier documents; known once `batches` has run."""
 
     def add(self, batch: Batch, ids: np.ndarray, counts: np.ndarray) -> None:
         """See `Sink`."""
@@ -45,12 +45,12 @@ class DocumentSpool:
         self._near.add(np.split(ids_of(ids), np.cumsum(counts)[:-1]))
 
     def batches(self) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
-        """The documents that stay, in reading order, as `add` took them (without their text)."""
+        """Yield the remaining documents in reading order, as passed to `add` but without text."""
         self._tokens.close()
         self._documents.close()
         self._near.flush()
-        is_copy = self._near.resolve()
-        self.left_out = int(is_copy.sum())
+        is_copy = self._near.find_duplicates()
+        self.skipped = int(is_copy.sum())
         tokens = np.load(self._tokens.path, mmap_mode="r")
         documents = np.load(self._documents.path, mmap_mode="r")
         first_document = first_token = 0
@@ -60,11 +60,11 @@ class DocumentSpool:
             size = max(1, int(np.searchsorted(ends, _BLOCK_TOKENS, side="right")))
             block, ends = block[:size], ends[:size]
             keep = ~is_copy[first_document : first_document + size]
-            yield self._batch(block, keep, tokens[first_token : first_token + int(ends[-1])])
+            yield self._make_batch(block, keep, tokens[first_token : first_token + int(ends[-1])])
             first_document += size
             first_token += int(ends[-1])
 
-    def _batch(
+    def _make_batch(
         self, block: np.ndarray, keep: np.ndarray, ids: np.ndarray
     ) -> tuple[Batch, np.ndarray, np.ndarray]:
         ids = np.asarray(ids)[np.repeat(keep, block[:, 3])]
@@ -73,7 +73,7 @@ class DocumentSpool:
         return batch, ids, counts
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the files go; waits for the disk."""
+        """Flush the files to disk and return their lengths."""
         for writer in (self._tokens, self._documents):
             writer.sync()
         self._near.flush()

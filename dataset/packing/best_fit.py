@@ -1,9 +1,9 @@
-"""Best-fit packing: documents kept whole wherever they fit into a row.
+"""Best-fit packing: keep documents whole if they fit into a row.
 
-Best-fit decreasing over a buffer of documents (Ding et al. 2024, arXiv 2404.10830): the longest
-first, each into the row with the least room that still takes it. Rows that are not full stay open
-for the documents of the next buffers, so that padding stays small without the corpus being held.
-What is left open at the end is filled up with the tails of documents that had to be cut anyway.
+Uses best-fit decreasing over a buffer of documents (Ding et al. 2024, arXiv 2404.10830): longest
+first, each into the row with the least sufficient room. Rows that are not full stay open for the
+next buffers, so padding stays small without holding the corpus in memory. At the end, open rows
+are filled with the tails of documents that had to be cut anyway.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _OPEN_ROWS = 1024
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """A whole document, or the tail of one that is longer than a row: that may be cut again."""
+    """A whole document, or the tail of one longer than a row, which may be cut again."""
 
     tokens: np.ndarray
     cuttable: bool
@@ -35,8 +35,8 @@ _Row = list[_Piece]
 class BestFitPacker:
     """Packs one stream of documents; see `Packer`.
 
-    A document longer than a row is cut into whole rows, each beginning with the last token of the
-    one before, so that no label is lost; what is left of it is packed like a document.
+    A document longer than a row is cut into full rows, each starting with the last token of the
+    previous one, so that no label is lost; the remainder is packed like a document.
     """
 
     def __init__(self, options: PackOptions) -> None:
@@ -57,23 +57,23 @@ class BestFitPacker:
             while end - start > self._width:
                 self._whole.append(stream[start : start + self._width].copy())
                 start += self.options.seq_len
-                yield from self._written(least=block)
+                yield from self._emit(minimum=block)
             self._pieces.append(_Piece(stream[start:end].copy(), cuttable))
             self._piece_tokens += end - start
             start = end
             if self._piece_tokens >= _BUFFER_ROWS * self._width:
                 self._fit()
-                yield from self._written(least=1)
+                yield from self._emit(minimum=1)
 
     def finish(self) -> Iterator[Rows]:
         """See `Packer`."""
         self._fit()
         self._close(fill_up(self._open, self._width))
         self._open = []
-        yield from self._written(least=1)
+        yield from self._emit(minimum=1)
 
     def _fit(self) -> None:
-        """Put all pieces into rows; full rows become whole, the emptiest others stay open."""
+        """Put all pieces into rows; finish full rows and keep the emptiest others open."""
         rooms = _Rooms(self._width)
         for number, row in enumerate(self._open):
             rooms.put(number, self._width - _tokens(row))
@@ -85,7 +85,7 @@ class BestFitPacker:
             self._open[number].append(piece)
             rooms.put(number, room - len(piece))
         self._pieces, self._piece_tokens = [], 0
-        # A room of one token takes no document: the shortest has a token and its eos.
+        # Room for one token is useless: the shortest document is one token and eos.
         unfilled = [row for row in self._open if _tokens(row) < self._width - 1]
         self._close([row for row in self._open if _tokens(row) >= self._width - 1])
         unfilled.sort(key=_tokens)
@@ -95,10 +95,10 @@ class BestFitPacker:
     def _close(self, rows: list[_Row]) -> None:
         self._whole += [np.concatenate([piece.tokens for piece in row]) for row in rows]
 
-    def _written(self, least: int) -> Iterator[Rows]:
-        """The rows that are whole, if there are enough to be worth a block."""
+    def _emit(self, minimum: int) -> Iterator[Rows]:
+        """Yield the finished rows in blocks while there are at least `minimum` of them."""
         block = BLOCK_TOKENS // self._width + 1
-        while len(self._whole) >= least:
+        while len(self._whole) >= minimum:
             windows, self._whole = self._whole[:block], self._whole[block:]
             lengths = np.array([len(window) for window in windows])
             starts = np.cumsum(lengths) - lengths
@@ -117,15 +117,15 @@ class BestFitPacker:
             "origin": self._origin,
             "waiting": len(self._pieces),
             "open": [len(row) for row in self._open],
-            "pieces": _joined(pieces),
-            "whole": _joined(whole),
+            "pieces": _join(pieces),
+            "whole": _join(whole),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Packer`."""
         self._origin = state["origin"]
-        self._whole = [piece.tokens for piece in _parted(state["whole"])]
-        pieces = _parted(state["pieces"])
+        self._whole = [piece.tokens for piece in _split(state["whole"])]
+        pieces = _split(state["pieces"])
         self._pieces = pieces[: state["waiting"]]
         self._piece_tokens = _tokens(self._pieces)
         rest = iter(pieces[state["waiting"] :])
@@ -133,10 +133,10 @@ class BestFitPacker:
 
 
 def fill_up(rows: list[_Row], width: int) -> list[_Row]:
-    """The same tokens in fewer rows of up to `width`: the room in the fullest is filled with what
-    may be cut out of the emptiest.
+    """Merge rows into fewer rows of up to `width` tokens.
 
-    A cut piece's second part begins with the last token of its first, so that no label is lost.
+    Fills the fullest rows with pieces cut from the emptiest. The second part of a cut piece starts
+    with the last token of the first, so that no label is lost.
     """
     rows = sorted((list(row) for row in rows), key=_tokens, reverse=True)
     taker, giver = 0, len(rows) - 1
@@ -157,7 +157,7 @@ def fill_up(rows: list[_Row], width: int) -> list[_Row]:
 
 
 class _Rooms:
-    """Open rows by the room they have: the least that suffices is found by a bit operation."""
+    """Open rows indexed by free room; the tightest fit is found by a bit operation."""
 
     def __init__(self, largest: int) -> None:
         self._rows: list[list[int]] = [[] for _ in range(largest + 1)]
@@ -168,7 +168,7 @@ class _Rooms:
         self._filled |= 1 << room
 
     def take(self, least: int) -> tuple[int, int]:
-        """A row with the least room of at least `least`, and that room; (-1, 0) without one."""
+        """Remove and return a row with the least room >= `least`, and that room; else (-1, 0)."""
         fitting = self._filled >> least
         if not fitting:
             return -1, 0
@@ -183,7 +183,7 @@ def _tokens(pieces: list[_Piece]) -> int:
     return sum(map(len, pieces))
 
 
-def _joined(pieces: list[_Piece]) -> dict[str, Any]:
+def _join(pieces: list[_Piece]) -> dict[str, Any]:
     return {
         "lengths": [len(piece) for piece in pieces],
         "cuttable": [piece.cuttable for piece in pieces],
@@ -191,7 +191,7 @@ def _joined(pieces: list[_Piece]) -> dict[str, Any]:
     }
 
 
-def _parted(state: dict[str, Any]) -> list[_Piece]:
+def _split(state: dict[str, Any]) -> list[_Piece]:
     if state["tokens"] is None:
         return []
     parts = np.split(state["tokens"], np.cumsum(state["lengths"])[:-1])

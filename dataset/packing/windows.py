@@ -1,6 +1,6 @@
-"""Packing documents into rows: views of a token stream, shifted labels, ignored positions, budgets.
+"""Pack documents into rows: windows of a token stream, shifted labels, ignored positions, budgets.
 
-Pure arithmetic on arrays; how a row lies on disk is the writer's concern.
+Pure array arithmetic, independent of how rows are stored.
 """
 
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 from dataset.tokens.sizes import ids_of
 
 BLOCK_TOKENS = 1 << 18
-"""Tokens of rows that are made at once: few enough to stay in a core's cache."""
+"""Number of tokens processed at once, small enough to stay in a core's cache."""
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How a stream becomes rows."""
+    """Options for turning a token stream into rows."""
 
     seq_len: int
     stride: int
@@ -26,33 +26,33 @@ class PackOptions:
     pad_id: int
     ignore_label_id: int
     score_once: bool
-    """Where windows overlap, ignore labels that an earlier window scored."""
+    """Ignore labels already scored by an earlier overlapping window."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows (n) of one stream of tokens, each a window of up to S + 1 of them."""
+    """Rows (n) of one token stream, each a window of up to S + 1 tokens."""
 
     inputs: np.ndarray
     """(n, S)"""
     labels: np.ndarray
     """(n, S)"""
     stream: np.ndarray
-    """(m,) tokens that the windows are cut from"""
+    """(m,) tokens the windows are cut from"""
     origin: int
-    """position of `stream[0]` in the whole stream of its split and domain"""
+    """position of `stream[0]` in the full stream of its split and domain"""
     starts: np.ndarray
     """(n,) index in `stream` of each window's first token"""
     lengths: np.ndarray
-    """(n,) tokens of each window, 2..S + 1"""
+    """(n,) number of tokens of each window, 2..S + 1"""
     label_starts: np.ndarray
-    """(n,) row position of the first label that may count"""
+    """(n,) row position of the first label that may be scored"""
     label_bytes: np.ndarray | None = None
-    """(n,) bytes of text that the labels which count stand for, where tokens carry theirs"""
+    """(n,) bytes of text behind the scored labels, if tokens carry their bytes"""
 
     @property
     def input_lengths(self) -> np.ndarray:
-        """(n,) real tokens in `inputs`."""
+        """(n,) number of non-padding tokens in `inputs`."""
         return np.minimum(self.lengths, self.inputs.shape[1])
 
 
@@ -64,11 +64,11 @@ def make_rows(
     lengths: np.ndarray,
     label_starts: np.ndarray,
 ) -> Rows:
-    """Rows of windows of `stream`; see `Rows`. Those without a label are left out."""
+    """Cut windows of `stream` into rows; see `Rows`. Rows without any label are dropped."""
     width = options.seq_len + 1
-    windows = _windows(stream, starts, lengths, width, options.pad_id)
+    windows = _cut_windows(stream, starts, lengths, width, options.pad_id)
     inputs, labels = ids_of(windows)[:, :-1], ids_of(windows)[:, 1:].copy()
-    # What follows an eos is the next document's first token: nothing predicts it.
+    # The token after eos starts the next document and must not be predicted.
     labels.reshape(-1)[np.flatnonzero(inputs == options.eos_id)] = options.ignore_label_id
     for row in np.flatnonzero(lengths < width):
         labels[row, lengths[row] - 1 :] = options.ignore_label_id
@@ -87,10 +87,10 @@ def make_rows(
     return replace(rows, **{n: a[scored] for n, a in arrays.items() if a is not None})
 
 
-def _windows(
+def _cut_windows(
     stream: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int, pad_id: int
 ) -> np.ndarray:
-    """(n, width), padded; a view where all windows are whole and start at even distances."""
+    """Return the padded windows (n, width); a view if all are full and evenly spaced."""
     steps = np.diff(starts)
     if len(starts) and (lengths == width).all() and (len(steps) == 0 or (steps == steps[0]).all()):
         step = int(steps[0]) if len(steps) else 1
@@ -103,14 +103,14 @@ def _windows(
 
 
 class Packer(Protocol):
-    """Turns one stream of documents into rows, as soon as they are complete."""
+    """Turns one stream of documents into rows, yielding each as soon as it is complete."""
 
     def add(self, stream: np.ndarray, ends: np.ndarray) -> Iterator[Rows]:
-        """Append documents, each ended with eos: tokens (m,) and where documents end (d,)."""
+        """Append documents that end with eos: tokens (m,) and document ends (d,)."""
         ...
 
     def finish(self) -> Iterator[Rows]:
-        """The rows that are left, padded where they are short."""
+        """Yield the remaining rows, padded if short."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -119,10 +119,10 @@ class Packer(Protocol):
 
 
 class WindowPacker:
-    """Cuts one stream of documents into windows of `seq_len + 1` tokens, wherever documents end.
+    """Cuts one stream into windows of `seq_len + 1` tokens, regardless of document boundaries.
 
-    Windows start every `stride` tokens; the last, short one is padded. Rows come out as soon as
-    they are complete, so that they do not depend on how the stream was handed in.
+    Windows start every `stride` tokens; the last, short one is padded. Rows are yielded as soon as
+    they are complete, so they do not depend on how the stream was divided into calls of `add`.
     """
 
     def __init__(self, options: PackOptions) -> None:
@@ -131,10 +131,10 @@ class WindowPacker:
         self._pending_tokens = 0
         self._origin = 0
         self._covered = 0
-        """Index, in the pending tokens, of the last one that is a label of an earlier window."""
+        """Index, within the pending tokens, of the last one already used as a label."""
 
     def add(self, stream: np.ndarray, ends: np.ndarray) -> Iterator[Rows]:
-        """See `Packer`; where documents end does not matter here."""
+        """See `Packer`; document ends are not used here."""
         self._pending.append(stream)
         self._pending_tokens += len(stream)
         width, stride = self.options.seq_len + 1, self.options.stride
@@ -145,7 +145,7 @@ class WindowPacker:
         block = max(1, BLOCK_TOKENS // width)
         for first in range(0, count, block):
             size = min(block, count - first)
-            yield from self._rows(
+            yield from self._make_rows(
                 stream[first * stride : (first + size - 1) * stride + width],
                 np.arange(size) * stride,
                 np.full(size, width),
@@ -155,13 +155,15 @@ class WindowPacker:
         self._pending, self._pending_tokens = [rest], len(rest)
 
     def finish(self) -> Iterator[Rows]:
-        """The last, short window, if it holds anything that is not yet a label."""
+        """Yield the last, short window if it has tokens not yet used as labels."""
         if self._pending_tokens - 1 > self._covered:
             stream = np.concatenate(self._pending)
-            yield from self._rows(stream, np.zeros(1, np.int64), np.array([len(stream)]))
+            yield from self._make_rows(stream, np.zeros(1, np.int64), np.array([len(stream)]))
         self._pending, self._pending_tokens = [], 0
 
-    def _rows(self, stream: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Iterator[Rows]:
+    def _make_rows(
+        self, stream: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+    ) -> Iterator[Rows]:
         label_starts = np.zeros(len(starts), np.int64)
         if self.options.score_once:
             label_starts[0] = self._covered
@@ -187,10 +189,10 @@ class WindowPacker:
 def iteration_targets(
     inputs: np.ndarray, lengths: np.ndarray, min_iterations: int, max_iterations: int
 ) -> np.ndarray:
-    """`iteration_target` of each row: inputs (n, S) with lengths (n,) -> (n,) int32.
+    """Compute `iteration_target` of each row: inputs (n, S), lengths (n,) -> (n,) int32.
 
-    Sorting rows and counting where neighbours differ is ten times faster than `np.unique` per row.
-    Padding stands at a row's end and gets its neighbour's value first, so that it adds nothing.
+    Sorting rows and counting differing neighbors is ten times faster than `np.unique` per row.
+    Padding is first replaced by the row's first token, so that it adds no distinct value.
     """
     tokens = inputs
     if (lengths < inputs.shape[1]).any():
@@ -198,7 +200,7 @@ def iteration_targets(
         tokens = np.where(padding, inputs[:, :1], inputs)
     ordered = np.sort(tokens, axis=1)
     differ = ordered[:, 1:] != ordered[:, :-1]
-    # Row by row, which numpy counts several times faster than along an axis.
+    # Row by row: numpy counts this several times faster than along an axis.
     distinct = 1 + np.fromiter(map(np.count_nonzero, differ), np.int64, len(differ))
     ratio = distinct / lengths
     return np.floor(min_iterations + ratio * (max_iterations - min_iterations)).astype(np.int32)

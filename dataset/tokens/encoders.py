@@ -1,8 +1,8 @@
-"""Text to token ids by either library: Hugging Face's `tokenizers`, or one with the same ids.
+"""Encode text to token ids with Hugging Face `tokenizers` or a faster, equivalent library.
 
-A faster library is trusted with tokenizers of known kinds only, must agree on a self-test when it
-is loaded, and is checked against Hugging Face on samples of the real text all along: a corpus that
-was tokenized wrongly would not be noticed before a model had been trained on it.
+The faster library is used only for known kinds of tokenizers, must pass a self-test when loaded,
+and is checked against Hugging Face on samples of the real text: a wrongly tokenized corpus would
+go unnoticed until a model had been trained on it.
 """
 
 import array
@@ -21,44 +21,44 @@ from dataset.common import byte_alphabet
 from utils.core.errors import UserError
 
 PIECE_CHARS = 1 << 12
-"""Long texts are cut into pieces of about this size: the library works through them a quarter
-faster than through whole chapters, and its threads share them evenly."""
+"""Long texts are cut into pieces of about this size, which the library encodes 25% faster than
+whole chapters and distributes evenly over its threads."""
 PART_CHARS = 1 << 21
-"""Text that is encoded at once: a document may have any size, its encodings must not."""
-# One space or line feed between two words: GPT-2's pre-tokenizer always starts a token there.
+"""Maximum text encoded at once, which bounds memory whatever the size of a document."""
+# A single space or line feed between words, where GPT-2's pre-tokenizer always starts a token.
 _SAFE_CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
 
-# A batch comes as a ragged array of a library whose import takes up to half a second. Few texts are
-# encoded one by one instead; long ones, too, until there has been so much of them that it pays.
+# Batches use ragged arrays from a library that takes up to half a second to import. Small batches
+# are therefore encoded one by one; so are long texts, until their volume justifies the import.
 _FEW_TEXTS = 16
 _LONG_TEXT = 1 << 12  # bytes, on average
 _MUCH_TEXT = 1 << 27  # bytes
 _WORDS_MEMORY = 72 << 20
-"""Bytes by which the process may grow, words that gigatoken remembers and all else together."""
+"""Memory growth of the process after which gigatoken's word cache is dropped."""
 
 Encoded = tuple[np.ndarray, np.ndarray]
-"""Tokens of all texts, one after the other (n,), and how many each text has (texts,). Tokens are
-ids, or, from `SizedEncoder`, ids with the bytes that they stand for."""
+"""Concatenated tokens of all texts (n,), and the count of each text (texts,). Tokens are ids or,
+from `SizedEncoder`, ids with the bytes they stand for."""
 
 
 class Encoder(Protocol):
-    """What turns texts into token ids, special tokens' spellings being text."""
+    """Encodes texts to token ids, treating spelled-out special tokens as plain text."""
 
     name: str
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
-        """Token ids of texts in UTF-8."""
+        """Encode texts given as UTF-8."""
         ...
 
 
-def use_threads(workers: int) -> None:
-    """How many threads either library may use; before its first call."""
+def set_threads(workers: int) -> None:
+    """Set the number of threads of both libraries; must be called before they are first used."""
     os.environ["RAYON_NUM_THREADS"] = str(workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"
 
 
 class HuggingFaceEncoder:
-    """The reference: `tokenizers`, a batch at a time."""
+    """The reference encoder, using `tokenizers`."""
 
     name = "huggingface"
 
@@ -74,9 +74,9 @@ class HuggingFaceEncoder:
             cut = self._cut(text.decode())
             pieces += cut
             sizes.append(len(cut))
-        ids = array.array("I")  # takes a list of integers at twice the speed of numpy
+        ids = array.array("I")  # extends from lists of integers twice as fast as numpy
         counts = []
-        for some in _in_parts(pieces):  # an encoding takes forty times its text
+        for some in _group_parts(pieces):  # encodings take 40 times the memory of the text
             try:
                 encodings = self._tokenizer.encode_batch_fast(some, add_special_tokens=False)
             except Exception as error:  # tokenizers raises bare Exception, e.g. for a missing unk
@@ -90,7 +90,7 @@ class HuggingFaceEncoder:
         return np.frombuffer(ids, np.uint32), per_piece
 
     def _cut(self, text: str) -> list[str]:
-        """A long text in pieces, so that threads share it and memory stays small."""
+        """Cut a long text into pieces, to use all threads and limit memory."""
         if not self._cuttable or len(text) <= PIECE_CHARS:
             return [text]
         pieces, start = [], 0
@@ -100,8 +100,8 @@ class HuggingFaceEncoder:
         return [*pieces, text[start:]]
 
 
-def _in_parts(texts: list[str]) -> Iterator[list[str]]:
-    """Yield the texts in order, about PART_CHARS at once."""
+def _group_parts(texts: list[str]) -> Iterator[list[str]]:
+    """Yield the texts in order, in groups of about PART_CHARS."""
     part: list[str] = []
     size = 0
     for text in texts:
@@ -115,7 +115,7 @@ def _in_parts(texts: list[str]) -> Iterator[list[str]]:
 
 
 class GigatokenEncoder:
-    """`gigatoken`: the same ids, some twenty times faster. Optional."""
+    """Encodes with `gigatoken`: the same ids, about 20 times faster. Optional."""
 
     name = "gigatoken"
 
@@ -124,35 +124,35 @@ class GigatokenEncoder:
             import gigatoken
         except ImportError:
             raise UserError(
-                "--tokenizer-library gigatoken needs that package: pip install gigatoken"
+                "--tokenizer-library gigatoken requires the package: pip install gigatoken"
             ) from None
         if not is_gpt2_kind(description):
             raise UserError(
-                "--tokenizer-library gigatoken is trusted with byte-level BPE as GPT-2 has it, and "
-                "this tokenizer is of another kind; use --tokenizer-library huggingface."
+                "--tokenizer-library gigatoken supports only byte-level BPE in the style of GPT-2, "
+                "which this tokenizer is not; use --tokenizer-library huggingface."
             )
         if missing := len(byte_alphabet().keys() - description["model"]["vocab"].keys()):
             raise UserError(
-                f"--tokenizer-library gigatoken needs a token for each byte, and {missing} are not "
-                "in the vocabulary of this tokenizer; use --tokenizer-library huggingface."
+                f"--tokenizer-library gigatoken requires a token for each byte, but this tokenizer "
+                f"lacks {missing} of them; use --tokenizer-library huggingface."
             )
-        # Without its special tokens it cannot find them in a text that spells them.
+        # Without special tokens, it cannot match them in text that spells them out.
         plain = orjson.dumps({**description, "added_tokens": []})
         self._load = lambda: gigatoken.Tokenizer.from_json(plain)
         self._parallel = workers > 1
         self._bytes_one_by_one = 0
-        self._renew()
+        self._reload()
 
-    def _renew(self) -> None:
-        """It remembers all words that it has seen: begin anew before they fill memory."""
-        self._tokenizer: Any = None  # frees what it has remembered
+    def _reload(self) -> None:
+        """Reload the tokenizer to drop its cache of all words seen, which grows without bound."""
+        self._tokenizer: Any = None  # frees the cache
         self._tokenizer = self._load()
         self._memory = resident_memory()
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
         """See `Encoder`."""
         if resident_memory() > self._memory + _WORDS_MEMORY:
-            self._renew()
+            self._reload()
         size = sum(map(len, texts))
         long = not self._parallel and size >= _LONG_TEXT * len(texts)
         if len(texts) < _FEW_TEXTS or (long and self._bytes_one_by_one < _MUCH_TEXT):
@@ -169,18 +169,18 @@ class GigatokenEncoder:
 
 
 class CheckedEncoder:
-    """A faster encoder whose ids are compared with the reference's, on samples of every batch."""
+    """A fast encoder that is compared with the reference on samples of every batch."""
 
     def __init__(self, fast: GigatokenEncoder, reference: Encoder) -> None:
         self.name = fast.name
         self._fast = fast
         self._reference = reference
-        self._random = random.Random(0)  # which samples: of no influence on the result
+        self._random = random.Random(0)  # selects the samples; does not affect the result
         self._compare([text.encode() for text in SELF_TEST], "its self-test")
         self._unchecked = FIRST_SAMPLE_BYTES
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
-        """See `Encoder`; `UserError` where the libraries differ."""
+        """See `Encoder`; raise UserError if the libraries differ."""
         ids, counts = self._fast.encode(texts)
         number = self._random.randrange(len(texts))
         start = int(counts[:number].sum())
@@ -191,13 +191,13 @@ class CheckedEncoder:
             self._compare([sample], "a sample")
             self._unchecked = SAMPLE_BYTES
         if new := [n for n, text in enumerate(texts) if has_new_letters(text)]:
-            return self._replaced(ids, counts, texts, new)
+            return self._replace(ids, counts, texts, new)
         return ids, counts
 
-    def _replaced(
+    def _replace(
         self, ids: np.ndarray, counts: np.ndarray, texts: Sequence[bytes], numbers: list[int]
     ) -> Encoded:
-        """The same with the reference's ids of the texts of these numbers."""
+        """Replace the ids of the texts with these indices by those of the reference."""
         parts = np.split(ids, np.cumsum(counts)[:-1])
         for number in numbers:
             parts[number] = self._reference.encode([texts[number]])[0]
@@ -214,7 +214,7 @@ class CheckedEncoder:
 
     def _fault(self, text: bytes, what: str) -> UserError:
         return UserError(
-            f"{self.name} gives other token ids than Hugging Face's tokenizers in {what} "
+            f"{self.name} and Hugging Face tokenizers produce different token ids for {what} "
             f"({text[:60].decode(errors='replace')!r}…); use --tokenizer-library huggingface."
         )
 
@@ -242,7 +242,7 @@ SELF_TEST = (
 
 
 def resident_memory() -> int:
-    """Bytes of memory that this process has now; 0 where the system does not tell."""
+    """Return the resident memory of this process in bytes; 0 if the system does not report it."""
     try:
         pages = Path("/proc/self/statm").read_text("utf-8").split()[1]
     except OSError:
@@ -251,15 +251,15 @@ def resident_memory() -> int:
 
 
 def _slice(text: bytes, size: int, chooser: random.Random) -> bytes:
-    """About `size` bytes out of a text, cut between characters."""
+    """Return about `size` bytes from a random position of a text, cut between characters."""
     if len(text) <= size:
         return text
     start = chooser.randrange(len(text) - size)
     return text[start : start + size].decode(errors="ignore").encode()
 
 
-# Letters and digits of Unicode 15 to 17, in ranges that may hold other rare ones. Whether one of
-# them counts as a letter depends on how new a library's tables are: the reference decides.
+# Letters and digits added in Unicode 15 to 17, in ranges that may include other rare ones. Whether
+# they count as letters depends on a library's Unicode version, so the reference decides.
 # fmt: off
 _NEW_LETTERS = np.array((
     (0x88f, 0x88f), (0xc5c, 0xc5c), (0xcdc, 0xcdc), (0x1c89, 0x1c8a), (0xa7cb, 0xa7f1),
@@ -276,7 +276,7 @@ _THEIR_FIRST_BYTES = (0xE0, 0xE1, 0xEA, 0xF0)
 
 
 def has_new_letters(text: bytes) -> bool:
-    """Whether a text has letters that are so new that not every library knows them."""
+    """Return whether a text has letters too recent for every library to know."""
     if text.isascii() or not any(byte in text for byte in _THEIR_FIRST_BYTES):
         return False
     data = np.frombuffer(text, np.uint8)
@@ -286,7 +286,7 @@ def has_new_letters(text: bytes) -> bool:
         for byte in _THEIR_FIRST_BYTES[1:]:
             first |= block == byte
         places = start + np.flatnonzero(first)
-        # UTF-8: four bits, or three for one of four bytes, and then six of each byte
+        # UTF-8: 4 bits of the lead byte (3 in 4-byte sequences), then 6 bits of each other byte.
         lead, *rest = (data[np.minimum(places + n, len(data) - 1)].astype(int) for n in range(4))
         one, two, three = (byte & 0x3F for byte in rest)
         four_bytes = lead == 0xF0
@@ -300,7 +300,7 @@ def has_new_letters(text: bytes) -> bool:
 
 
 def is_gpt2_kind(description: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json is byte-level BPE with GPT-2's pre-tokenizer and nothing else."""
+    """Return whether a tokenizer is byte-level BPE with GPT-2's pre-tokenizer and nothing else."""
     model, pre_tokenizer = description["model"], description.get("pre_tokenizer") or {}
     return (
         model["type"] == "BPE"

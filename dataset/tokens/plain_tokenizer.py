@@ -1,8 +1,8 @@
-"""Tokenizers for text that is only text: the same ids, but no text spells a special token.
+"""Tokenizers that treat all input as plain text and never produce special tokens from it.
 
-`encode_special_tokens` keeps the library from looking for special tokens in a text. It does not
-keep the model from putting one together: to a Unigram or WordLevel model `</s>` is a piece like any
-other. So a tokenizer is loaded whose special tokens have names that no text holds.
+`encode_special_tokens` stops the library from matching special tokens in text, but not the model
+from assembling one: to a Unigram or WordLevel model, `</s>` is a piece like any other. Therefore
+the special tokens are renamed to strings that no text contains.
 """
 
 import uuid
@@ -15,12 +15,12 @@ from tokenizers import Tokenizer
 from dataset.common import byte_alphabet
 
 DROPPED = -1
-"""Id of what the tokenizer has no token for, not even an unknown one; never stored."""
+"""Placeholder id of text without any token, not even an unknown one; never stored."""
 SPACE = "▁"
-"""What stands for a space in the pieces of SentencePiece."""
+"""SentencePiece's replacement for a space."""
 
 BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-# A cut behind the first character of what spells a byte piece: the rest spells none.
+# Splits text that spells a byte piece after its first character, so that no byte piece matches.
 _CUT_BYTE_PIECES = {
     "type": "Split",
     "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
@@ -30,20 +30,22 @@ _CUT_BYTE_PIECES = {
 
 
 class PlainTokenizer:
-    """A tokenizer whose text is only text, and what its ids mean to the original one.
+    """A tokenizer for plain text, and the mapping of its ids to those of the original.
 
-    `tokenizer` encodes; `description` is its tokenizer.json; `original_ids` (n,) int64 gives the
-    original id, or DROPPED, of each of its ids, and is None where both have the same;
-    `unknown_id` is the original id of text that the vocabulary cannot spell, None without one.
-    `lossless`: the ids of any text give its number of bytes, the one space that some tokenizers
-    put before a text counted in. Decided by the definition, and where in doubt it is False.
-    `lossless_without_mark`: they do for text without `SPACE`, which reads like a space.
+    Attributes:
+        tokenizer: encodes text.
+        description: its tokenizer.json.
+        original_ids: (n,) int64, the original id, or DROPPED, of each id; None if all are equal.
+        unknown_id: original id of text that the vocabulary cannot represent; None without one.
+        lossless: whether the ids of any text determine its number of bytes, counting the space
+            that some tokenizers prepend. Derived from the definition; False if in doubt.
+        lossless_without_mark: whether they do for text without `SPACE`.
 
     Args:
-        tokenizer: the original one, with all its special tokens.
-        description: the tokenizer.json that it was loaded from.
-        added: special tokens that were added to it since.
-        byte_lengths: (V,) bytes of text that each id is taken to stand for.
+        tokenizer: the original tokenizer, with all its special tokens.
+        description: the tokenizer.json it was loaded from.
+        added: special tokens added to it since.
+        byte_lengths: (V,) bytes of text assumed for each id.
     """
 
     def __init__(
@@ -60,12 +62,12 @@ class PlainTokenizer:
         marks_spaces = _marks_spaces(description)
         if not keeps_size or marks_spaces or _may_spell(description, special):
             self.description = orjson.loads(tokenizer.to_str())
-            self.description["post_processor"] = None  # it may trim the places of tokens
-            original_names = self._hide()
+            self.description["post_processor"] = None  # it may trim token offsets
+            original_names = self._rename_special_tokens()
             self.tokenizer = _load(self.description)
-            self._find_ids(tokenizer, original_names)
+            self._map_ids(tokenizer, original_names)
             special = _special_tokens(self.description)
-            # All text is spelled then, and nothing is DROPPED.
+            # If lossless, all text is encoded and nothing is DROPPED.
             keeps_size = not self._moves_ids() and _is_lossless(
                 self.description, special, byte_lengths
             )
@@ -78,29 +80,29 @@ class PlainTokenizer:
             unknown = int(self.original_ids[unknown])
         self.unknown_id = None if unknown == DROPPED else unknown
 
-    def _hide(self) -> dict[str, str]:
+    def _rename_special_tokens(self) -> dict[str, str]:
         """Rename the special tokens of the description; return the original name of each."""
         model, special = self.description["model"], _special_tokens(self.description)
-        prefix = f"{uuid.uuid4().hex}:"  # unknown to whoever wrote the text
+        prefix = f"{uuid.uuid4().hex}:"  # cannot occur in any existing text
         new_names = {token: f"{prefix}{token}" for token in special}
         for token in self.description["added_tokens"]:
             token["content"] = new_names.get(token["content"], token["content"])
         if model["type"] == "Unigram":
             model["vocab"] = [(new_names.get(t, t), score) for t, score in model["vocab"]]
             if model["unk_id"] is None:
-                # Another piece's score, because the lowest one decides that of unknown text.
+                # Reuse a score, because the score of unknown text depends on the lowest one.
                 model["vocab"].append((prefix, model["vocab"][0][1]))
                 model["unk_id"] = len(model["vocab"]) - 1
         else:
             model["vocab"] = {new_names.get(t, t): index for t, index in model["vocab"].items()}
-            if model["unk_token"] is not None:  # None: BPE leaves unknown characters out
+            if model["unk_token"] is not None:  # None: BPE drops unknown characters
                 model["unk_token"] = new_names[model["unk_token"]]
                 after = max(model["vocab"].values(), default=-1) + 1
                 model["vocab"].setdefault(model["unk_token"], after)
         if model["type"] == "BPE":
             hidden = special.union(BYTE_PIECES if model["byte_fallback"] else ())
             model["merges"] = [pair for pair in model["merges"] if hidden.isdisjoint(
-                _merged(model, pair))]  # fmt: skip
+                _merge_pair(model, pair))]  # fmt: skip
         if model.get("byte_fallback") and (model["type"] == "Unigram" or model["ignore_merges"]):
             stages = [self.description["pre_tokenizer"], _CUT_BYTE_PIECES]
             self.description["pre_tokenizer"] = {
@@ -108,8 +110,8 @@ class PlainTokenizer:
             }  # fmt: skip
         return {new: old for old, new in new_names.items()}
 
-    def _find_ids(self, original: Tokenizer, original_names: dict[str, str]) -> None:
-        """Set `original_ids`: an unknown token that had to be added moves added tokens' ids."""
+    def _map_ids(self, original: Tokenizer, original_names: dict[str, str]) -> None:
+        """Set `original_ids`; adding an unknown token shifts the ids of added tokens."""
         known = original.get_vocab(with_added_tokens=True)
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         ids = np.full(max(vocabulary.values(), default=-1) + 1, DROPPED)
@@ -123,7 +125,7 @@ class PlainTokenizer:
         return ids is not None and bool(((ids != np.arange(len(ids))) & (ids != DROPPED)).any())
 
     def drops_characters(self) -> bool:
-        """Return whether characters in no token leave the text before it is tokenized."""
+        """Return whether characters without a token are dropped before merging."""
         model = self.description["model"]
         return (
             model["type"] == "BPE"
@@ -133,8 +135,11 @@ class PlainTokenizer:
         )
 
     def load_symbols(self) -> tuple[Tokenizer, int]:
-        """Load a tokenizer that only splits text into the characters that this one begins to
-        merge; return also the id that stands for a character which this one drops."""
+        """Load a tokenizer that only splits text into the initial symbols of the BPE merges.
+
+        Returns:
+            The tokenizer, and the id of characters that this tokenizer drops.
+        """
         model = self.description["model"]
         name, dropped = uuid.uuid4().hex, max(model["vocab"].values(), default=-1) + 1
         vocabulary = {**model["vocab"], name: dropped}
@@ -146,8 +151,11 @@ class PlainTokenizer:
 
 
 def _is_lossless(description: dict[str, Any], special: set[str], byte_lengths: np.ndarray) -> bool:
-    """Whether it is byte-level BPE, or has byte fallback, with all bytes and no stage that changes
-    or drops text, apart from writing `SPACE` for spaces."""
+    """Return whether a tokenizer preserves all bytes of a text.
+
+    True for byte-level BPE and byte fallback with all 256 bytes, if no stage changes or drops text
+    other than by writing `SPACE` for spaces.
+    """
     model = description["model"]
     if model.get("type") not in ("BPE", "Unigram"):
         return False
@@ -162,7 +170,7 @@ def _is_lossless(description: dict[str, Any], special: set[str], byte_lengths: n
     if not all(_keeps_text(stage) for stage in stages):
         return False
     if _has_byte_level(description):
-        # A space goes before each piece of the text, if there are several.
+        # A space is prepended to each piece of the text, if there are several.
         spaced = stages[-1].get("add_prefix_space") and (len(stages) > 1 or text)
         spelled = {token["content"] for token in text} & model["vocab"].keys()
         return not (normalizers or spaced) and all(map(str.isascii, spelled))
@@ -177,13 +185,13 @@ def _is_lossless(description: dict[str, Any], special: set[str], byte_lengths: n
 
 
 def _may_spell(description: dict[str, Any], special: set[str]) -> bool:
-    """Whether some text may be encoded as one of these tokens, or cannot be encoded at all."""
+    """Return whether some text may be encoded as one of these tokens, or not at all."""
     model = description["model"]
     if model.get("type") != "BPE":
         return True
     text = [t["content"] for t in description.get("added_tokens") or [] if not t["special"]]
     if any(_overlap(token, other) for token in special for other in text):
-        return True  # the library would pass over the one for the other
+        return True  # the library would match the one instead of the other
     vocabulary, unknown = model["vocab"], model.get("unk_token")
     if unknown is not None and unknown not in vocabulary:
         return True
@@ -192,7 +200,7 @@ def _may_spell(description: dict[str, Any], special: set[str]) -> bool:
     if any(token in vocabulary and (model.get("ignore_merges") or len(token) == 1)
            for token in special):  # fmt: skip
         return True
-    return not all(special.isdisjoint(_merged(model, pair)) for pair in model["merges"])
+    return not all(special.isdisjoint(_merge_pair(model, pair)) for pair in model["merges"])
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -202,8 +210,8 @@ def _overlap(one: str, other: str) -> bool:
     return any(one[:n] == other[-n:] or one[-n:] == other[:n] for n in sizes)
 
 
-def _merged(model: dict[str, Any], pair: Any) -> tuple[str, str, str]:
-    """Return both parts of a merge, and what it makes of them."""
+def _merge_pair(model: dict[str, Any], pair: Any) -> tuple[str, str, str]:
+    """Return both parts of a merge and its result."""
     first, second = pair.split(" ") if isinstance(pair, str) else pair
     prefix = model.get("continuing_subword_prefix") or ""
     return first, second, first + second[len(prefix) :]
@@ -232,7 +240,7 @@ def _has_byte_pieces(model: dict[str, Any]) -> bool:
 
 
 def _has_byte_level(description: dict[str, Any]) -> bool:
-    """Whether a BPE model gets its text as GPT-2's characters for bytes, and knows all of them."""
+    """Return whether a BPE model gets GPT-2's byte characters as input and has all of them."""
     model, stages = description["model"], _stages(description.get("pre_tokenizer"))
     return (
         model["type"] == "BPE"
@@ -243,7 +251,7 @@ def _has_byte_level(description: dict[str, Any]) -> bool:
 
 
 def _stages(stage: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Return a normalizer or pre-tokenizer and all that it is made of, in order."""
+    """Return the flattened stages of a normalizer or pre-tokenizer, in order."""
     if stage is None:
         return []
     if stage["type"] == "Sequence":
@@ -253,7 +261,7 @@ def _stages(stage: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _keeps_text(stage: dict[str, Any]) -> bool:
-    """Return whether a pre-tokenizer hands all text on, or spaces as another character."""
+    """Return whether a pre-tokenizer keeps all text, except for replacing spaces."""
     if stage["type"] in ("Split", "Punctuation"):
         return stage["behavior"] != "Removed"
     return stage["type"] in ("ByteLevel", "Digits", "Metaspace")
@@ -269,13 +277,15 @@ def _spells_spaces(
     pieces: dict[str, int],
     byte_lengths: np.ndarray,
 ) -> bool:
-    """Whether text reaches the model as it is, or with `SPACE` for each space and at most one put
-    before it, and the byte lengths of the pieces agree with that."""
+    """Return whether text reaches the model with spaces intact, consistent with the byte lengths.
+
+    Spaces may be replaced by `SPACE`, with at most one prepended to the text.
+    """
     if not normalizers:
         shown = SPACE
     elif normalizers in ([_REPLACE], [_REPLACE, _PREPEND], [_PREPEND, _REPLACE]):
         shown = " "
-        # The library puts one behind each added token, too.
+        # The library also prepends one after each added token.
         if SPACE not in pieces or (_PREPEND in normalizers and has_added_tokens):
             return False
     else:
@@ -288,8 +298,7 @@ def _spells_spaces(
 
 
 def _marks_spaces(description: dict[str, Any]) -> bool:
-    """Return whether the model gets `SPACE` for each space, so that its ids do not distinguish
-    the two."""
+    """Return whether spaces are replaced by `SPACE`, so that ids do not distinguish the two."""
     stages = _stages(description.get("pre_tokenizer"))
     return any(stage["type"] == "Metaspace" for stage in stages) or _REPLACE in _stages(
         description.get("normalizer")

@@ -1,4 +1,4 @@
-"""Token ids with the bytes of text behind each, for tokenizers whose ids do not tell them."""
+"""Encode text to ids with byte counts, for tokenizers whose ids do not determine them."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,15 @@ from tokenizers import Encoding, Tokenizer
 
 from dataset.tokens.encoders import Encoded, HuggingFaceEncoder
 from dataset.tokens.plain_tokenizer import BYTE_PIECES, DROPPED, SPACE, PlainTokenizer
-from dataset.tokens.sizes import byte_places, divide, sized_dtype
+from dataset.tokens.sizes import assign_bytes, byte_places, sized_dtype
 from utils.core.errors import UserError
 
 
 class SizedEncoder:
-    """An `Encoder` whose tokens are those of `sized_dtype`.
+    """An `Encoder` that returns tokens of `sized_dtype`.
 
-    The bytes of a token are those of the original text, whatever a normalizer made of them: the
-    library keeps each token's place in it.
+    The bytes of a token are those of the original text, regardless of normalization, because the
+    library tracks each token's offset in it.
     """
 
     name = "huggingface"
@@ -30,11 +30,11 @@ class SizedEncoder:
         strings = [text.decode() for text in texts]
         encodings = _encode(self._plain.tokenizer, strings)
         symbols = self._symbols.encode(strings) if self._symbols else [None] * len(strings)
-        parts = [self._tokens(*each) for each in zip(strings, encodings, symbols, strict=True)]
+        parts = [self._make_tokens(*each) for each in zip(strings, encodings, symbols, strict=True)]
         none = np.zeros(0, self._dtype)
         return np.concatenate([none, *parts]), np.array([len(part) for part in parts], np.int64)
 
-    def _tokens(self, text: str, encoding: Encoding, symbols: Encoding | None) -> np.ndarray:
+    def _make_tokens(self, text: str, encoding: Encoding, symbols: Encoding | None) -> np.ndarray:
         ids = np.array(encoding.ids, np.int64)
         places = byte_places(text)
         spans = _spans(encoding, places)
@@ -48,16 +48,17 @@ class SizedEncoder:
         tokens = np.zeros(len(ids), self._dtype)
         tokens["id"] = ids
         if len(tokens):
-            divide(tokens, starts, spans, int(places[-1]))
+            assign_bytes(tokens, starts, spans, int(places[-1]))
         return tokens
 
 
 class MarkEncoder:
-    """A `SizedEncoder` for tokenizers that write `SPACE` for spaces, and are lossless otherwise:
-    the library finds the places of tokens, which is slow, only in texts that hold `SPACE`.
+    """A faster `SizedEncoder` for tokenizers that are lossless except for replacing spaces.
+
+    Token offsets, which are slow to compute, are only needed for texts that contain `SPACE`.
 
     Args:
-        byte_lengths: (V,) bytes by id, of text without `SPACE`.
+        byte_lengths: (V,) bytes per id in text without `SPACE`.
     """
 
     name = "huggingface"
@@ -72,7 +73,7 @@ class MarkEncoder:
         ids, counts = self._fast.encode(texts)
         tokens = np.zeros(len(ids), sized_dtype(ids.dtype))
         tokens["id"], tokens["bytes"] = ids, self._byte_lengths[ids]
-        # The tokenizer may put a space before a text; the first token does not count it.
+        # The tokenizer may prepend a space to a text, which must not count for the first token.
         ends = np.append(0, np.cumsum(counts))
         sizes = np.append(0, np.cumsum(tokens["bytes"], dtype=np.int64))
         added = np.diff(sizes[ends]) - np.fromiter(map(len, texts), np.int64, len(texts))
@@ -89,8 +90,11 @@ _MARK = SPACE.encode()
 
 
 class _Symbols:
-    """Places of tokens where the model drops characters: the library counts on without them, so
-    that the tokens behind one in the same word come too early."""
+    """Computes token offsets for models that drop characters.
+
+    The library does not count dropped characters, so its offsets for later tokens of the same word
+    are too low.
+    """
 
     def __init__(self, plain: PlainTokenizer) -> None:
         self._tokenizer, self._dropped = plain.load_symbols()
@@ -115,11 +119,11 @@ class _Symbols:
         symbol_spans: np.ndarray,
         symbols: Encoding,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the starts of tokens (n,), and the spans of the text that are in tokens (m, 2)."""
+        """Return the starts of tokens (n,) and the spans of text covered by tokens (m, 2)."""
         symbol_spans = symbol_spans[np.array(symbols.ids, np.int64) != self._dropped]
         ends = np.cumsum(self._sizes[ids])
         if len(ids) == 0 or ends[-1] != len(symbol_spans):
-            return spans[:, 0], spans  # a token that is not made of symbols; the library's will do
+            return spans[:, 0], spans  # a token is not made of symbols; use the library's offsets
         return symbol_spans[ends - self._sizes[ids], 0], symbol_spans
 
 
@@ -131,5 +135,5 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
 
 
 def _spans(encoding: Encoding, places: np.ndarray) -> np.ndarray:
-    """Return the bytes at which tokens begin and end, (n, 2) int64."""
+    """Return the byte offsets at which tokens begin and end, (n, 2) int64."""
     return places[np.array(encoding.offsets, np.int64).reshape(-1, 2)]

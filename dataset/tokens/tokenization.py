@@ -1,7 +1,7 @@
-"""The builders' view of a tokenizer.json: plain text in, token ids out, its eos and pad known.
+"""Load a tokenizer.json for building corpora: plain text in, token ids out, with eos and pad.
 
-Text is only ever text here: a document that spells `<|eos|>` becomes the tokens of those
-characters, never the special token, whatever the kind of tokenizer.
+Input is always treated as plain text: a document that spells `<|eos|>` becomes the tokens of those
+characters, never the special token, for every kind of tokenizer.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from dataset.tokens.encoders import (
     Encoder,
     GigatokenEncoder,
     HuggingFaceEncoder,
-    use_threads,
+    set_threads,
 )
 from dataset.tokens.plain_tokenizer import PlainTokenizer
 from dataset.tokens.sized_encoder import MarkEncoder, SizedEncoder
@@ -32,35 +32,40 @@ PAD_TOKENS = ("<|pad|>", "<pad>")
 
 
 def add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every builder with a tokenizer shares."""
+    """Add the tokenizer options that all text builders share."""
     parser.add_argument("--tokenizer-json", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--eos-token", help=f"default: the first of {' '.join(EOS_TOKENS)}")
-    parser.add_argument("--pad-token", help=f"default: the first of {' '.join(PAD_TOKENS)}")
+    parser.add_argument(
+        "--eos-token", help=f"default: the first of {' '.join(EOS_TOKENS)} in the vocabulary"
+    )
+    parser.add_argument(
+        "--pad-token", help=f"default: the first of {' '.join(PAD_TOKENS)} in the vocabulary"
+    )
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help="tokenizer threads, of no influence on the result (default: all cores)",
+        help="tokenizer threads; does not affect the result (default: all cores)",
     )
     parser.add_argument(
         "--tokenizer-library",
         choices=("huggingface", "gigatoken"),
         default="huggingface",
-        help="gigatoken gives the same ids some twenty times faster, for tokenizers of GPT-2's "
-        "kind (default: huggingface)",
+        help="gigatoken produces the same ids about 20 times faster, for GPT-2-style tokenizers "
+        "only (default: huggingface)",
     )
 
 
 class TextTokenizer:
-    """A tokenizer.json made ready for building; `eos_id`, `pad_id`, `vocab_size`, `dtype`, and
-    `byte_lengths` (V,) int32, the bytes of text that each token id stands for.
+    """A tokenizer.json prepared for building corpora.
 
-    `lossless`: whether ids tell the bytes of text. If not, tokens carry theirs
-    (`dataset.tokens.sizes`).
-    `unknown_id`: what stands for text that the vocabulary cannot spell, None without such a token.
-
-    `vocab_size` is the highest id + 1, `dtype` the smallest that also holds `ignore_label_id`, its
-    maximum.
+    Attributes:
+        eos_id, pad_id: ids of the end-of-document and padding tokens.
+        vocab_size: highest id + 1.
+        dtype: smallest dtype that also holds `ignore_label_id`, its maximum.
+        byte_lengths: (V,) int32, bytes of text per token id.
+        lossless: whether ids determine the bytes of text. If not, tokens carry them; see
+            `dataset.tokens.sizes`.
+        unknown_id: id of text that the vocabulary cannot represent; None without such a token.
     """
 
     def __init__(
@@ -71,22 +76,21 @@ class TextTokenizer:
         workers: int | None = None,
         library: str = "huggingface",
     ) -> None:
-        workers = _usable_cores() if workers is None else workers
+        workers = _count_usable_cores() if workers is None else workers
         if workers < 1:
             raise UserError(f"--workers is {workers}; it must be at least 1.")
-        workers = min(workers, _usable_cores())  # more would only wait for each other
-        use_threads(workers)
+        workers = min(workers, _count_usable_cores())  # more would only contend
+        set_threads(workers)
         self.path = path
         self.tokenizer, self._description = _load(path)
-        # A token that is named for the one is no candidate for the other.
+        # A token given for one role is not a candidate for the other.
         eos_usual = tuple(token for token in EOS_TOKENS if token != pad_token)
         pad_usual = tuple(token for token in PAD_TOKENS if token != eos_token)
-        self.eos_token = self._special_token(eos_token, eos_usual, "--eos-token")
-        self.pad_token = self._special_token(pad_token, pad_usual, "--pad-token")
+        self.eos_token = self._add_special_token(eos_token, eos_usual, "--eos-token")
+        self.pad_token = self._add_special_token(pad_token, pad_usual, "--pad-token")
         if self.eos_token == self.pad_token:
             raise UserError(
-                f"{self.eos_token!r} is named both --eos-token and --pad-token; padding must "
-                "differ from the end of a document."
+                f"--eos-token and --pad-token are both {self.eos_token!r}; they must differ."
             )
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         self.eos_id, self.pad_id = vocabulary[self.eos_token], vocabulary[self.pad_token]
@@ -110,56 +114,59 @@ class TextTokenizer:
             self.encoder = CheckedEncoder(fast, self.encoder)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, without special tokens: arrays (n,) of `dtype`."""
+        """Encode each text without special tokens: id arrays (n,) of `dtype`."""
         return [ids_of(tokens) for tokens in self.encode_tokens(texts)]
 
     def encode_tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode each text without special tokens: arrays (n,) of `token_dtype`."""
+        """Encode each text without special tokens: token arrays (n,) of `token_dtype`."""
         tokens, counts = self.encoder.encode([text.encode() for text in texts])
         return np.split(tokens.astype(self.token_dtype), np.cumsum(counts)[:-1])
 
-    def end(self, tokens: np.ndarray) -> np.ndarray:
-        """Return tokens (n,) with eos behind them."""
+    def append_eos(self, tokens: np.ndarray) -> np.ndarray:
+        """Return tokens (n,) followed by eos."""
         ended = np.zeros(len(tokens) + 1, tokens.dtype)
         ended[:-1] = tokens
         ids_of(ended)[-1] = self.eos_id
         return ended
 
     def save(self, path: Path) -> None:
-        """Write the tokenizer with its eos and pad."""
-        # tokenizers' own reading and writing takes every file name for UTF-8
+        """Write the tokenizer, including its eos and pad."""
+        # Not with tokenizers' own function, which assumes that file names are UTF-8.
         path.write_bytes(self.tokenizer.to_str(pretty=True).encode())
 
-    def _special_token(self, named: str | None, usual: tuple[str, ...], option: str) -> str:
+    def _add_special_token(self, named: str | None, usual: tuple[str, ...], option: str) -> str:
         token = named or next((t for t in usual if self.tokenizer.token_to_id(t) is not None), None)
         if token is not None and self.tokenizer.token_to_id(token) is None:
             raise UserError(
-                f"{option} {token!r} is not in the vocabulary of {self.path}; name one of its "
-                f"tokens, or leave {option} out to have {usual[0]} added."
+                f"{option} {token!r} is not in the vocabulary of {self.path}; pass one of its "
+                f"tokens, or omit {option} to add {usual[0]}."
             )
         token = token or usual[0]
-        if self.tokenizer.token_to_id(token) is None and _has_holes(self._description["model"]):
+        if self.tokenizer.token_to_id(token) is None and _has_id_gaps(self._description["model"]):
             highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
             self._description["model"]["vocab"][token] = highest + 1
             self.tokenizer = Tokenizer.from_str(orjson.dumps(self._description).decode())
-        self.tokenizer.add_special_tokens([token])  # also marks a token that is there as special
+        self.tokenizer.add_special_tokens([token])  # also marks an existing token as special
         return token
 
 
-def _usable_cores() -> int:
-    """Cores that this process may use, which a container or a batch system may have limited."""
+def _count_usable_cores() -> int:
+    """Return the cores available to this process, which containers and schedulers may limit."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """A tokenizer.json and what it says, without what would change or shorten a document's
-    tokens."""
+    """Load a tokenizer.json without the settings that would alter or truncate documents.
+
+    Returns:
+        The tokenizer and its parsed definition.
+    """
     if path.is_dir():
         inside = path / "tokenizer.json"
-        advice = f"name {inside}" if inside.is_file() else "name a file"
-        raise UserError(f"--tokenizer-json {path} is a folder; {advice}.")
+        advice = f"pass {inside}" if inside.is_file() else "pass a file"
+        raise UserError(f"--tokenizer-json {path} is a directory; {advice}.")
     content = b""
     try:
         content = path.read_bytes()
@@ -167,8 +174,8 @@ def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
         description["truncation"] = None
         description["padding"] = None
         if description["model"].get("dropout") is not None:
-            description["model"]["dropout"] = None  # training noise; a corpus is built once
-        if isinstance(description["model"]["vocab"], dict):  # a Unigram model's is a list
+            description["model"]["dropout"] = None  # random; corpora must be reproducible
+        if isinstance(description["model"]["vocab"], dict):  # Unigram models have a list
             _keep_ids(description)
         return Tokenizer.from_str(orjson.dumps(description).decode()), description
     except UserError as error:
@@ -176,28 +183,33 @@ def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     except OSError as error:
         raise UserError(
             f"cannot read --tokenizer-json {path}: {error.strerror or error}; "
-            "dataset.train_tokenizer makes one."
+            "create one with dataset.train_tokenizer."
         ) from error
     except Exception as error:  # tokenizers raises bare Exception for a malformed file
         fault = tokenizer_fault(content, error)
         raise UserError(
-            f"--tokenizer-json {path} is not a tokenizer.json: {fault}; dataset.train_tokenizer "
-            "makes one."
+            f"--tokenizer-json {path} is not a valid tokenizer.json: {fault}; create one with "
+            "dataset.train_tokenizer."
         ) from error
 
 
-def _has_holes(model: dict[str, Any]) -> bool:
-    """Return whether ids below the model's highest have no token. The library numbers added tokens
-    from the count of the model's tokens, which then is the id of one of them."""
+def _has_id_gaps(model: dict[str, Any]) -> bool:
+    """Return whether some ids below the model's highest are unused.
+
+    The library numbers added tokens from the size of the vocabulary, which is then already in use.
+    """
     vocabulary = model["vocab"]
     return isinstance(vocabulary, dict) and max(vocabulary.values(), default=-1) >= len(vocabulary)
 
 
 def _keep_ids(description: dict[str, Any]) -> None:
-    """Have each token keep an id of its own: where there are holes, added tokens have those that
-    the file names, entered in the model's vocabulary."""
+    """Ensure that each token keeps a distinct id.
+
+    If there are gaps, the added tokens are entered into the model's vocabulary with their ids from
+    the file.
+    """
     model = description["model"]
-    if _has_holes(model):
+    if _has_id_gaps(model):
         for token in description.get("added_tokens") or []:
             model["vocab"].setdefault(token["content"], token["id"])
     tokens = model["vocab"]
@@ -207,6 +219,5 @@ def _keep_ids(description: dict[str, Any]) -> None:
     for token, index in tokens.items():
         if (other := owners.setdefault(index, token)) != token:
             raise UserError(
-                f"{other!r} and {token!r} both have the id {index}; give each token an id of its "
-                "own"
+                f"{other!r} and {token!r} both have id {index}; give each token a distinct id"
             )

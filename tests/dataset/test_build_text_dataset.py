@@ -159,11 +159,11 @@ def test_one_prompt_lands_in_one_split(build_text, tmp_path, monkeypatch):
     [
         (
             {"question": "q", "response": "r"},
-            "no key 'prompt' (keys there: question, response; see --prompt-key)",
+            "no key 'prompt' (keys: question, response; see --prompt-key)",
         ),
-        ({"prompt": "p", "response": ""}, "key 'response' holds an empty text"),
-        ({"prompt": "p", "response": 3}, "key 'response' holds no text"),
-        ({"prompt": "p", "response": "r", "meta": 3}, "key 'meta' holds no object"),
+        ({"prompt": "p", "response": ""}, "key 'response' is an empty"),
+        ({"prompt": "p", "response": 3}, "key 'response' is not a string"),
+        ({"prompt": "p", "response": "r", "meta": 3}, "key 'meta' is not an object"),
         ({"prompt": "p", "response": "r", "meta": {"domain": 3}}, "meta.domain is 3"),
         (
             {"prompt": "p", "response": "r", "meta": {"domain": "<blank>"}},
@@ -193,10 +193,10 @@ def test_bad_examples_are_named_or_skipped(build_text, tmp_path, fails, record, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--domain-weights maths=1", "names maths, but the domains are qa"),
-        ("--domain-weights qa=1 qa=2", "names 'qa' twice"),
-        ("--domain-weights qa", "'qa' is not NAME=WEIGHT"),
-        ("--domain-weights qa=-1", "'qa=-1' is not NAME=WEIGHT"),
+        ("--domain-weights maths=1", "maths; the domains are qa"),
+        ("--domain-weights qa=1 qa=2", "'qa' twice"),
+        ("--domain-weights qa", "'qa' is not of the form NAME=WEIGHT"),
+        ("--domain-weights qa=-1", "'qa=-1' is not of the form NAME=WEIGHT"),
         ("--max-context-tokens 0", "--max-context-tokens is 0"),
         ("--train-ratio 2", "--train-ratio is 2.0"),
         ("--prompt-key x --response-key x", "--prompt-key and --response-key are both 'x'"),

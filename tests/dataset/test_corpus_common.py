@@ -80,7 +80,7 @@ def test_bad_metadata_is_named(tmp_path):
         load_metadata(tmp_path)
     with pytest.raises(UserError, match="has no split 'test'"):
         find_split(tmp_path, "test")
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="directory"):
         find_split(tmp_path / "absent", "test")
 
 
@@ -98,7 +98,7 @@ def test_verify_names_the_damaged_file(build, tmp_path, rng):
     labels = bytearray((folder / "labels.npy").read_bytes())
     labels[-1] ^= 1
     (folder / "labels.npy").write_bytes(labels)
-    with pytest.raises(UserError, match=r"labels\.npy differs"):
+    with pytest.raises(UserError, match=r"labels\.npy .*checksum"):
         verify_arrays(folder, metadata)
     (folder / "labels.npy").unlink()
     with pytest.raises(UserError, match=r"labels\.npy is missing"):

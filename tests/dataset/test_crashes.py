@@ -110,7 +110,7 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(arguments, tmp_path, m
         lines = done.stderr.strip().splitlines()
         assert done.returncode == 2 and len(lines) == 1, done.stderr
         assert f"cannot write to {tmp_path}" in lines[0] or "cannot write /" in lines[0]
-        kept += "go on with --resume" in lines[0]
+        kept += "continue with --resume" in lines[0]
     assert kept
     build_corpus_dataset.main(arguments("cut", *options, "--resume"))
     assert file_bytes(tmp_path / "cut") == wanted
@@ -130,8 +130,8 @@ def test_a_damaged_unfinished_build_is_named(arguments, tmp_path, whole, fails, 
     else:
         path.write_bytes(b"nothing" * 10)
     line = fails(lambda: build_corpus_dataset.main(arguments("corpus", "--resume")))
-    assert str(path) in line and "begin anew with --overwrite" in line
-    assert "go on with --resume" not in line
+    assert str(path) in line and "with --overwrite" in line
+    assert "continue with --resume" not in line
     build_corpus_dataset.main(arguments("corpus", "--overwrite"))
     assert file_bytes(tmp_path / "corpus") == whole
 
@@ -151,7 +151,7 @@ def test_builds_that_begin_at_once(arguments, tmp_path, whole):
     errors = [build.communicate()[1].strip() for build in builds]
     assert [build.returncode for build in builds].count(0) == 1, errors
     for build, error in zip(builds, errors, strict=True):
-        known = ("another build is at work", "an unfinished build", "holds a finished corpus")
+        known = ("another build is running", "an unfinished build", "contains a finished corpus")
         assert build.returncode == 0 or any(words in error for words in known), error
     assert file_bytes(tmp_path / "corpus") == whole
 
@@ -167,7 +167,7 @@ def test_a_remote_input_that_changed_is_not_gone_on_with(arguments, tmp_path, fa
     lines = source.read_bytes().splitlines(keepends=True)
     source.write_bytes(b"".join(reversed(lines)))  # of the same size
     line = fails(lambda: build_corpus_dataset.main([*options, "--resume"]))
-    assert "was begun otherwise" in line and "input files" in line
+    assert "--overwrite" in line and "input files" in line
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, token_byte_lengths
 from dataset.inspect_corpus import main
 from dataset.output import corpus_statistics
 from dataset.output.corpus_statistics import measure, quantiles
-from dataset.output.corpus_views import END, row_lines
+from dataset.output.corpus_views import END, format_row
 from tests.stream_tools import EOS, PAD, S, write_corpus, write_trm
 from utils.corpus.corpora import Corpora
 
@@ -149,7 +149,7 @@ def test_both_splits_are_shown_within_a_hundred_columns(corpus: Path, shows):
             (corpus / split / "all" / "dataset.json").read_bytes()
         )
         assert f"{split}: {meta.total_puzzles:,} rows, {meta.tokens:,} tokens" in output
-    assert "poems" in output and "14 files as written" in output
+    assert "poems" in output and "14 files verified" in output
     assert output.count("  row ") == 4
 
 
@@ -235,7 +235,7 @@ def test_a_reader_that_has_seen_enough(corpus: Path):
 
 
 def test_what_is_no_corpus(tmp_path: Path, fails):
-    assert "is not a folder" in fails(lambda: main([str(tmp_path / "none")]))
+    assert "directory" in fails(lambda: main([str(tmp_path / "none")]))
     assert "no split" in fails(lambda: main([str(tmp_path)]))
 
 
@@ -252,7 +252,7 @@ def lines_of(tokens: list[int], ignored: set[int] = frozenset(), seq_len: int = 
     labels[[position - 1 for position in ignored]] = IGNORE_LABEL_ID
     metadata = DatasetMetadata.model_construct(pad_id=PAD, eos_id=EOS, seq_len=seq_len)
     letters = " ?abcdefghijklmnop\x1b\n"
-    return row_lines(inputs, labels, metadata, lambda ids: "".join(letters[i] for i in ids), width)
+    return format_row(inputs, labels, metadata, lambda ids: "".join(letters[i] for i in ids), width)
 
 
 def test_document_borders_and_padding_are_shown():
@@ -262,7 +262,7 @@ def test_document_borders_and_padding_are_shown():
 
 def test_an_eos_that_is_only_a_label_ends_the_document():
     metadata = DatasetMetadata.model_construct(pad_id=PAD, eos_id=EOS, seq_len=2)
-    lines = row_lines(np.array([2, 3]), np.array([3, EOS]), metadata, lambda ids: str(ids), 80)
+    lines = format_row(np.array([2, 3]), np.array([3, EOS]), metadata, lambda ids: str(ids), 80)
     assert lines == ["[2, 3]", END]
 
 
@@ -282,7 +282,7 @@ def test_long_rows_lose_their_middle():
     tokens = [*([2, EOS] * 20), *[3] * 8]
     lines = lines_of(tokens, seq_len=48)
     assert lines[0] == "a" and lines[-1] == "bbbbbbbb"
-    assert any("lines more" in line and "end of document" in line for line in lines)
+    assert any("more lines" in line and "document ends" in line for line in lines)
     assert len(lines) < 20
 
 

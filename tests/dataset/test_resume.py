@@ -20,9 +20,9 @@ RUN = """if True:
     import sys
     from dataset import build_corpus_dataset
     from dataset.input import documents
-    from dataset.packing import windows as packing
+    from dataset.packing import windows
     documents.BATCH_BYTES = 3000
-    packing.BLOCK_TOKENS = 500
+    windows.BLOCK_TOKENS = 500
     build_corpus_dataset.main(sys.argv[1:])
 """
 
@@ -119,10 +119,10 @@ def test_an_error_keeps_what_was_built(arguments, tmp_path, fails, monkeypatch):
     (tmp_path / "b.txt.gz").write_bytes(good[:-50])
     damaged = arguments("corpus", "--save-every", "0")
     line = fails(lambda: build_corpus_dataset.main(damaged))
-    assert "b.txt.gz is cut off" in line and "go on with --resume" in line
+    assert "b.txt.gz is truncated" in line and "--resume" in line
     assert not (tmp_path / "corpus").exists()
     line = fails(lambda: build_corpus_dataset.main([*damaged, "--resume"]))
-    assert "b.txt.gz is cut off" in line
+    assert "b.txt.gz is truncated" in line
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_two_builds_of_one_folder(arguments, tmp_path, fails):
     first.send_signal(signal.SIGSTOP)
     try:
         line = fails(lambda: build_corpus_dataset.main(arguments("corpus", "--resume")))
-        assert "another build is at work" in line
+        assert "another build is running" in line
     finally:
         first.send_signal(signal.SIGCONT)
         assert first.wait() == 0, first.stderr.read()

@@ -47,7 +47,7 @@ def test_mistakes_end_in_one_sentence(tmp_path, fails, options, message):
     path = write_jsonl(tmp_path / "a.jsonl", ["abc"])
     assert message in fails(lambda: run(path, tmp_path / "tok.json", options))
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.jsonl"]
-    assert "is a folder" in fails(lambda: run(path, tmp_path))
+    assert "is a directory" in fails(lambda: run(path, tmp_path))
     assert "one of the inputs" in fails(lambda: run(path, path))
     assert path.read_text("utf-8").startswith('{"text"')
 

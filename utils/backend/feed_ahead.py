@@ -41,7 +41,7 @@ class PresentAhead:
             return None
         drawn_for, moved = batches
         assert drawn_for == step, f"step {step} asks for the batch of step {drawn_for}"
-        self._place.pass_over(halted)
+        self._place.skip_batch(halted)
         return moved
 
     def _read(self, step: int, halted: np.ndarray) -> Iterator[Any]:

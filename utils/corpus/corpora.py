@@ -1,7 +1,7 @@
-"""Corpora opened read-only as one: what must agree, names, and one global numbering.
+"""Open several corpora read-only as one, with shared names and global numbering.
 
-Owns the joining, so that the stream deals in row and group numbers alone. A corpus may hold
-several sets (TRM); each set of each corpus is one `CorpusPart`, and the parts lie end to end.
+Handles the joining, so that the stream only sees row and group numbers. A corpus may contain
+several sets (TRM); each set of each corpus is one `CorpusPart`, and the parts are concatenated.
 """
 
 import hashlib
@@ -28,33 +28,33 @@ from utils.corpus.part import LARGE_CORPUS, CorpusPart
 from utils.corpus.row_file import REBUILD, ArrayFolder
 
 NO_DOMAIN = "<none>"
-"""Domain of a corpus that names none, where it is joined with corpora that do."""
+"""Domain of a corpus without domains that is joined with corpora that have some."""
 
-_SHOWN = 12  # names of what there is
+_MAX_LISTED = 12  # known names listed in a message
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """End of an error message: the nearest known name, if one is near, else all of them."""
+    """Return advice for an unknown name: the closest known name, or a list of them."""
     if near := nearest(name, list(known), cutoff=0.5):
         return f"did you mean {near!r}?"
-    shown = sorted(known)[:_SHOWN]
-    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
-    return f"there is {', '.join(shown) or 'none'}{more}."
+    listed = sorted(known)[:_MAX_LISTED]
+    more = f" and {len(known) - _MAX_LISTED} more" if len(known) > _MAX_LISTED else ""
+    return f"available: {', '.join(listed) or 'none'}{more}."
 
 
 class Corpora:
-    """Several corpora opened read-only as one (one split).
+    """One split of several corpora, opened read-only as one.
 
-    Sequence length, vocabulary size, padding and eos must agree; identifiers and domains are
-    matched by name, numbered in the order in which they first appear, blank being 0.
+    Sequence length, vocabulary size, padding and eos must agree. Identifiers and domains are
+    matched by name and numbered in order of first appearance; the blank identifier is 0.
 
     Args:
-        data_paths: corpus folders, in Athena's layouts (npy, stream) or in TRM's.
+        data_paths: corpus directories, in Athena's layouts (npy, stream) or in TRM's.
         split: "train" or "test". A train split without rows is an error.
-        verify: compare checksums: True, False, or None for corpora of at most 2 GiB.
-        like: corpora whose numbering of identifiers and domains is taken over. The test split
-            of other folders than the training ones must be opened like the training split, or
-            its rows would meet other rows' embeddings. Identifiers unknown there become blank.
+        verify: whether to verify checksums; None: only for corpora of at most 2 GiB.
+        like: corpora whose numbering of identifiers and domains is reused. A test split from other
+            directories must be opened like the training split, or its rows would get the wrong
+            embeddings. Identifiers unknown there become blank.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Corpora:
         like: "Corpora | None" = None,
     ):
         if not data_paths:
-            raise UserError("data_paths is empty; name at least one corpus folder.")
+            raise UserError("data_paths is empty; pass at least one corpus directory.")
         self.split = split
         self.data_paths: list[str]
         self.metadata: DatasetMetadata
-        roots = [_existing_folder(path) for path in data_paths]
+        roots = [_check_folder(path) for path in data_paths]
         folders = [find_split(root, split) for root in roots]
         metadata = [load_metadata(folder) for folder in folders]
         _check_agreement(folders, metadata)
@@ -89,21 +89,23 @@ class Corpora:
         if split == "train" and (self.num_rows == 0 or self.num_groups == 0):
             raise UserError(
                 f"{', '.join(self.data_paths)}: the train split has no rows; "
-                "build it with more text or a higher train ratio, or name it as data_paths_test."
+                "build it with more text or a higher train ratio, or use it as data_paths_test."
             )
-        self.metadata = _joined_metadata(metadata, self.identifiers, self.domains)
+        self.metadata = _join_metadata(metadata, self.identifiers, self.domains)
         self.has_targets = any(part.has_targets for part in self._parts)
         self.has_scored_bytes = any(part.has_scored_bytes for part in self._parts)
         self.max_target = max((part.max_target for part in self._parts), default=0)
         self.one_row_a_group = all(part.one_row_a_group for part in self._parts)
-        """Whether every group is one row, of the same number."""
+        """Whether every group is a single row with the same number."""
         widths = {p.reasoning_width for p in self._parts if p.reasoning_width is not None}
         if len(widths) > 1:
-            raise UserError(f"the widths of reasoning_labels.npy differ: {sorted(widths)}.")
+            raise UserError(
+                f"the corpora have reasoning_labels.npy of different widths: {sorted(widths)}."
+            )
         self.reasoning_width = max(widths, default=0)
         digest = hashlib.sha256(json.dumps([self.identifiers, self.domains]).encode())
         for part in self._parts:
-            part.fingerprint(digest)
+            part.update_fingerprint(digest)
         self.fingerprint = digest.hexdigest()
 
     def _add_corpus(
@@ -126,16 +128,16 @@ class Corpora:
         found = self.num_groups - groups_before
         if found != metadata.total_groups:
             raise UserError(
-                f"{folder} holds {found} groups, but its dataset.json says "
-                f"{metadata.total_groups}: the files do not belong together; {REBUILD}."
+                f"{folder} has {found} groups, but its dataset.json says "
+                f"{metadata.total_groups}: the files do not match; {REBUILD}."
             )
         if verify or (verify is None and size <= LARGE_CORPUS):
             verify_arrays(folder, metadata)
 
-    def _by_part(
+    def _group_by_part(
         self, indices: np.ndarray, ends: np.ndarray
     ) -> Iterator[tuple[CorpusPart, np.ndarray | slice]]:
-        """Each part that holds some of `indices`, and where in `indices` those are."""
+        """Yield each part that contains some of `indices`, and their positions in `indices`."""
         if len(self._parts) == 1:
             yield self._parts[0], slice(None)
             return
@@ -144,33 +146,36 @@ class Corpora:
             yield self._parts[number], np.flatnonzero(owner == number)
 
     def rows(self, indices: np.ndarray, tokens: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Rows by global number.
+        """Return rows by global number.
 
-        Returns `inputs` and `labels` (n, S), `puzzle_identifiers`, `iteration_targets` (0: none)
-        and `domain_ids` (n,), all int32; `reasoning_labels` (n, R) where a corpus has them;
-        `scored_bytes` (n,) int64, -1 for rows of a corpus without them, where another has them.
-        Ignored labels are IGNORE_LABEL_ID; identifiers and domains are the joined ones.
-        `tokens`: where inputs and labels are to lie, (2, n, S) int32.
+        Args:
+            tokens: optional buffer for inputs and labels, (2, n, S) int32.
+
+        Returns:
+            `inputs` and `labels` (n, S), `puzzle_identifiers`, `iteration_targets` (0: none) and
+            `domain_ids` (n,), all int32; `reasoning_labels` (n, R) if any corpus has them;
+            `scored_bytes` (n,) int64 if any corpus has them, with -1 for rows of others. Ignored
+            labels are IGNORE_LABEL_ID; identifiers and domains are the joined ones.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if tokens is None:
             tokens = np.empty((2, indices.size, self.metadata.seq_len), np.int32)
         if len(self._parts) == 1:
-            return self._part_rows(self._parts[0], indices, tokens)
-        out = self._part_rows(self._parts[0], indices[:0], tokens[:, :0])
+            return self._read_part(self._parts[0], indices, tokens)
+        out = self._read_part(self._parts[0], indices[:0], tokens[:, :0])
         out = {name: np.empty((indices.size, *v.shape[1:]), v.dtype) for name, v in out.items()}
         out |= {"inputs": tokens[0], "labels": tokens[1]}
-        for part, where in self._by_part(indices, self._row_ends):
+        for part, where in self._group_by_part(indices, self._row_ends):
             local = indices[where] - part.first_row
             own = np.empty((2, local.size, self.metadata.seq_len), np.int32)
-            for name, values in self._part_rows(part, local, own).items():
+            for name, values in self._read_part(part, local, own).items():
                 out[name][where] = values
         return out
 
-    def _part_rows(
+    def _read_part(
         self, part: CorpusPart, rows: np.ndarray, tokens: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """What `rows` returns, for local row numbers of one part."""
+        """Return the result of `rows` for local row numbers of one part."""
         part.tokens(rows, *tokens)
         out = {
             "inputs": tokens[0],
@@ -190,18 +195,20 @@ class Corpora:
         return out
 
     def highest_reasoning_label(self) -> int:
-        """The largest id in reasoning_labels.npy, all of it read; -1 without any."""
+        """Return the largest id in reasoning_labels.npy, reading all of it; -1 without any."""
         return max((part.highest_reasoning_label() for part in self._parts), default=-1)
 
     def recorded_weights(self) -> dict[str, float] | None:
-        """The domain_weights that a corpus was built with, 1 where none was given and 0 for
-        domains without rows here; None without any. Joined corpora do not take them over."""
+        """Return the domain_weights that a single corpus was built with; None without any.
+
+        Domains without a weight get 1, domains without rows 0. Joined corpora have none.
+        """
         recorded = self.metadata.domain_weights
         if not recorded:
             if any(part.metadata.domain_weights for part in self._parts):
                 warnings.warn(
-                    "the corpora are joined by size, although weights were given when they were "
-                    "built; set domain_weights to mix them otherwise",
+                    "the corpora are mixed in proportion to their size, ignoring the weights "
+                    "recorded at build time; set domain_weights to change this",
                     stacklevel=2,
                 )
             return None
@@ -212,12 +219,12 @@ class Corpora:
         }
 
     def puzzles(self, groups: np.ndarray, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One puzzle of each group, by global numbers: its first row and its number of rows.
+        """Return the first row and the number of rows of one puzzle of each group.
 
         Args: groups (n,) int64; choice (n,) uint64, taken modulo the group's size.
         """
         start, size = np.empty(groups.size, np.int64), np.empty(groups.size, np.int64)
-        for part, where in self._by_part(groups, self._group_ends):
+        for part, where in self._group_by_part(groups, self._group_ends):
             local = groups[where] - part.first_group
             first, size[where] = part.puzzles(local, choice[where])
             start[where] = first + part.first_row
@@ -225,30 +232,30 @@ class Corpora:
 
     @property
     def relabels(self) -> bool:
-        """Whether ids of any row may be permuted."""
+        """Whether the ids of any rows may be permuted."""
         return any(part.metadata.relabel_ids for part in self._parts)
 
     def relabel_ranges(self, indices: np.ndarray) -> np.ndarray:
-        """Per row the half-open range of ids that may be permuted, (n, 2); (0, 0) for none."""
+        """Return the half-open range of ids to permute in each row, (n, 2); (0, 0) for none."""
         ranges = np.zeros((indices.size, 2), np.int64)
-        for part, where in self._by_part(indices, self._row_ends):
+        for part, where in self._group_by_part(indices, self._row_ends):
             ranges[where] = part.metadata.relabel_ids or (0, 0)
         return ranges
 
     def group_domains(self, groups: np.ndarray) -> np.ndarray:
-        """Domain of the first row of each group (n,) by global number, (n,) int32."""
+        """Return the domain of the first row of each group (n,), (n,) int32."""
         domains = np.empty(groups.size, np.int32)
-        for part, where in self._by_part(groups, self._group_ends):
+        for part, where in self._group_by_part(groups, self._group_ends):
             domains[where] = part.group_domains(groups[where] - part.first_group)
         return domains
 
     @cached_property
     def domain_index(self) -> DomainIndex:
-        """Which groups are of which domain."""
+        """Index of the groups of each domain."""
         return DomainIndex(self.group_domains, self.num_groups, max(1, len(self.domains)))
 
     def set_rows(self) -> dict[str, list[range]]:
-        """For each set, its global rows: one range for each corpus that has the set."""
+        """Return the global rows of each set: one range per corpus that has the set."""
         ranges: dict[str, list[range]] = {}
         for part in self._parts:
             rows = range(part.first_row, part.first_row + part.num_rows)
@@ -256,17 +263,19 @@ class Corpora:
         return ranges
 
 
-def _existing_folder(path: str | Path) -> Path:
+def _check_folder(path: str | Path) -> Path:
     root = Path(path)
     if root.is_dir():
         return root
     if root.exists():
-        raise UserError(f"data path {root} is no folder; name a corpus that a builder wrote.")
+        raise UserError(
+            f"data path {root} exists but must be a directory; pass a corpus written by a builder."
+        )
     parent = root.parent
     if not parent.is_dir():
-        raise UserError(f"data path {root} does not exist, nor does the folder {parent}.")
+        raise UserError(f"data path {root} does not exist, nor does its parent directory.")
     corpora = [entry.name for entry in parent.iterdir() if (entry / "train").is_dir()]
-    advice = did_you_mean(root.name, corpora) if corpora else f"{parent} holds no corpus."
+    advice = did_you_mean(root.name, corpora) if corpora else f"{parent} contains no corpus."
     raise UserError(f"data path {root} does not exist; {advice}")
 
 
@@ -276,20 +285,20 @@ def _check_agreement(folders: Sequence[Path], metadata: Sequence[DatasetMetadata
             mine, theirs = getattr(metadata[0], name), getattr(other, name)
             if mine != theirs:
                 raise UserError(
-                    f"{name} is {mine} in {folders[0]} but {theirs} in {folder}; corpora that "
-                    "are joined must be built with the same tokenizer and --seq-len."
+                    f"{name} is {mine} in {folders[0]} but {theirs} in {folder}; joined corpora "
+                    "must be built with the same tokenizer and --seq-len."
                 )
 
 
 def _join_identifiers(
     roots: Sequence[Path], metadata: Sequence[DatasetMetadata], like: Corpora | None
 ) -> tuple[list[str], list[np.ndarray]]:
-    """Joined names and, per corpus, the map from its identifiers to the joined ones."""
+    """Return the joined names and, per corpus, the map from its identifiers to joined ones."""
     names = list(like.identifiers) if like else [BLANK_IDENTIFIER]
     number = {name: index for index, name in enumerate(names)}
     maps, unknown = [], 0
     for root, meta in zip(roots, metadata, strict=True):
-        own = _identifier_names(root, meta, alone=len(roots) == 1)
+        own = _load_identifier_names(root, meta, alone=len(roots) == 1)
         lookup = np.zeros(max(1, len(own)), np.int32)
         for index, name in enumerate(own):
             if index == meta.blank_identifier_id:
@@ -302,27 +311,29 @@ def _join_identifiers(
         maps.append(lookup)
     if unknown:
         warnings.warn(
-            f"{unknown} identifiers were never trained; their rows use the blank one.",
+            f"{unknown} identifiers were never trained; their rows use the blank identifier.",
             stacklevel=3,
         )
     return names, maps
 
 
-def _identifier_names(root: Path, metadata: DatasetMetadata, alone: bool) -> list[str]:
+def _load_identifier_names(root: Path, metadata: DatasetMetadata, alone: bool) -> list[str]:
     path, count = root / "identifiers.json", metadata.num_puzzle_identifiers
     if not path.is_file():
         if count <= 1:
             return [BLANK_IDENTIFIER]
-        if alone:  # nothing to match; the folder's name keeps them apart from other corpora's
+        if alone:  # nothing to match; the directory name distinguishes them from other corpora's
             return [f"{root.name}#{index}" for index in range(count)]
-        raise UserError(f"{path} is missing; corpora are joined by the names of identifiers.")
+        raise UserError(
+            f"{path} is missing, but joined corpora match identifiers by name; {REBUILD}."
+        )
     try:
         names = json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); {REBUILD}.") from error
     if not isinstance(names, list) or len(names) < count:
         found = len(names) if isinstance(names, list) else type(names).__name__
-        raise UserError(f"{path} must list {count} names, found {found}; {REBUILD}.")
+        raise UserError(f"{path} must list {count} names, but has {found}; {REBUILD}.")
     return [str(name) for name in names[:count]]
 
 
@@ -339,27 +350,27 @@ def _join_domains(
     return names, maps
 
 
-def _joined_metadata(
+def _join_metadata(
     metadata: Sequence[DatasetMetadata], identifiers: list[str], domains: list[str]
 ) -> DatasetMetadata:
-    def values(name: str) -> list:
+    def collect(name: str) -> list:
         return [getattr(meta, name) for meta in metadata]
 
     def total(name: str) -> int | None:
-        return None if None in values(name) else sum(values(name))
+        return None if None in collect(name) else sum(collect(name))
 
-    lowest = [value for value in values("min_iterations") if value is not None]
-    highest = [value for value in values("max_iterations") if value is not None]
-    total_puzzles = sum(values("total_puzzles"))
+    lowest = [value for value in collect("min_iterations") if value is not None]
+    highest = [value for value in collect("max_iterations") if value is not None]
+    total_puzzles = sum(collect("total_puzzles"))
     examples = sum(meta.mean_puzzle_examples * meta.total_puzzles for meta in metadata)
-    same_range = len(set(values("relabel_ids"))) == 1
+    same_range = len(set(collect("relabel_ids"))) == 1
     update = {
         "blank_identifier_id": 0,
         "num_puzzle_identifiers": len(identifiers),
-        "total_groups": sum(values("total_groups")),
+        "total_groups": sum(collect("total_groups")),
         "total_puzzles": total_puzzles,
         "mean_puzzle_examples": examples / total_puzzles if total_puzzles else 1.0,
-        "sets": list(dict.fromkeys(name for sets in values("sets") for name in sets)),
+        "sets": list(dict.fromkeys(name for sets in collect("sets") for name in sets)),
         "min_iterations": min(lowest, default=None),
         "max_iterations": max(highest, default=None),
         "domains": domains,

@@ -1,17 +1,17 @@
-"""Iteration budgets that grow over a run."""
+"""Curriculum of iteration budgets that grow over a run."""
 
 import numpy as np
 
 from utils.config.schema import IterationCurriculumConfig
 
 
-def grown(
+def scale_budgets(
     budgets: np.ndarray, rule: IterationCurriculumConfig, progress: float, least: int
 ) -> np.ndarray:
-    """Budgets of rows that enter at `progress` (0..1): the share `rule.start` of them at first,
-    growing evenly to all of them at `rule.until`; rounded to whole ACT steps, halves up.
+    """Scale the budgets of rows that enter at `progress` (0..1).
 
-    None falls below `least`, or below what it is whole.
+    The factor grows linearly from `rule.start` to 1 at `rule.until`. Results are rounded to whole
+    ACT steps (halves up) and never below `least`, unless the full budget is.
     """
     share = rule.start + (1 - rule.start) * min(1.0, progress / rule.until)
     scaled = np.floor(budgets * share + 0.5).astype(budgets.dtype)

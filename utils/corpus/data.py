@@ -1,4 +1,4 @@
-"""Opening the corpora of a run: training split, test split, and their tokenizer."""
+"""Open the corpora of a run: training split, test split, and their tokenizer."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +11,10 @@ from utils.remote.cache import local_path
 
 
 class Data(NamedTuple):
-    """train: the joined training corpora. test: the split to evaluate, or None without one.
+    """The opened corpora of a run.
 
-    test_paths: folders of the evaluated corpora, on this machine.
+    train: the joined training corpora. test: the split to evaluate, or None.
+    test_paths: local directories of the evaluated corpora.
     """
 
     train: Corpora
@@ -22,7 +23,7 @@ class Data(NamedTuple):
     tokenizer: Path | None
 
     def reasoning_ids(self) -> int:
-        """Highest label of the reasoning streams of both splits + 1; 0 if training has none."""
+        """Return the highest reasoning label of both splits + 1; 0 if training has none."""
         if not self.train.reasoning_width:
             return 0
         splits = [self.train] if self.test is None else [self.train, self.test]
@@ -30,10 +31,10 @@ class Data(NamedTuple):
 
 
 def open_data(config: PretrainConfig) -> Data:
-    """Opens and checks the corpora; UserError where something is missing or does not fit.
+    """Open and check the corpora; raise UserError if something is missing or inconsistent.
 
-    Corpora behind urls are fetched first, once per machine; the config keeps the urls, so that a
-    checkpoint names what its run was given.
+    Remote corpora are fetched first, once per machine; the config keeps the URLs, so that a
+    checkpoint records what the run was given.
     """
     train_paths = [local_path(path) for path in config.data_paths]
     own_test_paths = [local_path(path) for path in config.data_paths_test]
@@ -41,7 +42,7 @@ def open_data(config: PretrainConfig) -> Data:
     for key, value in (("vocab_size", config.vocab_size), ("seq_len", config.seq_len)):
         found = getattr(train.metadata, key)
         if value is not None and value != found:
-            raise UserError(f"{key}={value}, but the corpus has {key} {found}; leave the key out")
+            raise UserError(f"{key}={value}, but the corpus has {key} {found}; omit the key")
     test_paths = own_test_paths or train_paths
     paths = [*train_paths, *own_test_paths]
     has_test = own_test_paths or any((Path(path) / "test").is_dir() for path in test_paths)

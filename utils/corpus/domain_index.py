@@ -1,8 +1,7 @@
-"""Which groups are of which domain: counting and finding them without a list of all groups.
+"""A rank/select index to count and find the groups of each domain without listing them.
 
-A rank/select index. A list would take 8 bytes a group; the counts before each block of groups
-take 8 bytes a domain for 512 groups, and a group is found by a binary search over the blocks and
-a look at the domains of one block.
+A list would take 8 bytes per group. Cumulative counts take 8 bytes per domain for every block of
+512 groups, and a group is found by a binary search over blocks and a scan of one block.
 """
 
 import itertools
@@ -11,15 +10,15 @@ from collections.abc import Callable
 import numpy as np
 
 _BLOCK = 512  # groups
-_BLOCKS_AT_ONCE = 2048  # while the index is made
-_DRAWS_AT_ONCE = 64  # so that their blocks stay in the processor's cache
+_BLOCKS_AT_ONCE = 2048  # while building the index
+_DRAWS_AT_ONCE = 64  # keeps their blocks in the CPU cache
 
 
 class DomainIndex:
     """Finds the k-th group of a domain.
 
     Args:
-        domains_of: domain (n,) of each of the groups (n,) int64.
+        domains_of: returns the domains (n,) of groups (n,) int64.
         num_groups, num_domains: groups are 0..num_groups-1, domains 0..num_domains-1.
     """
 
@@ -44,16 +43,16 @@ class DomainIndex:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Groups of each domain, (num_domains,) int64."""
+        """Number of groups of each domain, (num_domains,) int64."""
         return self._before[:, -1]
 
     def select(self, domains: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """The group that is number `index` among those of its domain, in ascending order.
+        """Return the group at position `index` among those of its domain, in ascending order.
 
         Args: domains (n,) integers; index (n,) int64, below the domain's size.
         Returns: (n,) int64.
         """
-        block = self._block_of(domains, index)
+        block = self._find_block(domains, index)
         index = index - self._before[domains, block]
         parts = [
             self._select_within(block[i:j], domains[i:j], index[i:j])
@@ -64,17 +63,17 @@ class DomainIndex:
     def _select_within(
         self, block: np.ndarray, domains: np.ndarray, index: np.ndarray
     ) -> np.ndarray:
-        """The group that is number `index` among those of its domain in one block; (n,) all."""
+        """Return the group at position `index` among those of its domain in one block; all (n,)."""
         groups = block[:, None] * _BLOCK + np.arange(_BLOCK)
         inside = np.minimum(groups, self._num_groups - 1).ravel()  # the last block may be short
         same = self._domains_of(inside).reshape(groups.shape) == domains[:, None]
         counts = np.count_nonzero(same, axis=1)
-        # Of each draw, the place of its group in the flat list of all that match.
+        # Position of each draw's group in the flat list of all matches.
         place = np.cumsum(counts) - counts + index
         return inside[np.flatnonzero(same)[place]]
 
-    def _block_of(self, domains: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Last block before which there are at most `index` groups of the domain, (n,) int64."""
+    def _find_block(self, domains: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Return the last block preceded by at most `index` groups of the domain, (n,) int64."""
         low = np.zeros(index.size, np.int64)
         high = np.full(index.size, self._blocks, np.int64)
         for _ in range(self._blocks.bit_length()):

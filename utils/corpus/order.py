@@ -1,7 +1,7 @@
-"""Which examples a run visits, in order: groups, a puzzle of each, and that puzzle's rows.
+"""Order of the examples that a run visits: groups, one puzzle of each, and that puzzle's rows.
 
-A pure function of seed and position: any place of a run can be reached without the ones before
-it, so a run continues from two numbers and examples can be read ahead of their use.
+A pure function of seed and position: any position can be reached without visiting earlier ones, so
+a run resumes from two numbers and examples can be prefetched.
 """
 
 import math
@@ -15,16 +15,18 @@ from utils.core.errors import UserError
 from utils.corpus.corpora import Corpora
 from utils.corpus.permutation import QuotaSchedule, hash64, permute
 
-# One number for each use of the seed, so that no two draws share their randomness.
+# One number per use of the seed, so that no two draws share randomness.
 ORDER, PUZZLE, RELABEL, EXPLORE = 1, 2, 3, 4
 
-_AT_ONCE = 1024  # places that are drawn together: the arithmetic is vectorised
+_AT_ONCE = 1024  # places drawn together, because the arithmetic is vectorized
 
 
-def exploration(seed: int, step: int, slots: int, probability: float, maximum: int) -> np.ndarray:
-    """Least number of ACT steps that each slot is made to take: (slots,) int32, 0 for none.
+def sample_exploration(
+    seed: int, step: int, slots: int, probability: float, maximum: int
+) -> np.ndarray:
+    """Sample the minimum number of ACT steps of each slot: (slots,) int32, 0 for no minimum.
 
-    With `probability` uniform in 2..maximum inclusive. A pure function of (seed, step, slot).
+    With `probability`, uniform in 2..maximum inclusive. A pure function of (seed, step, slot).
     """
     if maximum < 2:
         return np.zeros(slots, np.int32)
@@ -35,7 +37,7 @@ def exploration(seed: int, step: int, slots: int, probability: float, maximum: i
 
 
 class Position(NamedTuple):
-    """Where a run stands: groups entered, and rows taken of the last one's puzzle (0: all)."""
+    """Position of a run: groups entered, and rows taken of the last group's puzzle (0: all)."""
 
     entered: int = 0
     offset: int = 0
@@ -45,8 +47,8 @@ class Position(NamedTuple):
 class Examples:
     """Consecutive examples of a run, (n,) int64 each.
 
-    place: number of the group's visit. offset: number of the row in its puzzle. row: global row
-    number. size: rows of the puzzle.
+    place: index of the group visit. offset: index of the row in its puzzle. row: global row
+    number. size: number of rows of the puzzle.
     """
 
     place: np.ndarray
@@ -55,7 +57,7 @@ class Examples:
     size: np.ndarray
 
     @staticmethod
-    def joined(parts: Sequence["Examples"]) -> "Examples":
+    def concatenate(parts: Sequence["Examples"]) -> "Examples":
         columns = zip(*(part._columns() for part in parts), strict=True) if parts else _NONE
         return Examples(*map(np.concatenate, columns))
 
@@ -79,7 +81,7 @@ _NONE = [[np.empty(0, np.int64)]] * 4
 
 
 class ExampleOrder:
-    """The examples of a run over some corpora, `limit` groups long (None: endless)."""
+    """The order of a run's examples, `limit` groups long (None: endless)."""
 
     def __init__(
         self,
@@ -96,13 +98,15 @@ class ExampleOrder:
         for name, size in zip(corpora.domains, corpora.domain_index.sizes, strict=True):
             if weights[name] > 0 and size == 0:
                 raise UserError(
-                    f"domain_weights gives {name!r} {weights[name]}, but no row of "
-                    f"{', '.join(corpora.data_paths)} is of that domain; set it to 0."
+                    f"domain_weights of {name!r} is {weights[name]}, but "
+                    f"{', '.join(corpora.data_paths)} have no rows of that domain; set it to 0."
                 )
 
-    def visits(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Group visited at each place, and in which cycle over all groups (or all groups of its
-        domain); (n,) int64 each."""
+    def find_groups(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the group visited at each place and its cycle, (n,) int64 each.
+
+        A cycle is one pass over all groups or, with weights, over all groups of the domain.
+        """
         if self._schedule is None:
             size = self._corpora.num_groups
             cycle, index = np.divmod(places, size)
@@ -117,63 +121,63 @@ class ExampleOrder:
             index[where] = permute(place, size, key)
         return domain_index.select(domain, index), cycle
 
-    def _puzzles_at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First row and number of rows of the puzzle that is visited at each place."""
-        group, cycle = self.visits(places)
+    def _find_puzzles(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first row and the number of rows of the puzzle visited at each place."""
+        group, cycle = self.find_groups(places)
         if self._corpora.one_row_a_group:
             return group, np.ones_like(group)
         return self._corpora.puzzles(group, hash64(self._seed, PUZZLE, cycle, group))
 
     def at(self, place: np.ndarray, offset: np.ndarray) -> Examples:
-        """Examples of which place and offset are known."""
-        first, size = self._puzzles_at(place)
+        """Return the examples at the given places and offsets."""
+        first, size = self._find_puzzles(place)
         return Examples(place, offset, first + offset, size)
 
-    def following(self, position: Position, wanted: int) -> Examples:
-        """At least `wanted` examples from a position on; fewer only if the run ends there."""
+    def list_from(self, position: Position, wanted: int) -> Examples:
+        """Return at least `wanted` examples from a position on; fewer at the end of the run."""
         parts, found = [], 0
         place, offset = position.entered - (position.offset > 0), position.offset
         while found < wanted and (self.limit is None or place < self.limit):
-            last = place + self._visits_for(max(wanted - found, _AT_ONCE))
+            last = place + self._estimate_visits(max(wanted - found, _AT_ONCE))
             last = last if self.limit is None else min(last, self.limit)
-            parts.append(self._examples(np.arange(place, last), offset))
+            parts.append(self._list_at(np.arange(place, last), offset))
             found += len(parts[-1])
             place, offset = last, 0
-        return Examples.joined(parts)
+        return Examples.concatenate(parts)
 
-    def _visits_for(self, examples: int) -> int:
-        """About how many visits give so many examples."""
+    def _estimate_visits(self, examples: int) -> int:
+        """Estimate how many visits yield this many examples."""
         return math.ceil(examples / max(1.0, self._corpora.metadata.mean_puzzle_examples))
 
-    def _examples(self, places: np.ndarray, skipped: int) -> Examples:
-        """All examples at consecutive places, the first `skipped` left out."""
+    def _list_at(self, places: np.ndarray, skip: int) -> Examples:
+        """Return all examples at consecutive places, except the first `skip`."""
         if self._corpora.one_row_a_group:
             return self.at(places, np.zeros_like(places))
-        first, size = self._puzzles_at(places)
+        first, size = self._find_puzzles(places)
         owner = np.repeat(np.arange(places.size), size)
         offset = np.arange(owner.size) - (np.cumsum(size) - size)[owner]
         examples = Examples(places[owner], offset, first[owner] + offset, size[owner])
-        return examples.pick(slice(skipped, None))
+        return examples.pick(slice(skip, None))
 
 
 class Upcoming:
-    """The examples that come next, some of them drawn ahead of their use."""
+    """Buffer of upcoming examples, drawn in batches ahead of their use."""
 
     def __init__(self, order: ExampleOrder):
         self._order = order
         self.restart(Position())
 
     def restart(self, position: Position) -> None:
-        self._drawn, self._used, self._end = Examples.joined([]), 0, position
+        self._drawn, self._used, self._end = Examples.concatenate([]), 0, position
 
     def take(self, wanted: int) -> Examples:
-        """The next examples; fewer than `wanted` only where the run ends."""
+        """Return the next examples; fewer than `wanted` only at the end of the run."""
         if self._used + wanted > len(self._drawn):
             left = self._drawn.pick(slice(self._used, None))
-            more = self._order.following(self._end, wanted - len(left))
+            more = self._order.list_from(self._end, wanted - len(left))
             if len(more):
                 self._end = more.end
-            self._drawn = Examples.joined([left, more])
+            self._drawn = Examples.concatenate([left, more])
             self._used = 0
         begin, self._used = self._used, min(self._used + wanted, len(self._drawn))
         return self._drawn.pick(slice(begin, self._used))

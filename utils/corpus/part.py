@@ -1,7 +1,7 @@
-"""One set of one corpus: its files, checked when opened, and everything that is asked of its rows.
+"""One set of one corpus: its files, validated on opening, and access to its rows.
 
-How token rows lie on disk is in `token_rows`; here are the puzzles and groups that rows belong to
-and the arrays with one number a row.
+`token_rows` handles the storage of token rows; this module handles puzzles, groups and the arrays
+with one number per row.
 """
 
 import hashlib
@@ -9,22 +9,22 @@ import hashlib
 import numpy as np
 
 from dataset.common import DatasetMetadata
-from utils.corpus.row_file import CHUNK, ArrayFolder, RowFile, maximum, sample_of
+from utils.corpus.row_file import CHUNK, ArrayFolder, RowFile, maximum, take_sample
 from utils.corpus.token_rows import fill_labels, open_token_rows
 
 LARGE_CORPUS = 2 << 30
-"""Bytes above which a corpus is not read whole when it is opened."""
+"""Size in bytes above which a corpus is not read completely when opened."""
 
 _NUMBERS = ("puzzle_identifiers", "iteration_targets", "domain_ids", "scored_bytes")
 
 
 class CorpusPart:
-    """One set of one corpus; indices into it are local.
+    """One set of one corpus, with local indices.
 
-    Checked when made: a `UserError` names the file, what is wrong with it and the way out.
+    Validated on construction: a `UserError` reports the file, the problem and the fix.
 
     Args:
-        identifier_map, domain_map: from stored numbers to joined ones.
+        identifier_map, domain_map: map stored numbers to joined ones.
         first_row, first_group: global numbers of the part's first row and group.
     """
 
@@ -46,11 +46,11 @@ class CorpusPart:
         self._arrays: dict[str, np.ndarray] = {}
         no_puzzle_empty = metadata.layout == "stream" or self._open_indices()
         self.one_row_a_group = self.num_groups == self.num_rows and no_puzzle_empty
-        """Whether group, puzzle and row are the same: then nothing is looked up."""
+        """Whether groups, puzzles and rows coincide, so that no lookups are needed."""
         self._open_numbers()
         self._reasoning = self._open_reasoning()
         stored = self._arrays["puzzle_identifiers"].size
-        # As many puzzles as rows, and some of them empty: only TRM's layout, by puzzle.
+        # If sizes match but some puzzles are empty, this is TRM's layout, stored by puzzle.
         self._identifiers_per_row = stored == self.num_rows and (
             no_puzzle_empty or stored != self.num_puzzles
         )
@@ -59,33 +59,33 @@ class CorpusPart:
         self.has_scored_bytes = "scored_bytes" in self._arrays
         self.max_target = 0 if targets is None else maximum(targets)
         self._samples = self._tokens.samples | {
-            name: sample_of(array) for name, array in self._arrays.items()
+            name: take_sample(array) for name, array in self._arrays.items()
         }
         self.nbytes = self._tokens.nbytes + sum(array.nbytes for array in self._arrays.values())
-        """Size of all arrays."""
+        """Total size of all arrays."""
         if self._reasoning is not None:
-            self._samples["reasoning_labels"] = sample_of(self._reasoning)
+            self._samples["reasoning_labels"] = take_sample(self._reasoning)
             self.nbytes += self._reasoning.nbytes
-        self._settle()
+        self._prepare_lookups()
 
     def _open_indices(self) -> bool:
-        """Borders of puzzles and groups; returns whether every puzzle holds a row."""
+        """Open the puzzle and group boundaries; return whether every puzzle has a row."""
         for name in ("puzzle_indices", "group_indices"):
             self._arrays[name] = self._files.map(name)
         puzzles, groups = self._arrays["puzzle_indices"], self._arrays["group_indices"]
         self.num_puzzles, self.num_groups = puzzles.size - 1, groups.size - 1
-        no_puzzle_empty = _border_problem(puzzles, self.num_rows, "rows", least=1) is None
+        no_puzzle_empty = _find_border_problem(puzzles, self.num_rows, "rows", least=1) is None
         if not no_puzzle_empty:
-            problem = _border_problem(puzzles, self.num_rows, "rows", least=0)
+            problem = _find_border_problem(puzzles, self.num_rows, "rows", least=0)
             if problem:
                 self._files.fail("puzzle_indices", problem)
-        problem = _border_problem(groups, self.num_puzzles, "puzzles", least=1)
+        problem = _find_border_problem(groups, self.num_puzzles, "puzzles", least=1)
         if problem:
             self._files.fail("group_indices", problem)
         return no_puzzle_empty
 
     def _open_numbers(self) -> None:
-        """The arrays with one number a row, and the names that the numbers stand for."""
+        """Open the arrays with one number per row, and check that the numbers have names."""
         names = {"puzzle_identifiers": self._identifier_map, "domain_ids": self._domain_map}
         for name in _NUMBERS:
             if name != "puzzle_identifiers" and not self._files.has(name):
@@ -96,7 +96,7 @@ class CorpusPart:
                 problem = f"has shape {array.shape}, but there are {self.num_rows} rows"
                 self._files.fail(name, problem)
             if name in names and maximum(array) >= len(names[name]):
-                problem = f"holds {maximum(array)}, but there are {len(names[name])} names"
+                problem = f"contains {maximum(array)}, but there are {len(names[name])} names"
                 self._files.fail(name, problem)
             self._arrays[name] = array
 
@@ -109,14 +109,14 @@ class CorpusPart:
             self._files.fail("reasoning_labels", problem)
         return labels
 
-    def _settle(self) -> None:
-        """From now on the arrays are looked up in random order, and some of them never."""
+    def _prepare_lookups(self) -> None:
+        """Drop arrays that are no longer needed and prepare the others for random access."""
         if self.one_row_a_group:
             self._arrays = {name: a for name, a in self._arrays.items() if name in _NUMBERS}
-        self._arrays = {name: self._files.settled(a) for name, a in self._arrays.items()}
+        self._arrays = {name: self._files.prepare_lookup(a) for name, a in self._arrays.items()}
 
-    def fingerprint(self, digest: "hashlib._Hash") -> None:
-        """Add to a hash, once, what tells this corpus from another: checksums and a sample."""
+    def update_fingerprint(self, digest: "hashlib._Hash") -> None:
+        """Add what identifies this corpus, checksums and a sample, to a hash; call once."""
         meta = self.metadata
         known = (self.set_name, meta.ignore_label_id, meta.relabel_ids, meta.checksums)
         digest.update(repr(known).encode())
@@ -132,65 +132,65 @@ class CorpusPart:
         return None if self._reasoning is None else self._reasoning.shape[1]
 
     def tokens(self, rows: np.ndarray, inputs: np.ndarray, labels: np.ndarray) -> None:
-        """Fill `inputs` and `labels`, (n, S) int32, with rows; ignored labels IGNORE_LABEL_ID."""
+        """Read rows into `inputs` and `labels`, (n, S) int32, with IGNORE_LABEL_ID if ignored."""
         self._tokens.read(rows, inputs, labels)
 
     def reasoning_labels(self, rows: np.ndarray) -> np.ndarray | None:
-        """(n, R) int32, ignored positions as IGNORE_LABEL_ID; None without any."""
+        """Return (n, R) int32, with IGNORE_LABEL_ID at ignored positions; None without any."""
         if self._reasoning is None:
             return None
-        return self._as_labels(self._reasoning, rows)
+        return self._read_labels(self._reasoning, rows)
 
-    def _as_labels(self, stored: RowFile, rows: np.ndarray) -> np.ndarray:
+    def _read_labels(self, stored: RowFile, rows: np.ndarray) -> np.ndarray:
         labels = np.empty((rows.size, *stored.shape[1:]), np.int32)
         fill_labels(labels, stored.rows(rows), self.metadata.ignore_label_id)
         return labels
 
     def highest_reasoning_label(self) -> int:
-        """Largest of all reasoning labels, ignored ones left out; -1 without any."""
+        """Return the largest reasoning label that is not ignored; -1 without any."""
         if self._reasoning is None:
             return -1
         size = max(1, CHUNK // max(1, self._reasoning.shape[1]))
         highest = -1
         for first in range(0, self.num_rows, size):
             rows = np.arange(first, min(first + size, self.num_rows))
-            highest = max(highest, int(self._as_labels(self._reasoning, rows).max(initial=-1)))
+            highest = max(highest, int(self._read_labels(self._reasoning, rows).max(initial=-1)))
         return highest
 
     def identifiers(self, rows: np.ndarray) -> np.ndarray:
-        """Joined identifiers of rows (n,) int32, stored by row or, as TRM does, by puzzle."""
+        """Return joined identifiers of rows (n,) int32, stored by row or (TRM) by puzzle."""
         if not self._identifiers_per_row:
             rows = np.searchsorted(self._arrays["puzzle_indices"], rows, side="right") - 1
         return self._identifier_map[self._arrays["puzzle_identifiers"][rows]]
 
     def targets(self, rows: np.ndarray) -> np.ndarray:
-        """Iteration targets of rows (n,) int32; 0 where there are none."""
+        """Return iteration targets of rows (n,) int32; 0 if there are none."""
         if not self.has_targets:
             return np.zeros(rows.size, np.int32)
         return self._arrays["iteration_targets"][rows].astype(np.int32)
 
     def scored_bytes(self, rows: np.ndarray) -> np.ndarray | None:
-        """Return the bytes of text behind the labels of rows, (n,) int64; None without any."""
+        """Return the bytes of text behind the labels of rows, (n,) int64; None if not stored."""
         if "scored_bytes" not in self._arrays:
             return None
         return self._arrays["scored_bytes"][rows].astype(np.int64)
 
     def domains(self, rows: np.ndarray) -> np.ndarray:
-        """Joined domain of rows (n,) int32."""
+        """Return the joined domains of rows (n,) int32."""
         if "domain_ids" not in self._arrays:
             return np.full(rows.size, self._domain_map[0], np.int32)
         return self._domain_map[self._arrays["domain_ids"][rows]]
 
     def group_domains(self, groups: np.ndarray) -> np.ndarray:
-        """Joined domain of the first row of each group, (n,)."""
+        """Return the joined domain of the first row of each group, (n,)."""
         if self.one_row_a_group:
             return self.domains(groups)
         rows = self._arrays["puzzle_indices"][self._arrays["group_indices"][groups]]
-        # The part's last puzzle may be empty, and then begins past the last row.
+        # If the part's last puzzle is empty, it starts past the last row.
         return self.domains(np.minimum(rows.astype(np.int64), max(0, self.num_rows - 1)))
 
     def puzzles(self, groups: np.ndarray, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First row and number of rows of puzzle `choice mod size` of each group, (n,) each."""
+        """Return first row and row count of puzzle `choice mod size` of each group, (n,) each."""
         if self.one_row_a_group:
             return groups, np.ones_like(groups)
         borders, puzzle_indices = self._arrays["group_indices"], self._arrays["puzzle_indices"]
@@ -201,8 +201,8 @@ class CorpusPart:
         return start, puzzle_indices[puzzle + 1].astype(np.int64) - start
 
 
-def _border_problem(array: np.ndarray, last: int, what: str, *, least: int) -> str | None:
-    """Why `array` is not 0 = b0, b1, .. = last in steps of at least `least`; None if it is."""
+def _find_border_problem(array: np.ndarray, last: int, what: str, *, least: int) -> str | None:
+    """Return why `array` does not go from 0 to `last` in steps of >= `least`; None if it does."""
     if array.ndim != 1 or array.size < 1 or array[0] != 0:
         return "must be one-dimensional and start at 0"
     for start in range(0, array.size - 1, CHUNK):
@@ -210,5 +210,5 @@ def _border_problem(array: np.ndarray, last: int, what: str, *, least: int) -> s
         bad = np.flatnonzero(np.diff(chunk) < least)
         if bad.size:
             place = start + int(bad[0])
-            return f"goes from {array[place]} to {array[place + 1]} at {place}: it must rise"
+            return f"goes from {array[place]} to {array[place + 1]} at {place}, but must increase"
     return None if array[-1] == last else f"ends at {array[-1]}, but there are {last} {what}"

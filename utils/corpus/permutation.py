@@ -1,7 +1,7 @@
-"""Keyed hashing, keyed permutations and quota schedules: the arithmetic of the stream's order.
+"""Keyed hashes, keyed permutations and quota schedules behind the order of the stream.
 
-Everything here is a pure, vectorised function of its arguments. No state, no generator whose
-position matters: that is what lets a run start again at any point, on any number of ranks.
+Everything here is a pure, vectorized function of its arguments, without generator state, so a run
+can resume at any point on any number of ranks.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ import numpy as np
 
 _MASK = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's increment
-_ROUNDS = 4  # pairs of half rounds; three already pass the tests, one more is the margin
+_ROUNDS = 4  # pairs of half rounds; three pass the tests, plus one as a safety margin
 _SCHEDULE_LENGTH = 10_000
 
 
 def scramble(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele et al. 2014), in place on a fresh uint64 array."""
+    """Apply SplitMix64's finalizer (Steele et al. 2014) to a uint64 array, in place."""
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)
@@ -37,18 +37,18 @@ def hash64(*words: int | np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
-    """Image of `index` under the permutation of 0..size-1 that `key` selects.
+    """Map `index` through the permutation of 0..size-1 that `key` selects.
 
-    A Feistel network over the next power of two; an image outside the range is sent through
-    again until it falls inside (cycle walking, Black and Rogaway 2002), fewer than two passes
-    on average. O(1) memory, however large `size` is.
+    A Feistel network over the next power of two; results outside the range are mapped again until
+    they fall inside (cycle walking, Black and Rogaway 2002), fewer than two passes on average.
+    O(1) memory for any `size`.
 
     Args:
         index: (n,) integers in 0..size-1.
-        size: number of elements that are permuted.
+        size: number of permuted elements.
         key: (n,) or (1,) uint64; equal keys select the same permutation.
     Returns:
-        (n,) int64, again in 0..size-1.
+        (n,) int64 in 0..size-1.
     """
     x = np.asarray(index).astype(np.uint64)
     if size <= 1 or x.size == 0:
@@ -64,7 +64,7 @@ def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:
-    """One pass of a bijection of 0..2**bits-1 whose halves may differ by one bit."""
+    """Apply a bijection of 0..2**bits-1 once; its halves may differ by one bit."""
     low_bits = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
@@ -78,11 +78,11 @@ def _feistel(x: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:
 
 
 class QuotaSchedule:
-    """Which source each draw comes from: exact quotas, spread as evenly as they go.
+    """Schedule that assigns each draw to a source, with exact quotas spread evenly.
 
-    One period of 10,000 draws is laid out once, each source's draws at evenly spaced places in
-    it; so the count of any source among the first `i` draws is a division and a look-up. A
-    positive weight gets at least one draw in a period.
+    One period of 10,000 draws is computed once, with each source's draws evenly spaced, so the
+    count of any source among the first `i` draws is a division and a lookup. Every positive weight
+    gets at least one draw per period.
     """
 
     def __init__(self, weights: Sequence[float]):
@@ -92,7 +92,7 @@ class QuotaSchedule:
         counts = counts.astype(np.int64)
         while counts.sum() < _SCHEDULE_LENGTH:  # largest remainder
             counts[np.argmax(share * _SCHEDULE_LENGTH - counts)] += 1
-        while counts.sum() > _SCHEDULE_LENGTH:  # only where tiny weights were lifted to one
+        while counts.sum() > _SCHEDULE_LENGTH:  # only if tiny weights were raised to one draw
             counts[np.argmax(counts)] -= 1
         source = np.repeat(np.arange(counts.size), counts)
         rank = np.concatenate([np.arange(count) for count in counts])
@@ -101,11 +101,11 @@ class QuotaSchedule:
         self.table = source[np.argsort(place, kind="stable")]
         seen = np.zeros((_SCHEDULE_LENGTH, counts.size), dtype=np.int64)
         seen[np.arange(_SCHEDULE_LENGTH), self.table] = 1
-        # For place i of the period: how many of the same source come before it.
+        # For place i of the period: number of earlier draws from the same source.
         self._before = (np.cumsum(seen, axis=0) - seen)[np.arange(_SCHEDULE_LENGTH), self.table]
 
     def draws(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source of each draw and how many earlier draws came from that source; (n,) int64 each."""
+        """Return each draw's source and the number of earlier draws from it; (n,) int64 each."""
         period, place = np.divmod(np.asarray(index, dtype=np.int64), _SCHEDULE_LENGTH)
         source = self.table[place]
         return source, period * self.counts[source] + self._before[place]

@@ -1,8 +1,8 @@
-"""Hands out the examples of a run in order, their rows read when asked for or by threads before.
+"""Provide the examples of a run in order, reading rows on demand or prefetching them with threads.
 
-Which slot an example enters is known only once the device says which slots are free; which
-examples come next is known for ever. So examples are read ahead, not batches, and what is lost
-when a run stops is reading alone: where the run stands is what was taken.
+Which slot an example enters is known only once the device reports the free slots, but the order of
+examples is known in advance. So examples rather than batches are prefetched, and stopping a run
+only discards reads: the run's position counts only examples taken.
 """
 
 from collections import deque
@@ -19,23 +19,23 @@ Read = Callable[[Examples], Batch]
 
 
 class InPlace:
-    """Reads rows when they are asked for."""
+    """Reads rows on demand."""
 
     def __init__(self, order: ExampleOrder, read: Read):
         self._upcoming, self._read = Upcoming(order), read
-        self._taken = Examples.joined([])
+        self._taken = Examples.concatenate([])
 
     def restart(self, position: Position) -> None:
-        """Continue at a position."""
+        """Continue from a position."""
         self._upcoming.restart(position)
 
     def take(self, wanted: int) -> Examples:
-        """The next examples; fewer than `wanted` only where the run ends."""
+        """Return the next examples; fewer than `wanted` only at the end of the run."""
         self._taken = self._upcoming.take(wanted)
         return self._taken
 
     def rows(self, which: np.ndarray) -> Batch:
-        """Rows of the examples taken last, by their number (n,) among them, ascending."""
+        """Return rows of the examples taken last, selected by ascending indices (n,)."""
         return self._read(self._taken.pick(which))
 
     def close(self) -> None:
@@ -43,19 +43,19 @@ class InPlace:
 
 
 class _Chunk(NamedTuple):
-    """Consecutive examples; the rows of some of them are being read."""
+    """Consecutive examples and the future of the rows being read for some of them."""
 
     examples: Examples
     rows: Future[Batch]
 
 
 class ReadAhead:
-    """Like `InPlace`, with `workers` threads that read the rows of the next examples.
+    """Like `InPlace`, but prefetches the rows of the next examples with `workers` threads.
 
     Args:
-        chunk: examples that one thread reads together.
-        ahead: examples that are read, or being read, beyond those taken.
-        keep: which examples of each chunk are read; `rows` may be asked for these alone.
+        chunk: number of examples that a thread reads at once.
+        ahead: number of examples prefetched beyond those taken.
+        keep: which examples of each chunk are read; only these can be requested from `rows`.
     """
 
     def __init__(
@@ -74,17 +74,17 @@ class ReadAhead:
         self.restart(Position())
 
     def restart(self, position: Position) -> None:
-        """Continue at a position; what was read ahead is dropped."""
+        """Continue from a position and drop prefetched examples."""
         self._upcoming.restart(position)
         for chunk in getattr(self, "_chunks", ()):
             chunk.rows.cancel()
         self._chunks: deque[_Chunk] = deque()
-        self._waiting = 0  # examples in chunks that were not taken
-        self._used = 0  # examples of the first chunk that were taken
-        self._pieces: list[tuple[_Chunk, int, int]] = []  # of chunks, from .. to, taken last
+        self._waiting = 0  # examples in chunks not yet taken
+        self._used = 0  # examples already taken from the first chunk
+        self._pieces: list[tuple[_Chunk, int, int]] = []  # taken last: chunk, begin, end
 
     def take(self, wanted: int) -> Examples:
-        """The next examples; fewer than `wanted` only where the run ends."""
+        """Return the next examples; fewer than `wanted` only at the end of the run."""
         self._submit(wanted)
         self._pieces = []
         while wanted > 0 and self._chunks:
@@ -98,10 +98,10 @@ class ReadAhead:
                 self._chunks.popleft()
                 self._used = 0
         self._submit(self._ahead)
-        return Examples.joined([c.examples.pick(slice(b, e)) for c, b, e in self._pieces])
+        return Examples.concatenate([c.examples.pick(slice(b, e)) for c, b, e in self._pieces])
 
     def _submit(self, wanted: int) -> None:
-        """Have so many examples read, or being read, that were not taken."""
+        """Submit reads until `wanted` examples are available or in flight."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="read-ahead")
         while self._waiting < wanted:
@@ -113,9 +113,9 @@ class ReadAhead:
             self._waiting += len(examples)
 
     def rows(self, which: np.ndarray) -> Batch:
-        """Rows of the examples taken last, by their number (n,) among them, ascending.
+        """Return rows of the examples taken last, selected by ascending indices (n,).
 
-        Waits for them; an error that their reader met is raised here.
+        Waits for the reads; their errors are raised here.
         """
         parts, before, first_kept = [], 0, self._keep.start or 0
         for chunk, begin, end in self._pieces:
@@ -127,13 +127,13 @@ class ReadAhead:
                 parts.append({k: v if whole else v[index] for k, v in rows.items()})
             before += end - begin
         if not parts:
-            return self._read(Examples.joined([]))
+            return self._read(Examples.concatenate([]))
         if len(parts) == 1:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def close(self) -> None:
-        """End the threads; taking on after this starts new ones."""
+        """Stop the threads; a later call of `take` starts new ones."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None

@@ -1,8 +1,8 @@
-"""Arrays on disk, and reading stretches of them: a row costs its own bytes and no more.
+"""Read rows of arrays on disk without reading more than their own bytes.
 
-Through a memory map each touch of a random row drags 128 KiB and more of its neighbours off a
-cold disk. So rows are read with `preadv` from a descriptor for which read-ahead is off; where
-that cannot be done (another system, arrays stored by column) the map serves instead.
+With a memory map, every access to a random row reads 128 KiB or more from a cold disk. Rows are
+therefore read with `preadv` from a descriptor with kernel read-ahead disabled; the map is the
+fallback on other systems and for column-major arrays.
 """
 
 import errno
@@ -17,18 +17,18 @@ import numpy as np
 from dataset.common import array_path
 from utils.core.errors import UserError
 
-REBUILD = "copy the corpus again, or build it again"
+REBUILD = "copy the corpus again or rebuild it"
 CHUNK = 1 << 20
-"""Elements of a large array that are looked at together."""
+"""Elements of a large array processed at once."""
 
 _SAMPLE = 1024
-_IN_MEMORY = 32 << 20  # bytes up to which an array with one number a row is held in memory
+_IN_MEMORY = 32 << 20  # per-row arrays of up to this many bytes are held in memory
 
 
 class RowFile:
-    """An array of integers in a .npy file; stretches of it are read when asked for.
+    """An integer array in a .npy file that is read on demand.
 
-    `random_access` says that they will be far apart. Safe to read from several threads.
+    `random_access`: expect reads far apart. Thread-safe.
     """
 
     def __init__(self, path: Path, random_access: bool):
@@ -49,21 +49,21 @@ class RowFile:
         return self.shape[0]
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
-        """Rows (n,) int64 of a two-dimensional array, (n, width) as stored."""
+        """Return rows (n,) int64 of a two-dimensional array, (n, width) in the stored dtype."""
         if self._mapped is not None:
             return np.asarray(self._mapped[rows])
         out = np.empty((rows.size, self.shape[1]), self.dtype)
         width = self.shape[1] * self.dtype.itemsize
-        first = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # neighbours are read at once
+        first = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # merge reads of adjacent rows
         counts = np.diff(first, append=rows.size)
         self._read(out, first * width, rows[first] * width, counts * width)
         return out
 
     def spans(self, starts: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
-        """Elements starts[i] .. starts[i] + lengths[i] of a one-dimensional array as row i.
+        """Return elements starts[i] .. starts[i] + lengths[i] of a 1-D array as row i.
 
         Args: starts, lengths (n,) int64, lengths at most `width`.
-        Returns: (n, width) as stored; what lies behind a row's length is undefined.
+        Returns: (n, width) in the stored dtype; values beyond a row's length are undefined.
         """
         out = np.empty((starts.size, width), self.dtype)
         if self._mapped is not None:
@@ -77,29 +77,29 @@ class RowFile:
     def _read(
         self, out: np.ndarray, into: np.ndarray, offsets: np.ndarray, sizes: np.ndarray
     ) -> None:
-        """Bytes at `offsets` of the array to the bytes `into` of `out`; (n,) int64 each."""
+        """Read `sizes` bytes at `offsets` of the array into `out` at bytes `into`; (n,) each."""
         view = out.reshape(-1).view(np.uint8).data
         lists = [array.tolist() for array in (into, into + sizes, offsets + self._first_byte)]
         spans = [(view[begin:end], start) for begin, end, start in zip(*lists, strict=True)]
         try:
             if self._random_access and len(spans) > 1:
-                spans = self._not_in_memory(spans)
-                for rest, start in spans:  # so that the disk works on all at once
+                spans = self._read_cached(spans)
+                for rest, start in spans:  # let the disk serve all reads in parallel
                     os.posix_fadvise(self._descriptor, start, len(rest), os.POSIX_FADV_WILLNEED)
             for rest, start in spans:
                 while rest:
                     count = os.preadv(self._descriptor, [rest], start)
                     if count == 0:
                         raise UserError(
-                            f"{self.path} ends at byte {start}: it was cut off after it was "
-                            f"opened; {REBUILD}."
+                            f"{self.path} ends at byte {start}: it was truncated while open; "
+                            f"{REBUILD}."
                         )
                     rest, start = rest[count:], start + count
         except OSError as error:
-            raise UserError(f"{self.path} cannot be read ({error}); {REBUILD}.") from error
+            raise UserError(f"cannot read {self.path} ({error}); {REBUILD}.") from error
 
-    def _not_in_memory(self, spans: list[tuple[memoryview, int]]) -> list[tuple[memoryview, int]]:
-        """Read what the system has in memory; gives back what is left for the disk."""
+    def _read_cached(self, spans: list[tuple[memoryview, int]]) -> list[tuple[memoryview, int]]:
+        """Read the parts in the page cache and return the spans left to read from disk."""
         if not hasattr(os, "RWF_NOWAIT"):
             return spans
         left: list[tuple[memoryview, int]] = []
@@ -108,7 +108,7 @@ class RowFile:
                 count = os.preadv(self._descriptor, [rest], start, os.RWF_NOWAIT)
             except BlockingIOError:
                 count = 0
-            except OSError:  # a file system without such reads
+            except OSError:  # not supported by the file system
                 return left + spans[place:]
             if count < len(rest):
                 left.append((rest[count:], start + count))
@@ -116,7 +116,7 @@ class RowFile:
 
 
 class ArrayFolder(NamedTuple):
-    """Where the arrays of one set of a corpus lie, and how they will be read."""
+    """Location of the arrays of one set of a corpus, and how they will be accessed."""
 
     folder: Path
     set_name: str
@@ -141,8 +141,8 @@ class ArrayFolder(NamedTuple):
         path = array_path(self.folder, name, self.set_name)
         raise UserError(f"{path} {problem}; {REBUILD}.")
 
-    def settled(self, array: np.ndarray) -> np.ndarray:
-        """A mapped array, checked by now, as it is best looked up row by row."""
+    def prepare_lookup(self, array: np.ndarray) -> np.ndarray:
+        """Return a mapped array in the form that is fastest for lookups of single rows."""
         if array.nbytes <= _IN_MEMORY:
             return np.array(array)
         if self.random_access and hasattr(mmap, "MADV_RANDOM"):
@@ -151,7 +151,7 @@ class ArrayFolder(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a fingerprint takes of an array: its kind, and about a thousand rows as stored."""
+    """What a fingerprint covers of an array: shape, dtype and about a thousand rows."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -159,34 +159,35 @@ class Sample(NamedTuple):
 
 
 def map_array(path: Path) -> np.memmap:
-    """Map an array of integers read-only; UserError where the file is damaged or another thing."""
+    """Map an integer array read-only; raise UserError if the file is damaged or of another kind."""
     try:
         mapped = np.load(path, mmap_mode="r")
     except (ValueError, OSError, EOFError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            advice = "; raise the limit, with ulimit -n" if error.errno == errno.EMFILE else ""
+            advice = "; raise the limit with ulimit -n" if error.errno == errno.EMFILE else ""
             raise UserError(f"cannot read {path}: {error.strerror}{advice}.") from error
-        # numpy takes what is no array for pickled data, and advises to load that.
+        # numpy takes other files for pickled data and advises loading them as such.
         why = "" if "pickle" in str(error) else f" ({error})"
         raise UserError(
             f"{path} is truncated, damaged or not an array of numbers{why}; {REBUILD}."
         ) from error
     if mapped.dtype.kind not in "iu":
-        raise UserError(f"{path} holds {mapped.dtype}, not integers; {REBUILD}.")
+        raise UserError(f"{path} contains {mapped.dtype}, not integers; {REBUILD}.")
     return mapped
 
 
 def maximum(array: np.ndarray) -> int:
-    """Largest value of a mapped (n,) array, read in chunks; -1 if it is empty."""
+    """Return the largest value of a mapped (n,) array, read in chunks; -1 if it is empty."""
     return max((int(array[i : i + CHUNK].max()) for i in range(0, len(array), CHUNK)), default=-1)
 
 
 def sample_numbers(length: int) -> np.ndarray:
-    """About a thousand of `length` row numbers at even distances; all where there are fewer."""
+    """Return about a thousand evenly spaced row numbers below `length`, or all if fewer."""
     return np.arange(0, length, max(1, length // _SAMPLE))
 
 
-def sample_of(array: RowFile | np.ndarray) -> Sample:
+def take_sample(array: RowFile | np.ndarray) -> Sample:
+    """Return the sample of an array that goes into a fingerprint."""
     numbers = sample_numbers(len(array))
     rows = array.rows(numbers) if isinstance(array, RowFile) else np.asarray(array[numbers])
     return Sample(array.shape, array.dtype, rows)

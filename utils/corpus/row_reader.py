@@ -1,7 +1,7 @@
-"""From row numbers to batches: ignored rows, clipped budgets, document starts, relabelling.
+"""Turn row numbers into batches: ignored rows, clipped budgets, document starts, relabeling.
 
-Everything that is done to rows between the disk and the device, the same in training and in
-evaluation; which rows, and in which order, is decided above.
+Everything that happens to rows between disk and device, in training and evaluation alike. The
+caller decides which rows are read, and in which order.
 """
 
 import warnings
@@ -17,21 +17,21 @@ from utils.corpus.permutation import hash64
 Batch = dict[str, np.ndarray]
 
 NO_BUDGET = np.iinfo(np.int32).max
-"""`iteration_targets` of a row without one, in a batch where other rows have one."""
+"""`iteration_targets` of a row without budget in a batch where others have one."""
 
 
 def document_starts(inputs: np.ndarray, labels: np.ndarray, eos_id: int, pad_id: int) -> np.ndarray:
-    """For each token the row position where its document began; S for padding.
+    """Return for each token the row position where its document began; S for padding.
 
-    A document begins at position 0 and after every eos. Padding is the row's tail of `pad_id`
-    with ignored labels. Where one id serves as pad and eos, the first of that tail still ends
-    its document and is real, unless the whole row is padding.
+    A document begins at position 0 and after every eos. Padding is the row's tail of `pad_id` with
+    ignored labels. If pad and eos share an id, the first token of that tail is the document's eos,
+    unless the whole row is padding.
 
     Args: inputs, labels (n, S) integers, ignored labels as IGNORE_LABEL_ID.
     Returns: (n, S) int32 in 0..S.
     """
     rows, width = inputs.shape
-    # Documents end rarely: list where they begin in the rows laid end to end, and fill between.
+    # Documents end rarely: find their starts in the concatenated rows and fill in between.
     ends = np.flatnonzero(np.ascontiguousarray(inputs).reshape(-1) == eos_id) + 1
     begins = np.concatenate([ends, np.arange(0, rows * width, width)])
     begins.sort()
@@ -50,9 +50,9 @@ def document_starts(inputs: np.ndarray, labels: np.ndarray, eos_id: int, pad_id:
 
 
 def relabel(inputs: np.ndarray, labels: np.ndarray, low: int, high: int, keys: np.ndarray) -> None:
-    """Permute the ids low..high-1 in place, jointly in both, by a permutation of each row's own.
+    """Permute the ids low..high-1 in place, with one permutation per row for both arrays.
 
-    Args: inputs, labels (n, S) int32; keys (n,) uint64, equal keys giving equal permutations.
+    Args: inputs, labels (n, S) int32; keys (n,) uint64, equal keys give equal permutations.
     """
     score = hash64(keys[:, None], np.arange(low, high)[None])
     table = (low + np.argsort(score, axis=1)).astype(np.int32)
@@ -75,13 +75,13 @@ class RowReader:
         low, high = min_iterations, max_iterations
         if low is not None and high is not None and low > high:
             raise UserError(
-                f"min_iterations ({low}) is above the highest number of ACT steps ({high}); "
+                f"min_iterations ({low}) exceeds the maximum number of ACT steps ({high}); "
                 "lower min_iterations or raise halt_max_steps."
             )
         if corpora.has_targets and high is not None and corpora.max_target > high:
             warnings.warn(
                 f"the corpus has iteration targets up to {corpora.max_target}; "
-                f"those above {high} are clipped to {high}.",
+                f"targets above {high} are clipped.",
                 stacklevel=3,
             )
         self._corpora = corpora
@@ -91,10 +91,13 @@ class RowReader:
         self._with_scored_bytes = with_scored_bytes
 
     def read(self, rows: np.ndarray, relabel_keys: np.ndarray | None = None) -> Batch:
-        """Batch of global row numbers (n,) int64. relabel_keys: (n,) uint64, None for as stored."""
+        """Read a batch of global row numbers (n,) int64.
+
+        relabel_keys: (n,) uint64 to permute ids, or None to keep them as stored.
+        """
         meta = self._corpora.metadata
-        # One allocation: memory of this size is kept by the allocator and used again, while
-        # several smaller pieces would go back to the system, and fresh pages cost more than rows.
+        # One allocation: blocks of this size are reused by the allocator, while smaller ones are
+        # returned to the system, and faulting in new pages costs more than reading the rows.
         tokens = np.empty((3, rows.size, meta.seq_len), np.int32)
         data = self._corpora.rows(rows, tokens[:2])
         if relabel_keys is not None:
@@ -122,8 +125,11 @@ class RowReader:
             relabel(inputs, labels, low, high, keys[where])
             data["inputs"][where], data["labels"][where] = inputs, labels
 
-    def spread(self, parts: Sequence[tuple[np.ndarray, Batch]], size: int) -> Batch:
-        """A batch of `size` rows: ascending places (n,) and rows (n, ..) for them, else ignored."""
+    def scatter(self, parts: Sequence[tuple[np.ndarray, Batch]], size: int) -> Batch:
+        """Scatter parts, (ascending places (n,), rows (n, ..)), into a batch of `size` rows.
+
+        All other rows are ignored.
+        """
         if len(parts) == 1 and parts[0][0].size == size:
             return parts[0][1]
         meta = self._corpora.metadata

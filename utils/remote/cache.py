@@ -1,10 +1,10 @@
-"""Remote files and corpora as local ones: copied into a cache, whole or not at all.
+"""Cache remote files and corpora locally, atomically.
 
-A copy lies in the cache below a name made of the url and of the version that the storage tells:
-a remote that changes gets another folder, so a copy never changes under a run that reads it.
-Copies are downloaded beside their place and renamed when they are complete. A lock per url makes
-the ranks of one machine download once. Nothing is removed by itself: the cache may be deleted
-whenever nothing runs.
+A cached copy is named after the URL and the version reported by the storage: if the remote file
+changes it gets a new directory, so a copy never changes while a run reads it. Copies are downloaded
+to a temporary sibling and renamed once complete. A lock per URL ensures that the ranks of one
+machine download only once. Nothing is evicted automatically; the cache may be deleted whenever no
+run is using it.
 """
 
 import hashlib
@@ -20,66 +20,65 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.core.errors import UserError
-from utils.remote.storage import RemoteFile, Storage, Unreachable, name_of, shown
+from utils.remote.storage import RemoteFile, Storage, Unreachable, extract_name, redact
 
 CACHE_VARIABLE = "ATHENA_CACHE"
 BAR_BYTES = 8 << 20
-"""Smaller downloads are over before a bar would tell anything."""
+"""Smaller downloads finish before a progress bar would be useful."""
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a path is a url: something that begins with `scheme://`."""
+    """Return whether a path is a URL, that is, starts with `scheme://`."""
     return _SCHEME.match(str(path)) is not None
 
 
 def local_path(path: str) -> str:
-    """The path itself; of a url, the path of its copy."""
+    """Return a local path as is, and the path of the cached copy for a URL."""
     return str(fetch(path)) if is_remote(path) else path
 
 
 def expand(url: str) -> list[str]:
-    """Urls of the files that a url stands for, sorted: a file, a glob, or all below a folder."""
+    """Return the sorted URLs of the files that a URL refers to: a file, glob or directory."""
     return Storage(url).urls()
 
 
 def fetch(url: str, progress: bool = True) -> Path:
-    """Local copy of a remote file, or of a remote folder with all below it (a corpus).
+    """Return the path of a local copy of a remote file or directory (a corpus).
 
-    The copy has the remote's own name. It is downloaded only where the cache does not hold the
-    version that the storage has now; where the storage cannot be reached, the copy that was used
-    last is taken, with a warning. `progress` shows a bar for large downloads.
-    Raises UserError where there is neither.
+    The copy keeps the remote name. It is downloaded only if the cache does not contain the current
+    version. If the storage cannot be reached, the most recently used copy is returned with a
+    warning; without one, raises UserError. `progress` shows a bar for large downloads.
     """
-    home = _home(url)
+    home = _url_folder(url)
     try:
         storage = Storage(url)
         files = storage.files()
     except Unreachable as error:
-        copy = _used_last(home, name_of(url))
+        copy = _find_latest_copy(home, extract_name(url))
         if copy is None:
             raise
-        warnings.warn(f"{error} The copy in {copy.parent} is used instead.", stacklevel=2)
+        warnings.warn(f"{error} Using the cached copy in {copy.parent} instead.", stacklevel=2)
         return copy
-    target = home / _version(files) / name_of(url)
-    if not _is_whole(target, files):
+    target = home / _version(files) / extract_name(url)
+    if not _is_complete(target, files):
         with _lock(home):
-            if not _is_whole(target, files):  # another process may have been at it meanwhile
+            if not _is_complete(target, files):  # another process may have downloaded it meanwhile
                 _download(storage, files, target, progress)
-    with suppress(OSError):  # a cache that others fill may be read-only
-        os.utime(target.parent)  # for `_used_last`
+    with suppress(OSError):  # a shared cache may be read-only
+        os.utime(target.parent)  # for `_find_latest_copy`
     return target
 
 
 def cache_folder() -> Path:
-    """Where copies lie: $ATHENA_CACHE, or ~/.cache/athena."""
+    """Return the cache directory: $ATHENA_CACHE, or ~/.cache/athena."""
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/athena").expanduser().resolve()
 
 
-def _home(url: str) -> Path:
-    """Folder of all copies of a url: readable, but without what may be secret in it."""
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", shown(url)).strip("_.")[-80:]
+def _url_folder(url: str) -> Path:
+    """Return the directory of all copies of a URL, with a readable name free of secrets."""
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", redact(url)).strip("_.")[-80:]
     return cache_folder() / f"{readable}-{_digest(url.rstrip('/'))}"
 
 
@@ -91,14 +90,14 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _used_last(home: Path, name: str) -> Path | None:
-    """The newest whole copy; folders in the making have names that begin with a dot."""
+def _find_latest_copy(home: Path, name: str) -> Path | None:
+    """Return the most recently used copy; incomplete ones start with a dot and are ignored."""
     copies = [version / name for version in home.glob("[!.]*") if (version / name).exists()]
     return max(copies, key=lambda copy: copy.parent.stat().st_mtime, default=None)
 
 
-def _is_whole(target: Path, files: list[RemoteFile]) -> bool:
-    """Whether a copy is there with all its files: a user may have tidied up in the cache."""
+def _is_complete(target: Path, files: list[RemoteFile]) -> bool:
+    """Return whether all files of a copy exist; users may have deleted some from the cache."""
     for file in files:
         path = target / file.place
         if not path.is_file() or file.size not in (None, path.stat().st_size):
@@ -108,16 +107,16 @@ def _is_whole(target: Path, files: list[RemoteFile]) -> bool:
 
 @contextmanager
 def _lock(home: Path) -> Iterator[None]:
-    """Only one process at a time downloads into `home`; the kernel unlocks where one is killed."""
+    """Allow one process at a time to download into `home`; released if that process is killed."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         file = open(home / "lock", "a", encoding="utf-8")  # noqa: SIM115  closed below
     except OSError as error:
-        raise _cache_fault(error) from error
+        raise _cache_error(error) from error
     with file:
         try:
             import fcntl
-        except ImportError:  # Windows: two may download at once
+        except ImportError:  # Windows: concurrent downloads are possible
             pass
         else:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -125,33 +124,35 @@ def _lock(home: Path) -> Iterator[None]:
 
 
 def _download(storage: Storage, files: list[RemoteFile], target: Path, progress: bool) -> None:
-    """Copy `files` into a folder beside the target's, which is renamed when it is complete."""
+    """Download `files` into a temporary directory and rename it to the target's when complete."""
     home, machine = target.parent.parent, socket.gethostname()
     building = home / f".{target.parent.name}.{machine}.{os.getpid()}"
     total = sum(file.size or 0 for file in files)
-    # None: only where someone may be looking at it.
+    # None: show the bar only on a terminal.
     disable = None if progress and total >= BAR_BYTES else True
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc=name_of(storage.url), disable=disable)
+    bar = tqdm(
+        total=total, unit="B", unit_scale=True, desc=extract_name(storage.url), disable=disable
+    )
     try:
-        for left in home.glob(f".*.{machine}.*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for stale in home.glob(f".*.{machine}.*"):  # from a process that was killed
+            shutil.rmtree(stale, ignore_errors=True)
         with bar:
             for file in files:
                 path = building / target.name / file.place
                 path.parent.mkdir(parents=True, exist_ok=True)
                 storage.download(file, path, bar.update)
         if _version(Storage(storage.url).files()) != target.parent.name:
-            raise UserError(f"{shown(storage.url)} changed while it was downloaded; try again.")
-        shutil.rmtree(target.parent, ignore_errors=True)  # a copy of which something is missing
+            raise UserError(f"{redact(storage.url)} changed during the download; try again.")
+        shutil.rmtree(target.parent, ignore_errors=True)  # an incomplete copy
         building.rename(target.parent)
     except OSError as error:
-        raise _cache_fault(error) from error
+        raise _cache_error(error) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _cache_fault(error: OSError) -> UserError:
+def _cache_error(error: OSError) -> UserError:
     return UserError(
-        f"cannot write to the cache {cache_folder()}: {error.strerror or error}; make room, or "
-        f"name another folder in ${CACHE_VARIABLE}."
+        f"cannot write to the cache {cache_folder()}: {error.strerror or error}; free up space, or "
+        f"set ${CACHE_VARIABLE} to another directory."
     )

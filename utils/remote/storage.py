@@ -1,7 +1,7 @@
-"""Storage behind a `scheme://`: listing and downloading through fsspec, and what may go wrong.
+"""List and download files from remote storage through fsspec, with uniform error handling.
 
-fsspec is imported only here, and only when a url is met. Its file systems differ in what they
-call a version, a folder and a fault; above this file there are `RemoteFile`s and `UserError`s.
+fsspec is imported only here, and only if a URL is used. Its file systems represent versions,
+directories and errors differently; this module hides that behind `RemoteFile` and `UserError`.
 """
 
 import errno
@@ -32,57 +32,57 @@ PACKAGES = {
     "sftp": "paramiko",
     "ssh": "paramiko",
 }
-"""Package that fsspec needs for a scheme; of others, fsspec tells it."""
+"""Package that fsspec needs for a scheme; for other schemes, fsspec's own message names it."""
 ATTEMPTS = 4
 FIRST_PAUSE = 1.0
-"""Seconds before the second attempt; each further pause is twice as long."""
+"""Seconds before the second attempt; doubles with each further attempt."""
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
-"""Faults of the disk that a download goes to; they stay `OSError`s."""
+"""Errors of the local disk, which are raised as `OSError`s."""
 
-# What tells one version of a file from another, best first, by the names that storages use.
+# Keys under which storages report the version of a file, best first.
 _VERSIONS = (
     "etag ETag md5Hash blob_id oid Content-MD5 Digest content_hash checksum generation "
     "mtime LastModified last_modified Last-Modified updated modified created"
 ).split()
-# Faults that may pass: by name, because the libraries that they come from need not be there.
-_PASSING = set(
+# Transient errors, by name, because the libraries that define them may not be installed.
+_TRANSIENT = set(
     "TimeoutError Timeout ConnectionError ClientConnectionError ClientPayloadError "
     "TransportError HTTPClientError _Incomplete".split()
 )
 
 
 class Unreachable(UserError):
-    """The storage did not answer, or with a fault of its own: the url may be right."""
+    """The storage did not respond, or reported an internal error; the URL may be correct."""
 
 
 class _Incomplete(Exception):
-    """A download that ended early, although the connection did not say so."""
+    """A download that ended early without a connection error."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One remote file: its path as the file system names it, and its place below the url's."""
+    """One remote file: its path in the file system, and its path relative to the URL."""
 
     path: str
     place: PurePosixPath
     size: int | None
     version: str
-    """Differs where the contents do, as far as the storage tells."""
+    """Changes with the contents, as far as the storage reports it."""
 
 
 def is_http(url: str) -> bool:
     return url.lower().startswith(("http://", "https://"))
 
 
-def name_of(url: str) -> str:
-    """Last component of a url's path: it tells a file's format and a corpus' identifiers."""
+def extract_name(url: str) -> str:
+    """Return the last path component, which determines a file's format and identifier names."""
     path = unquote(urlsplit(url).path) if is_http(url) else url.partition("://")[2]
     name = PurePosixPath(path.rstrip("/")).name
     return name if name not in ("", ".", "..") else "remote"
 
 
-def shown(url: str) -> str:
-    """A url for people: without its query and user, which may hold keys."""
+def redact(url: str) -> str:
+    """Return a URL for messages, without its query and user, which may contain credentials."""
     head, sign, rest = url.partition("://")
     rest = rest.partition("?")[0] if is_http(url) else rest
     host, slash, path = rest.partition("/")
@@ -90,49 +90,49 @@ def shown(url: str) -> str:
 
 
 class Storage:
-    """A url as its file system sees it; every fault is a `UserError` that names the url."""
+    """Access to a URL through its file system; errors are `UserError`s that contain the URL."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.is_http = is_http(url)
         self._fs, self._path = _file_system(url)
-        # Listings that fsspec remembers would hide that a remote has changed.
+        # Listings cached by fsspec would hide changes of the remote files.
         self._fs.invalidate_cache()
 
     def files(self) -> list[RemoteFile]:
-        """The file, or the files below the folder in the order of their paths; never none."""
-        info = self._ask(partial(self._fs.info, self._path))
+        """Return the file, or all files below the directory sorted by path; never empty."""
+        info = self._retry(partial(self._fs.info, self._path))
         if not self._is_folder(info):
-            return [self._file(self._path, PurePosixPath(), info)]
+            return [self._make_file(self._path, PurePosixPath(), info)]
         found = []
-        for path, entry in self._below():
-            if self.is_http:  # a web server's listing tells names alone
-                entry = self._ask(partial(self._fs.info, path))
-            found.append(self._file(path, self._place(path), entry))
+        for path, entry in self._list_files():
+            if self.is_http:  # listings of web servers contain only names
+                entry = self._retry(partial(self._fs.info, path))
+            found.append(self._make_file(path, self._relative_path(path), entry))
         return found
 
     def urls(self) -> list[str]:
-        """Urls of the file, of those that match the glob, or of those below the folder; sorted."""
+        """Return the sorted URLs of the file, the glob's matches, or the directory's files."""
         if self._is_glob():
-            found = self._sorted(self._ask(partial(self._fs.glob, self._path, detail=True)))
+            found = self._select_files(self._retry(partial(self._fs.glob, self._path, detail=True)))
             if not found:
-                raise UserError(f"{shown(self.url)} matches no file; check the url.")
-        elif self._is_folder(self._ask(partial(self._fs.info, self._path))):
-            found = self._below()
+                raise UserError(f"{redact(self.url)} matches no files; check the URL.")
+        elif self._is_folder(self._retry(partial(self._fs.info, self._path))):
+            found = self._list_files()
         else:
             return [self.url]
         paths = [path for path, _ in found]
-        # Not fsspec's own way back: it would lose the host of sftp://host/path.
+        # Not fsspec's unstrip_protocol, which would lose the host of sftp://host/path.
         given, own = self.url.rstrip("/"), self._path.rstrip("/")
         if given.endswith(own):
             return [given.removesuffix(own) + path for path in paths]
         return [self._fs.unstrip_protocol(path) for path in paths]
 
     def download(self, file: RemoteFile, target: Path, progress: Callable[[int], Any]) -> None:
-        """Copy a file to `target` and wait until the disk has it.
+        """Download a file to `target` and flush it to disk.
 
-        `progress` is called with the number of bytes that arrived newly: less than 0 where an
-        attempt failed. Raises OSError where the disk is at fault.
+        `progress` is called with the number of bytes received since the last call, which is
+        negative after a failed attempt. Raises OSError for errors of the local disk.
         """
         from fsspec.callbacks import Callback
 
@@ -150,48 +150,48 @@ class Storage:
                 os.fsync(written.fileno())
             found = target.stat().st_size
             if file.size not in (None, found):
-                raise _Incomplete(f"{found:,} of {file.size:,} bytes arrived")
-            show(None, found)  # not every file system calls back
+                raise _Incomplete(f"received {found:,} of {file.size:,} bytes")
+            show(None, found)  # not every file system reports progress
 
-        self._ask(copy)
+        self._retry(copy)
 
-    def _ask(self, call: Callable[[], T]) -> T:
-        """A call of the file system; time-outs and the server's own faults are tried again."""
+    def _retry(self, call: Callable[[], T]) -> T:
+        """Call the file system, retrying on timeouts and server errors."""
         for attempt in range(ATTEMPTS):
             try:
                 return call()
-            except Exception as error:  # each file system has exceptions of its own
+            except Exception as error:  # each file system has its own exceptions
                 if isinstance(error, OSError) and error.errno in DISK_FAULTS:
                     raise
-                if not _is_passing(error) or attempt == ATTEMPTS - 1:
-                    raise _fault(self.url, error) from error
+                if not _is_transient(error) or attempt == ATTEMPTS - 1:
+                    raise _make_error(self.url, error) from error
                 time.sleep(FIRST_PAUSE * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
     def _is_glob(self) -> bool:
-        if self.is_http:  # where `?` begins the query
+        if self.is_http:  # where `?` starts the query
             return re.search(r"[*\[]", urlsplit(self._path).path) is not None
         return re.search(r"[*?\[]", self._path) is not None
 
     def _is_folder(self, info: dict[str, Any]) -> bool:
         if not self.is_http:
             return info["type"] == "directory"
-        # To a web server all is a file; those that list folders send their readers to a `/`.
+        # HTTP has no directories; servers that list them redirect to a URL that ends in `/`.
         address = urlsplit(info.get("url") or self._path)
         return address.path.endswith("/") and not address.query
 
-    def _below(self) -> list[tuple[str, dict[str, Any]]]:
-        """Paths and entries of all files below the folder; never none."""
+    def _list_files(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return paths and entries of all files below the directory; never empty."""
         root = self._path.rstrip("/") + "/" if self.is_http else self._path
-        found = self._sorted(self._ask(partial(self._fs.find, root, detail=True)))
+        found = self._select_files(self._retry(partial(self._fs.find, root, detail=True)))
         if not found:
-            raise UserError(f"{shown(self.url)} is a folder in which no file is listed.")
+            raise UserError(f"{redact(self.url)} is a directory without files.")
         return found
 
-    def _sorted(self, entries: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-        """The files among the entries of a listing."""
-        # Buckets may hold empty objects that stand for folders, with names that end in a slash;
-        # listings of web servers link to themselves in another order (`?C=S`).
+    def _select_files(self, entries: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+        """Return the files of a listing, sorted by path."""
+        # Buckets may contain empty directory placeholders that end in a slash, and listings of web
+        # servers link to themselves with other sort orders (`?C=S`).
         odd = re.compile(r"/$|[?#]" if self.is_http else r"/$")
         return [
             (path, entry)
@@ -199,78 +199,78 @@ class Storage:
             if entry.get("type") != "directory" and not odd.search(path)
         ]
 
-    def _place(self, path: str) -> PurePosixPath:
-        """Where a file lies below the folder."""
+    def _relative_path(self, path: str) -> PurePosixPath:
+        """Return the path of a file relative to the directory."""
         below = path.removeprefix(self._path.rstrip("/")).lstrip("/")
         place = PurePosixPath(unquote(below) if self.is_http else below)
         if ".." in place.parts or place.is_absolute() or not place.parts:
-            raise UserError(f"{shown(self.url)} lists {path!r}, which lies outside of it.")
+            raise UserError(f"{redact(self.url)} lists {path!r}, which is outside of it.")
         return place
 
-    def _file(self, path: str, place: PurePosixPath, info: dict[str, Any]) -> RemoteFile:
+    def _make_file(self, path: str, place: PurePosixPath, info: dict[str, Any]) -> RemoteFile:
         size = info.get("size")
         known = next((info[key] for key in _VERSIONS if info.get(key)), None)
-        if known is None and not self.is_http:  # of the web, fsspec's key is only the url
-            known = self._ask(partial(self._fs.ukey, path))
+        if known is None and not self.is_http:  # for HTTP, fsspec's key is just the URL
+            known = self._retry(partial(self._fs.ukey, path))
         return RemoteFile(path, place, size, f"{size} {known}")
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a url and the path in it; UserError where a package is missing."""
+    """Return fsspec's file system for a URL, and the path in it."""
     scheme = url.partition("://")[0].lower()
     try:
         import fsspec
 
         if scheme not in {*fsspec.available_protocols(), *fsspec.registry}:
-            raise UserError(f"{shown(url)}: fsspec knows no storage called {scheme}://.")
+            raise UserError(f"{redact(url)}: fsspec does not support {scheme}://.")
         if is_http(url):
-            # Quoted here, and only what must be: more would break the signature of a signed url.
+            # Quote only what is necessary: more would invalidate the signature of signed URLs.
             url = quote(url, safe="%/:?#[]@!$&'()*+,;=~")
             return fsspec.core.url_to_fs(url, **_http_options())
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = PACKAGES.get(scheme, f"({error})")
         raise UserError(
-            f"{scheme}:// urls need packages that are missing: pip install fsspec {package}"
+            f"{scheme}:// URLs require missing packages: pip install fsspec {package}"
         ) from error
     except UserError:
         raise
-    except Exception as error:  # some file systems connect, or look for credentials, at once
-        raise _fault(url, error) from error
+    except Exception as error:  # some file systems connect or look up credentials immediately
+        raise _make_error(url, error) from error
 
 
 def _http_options() -> dict[str, Any]:
     import aiohttp
 
-    # Not aiohttp's five minutes for a whole download, but a limit on silence.
+    # Limit inactivity rather than the whole download (aiohttp's default is five minutes).
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
     return {
         "simple_links": False,
         "encoded": True,
-        # Bytes as they are stored: a .gz file must not arrive unpacked.
+        # Raw bytes: a .gz file must not be decompressed in transit.
         "headers": {"Accept-Encoding": "identity"},
         "client_kwargs": {"timeout": timeout, "trust_env": True, "auto_decompress": False},
     }
 
 
-# --- faults -----------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------
 
 
-def _causes(error: BaseException) -> list[BaseException]:
-    """An exception and what it was raised from; fsspec calls any fault of the web "not found"."""
+def _list_causes(error: BaseException) -> list[BaseException]:
+    """Return an exception and its causes; fsspec reports any HTTP error as "not found"."""
     cause = error.__cause__
-    return [error] if cause is None else [error, *_causes(cause)]
+    return [error] if cause is None else [error, *_list_causes(cause)]
 
 
-def _status(error: BaseException) -> int | None:
-    """HTTP status of an exception, wherever its library keeps it."""
-    for cause in _causes(error):
+def _get_status(error: BaseException) -> int | None:
+    """Return the HTTP status of an exception, wherever its library stores it."""
+    for cause in _list_causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore
             found = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
         else:
             found = [getattr(response, "status_code", None)]
-        # In this order: aiohttp warns of its older name.
+        # In this order, because aiohttp warns about its deprecated name.
         found.append(getattr(cause, "status", None) or getattr(cause, "code", None))
         for value in found:
             if str(value).isdigit() and 400 <= int(str(value)) < 600:
@@ -278,24 +278,26 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
-def _is_passing(error: BaseException) -> bool:
-    """Whether another attempt may succeed."""
-    # Kinds first: aiohttp gives a broken body the status 400.
-    kinds = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
-    status = _status(error) or 0
-    return bool(kinds & _PASSING) or status >= 500 or status in (408, 429)
+def _is_transient(error: BaseException) -> bool:
+    """Return whether another attempt may succeed."""
+    # Types first: aiohttp reports a broken body with status 400.
+    kinds = {kind.__name__ for cause in _list_causes(error) for kind in type(cause).__mro__}
+    status = _get_status(error) or 0
+    return bool(kinds & _TRANSIENT) or status >= 500 or status in (408, 429)
 
 
-def _fault(url: str, error: BaseException) -> UserError:
-    """One sentence for what a file system could not do."""
-    status, last = _status(error), _causes(error)[-1]
+def _make_error(url: str, error: BaseException) -> UserError:
+    """Return a one-sentence UserError for an exception of a file system."""
+    status, last = _get_status(error), _list_causes(error)[-1]
     code = f" (HTTP {status})" if status else ""
     detail = " ".join(str(last).split())[:200] or type(last).__name__
-    if _is_passing(error):
+    if _is_transient(error):
         why = f"HTTP {status}" if status and status != 400 else detail
-        return Unreachable(f"cannot download {shown(url)}: {why}, in {ATTEMPTS} attempts.")
+        return Unreachable(f"cannot download {redact(url)}: {why}, after {ATTEMPTS} attempts.")
     if status in (401, 403) or isinstance(last, PermissionError):
-        return UserError(f"access to {shown(url)} is denied{code}; check it and your credentials.")
+        return UserError(
+            f"access to {redact(url)} is denied{code}; check the URL and your credentials."
+        )
     if status in (404, 410) or isinstance(last, FileNotFoundError):
-        return UserError(f"{shown(url)} does not exist{code}; check the url.")
-    return UserError(f"cannot read {shown(url)}: {type(last).__name__}: {detail}")
+        return UserError(f"{redact(url)} does not exist{code}; check the URL.")
+    return UserError(f"cannot read {redact(url)}: {type(last).__name__}: {detail}")

@@ -16,7 +16,7 @@ def found(folder: Path, seed: int, *batches: list[np.ndarray]) -> np.ndarray:
     near = NearDuplicates(folder, seed)
     for documents in batches:
         near.add(documents)
-    return near.resolve()
+    return near.find_duplicates()
 
 
 def file_bytes(folder: Path) -> list[bytes]:
@@ -130,7 +130,7 @@ def test_batches_and_block_sizes_do_not_matter(tmp_path, monkeypatch):
         folder = tmp_path / str(tokens)
         assert (found(folder, 5, *batches) == expected).all()
         assert file_bytes(folder) == file_bytes(tmp_path / "whole")
-    assert (BandKeys(5).of(documents) != BandKeys(6).of(documents)).all()
+    assert (BandKeys(5).compute(documents) != BandKeys(6).compute(documents)).all()
 
 
 def test_going_on_after_a_crash_equals_never_having_stopped(tmp_path):
@@ -150,7 +150,7 @@ def test_going_on_after_a_crash_equals_never_having_stopped(tmp_path):
     near.truncate(20)
     assert near.documents == NearDuplicates(tmp_path / "crashed", 5).documents == 20
     near.add(documents[20:])
-    assert (near.resolve() == expected).all()
+    assert (near.find_duplicates() == expected).all()
     assert file_bytes(tmp_path / "crashed") == file_bytes(tmp_path / "whole")
 
 
@@ -162,9 +162,9 @@ def test_what_is_torn_is_written_anew(tmp_path):
         path.write_bytes(path.read_bytes()[: path.stat().st_size - lost])
     near = NearDuplicates(tmp_path / "torn", 5)
     assert near.documents == 27
-    assert (near.resolve() == expected[:27]).all()
+    assert (near.find_duplicates() == expected[:27]).all()
     near.add(documents[27:])
-    assert (near.resolve() == expected).all()
+    assert (near.find_duplicates() == expected).all()
 
 
 def test_a_crash_before_the_first_document(tmp_path):
@@ -173,16 +173,16 @@ def test_a_crash_before_the_first_document(tmp_path):
     paths[0].write_bytes(paths[0].read_bytes()[:3])
     paths[1].unlink()
     near = NearDuplicates(tmp_path, 5)
-    assert near.documents == 0 and near.resolve().shape == (0,)
+    assert near.documents == 0 and near.find_duplicates().shape == (0,)
     near.add([np.arange(9), np.arange(9)])
-    assert NearDuplicates(tmp_path, 5).resolve().tolist() == [False, True]
+    assert NearDuplicates(tmp_path, 5).find_duplicates().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("sort_keys", [5, 64, 199, 200])
 def test_little_memory_gives_the_same_answer(sort_keys, tmp_path, monkeypatch):
     documents = mixed_documents(draw_rng(), 200)
     documents[50:110] = [documents[3]] * 60  # one key in more documents than are sorted at once
-    keys = BandKeys(1).of(documents)
+    keys = BandKeys(1).compute(documents)
     seen: set[tuple[int, int]] = set()
     expected = []
     for row in keys.tolist():
@@ -196,7 +196,7 @@ def test_little_memory_gives_the_same_answer(sort_keys, tmp_path, monkeypatch):
 def test_keys_of_another_seed_and_lost_keys_are_refused(tmp_path):
     near = NearDuplicates(tmp_path, 5)
     near.add([np.arange(9)])
-    with pytest.raises(UserError, match=r"band_00\.keys was made with another seed than 6"):
+    with pytest.raises(UserError, match=r"band_00\.keys was created with a seed other than 6"):
         NearDuplicates(tmp_path, 6)
-    with pytest.raises(UserError, match="keys of 1 documents, not of 2"):
+    with pytest.raises(UserError, match="keys of 1 documents instead of 2"):
         near.truncate(2)

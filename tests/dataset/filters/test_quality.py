@@ -71,8 +71,8 @@ BOUNDS = [
 @pytest.mark.parametrize(("rule", "good", "bad"), BOUNDS)
 def test_each_bound_from_both_sides(rule, good, bad):
     quality = QualityFilter([rule])
-    assert quality.broken_rule(good) is None
-    assert quality.broken_rule(bad) == rule
+    assert quality.find_broken_rule(good) is None
+    assert quality.find_broken_rule(bad) == rule
     assert quality.counts == {rule: 1}
 
 
@@ -127,10 +127,10 @@ def test_n_grams_against_counting_them_one_by_one(rng):
 def test_the_first_broken_rule_is_counted_whatever_the_order_of_names():
     quality = QualityFilter(["stop_words", "gopher_repetition", "word_count"])
     assert quality.enabled == ("word_count", "stop_words", *PRESETS["gopher_repetition"])
-    assert quality.broken_rule("word " * 49) == "word_count"  # it is repetitive, too
-    assert quality.broken_rule("word " * 50) == "stop_words"
-    assert quality.broken_rule("word to be " * 50) == "top_2_gram"
-    assert quality.broken_rule("") == "word_count"
+    assert quality.find_broken_rule("word " * 49) == "word_count"  # it is repetitive, too
+    assert quality.find_broken_rule("word " * 50) == "stop_words"
+    assert quality.find_broken_rule("word to be " * 50) == "top_2_gram"
+    assert quality.find_broken_rule("") == "word_count"
     assert {name: n for name, n in quality.counts.items() if n} == {
         "word_count": 2, "stop_words": 1, "top_2_gram": 1,
     }  # fmt: skip
@@ -138,9 +138,9 @@ def test_the_first_broken_rule_is_counted_whatever_the_order_of_names():
 
 def test_no_rule_lets_everything_pass_and_blank_texts_break_none_by_accident():
     quality = QualityFilter([])
-    assert not quality.enabled and quality.broken_rule("") is None
+    assert not quality.enabled and quality.find_broken_rule("") is None
     for rule in RULES:
-        broken = QualityFilter([rule]).broken_rule(" \n")
+        broken = QualityFilter([rule]).find_broken_rule(" \n")
         assert (broken == rule) == (
             rule in ("word_count", "mean_word_length", "alphabetic_words", "stop_words")
         )
@@ -156,12 +156,12 @@ def test_rules_can_be_left_out_of_a_preset():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["gopher", "stop_word"], "no quality rule 'stop_word'; did you mean stop_words"),
-        (["gopher", "no_stopwords"], "no quality rule 'no_stopwords'; did you mean stop_words"),
-        (["c4"], "no quality rule 'c4'; name any of gopher, .*, duplicate_10_grams, or one after"),
-        ([""], "no quality rule ''; name any of"),
-        (["gopher_repetition", "no_stop_words"], "no_stop_words leaves out .* no other name"),
-        (["stop_words", "no_stop_words"], "stop_words no_stop_words leave no rule"),
+        (["gopher", "stop_word"], "quality rule 'stop_word'; did you mean stop_words"),
+        (["gopher", "no_stopwords"], "quality rule 'no_stopwords'; did you mean stop_words"),
+        (["c4"], "quality rule 'c4'; .* gopher, .*, duplicate_10_grams, or .*no_"),
+        ([""], "quality rule ''; .*gopher"),
+        (["gopher_repetition", "no_stop_words"], "no_stop_words .* gopher no_stop_words"),
+        (["stop_words", "no_stop_words"], "stop_words no_stop_words"),
     ],
 )
 def test_names_that_make_no_sense(names, message):
@@ -171,13 +171,13 @@ def test_names_that_make_no_sense(names, message):
 
 def test_counting_goes_on_from_a_saved_state():
     quality = QualityFilter(["gopher"])
-    quality.broken_rule("short")
+    quality.find_broken_rule("short")
     state = json.loads(json.dumps(quality.state_dict()))
     resumed = QualityFilter(["gopher"])
     resumed.load_state_dict(state)
-    resumed.broken_rule("short")
+    resumed.find_broken_rule("short")
     assert resumed.counts["word_count"] == 2 and quality.counts["word_count"] == 1
-    with pytest.raises(UserError, match="but stop_words are asked for"):
+    with pytest.raises(UserError, match="but stop_words were requested"):
         QualityFilter(["stop_words"]).load_state_dict(state)
 
 
@@ -189,6 +189,6 @@ def test_ordinary_prose_passes_and_a_menu_does_not():
         "years. Only the children, who knew nothing of either, ran down to the river with a loaf."
     )
     quality = QualityFilter(["gopher"])
-    assert quality.broken_rule(prose) is None
+    assert quality.find_broken_rule(prose) is None
     menu = "\n".join(random.Random(0).choices(["Home", "Shop with us", "Contact to be"], k=60))
-    assert quality.broken_rule(menu) == "duplicate_lines"
+    assert quality.find_broken_rule(menu) == "duplicate_lines"

@@ -76,7 +76,7 @@ def test_truncated_and_corrupt_files_are_named(tmp_path, rng, ending):
     path = tmp_path / f"cut.txt{ending}"
     for cut in (len(data) // 2, len(data) - 1):
         path.write_bytes(data[:cut])
-        with pytest.raises(UserError, match=rf"cut\.txt{ending} is cut off"):
+        with pytest.raises(UserError, match=rf"cut\.txt{ending} is truncated"):
             read(path)
     path.write_bytes(b"this was never compressed\n" * 3)
     with pytest.raises(UserError, match=rf"cut\.txt{ending} is not valid"):
@@ -101,23 +101,23 @@ def test_zstd_frames_and_long_windows(tmp_path):
 def test_empty_files_are_named(tmp_path, content, name):
     path = tmp_path / name
     path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    with pytest.raises(UserError, match=r"empty.* holds no document"):
+    with pytest.raises(UserError, match=r"empty.* no documents"):
         read(path)
-    with pytest.raises(UserError, match=r"empty.* holds no document"):
+    with pytest.raises(UserError, match=r"empty.* no documents"):
         read(path, documents="file")
 
 
 def test_bad_json_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     bad = ['{"text": ', "[1]", '{"body": "x", "id": 3}', '{"text": null}', '{"text": "\\ud800"}']
-    expected = ["not valid JSON", "holds a list", "keys there: body, id", "holds null", "surrogate"]
+    expected = ["not valid JSON", "a list", "keys: body, id", "null", "surrogate"]
     for line, fault in zip(bad, expected, strict=True):
         path.write_text('{"text": "good"}\n\n' + line + "\n", "utf-8")
         with pytest.raises(UserError, match=rf"a\.jsonl, line 3: .*{fault}"):
             read(path)
         assert read(path, max_bad_lines=1) == ["good"]
     path.write_text('{"text": "good"}\n' + "\n".join(bad), "utf-8")
-    with pytest.raises(UserError, match=r"line 5: .*one more than --max-bad-lines 3"):
+    with pytest.raises(UserError, match=r"line 5: .*--max-bad-lines 3"):
         read(path, max_bad_lines=3)
     assert read(path, max_bad_lines=5) == ["good"]
 
@@ -126,14 +126,14 @@ def test_text_key(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "x", "id": 3}\n', "utf-8")
     assert read(path, text_key="body") == ["x"]
-    with pytest.raises(UserError, match=r"no key 'text' \(keys there: body, id"):
+    with pytest.raises(UserError, match=r"no key 'text' \(keys: body, id"):
         read(path)
 
 
 def test_invalid_utf8_is_placed(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("é fine\n".encode() + b"not \xff fine\n")
-    with pytest.raises(UserError, match=r"a\.txt, line 2: byte 0xff at place 5"):
+    with pytest.raises(UserError, match=r"a\.txt, line 2: byte 0xff at position 5"):
         read(path)
     path.write_bytes(gzip.compress(b"text"))
     with pytest.raises(UserError, match="looks like gzip data"):
@@ -148,15 +148,15 @@ def test_globs_folders_and_repeats(tmp_path):
     assert read(f"{tmp_path}/*.txt", f"{tmp_path}/**/*.md") == ["a.txt", "b.txt", "sub/c.md"]
     (tmp_path / "[odd].txt").write_text("odd", "utf-8")
     assert read(tmp_path / "[odd].txt") == ["odd"]
-    with pytest.raises(UserError, match=r"a\.txt is named twice"):
+    with pytest.raises(UserError, match=r"a\.txt is given twice"):
         read(tmp_path / "a.txt", tmp_path)
     with pytest.raises(UserError, match=r"absent\.txt' does not exist"):
         read(tmp_path / "absent.txt")
-    with pytest.raises(UserError, match="matches no file"):
+    with pytest.raises(UserError, match="matches no files"):
         read(f"{tmp_path}/*.jsonl")
-    with pytest.raises(UserError, match=r"x\.parquet is damaged or cut off"):
+    with pytest.raises(UserError, match=r"x\.parquet is damaged or truncated"):
         read(write_jsonl(tmp_path / "x.parquet", ["a"]))
-    with pytest.raises(UserError, match=r"cannot read Parquet below \.gz"):
+    with pytest.raises(UserError, match=r"cannot read Parquet .*\.gz"):
         read(write_jsonl(tmp_path / "x.parquet.gz", ["a"]))
 
 
@@ -169,7 +169,7 @@ def test_standard_input(monkeypatch):
     with pytest.raises(UserError, match=r"standard input; pass --format"):
         read("-")
     pipe(b"")
-    with pytest.raises(UserError, match="standard input holds no document"):
+    with pytest.raises(UserError, match=r"standard input .*no documents"):
         read("-", given_format="text")
 
 

@@ -7,7 +7,7 @@ import pytest
 from seeds import draw_rng
 
 from dataset.output.array_writer import ArrayWriter
-from dataset.output.corpus_folder import corpus_folder
+from dataset.output.corpus_folder import create_corpus
 from utils.core.errors import UserError
 
 
@@ -40,7 +40,7 @@ def fill(folder, content="x"):
 
 def test_folder_appears_at_the_end_only(tmp_path):
     target = tmp_path / "deep" / "corpus"
-    with corpus_folder(target, overwrite=False) as folder:
+    with create_corpus(target, overwrite=False) as folder:
         fill(folder)
         assert not target.exists()
         assert folder.parent == target.parent
@@ -52,12 +52,12 @@ def test_failure_leaves_what_was_there(tmp_path):
     target = tmp_path / "corpus"
     for _ in range(2):
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(RuntimeError), corpus_folder(target, overwrite=True) as folder:
+        with pytest.raises(RuntimeError), create_corpus(target, overwrite=True) as folder:
             fill(folder, "new")
             raise RuntimeError
         assert sorted(tmp_path.rglob("*")) == before
         if not target.exists():
-            with corpus_folder(target, overwrite=False) as folder:
+            with create_corpus(target, overwrite=False) as folder:
                 fill(folder, "old")
     assert (target / "train" / "dataset.json").read_text("utf-8") == "old"
 
@@ -65,25 +65,25 @@ def test_failure_leaves_what_was_there(tmp_path):
 def test_overwrite_rules(tmp_path):
     target = tmp_path / "corpus"
     target.mkdir()
-    with corpus_folder(target, overwrite=False) as folder:  # an empty folder is free
+    with create_corpus(target, overwrite=False) as folder:  # an empty folder is free
         fill(folder, "first")
-    with pytest.raises(UserError, match=r"holds a finished corpus.*--overwrite"):
-        corpus_folder(target, overwrite=False).__enter__()
-    with corpus_folder(target, overwrite=True) as folder:
+    with pytest.raises(UserError, match=r"finished corpus.*--overwrite"):
+        create_corpus(target, overwrite=False).__enter__()
+    with create_corpus(target, overwrite=True) as folder:
         fill(folder, "second")
         assert (target / "train" / "dataset.json").read_text("utf-8") == "first"
     assert (target / "train" / "dataset.json").read_text("utf-8") == "second"
     assert os.listdir(tmp_path) == ["corpus"]
 
     (target / "notes.txt").write_text("mine", "utf-8")
-    with pytest.raises(UserError, match=r"also holds notes\.txt"):
-        corpus_folder(target, overwrite=True).__enter__()
+    with pytest.raises(UserError, match=r"also contains notes\.txt"):
+        create_corpus(target, overwrite=True).__enter__()
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("mine", "utf-8")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="holds no finished corpus"):
-            corpus_folder(other, overwrite).__enter__()
+        with pytest.raises(UserError, match="not empty"):
+            create_corpus(other, overwrite).__enter__()
         with pytest.raises(UserError, match="is a file"):
-            corpus_folder(other / "thesis.tex", overwrite).__enter__()
+            create_corpus(other / "thesis.tex", overwrite).__enter__()
     assert (other / "thesis.tex").read_text("utf-8") == "mine"

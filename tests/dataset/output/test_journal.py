@@ -15,9 +15,9 @@ from utils.core.errors import UserError
 
 def test_digests_are_told_apart_by_kind(tmp_path):
     journal = Journal(tmp_path / "j")
-    assert journal.is_new(b"a") and not journal.is_new(b"a")
-    assert journal.is_new(b"a", kind=1) and not journal.knows(b"b", kind=1)
-    assert journal.knows(b"a") and journal.knows(b"a", kind=1)
+    assert journal.add(b"a") and not journal.add(b"a")
+    assert journal.add(b"a", kind=1) and not journal.contains(b"b", kind=1)
+    assert journal.contains(b"a") and journal.contains(b"a", kind=1)
 
 
 def test_values_survive_with_their_arrays(tmp_path):
@@ -37,10 +37,10 @@ def test_a_killed_process_leaves_its_last_commit(tmp_path):
         import os, signal
         from dataset.output.journal import Journal
         journal = Journal("j")
-        journal.is_new(b"kept")
+        journal.add(b"kept")
         journal.commit(state=1)
         for number in range(100_000):  # more than the cache holds, so that the file is written
-            journal.is_new(b"%032d" % number)
+            journal.add(b"%032d" % number)
         os.kill(os.getpid(), signal.SIGKILL)
     """
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
@@ -48,12 +48,12 @@ def test_a_killed_process_leaves_its_last_commit(tmp_path):
     assert done.returncode == -signal.SIGKILL
     journal = Journal(tmp_path / "j")
     assert journal["state"] == 1
-    assert not journal.is_new(b"kept") and journal.is_new(b"%032d" % 7)
+    assert not journal.add(b"kept") and journal.add(b"%032d" % 7)
 
 
 def test_one_build_at_a_time(tmp_path):
     journal = Journal(tmp_path / "j")
-    with pytest.raises(UserError, match="another build is at work"):
+    with pytest.raises(UserError, match="another build is running"):
         Journal(tmp_path / "j")
     journal.close()
     Journal(tmp_path / "j")

@@ -82,7 +82,7 @@ def test_weighted_order_is_that_of_a_listing(tmp_path, kind):
     order = ExampleOrder(corpora, 11, weights, None)
     places = rng.integers(0, 20 * rows, 300)
     groups, cycles = listed_visits(of_group, 11, list(weights.values()), places)
-    found = order.visits(places)
+    found = order.find_groups(places)
     np.testing.assert_array_equal(found[0], groups)
     np.testing.assert_array_equal(found[1], cycles)
 
@@ -97,7 +97,7 @@ def test_shares_are_exact_and_no_cycle_repeats_an_order(tmp_path, layout):
     corpora, weights = Corpora([tmp_path / "c"]), {"p": 0.5, "q": 0.333, "r": 0.167}
     order = ExampleOrder(corpora, 3, weights, None)
     for first in (0, 10_000):
-        groups = order.following(Position(first), 10_000).row[:10_000]
+        groups = order.list_from(Position(first), 10_000).row[:10_000]
         for number, share in enumerate(weights.values()):
             drawn = groups[domain_ids[groups] == number]
             assert abs(drawn.size / 10_000 - share) <= 0.001

@@ -294,7 +294,7 @@ def test_a_remote_that_changes_meanwhile_is_not_mixed(
         site.headers["ETag"] = "new"
 
     monkeypatch.setattr(remote_storage.Storage, "download", and_upload)
-    assert "changed while" in failure(site.url + "/c")
+    assert "changed" in failure(site.url + "/c")
     assert not copies(cache)
 
 
@@ -306,7 +306,7 @@ def test_without_the_network_the_last_copy_serves(site: Site):
     site.always = None
     copy = fetch(url)
     site.always = 503
-    with pytest.warns(UserWarning, match=r"x\.txt.*used instead"):
+    with pytest.warns(UserWarning, match=r"x\.txt.*cached copy"):
         assert fetch(url) == copy
     site.always = 404  # that is an answer
     assert "does not exist" in failure(url)
@@ -336,7 +336,7 @@ def test_missing_packages_are_named(
 
 
 def test_a_storage_that_nobody_knows():
-    assert "no storage" in failure("nowhere://x/y")
+    assert "nowhere://" in failure("nowhere://x/y")
 
 
 def test_a_cache_that_cannot_be_written(site: Site, tmp_path: Path, monkeypatch):
