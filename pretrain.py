@@ -22,7 +22,7 @@ from utils.backend import Backend, select_backend
 from utils.backend.determinism import explain_nondeterminism
 from utils.backend.memory import explain_out_of_memory
 from utils.checkpoint import format as checkpoint
-from utils.checkpoint.run_config import as_trained
+from utils.checkpoint.run_config import apply_trained_config
 from utils.checkpoint.run_folder import RunFolder
 from utils.config.load import PretrainConfig, check_ranks, hydra_entry, load_config
 from utils.core.console import warnings_as_notes
@@ -52,7 +52,9 @@ class Flags(NamedTuple):
 def launch(cfg: DictConfig) -> None:
     """Check everything that needs no device, then train on the device that the config names."""
     with warnings_as_notes(shown=os.environ.get("RANK", "0") == "0"):
-        config = load_config(as_trained(cfg), world_size=int(os.environ.get("WORLD_SIZE", 1)))
+        config = load_config(
+            apply_trained_config(cfg), world_size=int(os.environ.get("WORLD_SIZE", 1))
+        )
     if config.lr_find:
         config = lr_finder.configure_sweep(config)
     if config.dry_run:

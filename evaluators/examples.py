@@ -26,7 +26,7 @@ def read_json_lines(path: str, option: str = "path") -> list[tuple[str, dict[str
     return records
 
 
-def spread(count: int, limit: int | None) -> list[int]:
+def pick_evenly(count: int, limit: int | None) -> list[int]:
     """At most `limit` of the numbers below `count`, evenly: files are often sorted by kind."""
     if limit is None or limit >= count:
         return list(range(count))

@@ -12,11 +12,11 @@ import orjson
 from pydantic import Field
 
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata
-from evaluators.examples import read_json_lines, spread
+from evaluators.examples import pick_evenly, read_json_lines
 from evaluators.interface import Batch, Continued, Examined
 from models.inference.sampling import Sampling
 from utils.core.atomic import write_atomically
-from utils.core.console import tell
+from utils.core.console import notify
 from utils.core.errors import UserError
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -87,7 +87,9 @@ class GenerationEvaluator:
             if self.references and not isinstance(record["response"], str):
                 raise UserError(f"{where}: no text below the key 'response'")
         if not self.references and self.score is None:
-            tell(f"note: {config.path} has no responses: texts are written, but nothing is scored")
+            notify(
+                f"note: {config.path} has no responses: texts are written, but nothing is scored"
+            )
         if self.references:
             load_metrics()
         self.begin_eval()
@@ -138,7 +140,7 @@ class GenerationEvaluator:
                 Example(model.encode_pair(record["prompt"], "")[0], record.get("response", ""))
                 for _, record in self.lines
             ]
-        return [found[i] for i in spread(len(found), self.config.limit)]
+        return [found[i] for i in pick_evenly(len(found), self.config.limit)]
 
     def _scores(
         self, prompts: Sequence[str], written: Sequence[Continued], references: Sequence[str]
@@ -183,7 +185,7 @@ class GenerationEvaluator:
                     lines = [orjson.dumps(line) + b"\n" for line in self.samples]
                     part.write_bytes(before + b"".join(lines))
             except OSError as error:
-                tell(f"warning: {path}: {error.strerror or error}")
+                notify(f"warning: {path}: {error.strerror or error}")
         return {f"{self.config.prefix}/{name}": value for name, value in self.figures.items()}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from evaluators.interface import Batch, Evaluator, Examined
 from utils.backend import Backend
-from utils.core.console import tell
+from utils.core.console import notify
 from utils.core.errors import UserError
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class Group:
         if stop := max(self.gather_objects(self.received[0] if self.received else 0)):
             raise Interrupted(stop)
 
-    def leave(self) -> None:
+    def wait_for_others(self) -> None:
         """Returns when no rank is inside the evaluator any more."""
         while any(inside for inside, _ in self.backend.gather_objects((False, None))):
             pass
@@ -116,7 +116,7 @@ class Guarded:
                 continue
             group = Group(self.backend, self.received)
             self._try(place, lambda examine=examine, group=group: examine(ask(group), group))
-            group.leave()
+            group.wait_for_others()
             interrupt_if_asked(self.received, self.backend)
 
     def results(self, save_path: str | None) -> dict[str, Any]:
@@ -129,14 +129,14 @@ class Guarded:
                 own = self._try(
                     place, evaluator.result, save_path, backend.rank, backend.world_size, group
                 )
-            group.leave()
+            group.wait_for_others()
             figures.append(backend.broadcast_object(self._try(place, _checked, own) or {}))
         self._share_faults()
         for place, fault in sorted(self.faults.items()):
             if backend.is_main:
                 name = type(self.evaluators[place]).__name__
                 why = fault or "its ranks did not gather the same number of times"
-                tell(f"warning: evaluator {name} failed, its figures are missing: {why}")
+                notify(f"warning: evaluator {name} failed, its figures are missing: {why}")
         sound = (found for place, found in enumerate(figures) if place not in self.faults)
         found = {name: value for of_one in sound for name, value in of_one.items()}
         if self.faults:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dataset.common import DatasetMetadata
 from evaluators.interface import Batch, Examined
-from utils.core.console import tell
+from utils.core.console import notify
 from utils.core.errors import UserError
 from utils.monitoring.plotting import save_figure, with_slack
 
@@ -147,7 +147,7 @@ class HaltingEvaluator:
         try:
             draw(folder / "halting.png", curves, sums)
         except (UserError, ImportError) as error:
-            tell(f"warning: halting.png was not drawn ({error})")
+            notify(f"warning: halting.png was not drawn ({error})")
 
 
 def _rows(values: Tensor, valid: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from models.losses import ACTLossHead
 from utils.backend import Backend
 from utils.checkpoint.writer import save_tensors
 from utils.core.atomic import write_atomically
-from utils.core.console import tell
+from utils.core.console import notify
 from utils.core.functions import load_class
 from utils.corpus.corpora import Corpora
 from utils.corpus.data import Data
@@ -230,7 +230,7 @@ def save_predictions(saved: dict[str, list[Tensor]], folder: Path, rank: int) ->
         with write_atomically(path) as part:
             save_tensors({name: torch.cat(parts) for name, parts in saved.items()}, part)
     except OSError as error:
-        tell(f"warning: {path} could not be written ({error}); the run goes on without it")
+        notify(f"warning: {path} could not be written ({error}); the run goes on without it")
 
 
 def create_evaluators(named: Sequence[Any], data: Data) -> list[Evaluator]:
@@ -247,7 +247,7 @@ def create_evaluators(named: Sequence[Any], data: Data) -> list[Evaluator]:
     return [one for one in made if data.test is not None or not getattr(one, "reads_rows", True)]
 
 
-def examined(
+def create_model_factory(
     head: ACTLossHead,
     corpora: Corpora,
     tokenizer: TextTokenizer | None,

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from dataset.common import DatasetMetadata
-from evaluators.examples import read_json_lines, spread
+from evaluators.examples import pick_evenly, read_json_lines
 from evaluators.interface import Batch, Examined
 from utils.core.errors import UserError
 
@@ -104,7 +104,7 @@ class MultipleChoiceEvaluator:
                 f"num_few_shot={config.num_few_shot} means nothing for {config.path}, whose texts "
                 "have no question before them; leave it out"
             )
-        chosen = spread(len(self.items), config.limit)
+        chosen = pick_evenly(len(self.items), config.limit)
         self.shots = [self._solved_before(i, shots, own) for i in chosen]
         self.items = [self.items[i] for i in chosen]
         self.begin_eval()

@@ -55,7 +55,7 @@ class Anchor:
             z = {name: torch.where(further, new[name], held) for name, held in z.items()}
         return _holding(carry, z)
 
-    def beside(self, model: Any, carry: Carry, batch: Batch) -> tuple[Carry, Batch, Tensor]:
+    def step_with(self, model: Any, carry: Carry, batch: Batch) -> tuple[Carry, Batch, Tensor]:
         """Take one step of `model` in training, and the same step of the base.
 
         Returns the new carry, the model's outputs, and the base's logits (B, S, V).

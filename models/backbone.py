@@ -214,17 +214,17 @@ class Backbone(nn.Module):
         """inputs (B, S), puzzle_identifiers (B,) -> sqrt(D) times the embedding, (B, P+S, D)."""
         embedding = self.embed_tokens(data["inputs"])
         if self.config.prefix_len > 0:
-            embedding = self.prefixed(embedding, data["puzzle_identifiers"])
-        return self.placed(embedding, self.positions(data))
+            embedding = self.add_prefix(embedding, data["puzzle_identifiers"])
+        return self.add_positions(embedding, self.positions(data))
 
-    def prefixed(self, embedding: Tensor, identifiers: Tensor) -> Tensor:
+    def add_prefix(self, embedding: Tensor, identifiers: Tensor) -> Tensor:
         """Embedded tokens (B, S, D) behind their identifiers (B,), (B, P+S, D)."""
         prefix, width = self.config.prefix_len, self.config.hidden_size
         identifier = self.puzzle_emb(identifiers)
         identifier = F.pad(identifier, (0, prefix * width - identifier.shape[-1]))
         return torch.cat((identifier.view(-1, prefix, width), embedding), dim=1)
 
-    def placed(self, embedding: Tensor, positions: Tensor) -> Tensor:
+    def add_positions(self, embedding: Tensor, positions: Tensor) -> Tensor:
         """Scaled embeddings (B, L, D), with learned positions (B or 1, L) where there are any."""
         if self.config.pos_encodings == "learned":
             # the sum of two embeddings keeps the variance of one

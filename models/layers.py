@@ -35,7 +35,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def perhaps_any(mask: Tensor) -> bool:
+def maybe_any(mask: Tensor) -> bool:
     """Whether any element is set; True without a look on XLA, where programs must not depend on
     data, and a look would run all that was noted so far."""
     return mask.device.type == "xla" or bool(mask.any())

@@ -225,7 +225,7 @@ class ACTLossHead(nn.Module):
         """
         base_logits = None
         if (anchor := self._anchor_here) is not None:
-            carry, outputs, base_logits = anchor.beside(self.model, carry, batch)
+            carry, outputs, base_logits = anchor.step_with(self.model, carry, batch)
         else:
             carry, outputs = self.model(carry=carry, batch=batch)
         data, logits = carry.current_data, outputs["logits"]

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from models import cost
 from utils.backend.base import free_host_memory
 from utils.backend.cuda import BF16_PEAK
-from utils.checkpoint.run_config import as_trained
+from utils.checkpoint.run_config import apply_trained_config
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.config.schema import PositiveFloat, PositiveInt
 from utils.core.errors import UserError
@@ -112,7 +112,7 @@ class Plan:
 
 def configure(overrides: Sequence[str], ranks: int) -> PretrainConfig:
     """The checked config; without a corpus, of sizes that are usual."""
-    composed = as_trained(compose_config([*overrides, "dry_run=true"]), overrides)
+    composed = apply_trained_config(compose_config([*overrides, "dry_run=true"]), overrides)
     if not composed.data_paths:
         for key, usual in (("vocab_size", 32000), ("seq_len", 2048)):
             composed[key] = usual if composed[key] is None else composed[key]

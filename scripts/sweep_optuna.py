@@ -35,7 +35,7 @@ from hydra.errors import HydraException
 
 from evaluators.loop import create_evaluators
 from scripts.plot_run import METRICS, RunMetrics, read_records
-from utils.checkpoint.run_config import as_trained
+from utils.checkpoint.run_config import apply_trained_config
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.config.values import assignment, readable
 from utils.core.atomic import write_result
@@ -161,7 +161,7 @@ class Search:
 
     def _config(self, chosen: list[str]) -> PretrainConfig:
         keys = [*self.fixed, *chosen]
-        return load_config(as_trained(compose_config(keys), keys))
+        return load_config(apply_trained_config(compose_config(keys), keys))
 
     def objective(self, trial: optuna.Trial) -> float:
         run = self.folder / f"trial_{trial.number}"
@@ -273,7 +273,7 @@ def run(args: argparse.Namespace) -> None:
     with _disk_faults(args.folder):
         args.folder.mkdir(parents=True, exist_ok=True)
         study = _optimize(search, args)
-    told(study, args)
+    print_trials(study, args)
 
 
 def _optimize(search: Search, args: argparse.Namespace) -> optuna.Study:
@@ -339,7 +339,7 @@ def write_trials(study: optuna.Study, args: argparse.Namespace) -> None:
         part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def told(study: optuna.Study, args: argparse.Namespace) -> None:
+def print_trials(study: optuna.Study, args: argparse.Namespace) -> None:
     """Prints the trials, best first."""
     trials = best_first(study)
     complete = [t for t in trials if t.state.name == "COMPLETE"]

@@ -8,7 +8,7 @@ import pytest
 
 from pretrain import train
 from utils.backend.cpu import CPUBackend
-from utils.checkpoint.run_config import as_trained
+from utils.checkpoint.run_config import apply_trained_config
 from utils.config.load import compose_config, load_config
 
 KEPT = Path(__file__).parent / "checkpoints" / "format_2"
@@ -46,7 +46,7 @@ def test_it_is_evaluated_to_the_same_figures(checkpoint, expected, tmp_path):
     run = tmp_path / "evaluation"
     given = ["eval_only=true", f"load_checkpoint={checkpoint}", "device_type=cpu"]
     given += [f"data_paths=[{tmp_path / 'corpus'}]", f"checkpoint_path={run}"]
-    config = load_config(as_trained(compose_config(given), given))
+    config = load_config(apply_trained_config(compose_config(given), given))
     assert train(CPUBackend(), config) == 0
     found = logged(run)[-1]
     known = expected["evaluation"]

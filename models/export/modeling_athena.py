@@ -156,14 +156,14 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         x = inner.embed_tokens(input_ids)
         identifiers = self._identifiers(puzzle_identifiers, input_ids)
         if prefix and past == 0:
-            x = inner.prefixed(x, identifiers)
+            x = inner.add_prefix(x, identifiers)
             inner.puzzle_emb.used.clear()  # its own optimizer's notes: nobody reads them here
             before = torch.arange(prefix, device=input_ids.device).expand(len(positions), -1)
             positions = torch.cat((before, positions), dim=1)
         mask = self._mask(real, past, x.shape[1], x.device)
         cos, sin = inner.rotation(positions)
         info = SequenceInfo(cos, sin, mask, causal=mask is None and past == 0, cache=cache)
-        z = inner.answer(inner.placed(x, positions), info, steps)[:, -length:]
+        z = inner.answer(inner.add_positions(x, positions), info, steps)[:, -length:]
         logits = LOSSES[self.config.loss_type].softmax_logits(
             inner.predict(z[:, -logits_to_keep:] if logits_to_keep else z)
         )

@@ -83,7 +83,7 @@ class Decoder:
         self.cache.begin(positions, used)
         cos, sin = inner.rotation(positions.unsqueeze(1))
         info = SequenceInfo(cos, sin, mask, causal=False, cache=self.cache)
-        x = inner.placed(inner.embed_tokens(ids), positions.unsqueeze(1))
+        x = inner.add_positions(inner.embed_tokens(ids), positions.unsqueeze(1))
         return self._logits(inner.answer(x, info, self.steps)[:, 0])
 
     def _read_windows(self) -> Tensor:

@@ -178,7 +178,7 @@ def settle_anchor(config: PretrainConfig, backend: Backend, saved: str | None) -
     if (named := loss.options.get("kl_to")) is None:
         return
 
-    def settled() -> str:
+    def find_base() -> str:
         path = Path(named)
         if saved is not None and Path(saved).is_dir():
             began, place = Path(saved).resolve(), path.parent if path.is_symlink() else path
@@ -192,7 +192,7 @@ def settle_anchor(config: PretrainConfig, backend: Backend, saved: str | None) -
             raise UserError(f"{KL_TO}={named}: {error}") from None
         return str(path.resolve())
 
-    loss.kl_to = backend.from_main(settled)  # type: ignore[attr-defined]
+    loss.kl_to = backend.from_main(find_base)  # type: ignore[attr-defined]
 
 
 def load_anchor(config: PretrainConfig, data: Data, backend: Backend) -> Anchor | None:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from models.backbone import Backbone, BackboneConfig, Batch, mean_over, real_tokens
 from models.base import Architecture, Carry
 from models.common import trunc_normal_init_
-from models.layers import Block, CastedLinear, SequenceInfo, at_least_float32, perhaps_any, rms_norm
+from models.layers import Block, CastedLinear, SequenceInfo, at_least_float32, maybe_any, rms_norm
 
 Latents = dict[str, Tensor]
 
@@ -296,7 +296,7 @@ class AthenaTRM(Architecture):
         config, inner, outputs = self.config, self.inner, {}
         answer = unrefined = z[inner.streams[0]]
         refines = config.post_refinement_steps > 0  # asked first: a look at `halted` waits
-        if refines and (config.post_refinement_train if self.training else perhaps_any(halted)):
+        if refines and (config.post_refinement_train if self.training else maybe_any(halted)):
             # the carry stays unrefined: only the logits of rows that have halted change
             answer = torch.where(halted.view(-1, 1, 1), inner.refine(z, info), unrefined)
             if not self.training:

@@ -8,7 +8,7 @@ import torch
 from seeds import draw_rng
 
 from dataset.common import DatasetMetadata
-from evaluators.examples import read_json_lines, spread
+from evaluators.examples import pick_evenly, read_json_lines
 from evaluators.generation import GenerationEvaluator
 from evaluators.puzzle import ExactMatchEvaluator, View, vote
 from evaluators.tasks import MultipleChoiceEvaluator
@@ -189,7 +189,7 @@ def test_accuracy_norm_is_that_of_the_harness(tmp_path):
 
 
 def test_a_limit_takes_examples_from_all_over_the_file(tmp_path):
-    assert spread(10, 3) == [0, 3, 6] and spread(2, 5) == [0, 1]
+    assert pick_evenly(10, 3) == [0, 3, 6] and pick_evenly(2, 5) == [0, 1]
     records = [{"text": f"a {i}"} for i in range(10)]
     found = tasks(lines(tmp_path, *records), limit=3).items
     assert [item.pairs[0][1] for item in found] == [" 0", " 3", " 6"]

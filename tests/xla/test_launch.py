@@ -64,7 +64,7 @@ from dataset.common import UserError
 
 def gives_its_rank(replica, offset):
     assert offset == 7
-    with replica.taking_turns():
+    with replica.one_rank_at_a_time():
         return replica.rank, replica.world_size, replica.local_rank
 
 def fails_while_the_other_waits(replica, kind):

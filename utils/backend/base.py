@@ -44,7 +44,7 @@ class Backend:
 
     name = "cpu"
     collective = "gloo"
-    moved_ahead: Callable[[Iterable[Any]], Iterator[Any]] | None = None
+    prefetch_to_device: Callable[[Iterable[Any]], Iterator[Any]] | None = None
     """Gives items with their tensors on the device, made ready ahead of use; None: not needed."""
 
     capability: tuple[int, int] = (0, 0)
@@ -193,7 +193,7 @@ class Backend:
         """Values that the host waits for."""
         return tensor.cpu().numpy()
 
-    def taking_turns(self) -> AbstractContextManager:
+    def one_rank_at_a_time(self) -> AbstractContextManager:
         """Where replicas share a process, only one at a time is inside: it draws random numbers."""
         return nullcontext()
 

@@ -20,11 +20,11 @@ class PresentAhead:
     Args:
         reader: the stream that is read, in the mover's thread.
         place: a stream over the same that stands where the run does.
-        moved_ahead: gives the items of an iterator with their tensors on the device.
+        prefetch_to_device: yields the items of an iterator with their tensors on the device.
     """
 
-    def __init__(self, reader: Any, place: Any, moved_ahead: Moved):
-        self._reader, self._place, self._moved_ahead = reader, place, moved_ahead
+    def __init__(self, reader: Any, place: Any, prefetch_to_device: Moved):
+        self._reader, self._place, self._prefetch_to_device = reader, place, prefetch_to_device
         self._batches: Iterator[Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -35,7 +35,7 @@ class PresentAhead:
         """As `TrainStream.next`; `step` must be the one after the last."""
         if self._batches is None:
             self._reader.load_state_dict(self._place.state_dict())
-            self._batches = self._moved_ahead(self._read(step, np.zeros_like(halted)))
+            self._batches = self._prefetch_to_device(self._read(step, np.zeros_like(halted)))
         batches = next(self._batches, None)
         if batches is None:
             return None

@@ -123,11 +123,11 @@ class Replica(Backend):
                 raise torch.OutOfMemoryError(str(error)) from error
             raise
 
-    def taking_turns(self) -> AbstractContextManager:
+    def one_rank_at_a_time(self) -> AbstractContextManager:
         return _TURN
 
     def to_device(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Plain transfers; what `moved_ahead` brought is there already."""
+        """Plain transfers; what `prefetch_to_device` brought is there already."""
         return {
             k: v if isinstance(v, Tensor) else torch.from_numpy(v).to(self.device)
             for k, v in batch.items()
@@ -141,9 +141,9 @@ class Replica(Backend):
             (name, {k: torch.from_numpy(v) for k, v in batch.items()}, count)
             for name, batch, count in stream
         )
-        return self.moved_ahead(items)
+        return self.prefetch_to_device(items)
 
-    def moved_ahead(self, items: Iterable[T]) -> Iterator[T]:
+    def prefetch_to_device(self, items: Iterable[T]) -> Iterator[T]:
         """Items with their CPU tensors on the device, two of them ahead of their use.
 
         An error of `items` is raised here: the loader reads them in a thread, and would take it

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.core.console import tell
+from utils.core.console import notify
 from utils.core.errors import UserError
 from utils.core.functions import has_utf8_name, nearest
 
@@ -121,7 +121,7 @@ def set_aside(run: Path, start: Path, step: int) -> None:
             continue
         aside = folder.with_name(f"abandoned_{folder.name}_{int(time.time())}")
         folder.rename(aside)
-        tell(f"note: {folder.name} is not of the course of {start}, it is now {aside.name}")
+        notify(f"note: {folder.name} is not of the course of {start}, it is now {aside.name}")
     forget_evaluation(run, step if start.parent.resolve() == run.resolve() else -1)
 
 
@@ -150,7 +150,7 @@ def link_best(run: Path, step: int | None) -> None:
         elif link.is_symlink():
             link.unlink()
     except OSError as error:  # not every storage knows links; the run itself needs none
-        tell(f"note: {link} could not be made ({error.strerror or error})")
+        notify(f"note: {link} could not be made ({error.strerror or error})")
 
 
 def recover(run: Path) -> None:
@@ -255,14 +255,14 @@ def newest_whole(run: Path, rename: bool = True) -> Checkpoint | None:
             opened.verify()
             return opened
         except OSError as error:  # storage may answer again: nothing is renamed
-            tell(f"note: {folder} cannot be read ({error.strerror or error})")
+            notify(f"note: {folder} cannot be read ({error.strerror or error})")
         except UserError as error:
             told = f"note: {error.args[0].partition(';')[0]}"
             if rename and folder.is_dir():
                 aside = folder.with_name(f"damaged_{folder.name}_{int(time.time())}")
                 folder.rename(aside)
                 told += f"; it is now {aside.name}"
-            tell(told)
+            notify(told)
     damaged = sorted(p.name for p in run.glob("damaged_step_*"))
     if found or damaged:
         raise UserError(

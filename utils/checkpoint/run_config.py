@@ -27,7 +27,7 @@ AS_TRAINED = (
 TRAINED_FURTHER = ("arch",)
 
 
-def as_trained(cfg: DictConfig, overrides: Sequence[str] | None = None) -> DictConfig:
+def apply_trained_config(cfg: DictConfig, overrides: Sequence[str] | None = None) -> DictConfig:
     """For `load_checkpoint=FOLDER`, the config with the checkpoint's own values of AS_TRAINED (with
     `eval_only=true`; else of its architecture alone) where no override names the key. A run that
     has checkpoints of its own, or names one with `resume`, has the architecture of those.

@@ -20,7 +20,7 @@ import torch
 
 from utils.backend import Backend
 from utils.checkpoint.format import MANIFEST, checkpoints_of, prune, sha256, step_folder
-from utils.core.console import tell
+from utils.core.console import notify
 
 
 class Contents(NamedTuple):
@@ -131,7 +131,7 @@ class CheckpointWriter:
         shutil.rmtree(folder, ignore_errors=True)
         good = checkpoints_of(self.run)
         last = f"the last good checkpoint is {good[-1].name}" if good else "there is none before"
-        tell(f"warning: step {step} could not be saved ({fault}); {last}")
+        notify(f"warning: step {step} could not be saved ({fault}); {last}")
 
     def _write(self, folder: Path, contents: Contents) -> None:
         """This rank's files, on the disk when this returns, and the marker that says so."""
@@ -188,7 +188,7 @@ class CheckpointWriter:
         try:
             prune(self.run, self.keep, {step, *spare})
         except OSError as error:
-            tell(f"warning: older checkpoints could not be removed ({error})")
+            notify(f"warning: older checkpoints could not be removed ({error})")
 
 
 def _marker(folder: Path, rank: int) -> Path:

@@ -20,7 +20,7 @@ from utils.core.errors import UserError
 LINE_SECONDS = 20.0  # between two lines where there is no terminal for a bar
 
 
-def tell(sentence: str) -> None:
+def notify(sentence: str) -> None:
     """Prints beside a progress bar without breaking it, at once."""
     tqdm.write(sentence)
     sys.stdout.flush()

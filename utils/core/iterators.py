@@ -7,7 +7,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def prefetched(items: Iterable[T], workers: int) -> Iterator[T]:
+def prefetch(items: Iterable[T], workers: int) -> Iterator[T]:
     """The same items in order, the next one made ready in a thread (if `workers` is not 0)."""
     if workers == 0:
         yield from items
@@ -20,7 +20,7 @@ def prefetched(items: Iterable[T], workers: int) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
-def ticking(items: Iterable[T], *ticks: Callable[[], object]) -> Iterator[T]:
+def call_after_each(items: Iterable[T], *ticks: Callable[[], object]) -> Iterator[T]:
     """The same items; each of `ticks` is called after each of them."""
     for item in items:
         yield item

@@ -10,7 +10,7 @@ from torch.profiler import profile, schedule, supported_activities
 
 from utils.backend import Backend
 from utils.core.atomic import write_atomically
-from utils.core.console import tell
+from utils.core.console import notify
 
 FIRST, LAST = 10, 15
 """Steps of this process that are traced: the first ones compile, tune and warm up."""
@@ -44,7 +44,7 @@ class StepProfiler:
         self._profile.start()
         self._profile.step()  # so that the trace names steps by their number
         if self._backend.is_main and self._backend.name == "xla":
-            tell("note: profile=true sees what the host does; on XLA most happens on the device")
+            notify("note: profile=true sees what the host does; on XLA most happens on the device")
         return self
 
     def step(self) -> None:
@@ -63,7 +63,7 @@ class StepProfiler:
             return
         self._profile.stop()
         if kind is None and self._steps < FIRST and self._backend.is_main:
-            tell(f"note: profile=true traces steps {FIRST} to {LAST}, but the run took only "
+            notify(f"note: profile=true traces steps {FIRST} to {LAST}, but the run took only "
                  f"{self._steps}: nothing was written")  # fmt: skip
 
     def _write(self, found: profile) -> None:
@@ -73,7 +73,7 @@ class StepProfiler:
         try:
             self._write_files(found, min(self._steps, LAST))
         except Exception as error:
-            tell(f"warning: the profile could not be written ({error})")
+            notify(f"warning: the profile could not be written ({error})")
 
     def _write_files(self, found: profile, last: int) -> None:
         assert self._folder is not None
@@ -88,7 +88,7 @@ class StepProfiler:
         with write_atomically(folder / f"{name}.txt") as part:
             part.write_text(table, encoding="utf-8")
         if self._backend.is_main:
-            tell(costliest(events, last - FIRST + 1) + f"\n  trace: {trace}")
+            notify(costliest(events, last - FIRST + 1) + f"\n  trace: {trace}")
 
 
 def kernels(events: Iterable[Any]) -> list[Any]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from utils.backend import Backend
 from utils.core.clock import Clock
-from utils.core.console import tell
+from utils.core.console import notify
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST_SECONDS = 30.0  # a step that takes less is never worth a warning
@@ -113,7 +113,7 @@ class Watchdog:
         if min(places) == self.backend.rank:
             with suppress(OSError):  # the reader may be gone
                 on_device = self.backend.device.type != "cpu"
-                tell(f"{headline}; {describe(places, self.backend.world_size, on_device)}")
+                notify(f"{headline}; {describe(places, self.backend.world_size, on_device)}")
 
     def _place(self) -> Place:
         """Where the main thread is, by the innermost frame of Athena's that is no backend's."""

@@ -23,7 +23,7 @@ from utils.config.saved import dump_config
 from utils.config.schema import PretrainConfig
 from utils.core.atomic import write_result
 from utils.core.clock import Clock
-from utils.core.console import tell
+from utils.core.console import notify
 from utils.core.errors import UserError
 from utils.corpus.data import Data
 from utils.monitoring.loggers import Loggers
@@ -75,7 +75,7 @@ class Run:
     def report(self, message: str) -> None:
         """Print `message` on rank 0."""
         if self.backend.is_main:
-            tell(message)
+            notify(message)
 
     def close(self) -> None:
         """Wait for the checkpoint in progress, then close threads and loggers."""
@@ -150,7 +150,7 @@ def build_model(
     resumed run are loaded later, by `restore`.
     """
     labels = data.reasoning_ids() if config.arch.loss.options.get("reasoning_loss_weight") else 0
-    with backend.taking_turns():
+    with backend.one_rank_at_a_time():
         anchor = load_anchor(config, data, backend)
         model = create_model(
             config.arch,
@@ -204,8 +204,8 @@ def create_stream(
         micro_batches=micro_batches,
     )
     stream = make(num_workers=config.num_workers)
-    if config.feed == "present" and backend.moved_ahead is not None:
-        return PresentAhead(stream, make(num_workers=0), backend.moved_ahead)
+    if config.feed == "present" and backend.prefetch_to_device is not None:
+        return PresentAhead(stream, make(num_workers=0), backend.prefetch_to_device)
     return stream
 
 

@@ -3,12 +3,12 @@
 from typing import Any
 
 from evaluators.guard import FAILURES
-from evaluators.loop import evaluate, examined
+from evaluators.loop import create_model_factory, evaluate
 from sequence_dataset import EvalStream
 from utils.backend.memory import explain_out_of_memory
 from utils.core.console import Progress
 from utils.core.errors import UserError
-from utils.core.iterators import prefetched, ticking
+from utils.core.iterators import call_after_each, prefetch
 from utils.training.build import Run
 from utils.training.messages import format_evaluation
 
@@ -34,13 +34,13 @@ def run_evaluation(run: Run) -> dict[str, Any]:
     with explain_out_of_memory(advice), bar, state.use_averages():
         results = evaluate(
             state.model,
-            ticking(prefetched(stream, config.num_workers), bar.update, run.watchdog.sign),
+            call_after_each(prefetch(stream, config.num_workers), bar.update, run.watchdog.sign),
             run.evaluators,
             backend,
             received=run.received,
             save_outputs=config.eval_save_outputs,
             save_path=run.folder / f"evaluation_step_{state.step}",
-            ask=examined(
+            ask=create_model_factory(
                 state.model,
                 run.data.train,
                 run.tokenizer,

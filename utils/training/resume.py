@@ -14,7 +14,7 @@ from utils.checkpoint import format as checkpoint
 from utils.checkpoint.format import Checkpoint
 from utils.config.saved import changed_keys, is_fixed, read_config
 from utils.config.schema import OptimizerConfig, PretrainConfig
-from utils.core.console import tell
+from utils.core.console import notify
 from utils.core.errors import UserError
 from utils.training.optimizers import share_moments
 from utils.training.save import Resumable
@@ -117,7 +117,9 @@ def check_unchanged(config: PretrainConfig, saved: dict[str, Any], opened: Check
     """
     changed, gone = changed_keys(config, saved)
     if gone:
-        tell(f"note: the run's config has {', '.join(gone)}, which no longer exists: it is ignored")
+        notify(
+            f"note: the run's config has {', '.join(gone)}, which no longer exists: it is ignored"
+        )
     if not changed:
         return
     fixed = [key for key in changed if is_fixed(config, key)]

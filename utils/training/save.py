@@ -16,7 +16,7 @@ from utils.checkpoint import format as checkpoint
 from utils.checkpoint.writer import CheckpointWriter, Contents
 from utils.config.saved import dump_config
 from utils.config.schema import PretrainConfig
-from utils.core.console import tell
+from utils.core.console import notify
 from utils.corpus.corpora import Corpora, did_you_mean
 from utils.training.state import TrainState, carry_rows
 
@@ -109,7 +109,7 @@ class Saver:
                 return False
             if self.backend.is_main:
                 left = patience - waited
-                tell(f"trying again every {pause:.0f} s for {left:.0f} s: make room")
+                notify(f"trying again every {pause:.0f} s for {left:.0f} s: make room")
             time.sleep(pause)
 
     def keep_best(self, results: dict[str, Any]) -> None:
@@ -141,7 +141,7 @@ class Saver:
             try:
                 checkpoint.note_evaluation(self.folder, self.state.counters())
             except OSError as error:  # at worst it is evaluated once more
-                tell(f"warning: {self.folder / checkpoint.EVALUATED}: {error.strerror or error}")
+                notify(f"warning: {self.folder / checkpoint.EVALUATED}: {error.strerror or error}")
 
     def _rule(self, results: dict[str, Any]) -> tuple[str, str]:
         """Return the metric that decides which checkpoint is best, and `min` or `max`."""
@@ -160,7 +160,7 @@ class Saver:
         if not isinstance(value, int | float):
             if results and self.backend.is_main:
                 names = [key.removeprefix("eval/") for key in results]
-                tell(
+                notify(
                     f"warning: best_metric={name} was not evaluated; no checkpoint counts as best; "
                     + did_you_mean(name, names)
                 )

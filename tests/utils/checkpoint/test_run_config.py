@@ -4,7 +4,7 @@ import pytest
 from training_tools import altered
 
 from utils.checkpoint.format import checkpoints_of
-from utils.checkpoint.run_config import as_trained
+from utils.checkpoint.run_config import apply_trained_config
 from utils.config.load import compose_config, load_config
 from utils.core.errors import UserError
 
@@ -14,7 +14,7 @@ def test_a_checkpoint_brings_its_own_architecture_and_corpus(text_run, text_corp
 
     def config(*overrides: str):
         given = ["eval_only=true", f"load_checkpoint={text_run}", *overrides]
-        return load_config(as_trained(compose_config(given), given))
+        return load_config(apply_trained_config(compose_config(given), given))
 
     alone = config()
     assert alone.arch.options["hidden_size"] == 32 and alone.arch.options["halt_max_steps"] == 4
@@ -35,13 +35,13 @@ def test_a_checkpoint_that_is_not_there_is_named_before_anything_else(text_run):
         with pytest.raises(
             UserError, match=r"load_checkpoint=.*/step_33 .*did you mean .*/step_3\?"
         ):
-            as_trained(compose_config(given), given)
+            apply_trained_config(compose_config(given), given)
 
 
 def test_training_further_takes_the_architecture_alone(text_run, text_corpus, tmp_path):
     def config(checkpoint, *overrides: str):
         given = [f"load_checkpoint={checkpoint}", f"data_paths=[{text_corpus}]", *overrides]
-        return load_config(as_trained(compose_config(given), given))
+        return load_config(apply_trained_config(compose_config(given), given))
 
     (tmp_path / "weights.pt").touch()
     found, plain = config(text_run), config(tmp_path / "weights.pt")
@@ -67,7 +67,9 @@ def test_a_run_that_goes_on_has_its_own_architecture(text_run, text_corpus):
 
     def width(*overrides: str) -> int:
         given = [f"data_paths=[{text_corpus}]", *overrides]
-        return load_config(as_trained(compose_config(given), given)).arch.options["hidden_size"]
+        return load_config(apply_trained_config(compose_config(given), given)).arch.options[
+            "hidden_size"
+        ]
 
     newest = checkpoints_of(text_run)[-1]
     assert width("load_checkpoint=gone", f"checkpoint_path={text_run}") == 32
@@ -84,7 +86,7 @@ def test_the_home_folder_may_be_written_as_a_tilde(text_run, text_corpus, monkey
     monkeypatch.setenv("HOME", str(text_corpus.parent))
     (text_corpus.parent / "run").symlink_to(text_run)
     given = [f"data_paths=[~/{text_corpus.name}]", "load_checkpoint=~/run", "checkpoint_path=~/new"]
-    config = load_config(as_trained(compose_config(given), given))
+    config = load_config(apply_trained_config(compose_config(given), given))
     assert config.arch.options["hidden_size"] == 32  # the checkpoint's
     assert config.data_paths == [str(text_corpus)]
     assert config.load_checkpoint == str(text_corpus.parent / "run")

@@ -8,7 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from training_tools import TINY
 
-from utils.checkpoint.run_config import as_trained
+from utils.checkpoint.run_config import apply_trained_config
 from utils.config.load import compose_config, hydra_entry, load_config
 from utils.config.values import assignment, hydra_override, readable
 from utils.core.errors import UserError
@@ -29,7 +29,9 @@ def is_plain(text: str) -> bool:
 
 
 def values_of(*overrides: str) -> dict:
-    return load_config(as_trained(compose_config([*TINY, *overrides]), overrides)).model_dump()
+    return load_config(
+        apply_trained_config(compose_config([*TINY, *overrides]), overrides)
+    ).model_dump()
 
 
 def written(key: str, value: str | list[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from utils.config.plugins import load_plugin, read_options
 from utils.config.schema import LoggerConfig
-from utils.core.console import tell
+from utils.core.console import notify
 from utils.core.errors import first_line
 
 NAMES = {
@@ -69,4 +69,4 @@ class Loggers:
             self.failures[name] = self.failures.get(name, 0) + 1
             if self.failures[name] in (1, 10, 100, 1000):
                 count = f", failure {self.failures[name]}" if self.failures[name] > 1 else ""
-                tell(f"warning: logger {name}{count}: {first_line(error)}; {loss}")
+                notify(f"warning: logger {name}{count}: {first_line(error)}; {loss}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.core.atomic import write_atomically
-from utils.core.console import tell
+from utils.core.console import notify
 
 
 class JSONLLogger:
@@ -28,7 +28,7 @@ class JSONLLogger:
         if not self._is_there():  # the folder vanished: lines would go nowhere
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.path.open("a", buffering=1, encoding="utf-8")
-            tell(f"warning: {self.path} had vanished; it begins again")
+            notify(f"warning: {self.path} had vanished; it begins again")
         # JSON has no NaN: a reader would choke on the very line that tells of trouble
         finite = {
             k: v if not isinstance(v, float) or math.isfinite(v) else None

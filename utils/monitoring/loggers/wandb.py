@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.core.console import tell
+from utils.core.console import notify
 from utils.core.errors import UserError, first_line
 
 
@@ -42,7 +42,7 @@ class WandbLogger:
             same = known.read_text("utf-8").strip() if step is not None else secrets.token_hex(4)
             self.run = wandb.init(mode=mode, id=same, resume="allow", **options)
         except Exception as error:  # whatever an unreachable server makes of it
-            tell(
+            notify(
                 f"warning: wandb cannot be reached ({first_line(error)}); the run is logged "
                 f"offline, upload it later with: wandb sync {run / 'wandb'}/offline-run-*",
             )
