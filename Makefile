@@ -111,7 +111,7 @@ test-all: test  ## run all tests but the nightly ones
 	$(PY) -m pytest -m "slow and not nightly"
 
 # Another seed every time; a failure prints the line that repeats it.
-test-nightly: $(DEV)  ## run everything, with a seed drawn anew
+test-nightly: $(DEV)  ## run everything, with a new seed
 	ATHENA_TEST_SEED=$${ATHENA_TEST_SEED:-$$(date +%s)} $(PY) -m pytest
 	$(MAKE) test-newest
 
@@ -143,7 +143,7 @@ xla-venv: | $(XLA)
 test-xla: | $(XLA)  ## run the tests of the XLA backend on the CPU, and forward passes on fake CUDA tensors
 	$(XLA)/bin/python -m pytest tests/xla tests/fake_cuda
 
-notebook: $(BASE)  ## write the notebook anew from the repository
+notebook: $(BASE)  ## rebuild the notebook from the repository
 	$(PY) scripts/build_notebook.py
 
 lint: $(DEV)  ## check format and style

@@ -243,7 +243,7 @@ def save_on_signal(run: Run, number: int) -> int:
     if run.config.lr_find:
         run.report(f"stopped by {name}; a sweep keeps no weights, begin it again")
         return 128 + number
-    again = f"go on with the same command and run_name={run.config.run_name}"
+    again = f"resume it with the same command and run_name={run.config.run_name}"
     if not run.saver.finish(patience=5):
         run.report(f"stopped by {name}, but step {step} could not be saved; {again}")
         return FAILED_IN_PART

@@ -155,6 +155,6 @@ def _checked(figures: dict[str, Any] | None) -> dict[str, Any]:
         if hasattr(value, "tolist"):  # of numpy or torch
             value = value.tolist()
         if not isinstance(value, int | float | list):
-            raise TypeError(f"the figure {name} is {value!r}, which is no number")
+            raise TypeError(f"the figure {name} is {value!r}, which is not a number")
         found[name] = value
     return found

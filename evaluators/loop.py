@@ -230,7 +230,7 @@ def save_predictions(saved: dict[str, list[Tensor]], folder: Path, rank: int) ->
         with write_atomically(path) as part:
             save_tensors({name: torch.cat(parts) for name, parts in saved.items()}, part)
     except OSError as error:
-        notify(f"warning: {path} could not be written ({error}); the run goes on without it")
+        notify(f"warning: {path} could not be written ({error}); the run continues without it")
 
 
 def create_evaluators(named: Sequence[Any], data: Data) -> list[Evaluator]:

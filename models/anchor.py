@@ -87,7 +87,7 @@ def kl_divergence(
     """Σ p · log(p / q) over the vocabulary in nats, p the model's probabilities, q the base's.
 
     logits, base_logits (..., V); own, of_base: the maps of their losses. Returns (...), at least
-    float32. Wide tables live for a part of the tokens at a time; the backward pass makes them anew.
+    float32. Wide tables live for a part of the tokens at a time; the backward pass recomputes them.
     """
 
     def of_tokens(x: Tensor, y: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ def measure_run(model: nn.Module, run: PretrainConfig) -> Cost:
 def expected_steps(config: Any, budgets: Iterable[int]) -> float:
     """Mean ACT steps of a training example, where each ends with its budget (0: it has none).
 
-    The halting head is not foreseen. A row that explores at its k-th step goes on with the chance
+    The halting head is not foreseen. A row that explores at its k-th step continues with the chance
     that the number drawn from 2..halt_max_steps is above k.
     """
     most = getattr(config, "halt_max_steps", 1)
@@ -302,7 +302,7 @@ def _activation_bytes(
     if config.norm_type == "pre":
         kept += n.wide * width * n.positions * (passes // layers)
     always = n.positions * n.item * width  # the embedding
-    if config.document_mask:  # rotary factors of positions that begin anew, and the mask
+    if config.document_mask:  # rotary factors of positions that restart, and the mask
         factors = 2 * n.wide * (width // config.num_heads) if config.pos_encodings == "rope" else 0
         always += n.positions * (factors + (n.row if dense else 0))
     elements = micro_rows * (config.vocab_size * config.seq_len + reasoning_logits(config))

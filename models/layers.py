@@ -193,7 +193,7 @@ class SwiGLU(nn.Module):
 
 def transposed(x: Tensor) -> Tensor:
     """(B, L, D) as (B, D, L). Copied in bfloat16, where products with a transposed operand copy it
-    anyway, batch by batch and each time anew; float32 products take it as it lies."""
+    anyway, batch by batch, each time again; float32 products take it as it lies."""
     x = x.transpose(1, 2)
     return x.contiguous() if x.dtype == torch.bfloat16 else x
 

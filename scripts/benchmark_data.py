@@ -73,7 +73,7 @@ class Bench:
         return [text for source in sources for text in reader.texts(source)]
 
     def _write(self, name: str, times: int) -> Path:
-        """The texts so many times over, told apart by a number, as plain JSON lines."""
+        """Write the texts repeatedly, each copy with its number, as plain JSON lines."""
         path = self.folder / f"{name}.jsonl"
         with open(path, "wb") as file:
             for copy in range(times):

@@ -30,7 +30,7 @@ from utils.core.errors import UserError
 
 
 def windows(model: LanguageModel, path: Path, rows: int, length: int) -> list[list[int]]:
-    """So many pieces of `length` tokens, spread over the text."""
+    """Return this many pieces of `length` tokens, spread over the text."""
     try:
         ids = model.encode(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:

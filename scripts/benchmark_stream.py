@@ -1,4 +1,4 @@
-"""What reading a corpus for training costs, and whether it can be gone on with anywhere.
+"""What reading a corpus for training costs, and whether it can be resumed anywhere.
 
 Part of benchmark_data.py: each function measures one thing on corpora that were built before, and
 yields lines of its table as (what, figure, asked, whether it holds).

@@ -3,7 +3,7 @@ r"""Kills a run again and again, and compares what comes out with a run that was
     python scripts/crash_test.py --kills 100 --output-dir data/crash_test
 
 Trains a tiny model on two CPU ranks without a break, then again with SIGKILL at random moments
-(all processes at once, or one rank alone), each time started anew with the same command, which
+(all processes at once, or one rank alone), restarted each time with the same command, which
 goes on by itself (resume=auto). Every tensor of the last checkpoints must be equal bit for bit, and
 after every kill every checkpoint folder must be whole. Ends with status 1 otherwise.
 """

@@ -174,7 +174,7 @@ def warnings_of(options: Options, overrides: Sequence[str], p: Plan) -> list[str
         found.append(what + advice(options, overrides, p, CHEAPER, "seconds"))
     elif p.passes > DEEP:
         what = (
-            f"runs {p.passes:,.0f} layer passes for each trained token, as a decoder of so many "
+            f"runs {p.passes:,.0f} layer passes for each trained token, as a decoder of as many "
             f"layers would ({duration(p.seconds)}, {dollars(p.money)})"
         )
         found.append(what + advice(options, overrides, p, CHEAPER, "seconds"))

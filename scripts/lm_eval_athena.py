@@ -84,7 +84,9 @@ class AthenaLM(LM):
         try:
             self.max_gen_toks = int(max_gen_toks)
         except (TypeError, ValueError):
-            raise UserError(f"--model_args: max_gen_toks={max_gen_toks!r} is no number") from None
+            raise UserError(
+                f"--model_args: max_gen_toks={max_gen_toks!r} is not a number"
+            ) from None
         if self.max_gen_toks < 1:
             raise UserError(f"--model_args: max_gen_toks={max_gen_toks} must be at least 1")
         self.round = _ROUND * rows

@@ -8,7 +8,7 @@ r"""Search settings with Optuna: each trial is a training run, and hopeless ones
 Keys are those of pretrain.py, and sweeps are written as Hydra writes them: choices `a,b`,
 `range(start, stop)`, `interval(low, high)`, `tag(log, interval(low, high))`. A trial that is worse
 at an evaluation than half of the earlier ones were there is ended (Optuna's MedianPruner), so give
-an eval_interval. The study is kept in --folder: the same command goes on with it.
+an eval_interval. The study is kept in --folder: the same command continues it.
 """
 
 import argparse
@@ -262,7 +262,7 @@ def _ended(process: subprocess.Popen[bytes]) -> int:
 def _last_line(log: str) -> str:
     lines = Path(log).read_text("utf-8", "replace").split("\n")
     said = [line for line in lines if line.startswith("error: ")] or [s for s in lines if s.strip()]
-    return said[-1].removeprefix("error: ") if said else "the run ended without a word"
+    return said[-1].removeprefix("error: ") if said else "the run ended without a message"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -290,14 +290,14 @@ def _optimize(search: Search, args: argparse.Namespace) -> optuna.Study:
     done = len(study.get_trials(deepcopy=False, states=over))
     before = study.user_attrs.get("search", search.said)
     changed = [key for key in before if before[key] != search.said[key]]
-    if changed and (done or "direction" in changed):  # else there is nothing to go on with
+    if changed and (done or "direction" in changed):  # else there is nothing to continue
         raise UserError(
             f"{args.folder} holds a search with other {' and '.join(changed)} "
             f"({'; '.join(str(before[key]) for key in changed)}): give those, or another --folder"
         )
     study.set_user_attr("search", search.said)
     if done:
-        print(f"going on with {args.folder}: {done} of {args.trials} trials are there")
+        print(f"continuing {args.folder}: {done} of {args.trials} trials are there")
     try:
         study.optimize(search.objective, n_trials=max(0, args.trials - done), catch=(RuntimeError,))
     finally:

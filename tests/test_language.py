@@ -1,8 +1,7 @@
-"""The documentation is plain English: phrases that readers stumble over stay out of it.
+"""Documentation and source are plain English: phrases and names that readers stumble over stay out
+of them."""
 
-To hold other text to the list, add its files to `pages`.
-"""
-
+import ast
 import re
 from pathlib import Path
 
@@ -23,10 +22,24 @@ PHRASES = {
 }
 
 
+NAMES = frozenset(
+    "settled resolved examined adopted beside grown ticking prefetched placed prefixed spread "
+    "as_trained moved_ahead told tell say leave ending perhaps_any taking_turns".split()
+)
+
+
 def pages() -> list[Path]:
     """Return the files that users read."""
     names = ("README.md", "TPU_SETUP.md", "CHANGELOG.md")
     return [*(ROOT / name for name in names), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def sources() -> list[Path]:
+    """Return the product's source, presets and scripts."""
+    folders = ("config", "dataset", "evaluators", "models", "scripts", "utils")
+    found = [path for name in folders for path in (ROOT / name).rglob("*")]
+    found += [ROOT / "pretrain.py", ROOT / "sequence_dataset.py", ROOT / "Makefile"]
+    return sorted(path for path in found if path.suffix in (".py", ".yaml", ".sh", ""))
 
 
 def avoidable(text: str) -> list[str]:
@@ -38,6 +51,27 @@ def avoidable(text: str) -> list[str]:
             line = text.count("\n", 0, match.start()) + 1
             found.append(f"{line}: {' '.join(match[0].split())!r}; better: {better}")
     return found
+
+
+def test_source_is_plain_english():
+    found = {
+        str(path.relative_to(ROOT)): faults
+        for path in sources()
+        if path.is_file() and (faults := avoidable(path.read_text("utf-8")))
+    }
+    assert not found
+
+
+def test_functions_are_verbs():
+    """These names are participles, or say nothing of what the function does."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in sources()
+        if path.suffix == ".py"
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name in NAMES
+    ]
+    assert not found
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))

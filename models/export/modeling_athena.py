@@ -119,7 +119,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         begins at the first position. labels (B, S): usually input_ids; the loss is the mean nats of
         each next token, those with label -100 left out, after the last ACT step alone.
         puzzle_identifiers: a row of the identifier embedding, its name, or (B,) rows; None: the
-        config's. steps: ACT steps; None: the config's. logits_to_keep: only those of so many
+        config's. steps: ACT steps; None: the config's. logits_to_keep: only those of this many
         last positions; 0: all. cache: another name of past_key_values, which `generate` uses from
         transformers 5.24 on. Raises ValueError for a text longer than the model's window, and
         TypeError for any other argument unless it is None or False.
@@ -260,7 +260,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
             seen = F.pad(real, (prefix, 0), value=True)
         keys = torch.arange(seen.shape[1], device=device)
         queries = keys[-length:].unsqueeze(1)
-        # padding sees itself: a softmax over nothing is no number to some kernels
+        # padding sees itself: a softmax over nothing is NaN in some kernels
         return ((keys <= queries) & seen[:, None] | (keys == queries)).unsqueeze(1)
 
 

@@ -27,7 +27,7 @@ class Decoder:
     """Probabilities of the next token of several texts that grow.
 
     The model sees at most its window of `seq_len` tokens. A text that fills it goes on from its
-    last half, computed anew: so a token sees at least half a window, and most are computed once.
+    last half, recomputed: so a token sees at least half a window, and most are computed once.
     """
 
     def __init__(

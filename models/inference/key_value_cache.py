@@ -1,6 +1,6 @@
 """Keys and values of earlier tokens, so that generation computes each token once.
 
-A recursive model attends anew in every pass of its recursion, each time to other keys and values,
+A recursive model attends again in every pass of its recursion, each time to other keys and values,
 so an exact cache keeps those of all passes. That is much: `cache_bytes` says how much beforehand.
 `cycles` keeps those of fewer outer cycles, each writing over what an earlier one wrote, as Geiping
 et al. 2025 (arXiv 2502.05171) do: later tokens see earlier ones as their last cycles left them,

@@ -90,7 +90,7 @@ class LanguageModel:
         return self.metadata.eos_id
 
     def flops_per_token(self, steps: int) -> float:
-        """Of so many ACT steps, and of the output head after the last of them."""
+        """Return the FLOPs of this many ACT steps and of the output head after the last of them."""
         counted, block = cost.measure(self.model), cost.block_flops(self.config)
         recursion = counted.layer_passes * block
         refinement = cost.refinement_passes(self.config) * block

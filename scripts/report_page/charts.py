@@ -30,7 +30,7 @@ from utils.monitoring.plotting import with_slack
 COLOURS = 8
 MARKERS, SIGNS = "os^DvPX*", "●■▲◆▼✚✖★"
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
-MOST_POINTS = 120  # of a line; more are drawn as means and extremes of so many stretches
+MOST_POINTS = 120  # of a line; more are drawn as the means and extremes of this many stretches
 SIZE = (4.6, 2.9)  # inches of 72 units of the drawing
 MARGINS = dict(left=0.14, right=0.97, bottom=0.165, top=0.9)  # to search for them is slow
 PLAIN = FuncFormatter(lambda value, _: f"{value:.6g}")

@@ -1,4 +1,4 @@
-"""What a run's folder tells of it: its log, config, samples, and how its time was spent."""
+"""What a run's folder holds: its log, config, samples, and how its time was spent."""
 
 import json
 import math

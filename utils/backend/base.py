@@ -178,7 +178,7 @@ class Backend:
     def needs_rehearsal(self, model: nn.Module) -> bool:
         """Whether gradients of the first backward pass are summed in another order than later ones.
 
-        DDP orders its buckets anew after the first; from three ranks on the order of a sum shows
+        DDP reorders its buckets after the first; from three ranks on the order of a sum shows
         in its last bits, so that a run that is resumed would not be the same.
         """
         return isinstance(model, DistributedDataParallel) and self.world_size > 2

@@ -199,7 +199,7 @@ def outcomes(folder: Path) -> list[tuple[str, Any]]:
 
 
 def result_of(folder: Path, errors: list[BaseException]) -> Any:
-    """The first replica's value; raises the first failure, one that a user can mend before all."""
+    """The first replica's value; raises the first failure, one that a user can fix before all."""
     found = outcomes(folder)
     for kind, value in found:
         if kind == "sentence":
@@ -212,6 +212,6 @@ def result_of(folder: Path, errors: list[BaseException]) -> Any:
             return value
     if errors:
         raise RuntimeError(
-            "the processes of the replicas ended without a word; were they killed for memory?"
+            "the processes of the replicas ended without a message; were they killed for memory?"
         ) from errors[0]
     return found[0][1]

@@ -61,7 +61,7 @@ class SignalFile(Sequence[int]):
 class Replica(Backend):
     """One replica, in the process or thread that `torch_xla.launch` made for it.
 
-    folder: where the parent process tells of signals; None where there is no such parent.
+    folder: where the parent process announces signals; None where there is no such parent.
     """
 
     name = "xla"

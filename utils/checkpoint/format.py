@@ -267,7 +267,7 @@ def newest_whole(run: Path, rename: bool = True) -> Checkpoint | None:
     if found or damaged:
         raise UserError(
             f"all checkpoints in {run} are damaged or cannot be read; look at "
-            f"{', '.join(damaged) or 'them'} there; to start anew choose another run_name, or "
+            f"{', '.join(damaged) or 'them'} there; to start over choose another run_name, or "
             "resume=none"
         )
     return None

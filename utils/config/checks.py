@@ -236,7 +236,7 @@ def _lr_find(c: Context) -> Iterator[str]:
         yield f"lr_find.low {rule.low:g} must be below lr_find.high {rule.high:g}"
     if config.resume not in ("auto", "none"):
         yield (
-            f"lr_find starts a run of its own, resume='{config.resume}' goes on with one: use "
+            f"lr_find starts a run of its own, resume='{config.resume}' resumes one: use "
             "load_checkpoint to start from its weights"
         )
     if config.lr == 0 or config.freeze_weights:

@@ -80,8 +80,11 @@ def load_config(cfg: DictConfig | Mapping[str, Any], world_size: int = 1) -> Pre
 
 
 def check_ranks(config: PretrainConfig, world_size: int) -> None:
-    """UserError if the batches cannot be split over so many ranks. `load_config` has checked it for
-    the number known before launch; PyTorch/XLA tells it to the replicas alone."""
+    """Raise UserError if the batches cannot be split over that many ranks.
+
+    `load_config` has checked the number known before launch; under PyTorch/XLA the
+    replicas alone know it.
+    """
     problems = divided_by_ranks(Context(config, world_size))
     if problems:
         raise UserError(_listing(problems))

@@ -393,7 +393,7 @@ class PretrainConfig(pydantic.BaseModel):
     )
     slow_step_factor: Annotated[Float, Field(gt=1)] = Field(
         10.0,
-        description="a step that takes so many times the usual is reported, with its rank",
+        description="warn when a step takes this many times the median",
         json_schema_extra=ANY,
     )
     step_timeout: PositiveFloat | None = Field(

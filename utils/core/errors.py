@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake that a user can make and mend; the message names the value and the way out."""
+    """A mistake that a user can make and fix; the message names the value and the way out."""
 
 
 def first_line(error: Exception) -> str:

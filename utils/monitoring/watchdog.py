@@ -40,8 +40,8 @@ class Place(NamedTuple):
 class Watchdog:
     """Watches the steps of this rank from a thread, while it is entered.
 
-    factor: a step that takes so many times the median is reported. timeout: seconds without a sign
-    of life after which the process ends with status STALLED; None for never.
+    factor: a step that takes this many times the median is reported. timeout: seconds without
+    progress after which the process ends with status STALLED; None for never.
     """
 
     def __init__(self, backend: Backend, clock: Clock, factor: float, timeout: float | None):

@@ -14,7 +14,7 @@ from utils.core.console import notify
 class JSONLLogger:
     """One object a line in <run>/metrics.jsonl: step, time (seconds since 1970), metrics.
 
-    A run that goes on from `step` writes what came after it anew; those lines move to
+    A run that resumes at `step` rewrites what came after it; those lines move to
     metrics_abandoned.jsonl.
     """
 
@@ -29,7 +29,7 @@ class JSONLLogger:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.path.open("a", buffering=1, encoding="utf-8")
             notify(f"warning: {self.path} had vanished; it begins again")
-        # JSON has no NaN: a reader would choke on the very line that tells of trouble
+        # JSON has no NaN: a reader would choke on the very line that reports trouble
         finite = {
             k: v if not isinstance(v, float) or math.isfinite(v) else None
             for k, v in metrics.items()
