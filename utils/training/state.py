@@ -274,7 +274,7 @@ def create_train_state(
     if trainable:
         optimizers += create_optimizers(
             config.optimizer,
-            model,
+            model.model,
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,

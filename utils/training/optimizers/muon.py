@@ -3,8 +3,9 @@
 import pydantic
 import torch
 from pydantic import Field
-from torch import nn
 from torch.optim import Optimizer
+
+from models.base import Architecture
 
 
 class Muon:
@@ -21,16 +22,15 @@ class Muon:
 
     @staticmethod
     def build(
-        model: nn.Module,
+        model: Architecture,
         groups: list[dict],
         lr: float,
         betas: tuple[float, float],
         momentum: float,
         ns_steps: int,
     ) -> list[Optimizer]:
-        matrices = {
-            id(p) for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2
-        }
+        blocks = model.blocks()
+        matrices = {id(p) for block in blocks for p in block.parameters() if p.ndim == 2}
         inside: list[dict] = []
         outside: list[dict] = []
         for group in groups:
