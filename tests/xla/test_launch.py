@@ -107,7 +107,7 @@ def test_what_becomes_of_replicas_reaches_the_parent(text_corpus, tmp_path):
     assert sentence == "UserError | too small"
     assert bug.startswith("RuntimeError | a replica failed:") and "KeyError: 'a bug'" in bug
     assert "fails_while_the_other_waits" in bug, "the traceback does not say where"
-    assert death.startswith("RuntimeError") and "ended without a word" in death
+    assert death.startswith("RuntimeError") and "replicas ended" in death
 
 
 STUBBORN = """
