@@ -237,7 +237,7 @@ def test_mistakes_are_named(text_run, tmp_path, monkeypatch):
         AthenaLM(checkpoint=str(text_run))
 
 
-def test_a_mistake_ends_the_command_in_a_sentence(harness_folder):
+def test_a_mistake_ends_the_command_in_a_sentence(harness, harness_folder):
     named = ("--tasks", "athena_words", "--include_path", str(harness_folder), "--device", "cpu")
     done = lm_eval("--model", "athena", "--model_args", "checkpoint=nowhere", *named)
     *_, last = done.stderr.strip().splitlines()
