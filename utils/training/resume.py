@@ -188,8 +188,8 @@ def restore(
         position["held_places"] = [-1 if halted else place for place, halted in places]
     # First, because other corpora are the likeliest reason for weights of other shapes.
     stream.load_state_dict(position, restart_held=rows is None)
-    before, _ = read_config(yaml.safe_load(opened.text("config.yaml")))
-    kept = share_moments(config.optimizer, OptimizerConfig.model_validate(before["optimizer"]))
+    values, _ = read_config(yaml.safe_load(opened.text("config.yaml")))
+    kept = share_moments(config.optimizer, OptimizerConfig.model_validate(values["optimizer"]))
     if not state.load_tensors(opened, moments=kept) and backend.is_main:
         print("note: the checkpoint has no moments for this optimizer, they start from zero")
     state.load_counters(saved["counters"])
