@@ -66,7 +66,7 @@ def two_steps(head: ACTLossHead) -> None:
         tensors = {"loss": loss, "all halted": done, **metrics, **found}
         assert {name for name, t in tensors.items() if t.device != CUDA} == set()
         assert found["preds"].shape == (ROWS, LENGTH)
-    assert carry.latents["z_H"].device == carry.halted.device == CUDA
+    assert {z.device for z in (*carry.latents.values(), carry.halted)} == {CUDA}
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
