@@ -234,9 +234,9 @@ def save_predictions(saved: dict[str, list[Tensor]], folder: Path, rank: int) ->
 
 
 def create_evaluators(named: Sequence[Any], data: Data) -> list[Evaluator]:
-    """One of each configured evaluator, on the first of the evaluated corpora.
+    """Create the configured evaluators, on the first of the evaluated corpora.
 
-    Made before training, so that one that cannot be made is known before hours are spent. Without a
+    Called before training, so that one that cannot be made is known before hours are spent. Without a
     test split those that read its rows are left out.
     """
     split = data.train if data.test is None else data.test
@@ -255,7 +255,7 @@ def create_model_factory(
     rows: int,
     sign: Callable[[], None],
 ) -> Callable[[Group], LanguageModel]:
-    """Makes the model of a run for an evaluator that brings inputs of its own.
+    """Return a function that builds the run's model for an evaluator with inputs of its own.
 
     corpora: those that it trains on, which name its tokens and identifiers. rows: texts that a rank
     computes at once. sign: called between batches, as a sign of life.

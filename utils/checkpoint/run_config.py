@@ -28,8 +28,8 @@ TRAINED_FURTHER = ("arch",)
 
 
 def apply_trained_config(cfg: DictConfig, overrides: Sequence[str] | None = None) -> DictConfig:
-    """For `load_checkpoint=FOLDER`, the config with the checkpoint's own values of AS_TRAINED (with
-    `eval_only=true`; else of its architecture alone) where no override names the key. A run that
+    """Return the config with the checkpoint's own values of AS_TRAINED for `load_checkpoint=FOLDER`
+    (with `eval_only=true`; else its architecture alone) where no override names the key. A run that
     has checkpoints of its own, or names one with `resume`, has the architecture of those.
 
     overrides: those of the command line; None asks Hydra. One that chooses a preset of whole keys

@@ -21,7 +21,7 @@ LINE_SECONDS = 20.0  # between two lines where there is no terminal for a bar
 
 
 def notify(sentence: str) -> None:
-    """Prints beside a progress bar without breaking it, at once."""
+    """Print a line at once, without breaking a progress bar."""
     tqdm.write(sentence)
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""Iterators that do something beside."""
+"""Iterators with side effects: prefetching, and calls after each item."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterable[T], workers: int) -> Iterator[T]:
-    """The same items in order, the next one made ready in a thread (if `workers` is not 0)."""
+    """Yield the same items in order, preparing the next one in a thread unless `workers` is 0."""
     if workers == 0:
         yield from items
         return
@@ -21,7 +21,7 @@ def prefetch(items: Iterable[T], workers: int) -> Iterator[T]:
 
 
 def call_after_each(items: Iterable[T], *ticks: Callable[[], object]) -> Iterator[T]:
-    """The same items; each of `ticks` is called after each of them."""
+    """Yield the same items, calling each of `ticks` after every one."""
     for item in items:
         yield item
         for tick in ticks:
