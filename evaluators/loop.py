@@ -236,8 +236,8 @@ def save_predictions(saved: dict[str, list[Tensor]], folder: Path, rank: int) ->
 def create_evaluators(named: Sequence[Any], data: Data) -> list[Evaluator]:
     """Create the configured evaluators, on the first of the evaluated corpora.
 
-    Called before training, so that one that cannot be made is known before hours are spent. Without a
-    test split those that read its rows are left out.
+    Called before training, so that a faulty one is known before hours are spent. Without a test
+    split those that read its rows are left out.
     """
     split = data.train if data.test is None else data.test
     made = [
