@@ -116,8 +116,8 @@ def reader(tmp_path_factory) -> Path:
     (home / "my_text").mkdir()
     # without overlap: duplicates are left out
     pieces = [" ".join(words[i : i + 12]) for i in range(0, len(words) - 12, 12)]
-    for number in range(20):  # so that some are held out
-        text = "\n".join(pieces[number::20])
+    for number in range(200):  # so that 5 % of them hold out some, whatever the pages say
+        text = "\n".join(pieces[number::200])
         (home / "my_text" / f"{number}.txt").write_text(text, "utf-8")
     zstd = pytest.importorskip("backports.zstd")
     lines = "".join(json.dumps({"text": piece}) + "\n" for piece in pieces)
