@@ -28,7 +28,7 @@ from utils.config.load import PretrainConfig, check_ranks, hydra_entry, load_con
 from utils.core.console import warnings_as_notes
 from utils.core.errors import UserError
 from utils.corpus.data import open_data
-from utils.monitoring.metrics import added
+from utils.monitoring.metrics import Metric, added
 from utils.training import lr_finder, messages
 from utils.training.build import Run, build_run
 from utils.training.dry_run import dry_run
@@ -153,10 +153,10 @@ def take_steps(run: Run) -> None:
                    "warm-up, below lr; lower lr_warmup_steps or train for longer")  # fmt: skip
 
 
-def train_batch(run: Run, batches: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Flags]:
+def train_batch(run: Run, batches: list[dict[str, Any]]) -> tuple[dict[str, Metric], Flags]:
     """Take one optimizer step over this replica's micro-batches.
 
-    Returns the step's metrics (sums, on the device) and what all ranks agree on. The host waits for
+    Returns the step's metrics (on the device) and what all ranks agree on. The host waits for
     the device once, in `share_flags`.
     """
     state, backend = run.state, run.backend
@@ -166,12 +166,13 @@ def train_batch(run: Run, batches: list[dict[str, Any]]) -> tuple[dict[str, Tens
         backend.end_step()  # to XLA they are data now, not constants: no program of their own
     if backend.needs_rehearsal(state.step_model) and not state.rehearsed:
         state.rehearse(moved[0], backend.backward)
-    totals, finite = accumulate_gradients(run, moved)
+    options = draw_step_options(run)
+    totals, finite = accumulate_gradients(run, moved, options)
     backend.reduce_gradients(state.optimizers)
     norm = state.clip_gradients(run.config.grad_clip_norm)
     if norm is not None:
         finite &= torch.isfinite(norm)
-        totals["grad_norm"] = norm
+        totals["grad_norm"] = norm, torch.ones_like(norm)
     for optimizer in state.optimizers:
         if isinstance(optimizer, SparseEmbeddingSignSGD):  # not part of the norm
             finite &= optimizer.finite()
@@ -183,27 +184,35 @@ def train_batch(run: Run, batches: list[dict[str, Any]]) -> tuple[dict[str, Tens
         skip_update(run)
     for optimizer in state.optimizers:
         optimizer.zero_grad()
-    totals["updates"] = torch.ones((), device=backend.device)
     return totals, flags
 
 
 def accumulate_gradients(
-    run: Run, batches: list[dict[str, Tensor]]
-) -> tuple[dict[str, Tensor], Tensor]:
+    run: Run, batches: list[dict[str, Tensor]], options: dict[str, int]
+) -> tuple[dict[str, Metric], Tensor]:
     """Run every micro-batch forward and backward; return summed metrics and a flag, both on the
     device: whether all losses are finite."""
     state, backend = run.state, run.backend
-    totals: dict[str, Tensor] = {}
+    totals: dict[str, Metric] = {}
     finite = torch.ones((), dtype=torch.bool, device=backend.device)
     for i, batch in enumerate(batches):
         with backend.accumulating(state.step_model, last=i == len(batches) - 1):
             state.carries[i], loss, metrics, *_ = state.step_model(
-                return_keys=(), carry=state.carries[i], batch=batch
+                return_keys=(), carry=state.carries[i], batch=batch, **options
             )
             backend.backward(loss / run.config.global_batch_size)
         finite &= torch.isfinite(loss.detach())
         totals = added(totals, metrics)
+    state.fill_missing_gradients()
     return totals, finite
+
+
+def draw_step_options(run: Run) -> dict[str, int]:
+    """Return what the architecture chooses for the next step; the same on every rank, and whenever
+    the step is repeated."""
+    step = run.state.step + 1
+    rng = np.random.Generator(np.random.Philox(key=(run.config.seed, 2 * step)))
+    return run.state.model.model.step_options(run.schedule.progress(run.state), rng)
 
 
 def share_flags(run: Run, finite: Tensor) -> Flags:

@@ -58,7 +58,7 @@ class SetFigures:
             "exact_accuracy": preds["row_exact"].long(),
             "steps": preds["steps"].long() - 1,
         }
-        if "q_halt_logits" in preds:
+        if {"q_halt_logits", "row_halt_target"} <= preds.keys():
             right = (preds["q_halt_logits"] >= 0) == preds["row_halt_target"]
             values["q_halt_accuracy"] = right.long()
         for name, value in values.items():
@@ -204,7 +204,7 @@ def run_all(
     save_path: Path | None,
 ) -> dict[str, SetFigures]:
     """Every batch through the model, to the evaluators, and to the disk what is to be saved."""
-    max_steps = model.model.eval_steps
+    max_steps = model.model.eval_depth()
     keys = guarded.begin() | set(save_outputs)
     sets: dict[str, SetFigures] = {}
     saved: dict[str, list[Tensor]] = {}

@@ -161,6 +161,12 @@ class Backbone(nn.Module):
             mixer_size,
         )
 
+    def answer(self, x: Tensor, info: SequenceInfo, depth: int) -> Tensor:
+        """Return what the output head reads after this many ACT steps, or loops where there is one
+        step, from the start and without halting, (B, L, D). x: embedded positions (B, L, D).
+        """
+        raise NotImplementedError
+
     def choose_attention(self, backend: Any, *, trial: bool = True) -> str | None:
         """Set the kernel of attention under a document mask to one that works on `backend`.
 

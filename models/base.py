@@ -6,11 +6,12 @@ Shape letters: B rows, S tokens, P prefix positions, D hidden.
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone, BackboneConfig, Batch
-from models.layers import SequenceInfo
+from models.layers import CastedEmbedding, SequenceInfo
 
 # Drawn for every step: a row that is held must not keep its first draw.
 PER_STEP_KEYS = frozenset({"explore"})
@@ -53,11 +54,6 @@ class Architecture(nn.Module):
     row_depth: str | None = None
     """Prefix of an evaluation's figures where each row has a depth of its own: act, budget."""
 
-    @property
-    def eval_steps(self) -> int:
-        """Return the steps of every row in an evaluation."""
-        return self.max_steps
-
     def blocks(self) -> list[nn.Module]:
         """Return the modules whose matrices Muon trains. Default: the items of every
         `nn.ModuleList`."""
@@ -68,6 +64,34 @@ class Architecture(nn.Module):
         """Return what `torch.compile` compiles: modules and names of their methods. Default: the
         forward pass of each block."""
         return [(block, "forward") for block in self.blocks()]
+
+    def embeddings(self) -> set[str]:
+        """Return the names of the parameters that are embedding tables."""
+        return {
+            f"{name}.{parameter}"
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Embedding | CastedEmbedding)
+            for parameter, _ in module.named_parameters(recurse=False)
+        }
+
+    def undecayed(self) -> set[str]:
+        """Return the names of matrices without weight decay. Default: the embedding tables."""
+        return self.embeddings()
+
+    def step_options(self, progress: float, rng: np.random.Generator) -> dict[str, int]:
+        """Return the options of a training step's forward pass: what chooses its program, such as
+        a number of loops. Default: none.
+
+        Called once per optimizer step; ranks and micro-batches get the same answer, and a resumed
+        run repeats it. progress: share of the run that is done before the step, 0..1. rng: a
+        generator of its own for each step.
+        """
+        return {}
+
+    def eval_depth(self, progress: float = 1.0) -> int:
+        """Return the depth of every row in an evaluation: ACT steps, or loops where there is one
+        step. progress: of the training that led there. Default: `max_steps`."""
+        return self.max_steps
 
     def notes(self) -> list[str]:
         """Return sentences that a user should read at the start of a run. Default: none."""
@@ -120,9 +144,10 @@ class Architecture(nn.Module):
             info=None if self.training else carry.info,
         )
 
-    def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, Batch]:
+    def forward(self, carry: Carry, batch: Batch, *_: Any, **options: Any) -> tuple[Carry, Batch]:
         """Take one step of every row; free rows first take their row of `batch`.
 
+        options: what `step_options` returned, in training.
         Returns the new carry and outputs by name: logits (B, S, V), and what else there is.
         """
         raise NotImplementedError

@@ -1,16 +1,15 @@
 """Build a model, and load weights into it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dataset.common import BLANK_IDENTIFIER, DatasetMetadata
-from models.losses import ACTLossHead
-from utils.backend.state import (
-    load_model_state,
-)
+from models.losses import ACTLossHead, create_terms
+from utils.backend.state import load_model_state
 from utils.config.schema import ArchConfig
 from utils.core.errors import UserError
 from utils.core.functions import load_class
@@ -22,31 +21,25 @@ def create_model(
     *,
     batch_size: int,
     seed: int = 0,
-    reasoning_ids: int = 0,
+    highest: Mapping[str, int] | None = None,
     device: str | torch.device = "cpu",
 ) -> ACTLossHead:
     """Build an architecture inside its loss head, with weights drawn from `seed` on the CPU.
 
-    `reasoning_ids` is the highest label of the corpus' reasoning stream + 1, 0 without one;
-    `device` is "meta" to count a model without allocating it.
+    highest: the highest value of each array per token that the corpora have beside the usual ones;
+    None: nothing is trained, do not ask the loss terms whether they fit.
+    device: "meta" to count a model without allocating it.
+
+    Raises UserError where the options fit neither each other nor the corpus.
     """
-    options, loss = arch.options, arch.loss
-    architecture = load_class(arch.name)
-    if "enable_reasoning_stream" in architecture.Config.model_fields:  # type: ignore[attr-defined]
-        wanted = options.get("enable_reasoning_stream", "auto")
-        used = bool(loss.options.get("reasoning_loss_weight")) and reasoning_ids > 0
-        options["enable_reasoning_stream"] = used if wanted == "auto" else wanted
-    if loss.options.get("reasoning_loss_weight") and device != "meta" and not reasoning_ids:
-        raise UserError(
-            f"arch.loss.reasoning_loss_weight={loss.options['reasoning_loss_weight']} needs "
-            "reasoning_labels.npy beside the corpus' other arrays; add it or set the weight to 0"
-        )
     sizes = dict(
         batch_size=batch_size,
         seq_len=metadata.seq_len,
         vocab_size=metadata.vocab_size,
         num_puzzle_identifiers=metadata.num_puzzle_identifiers,
     )
+    architecture = load_class(arch.name)
+    options = _with_terms_options(arch, architecture)
     torch.manual_seed(seed)
     try:
         with torch.device(device):
@@ -54,17 +47,40 @@ def create_model(
     except ValidationError as error:
         messages = "; ".join(fault["msg"] for fault in error.errors())
         raise UserError(f"arch and the corpus do not fit: {messages}") from None
-    known = getattr(model.config, "reasoning_vocab_size", 0)
-    if options.get("enable_reasoning_stream") is True and reasoning_ids > known:
-        raise UserError(
-            f"reasoning_labels.npy holds the label {reasoning_ids - 1}, but "
-            f"arch.reasoning_vocab_size is {known}; it must be at least {reasoning_ids}"
-        )
-    return load_class(loss.name)(model, **loss.options)
+    head = load_class(arch.loss.name)(model, **arch.loss.options)
+    if highest is None:
+        return head
+    for term in head.terms:
+        if lacking := sorted(term.needs_data - highest.keys()):
+            raise UserError(
+                f"arch.loss.terms.{term.name} needs {', '.join(f'{n}.npy' for n in lacking)} "
+                f"beside the corpus' other arrays; add it or set arch.loss.terms.{term.name}=null"
+            )
+        term.check(model.config, highest)
+    return head
+
+
+def _with_terms_options(arch: ArchConfig, architecture: Any) -> dict[str, Any]:
+    """Return the options of the architecture with those that the loss terms need."""
+    options = arch.options
+    for term in create_terms(arch.loss.options.get("terms") or {}):
+        for name, value in term.arch_options.items():
+            if name not in architecture.Config.model_fields:
+                raise UserError(
+                    f"arch.loss.terms.{term.name} needs the option {name}, which {arch.name} does "
+                    f"not have; set arch.loss.terms.{term.name}=null"
+                )
+            if options.get(name, "auto") not in ("auto", value):
+                raise UserError(
+                    f"arch.loss.terms.{term.name} needs arch.{name}={value}, but it is "
+                    f"{options[name]}: use auto"
+                )
+            options[name] = value
+    return options
 
 
 def load_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Loads weights by name; UserError that names what does not fit."""
+    """Load weights by name. Raises UserError that names what does not fit."""
     own = model.state_dict()
     faults = [f"{name} is missing" for name in own if name not in weights]
     faults += [f"{name} is not part of this architecture" for name in weights if name not in own]
@@ -85,7 +101,7 @@ def load_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
 def match_identifiers(
     weights: dict[str, Tensor], old: Sequence[str] | None, new: Sequence[str]
 ) -> None:
-    """Gives each identifier of the new corpora its old row by name, the others the mean row.
+    """Give each identifier of the new corpora its old row by name, the others the mean row.
 
     Without names (TRM's files) rows stay as they are if their number does, else all take the mean.
     """

@@ -16,11 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from models import anchor
 from models.backbone import BackboneConfig
 from models.flex import attention_kernel
 from models.layers import SwiGLU
-from models.losses import _CHUNK_ELEMENTS
+from models.losses import ACTLossHead
+from models.terms.kl_to_base import KLToBase
+from models.token_losses import _CHUNK_ELEMENTS
+from utils.config.plugins import checkpoint_options
 from utils.config.schema import PretrainConfig
 
 _INTEGER = 4  # bytes of a token id on the device
@@ -164,11 +166,21 @@ def measure(model: nn.Module, *, whole_square: bool = False) -> Cost:
 
 
 def measure_run(model: nn.Module, run: PretrainConfig) -> Cost:
-    """As `measure`, with the answers of the base of `loss.kl_to`, taken to be of the same kind."""
+    """As `measure`, with the answers of the base of a KL term, taken to be of the same kind."""
     counted = measure(model)
-    if run.arch.loss.options.get("kl_to") is None:
+    if not _has_base(run):
         return counted
     return replace(counted, row_train_flops=counted.row_train_flops + counted.row_forward_flops)
+
+
+def _has_base(run: PretrainConfig) -> bool:
+    return bool(checkpoint_options(run.arch.loss.options))
+
+
+def step_flops(head: ACTLossHead) -> float:
+    """FLOPs per token of one training step, the answers of a base included."""
+    bases = [term.base for term in head.terms if isinstance(term, KLToBase)]
+    return measure(head.model).train_flops + sum(measure(b).forward_flops for b in bases)
 
 
 def expected_steps(config: Any, budgets: Iterable[int]) -> float:
@@ -260,7 +272,7 @@ def _loss_bytes(config: Any, n: _Sizes, loss_type: str, elements: int) -> int:
 def _beside_bytes(n: _Sizes, latents: int, micro_rows: int, elements: int) -> int:
     """What a step takes for answering beside a base: its new latents, its logits, and how far they
     are from the model's."""
-    chunk = min(elements, anchor.CHUNK_ELEMENTS)
+    chunk = min(elements, (1 << 24))
     return micro_rows * latents + n.item * elements + 5 * n.wide * chunk
 
 
@@ -339,7 +351,7 @@ def memory(
 
     micro_rows: rows at once. device: its type, e.g. `cuda`. `activations` holds all that does not
     last; where gradients are not yet whole at the worst moment, what they still lack is taken off.
-    `base`, with `loss.kl_to`: the model that the run stays near, taken to be one of its own kind.
+    `base`, with a KL term: the model that the run stays near, taken to be one of its own kind.
     """
     config = config_of(model)
     counted = counted or measure(model)
@@ -355,7 +367,7 @@ def memory(
     # latents in the forward dtype, and the rows' data, once held and once newly arrived
     latents = 2 * n.item * n.row * config.hidden_size if hasattr(config, "H_cycles") else 0
     data = 2 * _TOKEN_ARRAYS * _INTEGER * config.seq_len
-    near = run.arch.loss.options.get("kl_to") is not None
+    near = _has_base(run)
     parts = {
         # FSDP keeps a part, and whole weights and gradients through the backward pass
         "weights": weights + buffers + (weights // sharded if sharded > 1 else 0),
@@ -384,10 +396,9 @@ def memory(
     return parts
 
 
-def count_present_bytes(head: nn.Module, device: str) -> int:
+def count_present_bytes(head: ACTLossHead, device: str) -> int:
     """Count what lies on `device` of a model that is built, and of the base that it stays near."""
-    near = getattr(head, "anchor", None)
-    modules = [head] if near is None else [head, near.model]
+    modules = [head, *(term.base for term in head.terms if isinstance(term, KLToBase))]
     tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
     return sum(t.nbytes for t in tensors if t.device.type == device)
 

@@ -22,7 +22,6 @@ from utils.backend import select_backend
 from utils.checkpoint.writer import CheckpointWriter, Contents
 from utils.config.load import compose_config, load_config
 from utils.core.console import run_cli
-from utils.training.state import carry_rows
 
 
 def main() -> None:
@@ -45,7 +44,7 @@ def main() -> None:
         return time.perf_counter() - begun
 
     def copied():
-        return state.tensors(), carry_rows(state.carries)
+        return state.tensors(), state.carry_rows()
 
     kinds = (
         "copy alone",

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from dataset.common import DatasetMetadata
-from models.anchor import Anchor
 from models.build import create_model
 from models.inference.loading import cast_weights
+from models.losses import ACTLossHead
 from utils.backend import Backend, select_backend
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.core.console import run_cli
@@ -49,10 +49,13 @@ def make_step(
         .to(backend.device)
         .train()
     )
-    if config.arch.loss.options.get("kl_to"):  # random too, and of the same kind
+
+    def load_base(*_: str) -> ACTLossHead:  # random too, and of the same kind
         base = create_model(config.arch, metadata, batch_size=rows, seed=config.seed)
         cast_weights(base)
-        model.anchor = Anchor(base.model.to(backend.device), base.loss.softmax_logits)
+        return base.to(backend.device)
+
+    model.prepare(load_base)
     choose_kernels(config, model, backend)
     state = create_train_state(config, model, backend=backend)
     micro_rows = micro_rows or rows

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from models.anchor import PREFIX
+from models.terms.kl_to_base import KLToBase
 from scripts.benchmark_train import make_step
 from utils.backend import Backend
 from utils.config.load import PretrainConfig
@@ -61,11 +61,12 @@ def held(state: TrainState) -> tuple[dict[str, int], int, int]:
     }
     latents = _bytes(z for carry in state.carries for z in carry.latents.values())
     data = _bytes(v for carry in state.carries for v in carry.current_data.values())
-    if (near := state.model.anchor) is not None:
-        own = [*near.model.parameters(), *near.model.buffers()]
-        held = (item for carry in state.carries for item in carry.memory.items())
-        own += [value for name, value in held if name.startswith(PREFIX)]
-        parts["base"] = _bytes(own)
+    for term in state.model.terms:
+        if isinstance(term, KLToBase):
+            own = [*term.base.parameters(), *term.base.buffers()]
+            held = (item for carry in state.carries for item in carry.memory.items())
+            own += [value for name, value in held if name.startswith(f"{term.name}/")]
+            parts["base"] = _bytes(own)
     return parts, latents, data
 
 

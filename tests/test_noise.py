@@ -48,7 +48,7 @@ def train_on_noise(head: ACTLossHead, updates: int) -> list[float]:
             carry = carry or head.initial_carry(batch)
         carry, loss, metrics, *_ = head(return_keys=(), carry=carry, batch=batch)
         if step % STEPS == 0:
-            first.append(metrics["lm_loss"].item() / ROWS)
+            first.append(metrics["lm_loss"][0].item() / ROWS)
         (loss / ROWS).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -65,7 +65,7 @@ def held_out(head: ACTLossHead, batches: int) -> list[list[float]]:
         carry = head.initial_carry(batch)
         for losses in found:
             carry, _, metrics, *_ = head(return_keys=(), carry=carry, batch=batch)
-            losses.append(metrics["lm_loss"].item() / ROWS)
+            losses.append(metrics["lm_loss"][0].item() / ROWS)
     return found
 
 

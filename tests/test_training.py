@@ -196,7 +196,7 @@ def test_the_reasoning_stream_is_decoded_per_step(text_corpus, run_training):
 
 def test_a_reasoning_loss_needs_its_labels(text_corpus, run_training):
     with pytest.raises(UserError, match=r"reasoning_labels\.npy"):
-        run_training(text_corpus, "run", "max_steps=1", "arch.loss.reasoning_loss_weight=0.5")
+        run_training(text_corpus, "run", "max_steps=1", "arch.loss.terms.reasoning.weight=0.5")
 
 
 def test_reasoning_labels_train_their_head(text_corpus, tmp_path, run_training):

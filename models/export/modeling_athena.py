@@ -17,8 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from models.export.configuration_athena import AthenaConfig
 from models.layers import RotaryEmbedding, SequenceInfo
-from models.losses import LOSSES
 from models.recursive_reasoning.athena_trm import AthenaTRM as Architecture
+from models.token_losses import LOSSES
 
 # transformers renamed it in 5.24
 _CACHE_FIELD = next(

@@ -111,7 +111,7 @@ class Decoder:
         return self._logits(z[torch.arange(len(windows), device=self.device), last])
 
     def _logits(self, z: Tensor) -> Tensor:
-        return self.head.loss.softmax_logits(self.inner.predict(z))
+        return self.head.loss_type.softmax_logits(self.inner.predict(z))
 
 
 def draw(

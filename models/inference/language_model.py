@@ -65,7 +65,7 @@ class LanguageModel:
         self.gather = gather or self.backend.gather_objects
         self.model: Any = head.model
         self.config: Any = head.model.config
-        self.steps: int = self.model.eval_steps
+        self.steps: int = self.model.eval_depth()
         self.window: int = self.config.seq_len
         self.identifier = identifier_index(self, identifier)
 

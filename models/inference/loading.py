@@ -1,7 +1,8 @@
 """Language models from checkpoints, and from a run that is under way."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from dataset.common import DatasetMetadata
 from dataset.tokens.tokenization import TextTokenizer
-from models.anchor import Anchor
 from models.build import create_model, load_into, match_identifiers
 from models.inference.language_model import LanguageModel
 from models.layers import CastedLinear
 from models.losses import ACTLossHead
+from models.terms.base import LoadBase
 from utils.backend import Backend
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint.format import (
@@ -25,6 +26,7 @@ from utils.checkpoint.format import (
     load_weights,
     missing_advice,
 )
+from utils.config.plugins import checkpoint_options, gather_terms
 from utils.config.saved import read_arch
 from utils.config.schema import PretrainConfig
 from utils.core.errors import UserError
@@ -135,11 +137,7 @@ def build_model(
             stacklevel=2,
         )
     metadata = metadata or DatasetMetadata.model_validate_json(opened.text("dataset.json"))
-    weight = arch.loss.options.get("reasoning_loss_weight")
-    head = create_model(
-        arch, metadata, batch_size=1, reasoning_ids=int(bool(weight)), device=device
-    )
-    return head, metadata
+    return create_model(arch, metadata, batch_size=1, device=device), metadata
 
 
 def fitting_weights(
@@ -167,64 +165,58 @@ def fitting_weights(
     return weights, opened
 
 
-KL_TO = "arch.loss.kl_to"
+def settle_bases(config: PretrainConfig, backend: Backend, saved: Mapping[str, Any]) -> None:
+    """Replace a run's directory, or a link, in the options of loss terms that name a checkpoint by
+    the checkpoint itself, so that a resumed run keeps the base that it began with.
 
+    A collective. saved: the loss of the run to resume, {} for a new one. Its base is kept where it
+    still exists and lies where the config says.
+    """
+    terms = config.arch.loss.options.get("terms") or {}
+    before = gather_terms(saved).get("terms") or {}
 
-def settle_anchor(config: PretrainConfig, backend: Backend, saved: str | None) -> None:
-    """Puts the very checkpoint in place of a run's folder or a link to one, so that a run which is
-    resumed stays near the same weights: near `saved`, if that is what it began with and lies where
-    the config says. A collective."""
-    loss = config.arch.loss
-    if (named := loss.options.get("kl_to")) is None:
-        return
-
-    def find_base() -> str:
+    def find(key: str, named: str, old: str | None) -> str:
         path = Path(named)
-        if saved is not None and Path(saved).is_dir():
-            began, place = Path(saved).resolve(), path.parent if path.is_symlink() else path
+        if old is not None and Path(old).is_dir():
+            began, place = Path(old).resolve(), path.parent if path.is_symlink() else path
             if path.resolve() == began or place.resolve() == began.parent:
-                return saved
+                return old
         if not path.is_dir() and not config.eval_only:  # which has no use for it
-            raise UserError(f"{KL_TO}={path} is not a folder; {missing_advice(path)}")
+            raise UserError(f"{key}={path} is not a folder; {missing_advice(path)}")
         try:
             path = checkpoint_in(path)
         except UserError as error:
-            raise UserError(f"{KL_TO}={named}: {error}") from None
+            raise UserError(f"{key}={named}: {error}") from None
         return str(path.resolve())
 
-    loss.kl_to = backend.from_main(find_base)  # type: ignore[attr-defined]
+    for name, option in checkpoint_options(config.arch.loss.options):
+        key, old = f"arch.loss.terms.{name}.{option}", (before.get(name) or {}).get(option)
+        terms[name][option] = backend.from_main(partial(find, key, terms[name][option], old))
 
 
-def load_anchor(config: PretrainConfig, data: Data, backend: Backend) -> Anchor | None:
-    """The model that `arch.loss.kl_to` names, for the corpora of this run; None without one, and
-    where nothing is trained."""
-    path = config.arch.loss.options.get("kl_to")
-    if path is None or config.eval_only:
-        return None
-    weights, opened = fitting_weights(
-        KL_TO, path, config.load_weights, data.train.identifiers, data.tokenizer
-    )
-    assert opened is not None  # settle_anchor has seen a folder
-    saved = saved_arch(opened)
-    head, _ = build_model(
-        opened,
-        saved.get("halt_max_steps"),
-        refinement=0,
-        forward_dtype=usable_dtype(saved, backend),
-        metadata=data.train.metadata,
-    )
-    if config.arch.options.get("causal", True) and not head.model.config.causal:
-        raise UserError(
-            f"{KL_TO}={path} is not causal: it would see the tokens that this run's model "
-            "predicts; name a causal base"
+def base_loader(data: Data, backend: Backend) -> LoadBase:
+    """Return what loads the model of a checkpoint for a loss term, for the corpora of a run."""
+
+    def load_base(key: str, path: str, which: str) -> ACTLossHead:
+        weights, opened = fitting_weights(key, path, which, data.train.identifiers, data.tokenizer)
+        assert opened is not None  # settle_bases has seen a directory
+        saved = saved_arch(opened)
+        head, _ = build_model(
+            opened,
+            saved.get("halt_max_steps"),
+            refinement=0,
+            forward_dtype=usable_dtype(saved, backend),
+            metadata=data.train.metadata,
         )
-    try:
-        load_into(head.model, weights)
-    except UserError as error:
-        raise UserError(f"{KL_TO}={path} does not fit the corpora: {error}") from None
-    cast_weights(head)
-    head.model.inner.choose_attention(backend)
-    return Anchor(head.model.to(backend.device), head.loss.softmax_logits)
+        try:
+            load_into(head.model, weights)
+        except UserError as error:
+            raise UserError(f"{key}={path} does not fit the corpora: {error}") from None
+        cast_weights(head)
+        head.model.inner.choose_attention(backend)
+        return head.to(backend.device)
+
+    return load_base
 
 
 def usable_dtype(arch: dict[str, Any], backend: Backend) -> str:

@@ -213,8 +213,7 @@ class AthenaTRM(Architecture):
     def max_steps(self) -> int:  # type: ignore[override]
         return self.config.halt_max_steps
 
-    @property
-    def eval_steps(self) -> int:
+    def eval_depth(self, progress: float = 1.0) -> int:
         return self.config.max_eval_steps
 
     @property

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.base import Architecture
 from models.flex import Kernel, attention_kernel
 from models.layers import SequenceInfo, attend, visible
-from models.losses import stablemax_cross_entropy
+from models.token_losses import stablemax_cross_entropy
 from scripts.gpu_checks.session import Session
 from scripts.gpu_checks.speed import median_seconds
 from utils.config.schema import OptimizerConfig
@@ -81,14 +82,15 @@ def check_optimizer(session: Session) -> None:
 
     def updated(fused: bool | None) -> tuple[bool, list[Tensor]]:
         torch.manual_seed(0)
-        net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 7))
+        net = Architecture()
+        net.net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 7))
         (optimizer,) = create_optimizers(
             OptimizerConfig.model_validate({"name": "adam_atan2", "fused": fused}),
             net.to(session.backend.device), lr=0.01, betas=(0.9, 0.95), weight_decay=0.1,
             decay_all=False,
         )  # fmt: skip
         for _ in range(3):
-            net(torch.randn(9, 64).to(session.backend.device)).square().sum().backward()
+            net.net(torch.randn(9, 64).to(session.backend.device)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         return isinstance(optimizer, AdamATan2), [p.detach() for p in net.parameters()]

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from utils.checkpoint.format import MANIFEST, checkpoint_in, missing_advice
 from utils.checkpoint.run_folder import folder_of
+from utils.config.plugins import checkpoint_options
 from utils.config.saved import is_valid, read_arch
 from utils.config.values import literal, readable
 from utils.core.errors import UserError
@@ -71,8 +72,8 @@ def _architecture(saved: dict[str, Any], source: Path) -> dict[str, Any]:
     if gone:
         _warn(f"{source} was trained with {', '.join(gone)}, which no longer exists")
     values = arch.model_dump(mode="json")
-    for option in ("kl_to", "kl_weight"):  # what that run stayed near is no part of the model
-        values["loss"].pop(option, None)
+    for term, _ in checkpoint_options(values["loss"]):  # such as a base: no part of the model
+        values["loss"]["terms"].pop(term, None)
     return values
 
 

@@ -18,14 +18,13 @@ from utils.config.schema import PretrainConfig
 class Context:
     """What the checks look at.
 
-    arch, loss: the options of the two components, their defaults filled in; empty where those
-    components are at fault themselves. optimizer: the class that is named, None if not found.
+    arch: the options of the architecture, their defaults filled in; empty where it is at fault
+    itself. optimizer: the class that is named, None if not found.
     """
 
     config: PretrainConfig
     world_size: int
     arch: dict[str, Any] = field(default_factory=dict)
-    loss: dict[str, Any] = field(default_factory=dict)
     optimizer: Any = None
 
 
@@ -176,16 +175,6 @@ def _iteration_curriculum(c: Context) -> Iterator[str]:
         )
 
 
-@_reads("arch")
-def _near_a_base(c: Context) -> Iterator[str]:
-    refined = c.arch.get("post_refinement_steps") and c.arch.get("post_refinement_train")
-    if c.loss.get("kl_to") and refined:
-        yield (
-            "arch.loss.kl_to compares answers before refinement, but post_refinement_train=true "
-            "trains those after it: use arch.post_refinement_train=false"
-        )
-
-
 # --- the length of the run and its evaluations --------------------------------------------
 
 
@@ -311,22 +300,6 @@ def _freeze_weights(c: Context) -> Iterator[str]:
             f"arch.puzzle_emb_ndim is {c.arch.get('puzzle_emb_ndim', 0)}: "
             "use freeze_weights=false, or give arch.puzzle_emb_ndim"
         )
-
-
-@_reads("arch")
-def _reasoning(c: Context) -> Iterator[str]:
-    weight = c.loss.get("reasoning_loss_weight") or 0
-    if weight and c.arch and c.arch.get("enable_reasoning_stream", False) in (False, "false"):
-        if "enable_reasoning_stream" in c.arch:
-            yield (
-                f"arch.loss.reasoning_loss_weight {weight:g} needs the reasoning head, but "
-                "arch.enable_reasoning_stream is false: use auto"
-            )
-        else:
-            yield (
-                f"arch.loss.reasoning_loss_weight {weight:g} needs a reasoning head, which "
-                f"{c.config.arch.name} does not have: use 0"
-            )
 
 
 def config_warnings(config: PretrainConfig) -> list[str]:

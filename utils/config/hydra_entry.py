@@ -25,11 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic_core import PydanticUndefined
 
 from utils.config.errors import did_you_mean, expected, show
-from utils.config.schema import ArchConfig, PretrainConfig
+from utils.config.schema import ArchConfig, LossTermConfig, PretrainConfig
 from utils.config.values import hydra_override
 from utils.core.console import check_decoded, guarded_output
 from utils.core.errors import UserError
-from utils.core.functions import load_class, nearest
+from utils.core.functions import load_class, load_named, nearest
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 CONFIG_NAME = "cfg_pretrain"
@@ -362,9 +362,15 @@ def help_text(program: str = "pretrain.py") -> str:
 def _arch_meanings(arch: Any) -> dict[str, str]:
     """What each option of the composed architecture and its loss does, by full key."""
     found = {}
-    for prefix, options in (("arch", arch), ("arch.loss", arch["loss"])):
-        fields = load_class(options["name"]).Config.model_fields  # type: ignore[attr-defined]
-        for name, field in fields.items():
+    terms = arch["loss"].get("terms", {})
+    configs = {
+        "arch": load_class(arch["name"]).Config,  # type: ignore[attr-defined]
+        "arch.loss": load_class(arch["loss"]["name"]).Config,  # type: ignore[attr-defined]
+    } | {
+        f"arch.loss.terms.{name}": load_named(name, LossTermConfig.PREFIX).Config for name in terms
+    }
+    for prefix, config in configs.items():
+        for name, field in config.model_fields.items():
             found[f"{prefix}.{name}"] = f"{field.description} [{_short(field.annotation)}]"
     return found
 

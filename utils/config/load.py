@@ -16,7 +16,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from utils.config.checks import Context, clashes, config_warnings, divided_by_ranks
 from utils.config.errors import clashes_within, coerced, did_you_mean, problems_of
 from utils.config.hydra_entry import compose_config, hydra_entry
-from utils.config.plugins import load_plugin, options_model
+from utils.config.plugins import gather_terms, load_plugin, options_model
 from utils.config.schema import (
     PLACEHOLDERS,
     ArchConfig,
@@ -25,6 +25,7 @@ from utils.config.schema import (
     EvaluatorConfig,
     LoggerConfig,
     LossConfig,
+    LossTermConfig,
     OptimizerConfig,
     PretrainConfig,
     ScheduleConfig,
@@ -53,7 +54,7 @@ def load_config(cfg: DictConfig | Mapping[str, Any], world_size: int = 1) -> Pre
     Raises UserError that lists every problem: unknown keys with the nearest valid one, wrong
     types, values out of range, clashes.
     """
-    raw = _plain(cfg)
+    raw = _with_terms(_plain(cfg))
     components = list(_components(raw))
     everywhere = [*PretrainConfig.model_fields]
     for component in components:
@@ -69,7 +70,6 @@ def load_config(cfg: DictConfig | Mapping[str, Any], world_size: int = 1) -> Pre
         config,
         world_size,
         arch=validated.get("arch", {}),
-        loss=validated.get("arch.loss", {}),
         optimizer=next((c.plugin for c in components if c.where == "optimizer"), None),
     )
     problems += clashes(context, faulty)
@@ -119,6 +119,14 @@ def _plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{error.full_key or 'the config'} cannot be read: {reason}") from error
     assert isinstance(plain, dict)
     return {key: value for key, value in decode_keys(plain).items() if key != "hydra"}
+
+
+def _with_terms(raw: dict[str, Any]) -> dict[str, Any]:
+    """The config with the terms of its loss gathered in `arch.loss.terms`."""
+    arch = raw.get("arch")
+    if isinstance(arch, Mapping) and isinstance(loss := arch.get("loss"), Mapping):
+        return raw | {"arch": dict(arch) | {"loss": gather_terms(loss)}}
+    return raw
 
 
 def _validate_schema(
@@ -229,7 +237,11 @@ def _components(raw: Mapping[str, Any]) -> Iterator[_ComponentCheck]:
     arch = raw.get("arch")
     if isinstance(arch, Mapping):
         yield from named("arch", arch, ArchConfig)
-        yield from named("arch.loss", arch.get("loss"), LossConfig)
+        yield from named("arch.loss", loss := arch.get("loss"), LossConfig)
+        terms = loss.get("terms") if isinstance(loss, Mapping) else None
+        for name, given in terms.items() if isinstance(terms, Mapping) else ():
+            if isinstance(given, Mapping):
+                yield from named(f"arch.loss.terms.{name}", {"name": name, **given}, LossTermConfig)
     kind: type[Component]
     for key, kind in (("optimizer", OptimizerConfig), ("lr_schedule", ScheduleConfig)):
         yield from named(key, raw.get(key, PretrainConfig.model_fields[key].default), kind)

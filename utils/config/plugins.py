@@ -6,13 +6,15 @@ annotation of its third parameter.
 
 import inspect
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import pydantic
 
 from utils.config.errors import coerced
-from utils.config.schema import Component
-from utils.core.functions import load_named
+from utils.config.schema import Component, LossConfig, LossTermConfig
+from utils.core.errors import UserError
+from utils.core.functions import load_named, short_names
 
 
 def load_plugin(named: Component) -> Any:
@@ -44,3 +46,45 @@ def read_options(named: Component, **given: Any) -> Any:
         return named.options
     given = {name: value for name, value in given.items() if name in model.model_fields}
     return model.model_validate(coerced(model, named.options) | given, strict=True)
+
+
+def gather_terms(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a loss with every term of it in `terms`.
+
+    Options of terms may also be given, and were saved, as keys of the loss itself, by the names
+    that the terms declare as `flat_keys`; there a weight of 0 or null means no term.
+    """
+    found = dict(loss)
+    try:
+        known = getattr(load_plugin(LossConfig.model_construct(name=found["name"])), "Config", None)
+    except (KeyError, UserError):  # said where the class is needed
+        return found
+    if "terms" not in getattr(known, "model_fields", {}):
+        return found
+    terms = found.get("terms")
+    terms = {"halting": {}} | (dict(terms) if isinstance(terms, Mapping) else {})
+    for name in short_names(LossTermConfig.PREFIX):
+        flat = load_plugin(LossTermConfig.model_construct(name=name)).flat_keys
+        given = {option: found.pop(key) for key, option in flat.items() if key in found}
+        if given and given.get("weight", 1) not in (0, None):
+            terms[name] = {**(terms.get(name) or {}), **given}
+        elif "weight" in given and all(not value for value in given.values()):
+            terms.pop(name, None)
+        elif given:  # incomplete, such as a base without a weight
+            terms[name] = {k: v for k, v in given.items() if v}
+    return found | {"terms": terms}
+
+
+def checkpoint_options(loss: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (term, option) of every option of a loss's terms that names a checkpoint, by
+    `"checkpoint": True` in its declaration."""
+    found = []
+    for name, options in (loss.get("terms") or {}).items():
+        if options is None:
+            continue
+        model = load_plugin(LossTermConfig.model_construct(**{"name": name} | options)).Config
+        for option, field in model.model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and extra.get("checkpoint") and options.get(option):
+                found.append((name, option))
+    return found

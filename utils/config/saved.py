@@ -11,11 +11,12 @@ from typing import Any
 import pydantic
 from pydantic.fields import FieldInfo
 
-from utils.config.plugins import load_plugin, options_model
+from utils.config.plugins import gather_terms, load_plugin, options_model
 from utils.config.schema import (
     PLACEHOLDERS,
     ArchConfig,
     Component,
+    LossTermConfig,
     OptimizerConfig,
     PretrainConfig,
     ScheduleConfig,
@@ -73,8 +74,6 @@ def changed_keys(
     """
     old, gone = read_config(saved)
     rules = _resume_rules(config)
-    if config.arch.loss.options.get("kl_to"):
-        rules.pop("load_weights", None)  # the base must keep its weights
     old, gone_of_plugins = _complete_plugins(old)
     before, now = _flatten(old), _flatten(_complete_plugins(dump_config(config))[0])
     changed: dict[str, tuple[Any, Any]] = {}
@@ -101,6 +100,9 @@ def _resume_rules(config: PretrainConfig) -> dict[str, str]:
     declared = {name: field for name, field in PretrainConfig.model_fields.items()}
     declared |= {f"arch.{name}": field for name, field in _options_of(arch).items()}
     declared |= {f"arch.loss.{name}": field for name, field in _options_of(loss).items()}
+    for name, given in (config.arch.loss.options.get("terms") or {}).items():
+        options = _options_of((given or {}).get("name", name), LossTermConfig)
+        declared |= {f"arch.loss.terms.{name}.{key}": field for key, field in options.items()}
     for key in _PLUGINS:
         options = _options_of(getattr(config, key).name, _PLUGINS[key])
         declared |= {f"{key}.{name}": field for name, field in options.items()}
@@ -110,7 +112,15 @@ def _resume_rules(config: PretrainConfig) -> dict[str, str]:
 
 def _complete_arch(arch: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return an architecture and its loss with their defaults, and the options that are gone."""
-    loss, gone = _complete(arch["loss"], _options_of(arch["loss"]["name"]), "arch.loss.")
+    loss = gather_terms(arch["loss"])
+    loss, gone = _complete(loss, _options_of(loss["name"]), "arch.loss.")
+    for name, options in (loss.get("terms") or {}).items():
+        if options is not None:
+            declared = _options_of(options.get("name", name), LossTermConfig)
+            loss["terms"][name], gone_of_term = _complete(
+                options, declared, f"arch.loss.terms.{name}."
+            )
+            gone += gone_of_term
     whole, gone_of_arch = _complete(
         {name: value for name, value in arch.items() if name != "loss"},
         _options_of(arch["name"]),

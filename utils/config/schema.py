@@ -94,6 +94,13 @@ class LossConfig(Component):
     FIRST_ARGUMENTS = 1
 
 
+class LossTermConfig(Component):
+    """A loss term below `models.terms.` and its options."""
+
+    PREFIX = "models.terms."
+    FIRST_ARGUMENTS = 1
+
+
 class ArchConfig(Component):
     """An architecture below `models.` and its options."""
 
@@ -380,7 +387,7 @@ class PretrainConfig(pydantic.BaseModel):
     )
     load_weights: Literal["ema", "raw"] = Field(
         "ema",
-        description="which weights load_checkpoint and arch.loss.kl_to take",
+        description="which weights load_checkpoint takes",
         json_schema_extra=ANY,
     )
 

@@ -1,5 +1,6 @@
 """Open the corpora of a run: training split, test split, and their tokenizer."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,12 +23,15 @@ class Data(NamedTuple):
     test_paths: list[str]
     tokenizer: Path | None
 
-    def reasoning_ids(self) -> int:
-        """Return the highest reasoning label of both splits + 1; 0 if training has none."""
-        if not self.train.reasoning_width:
-            return 0
+    def highest_values(self, names: Iterable[str]) -> dict[str, int]:
+        """Return the highest value in both splits of those arrays that training has.
+
+        names: arrays per token beside the usual ones; a corpus may have `reasoning_labels`.
+        """
+        if "reasoning_labels" not in names or not self.train.reasoning_width:
+            return {}
         splits = [self.train] if self.test is None else [self.train, self.test]
-        return max(1, *(split.highest_reasoning_label() + 1 for split in splits))
+        return {"reasoning_labels": max(split.highest_reasoning_label() for split in splits)}
 
 
 def open_data(config: PretrainConfig) -> Data:

@@ -1,37 +1,35 @@
-"""Sums that stay on the device until somebody wants to read them."""
+"""Sums of metrics that stay on the device until they are read.
 
-from collections.abc import Callable
+A metric is a pair (sum, count) of scalars: pairs are added over micro-batches, steps and ranks,
+and logged as their quotient.
+"""
+
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-# What each sum is divided by: rows with a real label, rows of all kinds, optimizer steps; all
-# else by the rows that have halted.
-DENOMINATORS = {
-    "lm_loss": "rows",
-    "q_halt_loss": "rows",
-    "q_continue_loss": "rows",
-    "reasoning_loss": "rows",
-    "kl_loss": "rows",
-    "z_H_norm": "slots",
-    "z_L_norm": "slots",
-    "grad_norm": "updates",
-}
-COUNTS = ("count", "rows", "slots", "updates")
+Metric = tuple[Tensor, Tensor]
 
 
-def added(sums: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`sums` with scalar `values` added to them, by name: (1,) each, at least float32."""
+def added(sums: Mapping[str, Metric], values: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Return `sums` with `values` added to them, by name: (1,) each, at least float32."""
     found = dict(sums)
-    for name, value in values.items():
-        least = torch.float64 if value.device.type == "cpu" else torch.float32
-        wide = value.detach().to(torch.promote_types(value.dtype, least)).view(1)
-        found[name] = found[name] + wide if name in found else wide
+    for name, pair in values.items():
+        new = _widen(pair[0]), _widen(pair[1])
+        if (old := found.get(name)) is not None:
+            new = old[0] + new[0], old[1] + new[1]
+        found[name] = new
     return found
 
 
+def _widen(value: Tensor) -> Tensor:
+    least = torch.float64 if value.device.type == "cpu" else torch.float32
+    return value.detach().to(torch.promote_types(value.dtype, least)).view(1)
+
+
 class MetricSums:
-    """Adds up dicts of scalar tensors; `read` brings all of them to the host in one transfer.
+    """Add up dicts of metrics; `read` brings all of them to the host in one transfer.
 
     On XLA the sums start from zeros that come from the host: otherwise the first addition would be
     another program than later ones, as would one with a zero that was made there, a constant.
@@ -39,30 +37,27 @@ class MetricSums:
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Metric] = {}
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        new = added({}, values)
-        for name, value in new.items():
-            if name not in self.sums and value.device.type == "xla":
-                self.sums[name] = torch.zeros(1, dtype=value.dtype).to(value.device)
-        self.sums = added(self.sums, new)
+    def add(self, values: Mapping[str, Metric]) -> None:
+        """Add the metrics of a step."""
+        for name, pair in added({}, values).items():
+            if name not in self.sums and pair[0].device.type == "xla":
+                zeros = (torch.zeros(1, dtype=value.dtype).to(value.device) for value in pair)
+                self.sums[name] = next(zeros), next(zeros)
+        self.sums = added(self.sums, values)
 
     def read(self, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, float]:
-        """The sums over ranks, by name; starts afresh. A collective where `reduce` is one."""
-        names = sorted(self.sums)
-        if not names:
+        """Return the means over steps and ranks since the last call, by name; what nothing was
+        counted for is left out. A collective where `reduce` is one."""
+        if not self.sums:
             return {}
-        values = reduce(torch.cat([self.sums[name] for name in names])).tolist()
+        pairs = sorted(self.sums.items())
+        table = torch.cat([value for _, pair in pairs for value in pair])
+        values = reduce(table).view(-1, 2).tolist()
         self.sums = {}
-        return dict(zip(names, values, strict=True))
-
-
-def means(sums: dict[str, float]) -> dict[str, float]:
-    """Each sum over its denominator; what no row was counted for is left out."""
-    found = {}
-    for name, value in sums.items():
-        count = sums.get(DENOMINATORS.get(name, "count"), 0)
-        if name not in COUNTS and count > 0:
-            found[name] = value / count
-    return found
+        return {
+            name: total / count
+            for (name, _), (total, count) in zip(pairs, values, strict=True)
+            if count > 0
+        }

@@ -12,8 +12,8 @@ from evaluators.interface import Evaluator
 from evaluators.loop import create_evaluators
 from models import cost
 from models.build import create_model, load_into
-from models.inference.loading import fitting_weights, load_anchor, open_tokenizer
-from models.losses import ACTLossHead
+from models.inference.loading import base_loader, fitting_weights, open_tokenizer
+from models.losses import ACTLossHead, create_terms
 from sequence_dataset import TrainStream
 from utils.backend import Backend
 from utils.backend.feed_ahead import PresentAhead
@@ -149,17 +149,18 @@ def build_model(
     Returns it with the step that those weights were saved at (0 if not known). The weights of a
     resumed run are loaded later, by `restore`.
     """
-    labels = data.reasoning_ids() if config.arch.loss.options.get("reasoning_loss_weight") else 0
+    terms = create_terms(config.arch.loss.options.get("terms") or {})
+    highest = data.highest_values({name for term in terms for name in term.needs_data})
     with backend.one_rank_at_a_time():
-        anchor = load_anchor(config, data, backend)
         model = create_model(
             config.arch,
             data.train.metadata,
             batch_size=config.rows_per_rank(backend.world_size),
             seed=config.seed,
-            reasoning_ids=labels,
+            highest=highest,
         )
-        model.anchor = anchor
+        if not config.eval_only:
+            model.prepare(base_loader(data, backend))
     choose_kernels(config, model, backend)
     if not config.load_checkpoint or resumed is not None:
         return model, 0
@@ -218,7 +219,6 @@ def create_log(
     loggers: Loggers,
 ) -> TrainingLog:
     """Create the log of training metrics, which knows what a token costs."""
-    anchor = model.anchor
     peak = backend.peak_flops(model.model.config.dtype)
     return TrainingLog(
         loggers,
@@ -226,8 +226,7 @@ def create_log(
         schedule,
         row_tokens=data.train.metadata.seq_len,
         rows=config.global_batch_size,
-        flops_per_token=cost.measure(model.model).train_flops
-        + (cost.measure(anchor.model).forward_flops if anchor else 0),
+        flops_per_token=cost.step_flops(model),
         peak_flops=None if peak is None else peak * backend.world_size,
     )
 

@@ -10,10 +10,10 @@ from torch import nn
 from dataset.common import DatasetMetadata
 from models import cost
 from models.build import create_model
-from models.inference.loading import KL_TO
 from models.losses import ACTLossHead
 from utils.backend import select_backend
 from utils.checkpoint.format import missing_advice
+from utils.config.plugins import checkpoint_options
 from utils.config.saved import dump_config
 from utils.config.schema import PretrainConfig
 from utils.core.errors import UserError
@@ -24,9 +24,11 @@ def dry_run(config: PretrainConfig) -> None:
     """Print the whole config and the cost of a run. Reads at most the corpora's metadata."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     head, _ = plan_model(config, ranks)
-    near = config.arch.loss.options.get("kl_to")
-    if near is not None and not Path(near).is_dir():
-        raise UserError(f"{KL_TO}={near} is not a folder; {missing_advice(Path(near))}")
+    for term, option in checkpoint_options(config.arch.loss.options):
+        base = Path(config.arch.loss.options["terms"][term][option])
+        if not base.is_dir():
+            key = f"arch.loss.terms.{term}.{option}"
+            raise UserError(f"{key}={base} is not a folder; {missing_advice(base)}")
     print(yaml.safe_dump(dump_config(config), sort_keys=False))
     device, free = "cuda", None
     rows = micro_rows = config.rows_per_rank(ranks)

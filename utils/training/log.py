@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from utils.backend import Backend
 from utils.core.console import LINE_SECONDS
 from utils.monitoring.loggers import Loggers
-from utils.monitoring.metrics import MetricSums, means
+from utils.monitoring.metrics import Metric, MetricSums
 from utils.training.schedule import Schedule
 
 
@@ -65,7 +64,7 @@ class TrainingLog:
         finally:
             self.bar.close()
 
-    def add(self, state: Any, metrics: dict[str, Tensor]) -> None:
+    def add(self, state: Any, metrics: dict[str, Metric]) -> None:
         """Add the sums of one step, which stay on the device."""
         self.sums.add(metrics)
         self.bar.update(self.schedule.progress(state) - self.bar.n)
@@ -80,7 +79,7 @@ class TrainingLog:
         seconds, steps, entered = (a - b for a, b in zip(now, self._last, strict=True))
         self._last, seconds = now, max(seconds, 1e-9)
         flops = self.flops_per_token * self.step_tokens * steps / seconds
-        metrics: dict[str, Any] = {f"train/{k}": v for k, v in means(values).items()} | {
+        metrics: dict[str, Any] = {f"train/{k}": v for k, v in values.items()} | {
             "train/epoch": stream.epoch,
             "train/progress": done,
             "train/examples": stream.examples_entered,

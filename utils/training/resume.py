@@ -8,7 +8,7 @@ import yaml
 
 from dataset.common import DatasetMetadata
 from models.build import create_model
-from models.inference.loading import settle_anchor, usable_dtype
+from models.inference.loading import settle_bases, usable_dtype
 from utils.backend import Backend
 from utils.checkpoint import format as checkpoint
 from utils.checkpoint.format import Checkpoint
@@ -32,7 +32,7 @@ def prepare_resume(config: PretrainConfig, folder: Path, backend: Backend) -> Ch
     source = backend.from_main(lambda: find_checkpoint(config, folder))
     if source is None:
         choose_dtype(config, backend, None)
-        settle_anchor(config, backend, None)
+        settle_bases(config, backend, {})
         if backend.is_main and not config.eval_only:
             checkpoint.forget_evaluation(folder, after=-1)
         return None
@@ -46,7 +46,7 @@ def prepare_resume(config: PretrainConfig, folder: Path, backend: Backend) -> Ch
         )
     saved = yaml.safe_load(opened.text("config.yaml"))
     choose_dtype(config, backend, saved["arch"])
-    settle_anchor(config, backend, saved["arch"]["loss"].get("kl_to"))
+    settle_bases(config, backend, saved["arch"]["loss"])
     check_unchanged(config, saved, opened)
     if backend.is_main and not config.eval_only:
         checkpoint.set_aside(folder, source, opened.json("state.json")["counters"]["step"])
@@ -147,15 +147,8 @@ def check_unchanged(config: PretrainConfig, saved: dict[str, Any], opened: Check
 def match_weights(config: PretrainConfig, opened: Checkpoint) -> bool:
     """Return whether a checkpoint's weights are those of the model that `config` describes."""
     metadata = DatasetMetadata.model_validate_json(opened.text("dataset.json"))
-    weighed = bool(config.arch.loss.options.get("reasoning_loss_weight"))
     try:
-        model = create_model(
-            config.arch,
-            metadata,
-            batch_size=1,
-            reasoning_ids=int(weighed),
-            device="meta",
-        )
+        model = create_model(config.arch, metadata, batch_size=1, device="meta")
     except UserError:
         return False
     own, saved = model.state_dict(), opened.tensors("model")

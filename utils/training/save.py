@@ -18,7 +18,7 @@ from utils.config.saved import dump_config
 from utils.config.schema import PretrainConfig
 from utils.core.console import notify
 from utils.corpus.corpora import Corpora, did_you_mean
-from utils.training.state import TrainState, carry_rows
+from utils.training.state import TrainState
 
 FORMAT = 3  # of a checkpoint's files; 3: latents and memory of held rows have names
 
@@ -181,7 +181,7 @@ class Saver:
         if config.checkpoint_carry and state.carries:
             share = len(state.halted) // self.backend.world_size
             slots = [self.backend.rank * share, (self.backend.rank + 1) * share]
-            shard = {"slots": slots, "carry": carry_rows(state.carries)}
+            shard = {"slots": slots, "carry": state.carry_rows()}
         position = self.stream.state_dict()
         if shard is None and config.feed == "consume":
             # held rows restart, but those that have halted are done

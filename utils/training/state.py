@@ -4,7 +4,7 @@ Model, optimizers, averages, held rows and counters; the stream keeps its own po
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from models.anchor import PREFIX
 from models.backbone import Backbone
 from models.base import Carry
 from models.build import load_into
@@ -103,6 +102,13 @@ class TrainState:
             ]
             for o in self.optimizers
         }
+
+    def fill_missing_gradients(self) -> None:
+        """Give a gradient of 0 to sharded parameters that the step did not use: else their decay
+        would differ from one rank's."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def clip_gradients(self, max_norm: float | None) -> Tensor | None:
         """Clip the gradients to `max_norm`, if there is one; return their norm before that."""
@@ -231,12 +237,29 @@ class TrainState:
     def load_carry(self, rows: dict[str, Tensor], micro_batches: int) -> None:
         """Load the held rows of this replica's slots, split into its micro-batches."""
         split = {k: v.chunk(micro_batches) for k, v in rows.items()}
+        most_steps = int(rows["steps"].max())
         self.carries = [
-            self.model.remember(
-                carry_from_rows({k: v[i].to(self.device) for k, v in split.items()})
+            self.model.begin(
+                carry_from_rows({k: v[i].to(self.device) for k, v in split.items()}), most_steps
             )
             for i in range(micro_batches)
         ]
+
+    def carry_rows(self) -> dict[str, Tensor]:
+        """Copy the held rows of this replica to the host as named tensors, slot after slot."""
+
+        def flat(carry: Carry) -> dict[str, Tensor]:
+            memory = self.model.saved_memory(carry)
+            named = {"latents": carry.latents, "data": carry.current_data, "memory": memory}
+            return {"steps": carry.steps, "halted": carry.halted} | {
+                f"{kind}/{name}": value
+                for kind, values in named.items()
+                for name, value in values.items()
+            }
+
+        # copied first: on XLA a concatenation would be one more program
+        parts = host_copy([flat(carry) for carry in self.carries])
+        return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 
 def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend) -> None:
@@ -318,28 +341,11 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]
 
 
 # Of format 2, in which latents and memory had the names of AthenaTRM's fields.
-_RENAMED = {"z_H": "latents/z_H", "z_L": "latents/z_L", "last_loss": "memory/last_loss"}
-
-
-def carry_rows(carries: Sequence[Carry]) -> dict[str, Tensor]:
-    """The rows of a replica's carries as named tensors, slot after slot."""
-
-    def flat(carry: Carry) -> dict[str, Tensor]:
-        named = {"latents": carry.latents, "data": carry.current_data, "memory": carry.memory}
-        return {"steps": carry.steps, "halted": carry.halted} | {
-            f"{kind}/{name}": value
-            for kind, values in named.items()
-            for name, value in values.items()
-            if not name.startswith(PREFIX)
-        }
-
-    # copied first: on XLA a concatenation would be one more program
-    parts = host_copy([flat(carry) for carry in carries])
-    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+_RENAMED = {"z_H": "latents/z_H", "z_L": "latents/z_L", "last_loss": "memory/halting/last_loss"}
 
 
 def carry_from_rows(rows: dict[str, Tensor]) -> Carry:
-    """Return the carry that `carry_rows` gave, or that a checkpoint of format 2 holds."""
+    """Return the carry of rows that a checkpoint of format 2 or 3 holds."""
 
     def below(kind: str) -> dict[str, Tensor]:
         start = f"{kind}/"

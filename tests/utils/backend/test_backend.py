@@ -11,7 +11,7 @@ from training_tools import make_config
 from models import cost
 from models.build import create_model
 from models.flex import raise_recompile_limit
-from models.inference.loading import load_anchor
+from models.inference.loading import base_loader
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from pretrain import train
 from utils.backend.cpu import CPUBackend
@@ -166,10 +166,11 @@ def test_what_lies_on_the_device_is_planned_once(text_corpus, text_run):
     config = make_config(text_corpus, *near, "arch.puzzle_emb_ndim=32")
     data = open_data(config)
     model = create_model(config.arch, data.train.metadata, batch_size=8)
-    model.anchor = load_anchor(config, data, CPUBackend())
+    model.prepare(base_loader(data, CPUBackend()))
+    base = next(term for term in model.terms if term.name == "kl").base
     parts = cost.memory(model.model, config, micro_rows=8, device="cpu")
     there = [*model.parameters(), *model.buffers()]
-    there += [*model.anchor.model.parameters(), *model.anchor.model.buffers()]
+    there += [*base.parameters(), *base.buffers()]
     # room for the whole plan, less what is there already
     free = round(sum(parts.values()) / cost.FILLED * 1.001) - sum(t.nbytes for t in there)
     assert choose_micro_batch_rows(config, Roomy(free), model, None) == 8

@@ -54,11 +54,11 @@ def test_training_further_takes_the_architecture_alone(text_run, text_corpus, tm
         "kl_to": "elsewhere", "kl_weight": 0.5, "label_smoothing": 0.1,
     }})  # fmt: skip
     whole = config(near, "arch.loss={label_smoothing: 0.3}")
-    assert whole.arch.loss.options["label_smoothing"] == 0.3
+    assert whole.arch.loss.options["terms"]["label_smoothing"] == {"weight": 0.3}
     assert whole.arch.loss.options["loss_type"] == "softmax_cross_entropy"
     changed = config(near, "arch.loss.label_smoothing=0.2", "arch.loss.halt_target=exact")
-    assert changed.arch.loss.options.get("kl_to") is None
-    assert changed.arch.loss.options["label_smoothing"] == 0.2
+    assert "kl" not in changed.arch.loss.options["terms"]
+    assert changed.arch.loss.options["terms"]["label_smoothing"] == {"weight": 0.2}
     assert changed.arch.options["hidden_size"] == 32
 
 

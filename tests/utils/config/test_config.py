@@ -92,7 +92,7 @@ def test_text_presets_never_see_the_next_token_or_another_document(name):
 
 
 def test_text_presets_do_not_wait_for_an_exact_row():
-    assert load("arch=athena_trm_small").arch.loss.halt_target == "budget"
+    assert load("arch=athena_trm_small").arch.loss.terms["halting"]["target"] == "budget"
 
 
 def test_trm_preset_is_trm():
@@ -107,7 +107,7 @@ def test_trm_preset_is_trm():
     assert {key: arch[key] for key in expected} == expected
     assert config.arch.loss.options == {
         "loss_type": "stablemax_cross_entropy",
-        "halt_target": "exact",
+        "terms": {"halting": {"target": "exact"}},
     }
     assert (config.feed, config.weight_decay_all, config.ema_warmup) == ("present", True, False)
     # what the preset sets the command line still changes
@@ -253,7 +253,7 @@ def evaluator(tmp_path, monkeypatch):
         ("loss_type=x", "'arch.loss.loss_type'"),
         ("archh=trm", "'arch'"),
         ("early_stopping={metric: x, patence: 3}", "'early_stopping.patience'"),
-        ("+arch.loss.halt_taget=exact", "'arch.loss.halt_target'"),
+        ("+arch.loss.terms.halting.taget=exact", "'arch.loss.terms.halting.target'"),
     ],
 )
 def test_unknown_keys_name_the_nearest_valid_one(override, meant):
@@ -332,10 +332,6 @@ def test_wrong_values_are_named_with_what_is_expected(override, needed):
         (
             ["freeze_weights=true", "arch.puzzle_emb_ndim=0"],
             ["freeze_weights", "arch.puzzle_emb_ndim is 0"],
-        ),
-        (
-            ["arch.loss.reasoning_loss_weight=1", "arch.enable_reasoning_stream=false"],
-            ["reasoning_loss_weight 1", "enable_reasoning_stream is false"],
         ),
         (["arch.force_min_steps=100"], ["force_min_steps", "100", "halt_max_steps", "48"]),
         (["arch.num_heads=7"], ["hidden_size", "2304", "num_heads", "7"]),

@@ -77,7 +77,7 @@ def test_odd_paths_in_options_of_evaluators():
     given = [f"evaluators=[text@PerplexityEvaluator,{tasks}]", "data_paths=[x]"]
     assert values_of(*given)["evaluators"][1]["path"] == path
     near = [f"loss.kl_to={path}", "loss.kl_weight=1", "data_paths=[x]"]
-    assert values_of(*near)["arch"]["loss"]["kl_to"] == path
+    assert values_of(*near)["arch"]["loss"]["terms"]["kl"]["base"] == path
 
 
 def test_domains_have_names_of_their_own():

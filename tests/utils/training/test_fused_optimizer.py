@@ -11,6 +11,7 @@ import pytest
 import torch
 from training_tools import ROOT, TINY, contents, finish, start
 
+from models.base import Architecture
 from utils.config.schema import OptimizerConfig
 from utils.core.errors import UserError
 from utils.training.optimizers import AdamATan2, create_optimizers
@@ -73,8 +74,10 @@ def largest_difference(one: Path, other: Path) -> float:
 
 def create(module: torch.nn.Module, **options) -> list[torch.optim.Optimizer]:
     named = OptimizerConfig(name="adam_atan2", **options)
+    model = Architecture()
+    model.net = module
     return create_optimizers(
-        named, module, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0, decay_all=True
+        named, model, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0, decay_all=True
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from models.base import Architecture
 from utils.config.plugins import load_plugin, read_options
 from utils.config.schema import OptimizerConfig
 from utils.core.errors import UserError
@@ -36,7 +37,7 @@ NAMES = {
 
 def create_optimizers(
     named: OptimizerConfig,
-    model: nn.Module,
+    model: Architecture,
     *,
     lr: float,
     betas: tuple[float, float],
@@ -60,12 +61,17 @@ def create_optimizers(
     return list(optimizers)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list[dict]:
-    """Weights that are matrices of linear maps decay; embeddings and vectors only if asked."""
+def parameter_groups(model: Architecture, weight_decay: float, decay_all: bool) -> list[dict]:
+    """Return the parameter groups that decay and that do not.
+
+    Matrices decay, but for those that `model.undecayed()` names, such as embeddings. decay_all:
+    everything decays.
+    """
     decayed: list[Tensor] = []
     kept: list[Tensor] = []
+    undecayed = model.undecayed()
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and not name.endswith("embedding_weight")
+        matrix = parameter.ndim >= 2 and name not in undecayed
         (decayed if matrix or decay_all else kept).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},

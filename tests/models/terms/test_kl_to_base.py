@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import yaml
-from test_losses import reference_probabilities
+from loss_tools import reference_probabilities
 from training_tools import (
     IDENTIFIERS,
     TINY,
@@ -18,11 +18,12 @@ from training_tools import (
 )
 
 from dataset.common import IGNORE_LABEL_ID
-from models import anchor
-from models.anchor import Anchor, kl_divergence
-from models.losses import LOSSES, ACTLossHead
+from models import token_losses
+from models.losses import ACTLossHead
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from models.recursive_reasoning.transformer import Transformer
+from models.terms.kl_to_base import kl_divergence
+from models.token_losses import LOSSES
 from utils.checkpoint.format import Checkpoint, checkpoints_of
 from utils.core.errors import UserError
 
@@ -38,7 +39,7 @@ def test_the_divergence_and_its_gradient_are_those_of_the_probabilities(own, of_
     """The two models may have been trained with different losses; chunks change nothing."""
     x, y = (5 * torch.randn(4, 5, 11, dtype=torch.float64) for _ in range(2))
     given, free = x.clone().requires_grad_(), x.clone().requires_grad_()
-    monkeypatch.setattr(anchor, "CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr(token_losses, "_FUNCTION_ELEMENTS", 40)
     maps = [LOSSES[name].softmax_logits for name in (own, of_base)]
     found = kl_divergence(given, y, *maps)
     p, q = reference_probabilities(own, free), reference_probabilities(of_base, y)
@@ -80,10 +81,12 @@ def test_each_row_is_held_to_the_base_after_as_many_steps(kind):
         if kind == "recursion"
         else Transformer(SIZES | dict(num_layers=2))
     )
-    head = ACTLossHead(model, "stablemax_cross_entropy", kl_to="base", kl_weight=0.5)
+    terms = {"kl": {"base": "base", "weight": 0.5}}
+    head = ACTLossHead(model, "stablemax_cross_entropy", terms=terms)
+    kl = next(term for term in head.terms if term.name == "kl")
     plain = ACTLossHead(model, "stablemax_cross_entropy")
     softmax = LOSSES["softmax_cross_entropy"].softmax_logits
-    head.anchor = Anchor(base, softmax)
+    kl.use(base, softmax)
     batch = random_batch()
     carry, other = head.initial_carry(batch), plain.initial_carry(batch)
     seen = set()
@@ -98,9 +101,9 @@ def test_each_row_is_held_to_the_base_after_as_many_steps(kind):
             if not scored.any():
                 continue
             p = reference_probabilities("stablemax_cross_entropy", kept["logits"][i])
-            q = base_logits(base, data, min(steps, head.anchor.steps)).softmax(-1)
+            q = base_logits(base, data, min(steps, kl.steps)).softmax(-1)
             expected += (p * (p / q).log()).sum(-1)[scored].mean().item()
-        assert metrics["kl_loss"].item() == pytest.approx(expected, rel=1e-9)
+        assert metrics["kl_loss"][0].item() == pytest.approx(expected, rel=1e-9)
         assert loss.item() == pytest.approx(plain_loss.item() + 0.5 * expected, rel=1e-9)
         seen.add(tuple(carry.steps.tolist()))
     assert len({steps for row in seen for steps in row}) == 5, "rows should be at all steps"
@@ -129,8 +132,8 @@ def test_a_run_stays_near_the_checkpoint_that_it_began_near(text_corpus, run_tra
     run_training(text_corpus, "tuned", *RUN, "max_steps=6", further, *near(relative))
     for step in (2, 4, 6):
         config = yaml.safe_load((tuned / f"step_{step}" / "config.yaml").read_text("utf-8"))
-        assert config["arch"]["loss"]["kl_to"] == str(base / "step_2")
-    with pytest.raises(UserError, match=r"kl_to .*step_2, is .*step_4"):
+        assert config["arch"]["loss"]["terms"]["kl"]["base"] == str(base / "step_2")
+    with pytest.raises(UserError, match=r"terms.kl.base .*step_2, is .*step_4"):
         run_training(text_corpus, "tuned", *RUN, "max_steps=8", further, *near(base / "step_4"))
 
 
@@ -153,11 +156,12 @@ def test_a_run_begins_at_its_base_and_the_weight_keeps_it_near(text_corpus, run_
     assert divergence[0][0] == divergence[1][0] == pytest.approx(0, abs=1e-6)
     assert divergence[0][-1] > 5 * divergence[1][-1] > 0
     saved = Checkpoint(close / "step_24")
-    assert not any("anchor" in name for name in contents(saved.folder))
+    assert not any("/kl/" in name for name in contents(saved.folder))
     plain = Checkpoint(base / "step_20")
     assert contents(saved.folder).keys() == contents(plain.folder).keys()
-    assert {n for n in saved.files if "source" in n} == {n for n in plain.files if "source" in n}
-    assert f"kl_to: {base / 'step_20'}\n" in saved.text("config.yaml")
+    more = {n for n in saved.files if "source" in n} - {n for n in plain.files if "source" in n}
+    assert {name.rpartition("/")[2] for name in more} <= {"kl_to_base.py"}
+    assert f"base: {base / 'step_20'}\n" in saved.text("config.yaml")
 
 
 def test_a_run_near_a_base_goes_on_bit_for_bit(text_corpus, run_training):
@@ -177,9 +181,9 @@ def test_another_base_may_be_allowed_on_the_way(text_corpus, run_training):
     options = [*RUN, *near(base), "max_steps=4", "seed=1"]
     run_training(text_corpus, "run", *options)
     options += ["max_steps=6", *near(base / "step_1")]
-    with pytest.raises(UserError, match=r"arch\.loss\.kl_to \(was \S+step_2, is \S+step_1\)"):
+    with pytest.raises(UserError, match=r"terms\.kl\.base \(was \S+step_2, is \S+step_1\)"):
         run_training(text_corpus, "run", *options, "resume_allow=[max_steps]")
-    allowed = "resume_allow=[max_steps,arch.loss.kl_to]"
+    allowed = "resume_allow=[max_steps,arch.loss.terms.kl.base]"
     run = run_training(text_corpus, "run", *options, allowed)
     assert [path.name for path in checkpoints_of(run)][-1] == "step_6"
 
@@ -214,23 +218,23 @@ def test_ranks_and_micro_batches_are_held_alike(text_corpus, tmp_path, run_train
 
 
 def test_a_base_that_cannot_serve_is_refused(text_corpus, run_training, tmp_path):
-    with pytest.raises(UserError, match="kl_to=x and kl_weight=0 clash"):
+    with pytest.raises(UserError, match=r"terms\.kl\.weight is missing"):
         make_config(text_corpus, "loss.kl_to=x")
-    with pytest.raises(UserError, match=r"kl_weight"):
+    with pytest.raises(UserError, match=r"terms\.kl\.weight"):
         make_config(text_corpus, *near("x", float("inf")))
-    with pytest.raises(UserError, match="compares answers before refinement"):
-        make_config(text_corpus, *near("x"), "arch.post_refinement_steps=1",
-                    "arch.post_refinement_train=true")  # fmt: skip
-    with pytest.raises(UserError, match=r"kl_to=null and kl_weight=0\.5 clash"):
+    with pytest.raises(UserError, match=r"terms\.kl\.base is missing"):
         make_config(text_corpus, "arch.loss.kl_weight=0.5")
-    with pytest.raises(UserError, match=r"unknown key 'arch\.loss\.kl_two'.*kl_to"):
+    with pytest.raises(UserError, match=r"unknown key 'arch\.loss\.kl_two'"):
         make_config(text_corpus, "loss.kl_two=x")
-    with pytest.raises(UserError, match=r"kl_to=nowhere is not a folder"):
+    with pytest.raises(UserError, match=r"terms\.kl\.base=nowhere is not a folder"):
         run_training(text_corpus, "run", "max_steps=1", *near("nowhere"))
     base = run_training(text_corpus, "base", "max_steps=1", "evaluators=[]")
+    with pytest.raises(UserError, match="compares answers before refinement"):
+        run_training(text_corpus, "refined", "max_steps=1", *near(base),
+                     "arch.post_refinement_steps=1", "arch.post_refinement_train=true")  # fmt: skip
     (base / "step_1" / "tokenizer.json").write_text("{}", "utf-8")
     sealed(base / "step_1")
     with pytest.raises(
-        UserError, match=r"arch\.loss\.kl_to=\S+ was trained with another tokenizer"
+        UserError, match=r"arch\.loss\.terms\.kl\.base=\S+ was trained with another tokenizer"
     ):
         run_training(text_corpus, "run", "max_steps=1", *near(base))
