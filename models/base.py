@@ -6,6 +6,7 @@ Shape letters: B rows, S tokens, P prefix positions, D hidden.
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -68,6 +69,22 @@ class Architecture(nn.Module):
         """Return what `torch.compile` compiles: modules and names of their methods. Default: the
         forward pass of each block."""
         return [(block, "forward") for block in self.blocks()]
+
+    def row_options(
+        self, progress: float, rng: np.random.Generator, rows: int
+    ) -> dict[str, np.ndarray]:
+        """Draw what each row is given in a training step besides its example. Default: nothing.
+
+        The arrays are entries of `batch` for that step and never part of `current_data`.
+
+        Args:
+            progress: share of the run that is done before the step, 0..1.
+            rng: generator of (seed, step), the same on all ranks.
+            rows: slots of all ranks.
+        Returns:
+            arrays by name, (rows,) each.
+        """
+        return {}
 
     def notes(self) -> list[str]:
         """Return sentences that a user should read at the start of a run. Default: none."""
