@@ -211,7 +211,8 @@ def draw_step_options(run: Run) -> dict[str, int]:
     """Return what the architecture chooses for the next step; the same on every rank, and whenever
     the step is repeated."""
     step = run.state.step + 1
-    rng = np.random.Generator(np.random.Philox(key=(run.config.seed, 2 * step)))
+    # the row options' generator counts from 0
+    rng = np.random.Generator(np.random.Philox(key=(run.config.seed, step), counter=(0, 0, 0, 1)))
     return run.state.model.model.step_options(run.schedule.progress(run.state), rng)
 
 

@@ -93,6 +93,22 @@ class Architecture(nn.Module):
         step. progress: of the training that led there. Default: `max_steps`."""
         return self.max_steps
 
+    def row_options(
+        self, progress: float, rng: np.random.Generator, rows: int
+    ) -> dict[str, np.ndarray]:
+        """Draw what each row is given in a training step besides its example. Default: nothing.
+
+        The arrays are entries of `batch` for that step and never part of `current_data`.
+
+        Args:
+            progress: share of the run that is done before the step, 0..1.
+            rng: generator of (seed, step), the same on all ranks.
+            rows: slots of all ranks.
+        Returns:
+            arrays by name, (rows,) each.
+        """
+        return {}
+
     def notes(self) -> list[str]:
         """Return sentences that a user should read at the start of a run. Default: none."""
         return []

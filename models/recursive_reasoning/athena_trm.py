@@ -9,6 +9,7 @@ Shape letters: B rows, S tokens, P prefix positions, D hidden, V vocabulary.
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -219,6 +220,24 @@ class AthenaTRM(Architecture):
     @property
     def row_depth(self) -> str | None:  # type: ignore[override]
         return self.config.eval_halting if self.config.eval_halting in ("act", "budget") else None
+
+    def row_options(
+        self, progress: float, rng: np.random.Generator, rows: int
+    ) -> dict[str, np.ndarray]:
+        """Draw `explore`: the minimum ACT steps of each row, int32, 0 for no minimum.
+
+        With the chance `halt_exploration_prob`, uniform in 2..halt_max_steps inclusive.
+        """
+        chance, most = self.config.halt_exploration_prob, self.config.halt_max_steps
+        if chance == 0:
+            return {}
+        if most < 2:
+            return {"explore": np.zeros(rows, np.int32)}
+        # Raw bits, one pair a row: runs of earlier versions drew the same numbers.
+        coin, steps = rng.bit_generator.random_raw(2 * rows).reshape(rows, 2).T
+        explores = (coin >> np.uint64(11)) * 2.0**-53 < chance
+        demanded = np.where(explores, 2 + steps % np.uint64(most - 1), 0)
+        return {"explore": demanded.astype(np.int32)}
 
     def notes(self) -> list[str]:
         if not self.config.post_refinement_steps or self.config.post_refinement_train:
