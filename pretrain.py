@@ -132,9 +132,10 @@ def take_steps(run: Run) -> None:
         batches = run.stream.next(state.step + 1, state.halted)
         if batches is None:
             break
-        metrics, flags = train_batch(run, batches)
+        options = draw_step_options(run)
+        metrics, flags = train_batch(run, batches, options)
         run.watchdog.beat(state.step)
-        run.log.add(state, metrics)
+        run.log.add(state, metrics, options)
         run.backend.end_step()
         run.profiler.step()
         if state.step % run.config.log_interval == 0 or state.step == 1:
@@ -153,8 +154,10 @@ def take_steps(run: Run) -> None:
                    "warm-up, below lr; lower lr_warmup_steps or train for longer")  # fmt: skip
 
 
-def train_batch(run: Run, batches: list[dict[str, Any]]) -> tuple[dict[str, Metric], Flags]:
-    """Take one optimizer step over this replica's micro-batches.
+def train_batch(
+    run: Run, batches: list[dict[str, Any]], options: dict[str, int]
+) -> tuple[dict[str, Metric], Flags]:
+    """Take one optimizer step over this replica's micro-batches, with the step's options.
 
     Returns the step's metrics (on the device) and what all ranks agree on. The host waits for
     the device once, in `share_flags`.
@@ -166,7 +169,6 @@ def train_batch(run: Run, batches: list[dict[str, Any]]) -> tuple[dict[str, Metr
         backend.end_step()  # to XLA they are data now, not constants: no program of their own
     if backend.needs_rehearsal(state.step_model) and not state.rehearsed:
         state.rehearse(moved[0], backend.backward)
-    options = draw_step_options(run)
     totals, finite = accumulate_gradients(run, moved, options)
     backend.reduce_gradients(state.optimizers)
     norm = state.clip_gradients(run.config.grad_clip_norm)
@@ -178,6 +180,7 @@ def train_batch(run: Run, batches: list[dict[str, Any]]) -> tuple[dict[str, Metr
             finite &= optimizer.finite()
     state.step += 1
     flags = share_flags(run, finite)
+    state.progress = run.schedule.progress(state)
     if flags.finite:
         state.update(run.schedule.learning_rate_factor(state))
     else:
@@ -213,7 +216,7 @@ def draw_step_options(run: Run) -> dict[str, int]:
     step = run.state.step + 1
     # the row options' generator counts from 0
     rng = np.random.Generator(np.random.Philox(key=(run.config.seed, step), counter=(0, 0, 0, 1)))
-    return run.state.model.model.step_options(run.schedule.progress(run.state), rng)
+    return run.state.model.model.step_options(run.state.progress, rng)
 
 
 def share_flags(run: Run, finite: Tensor) -> Flags:

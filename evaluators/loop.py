@@ -37,6 +37,7 @@ class SetFigures:
         wide = torch.promote_types(dtype, least)
         self.curve = [torch.zeros(len(self.CURVE), dtype=wide).to(device) for _ in range(max_steps)]
         self.rows = torch.zeros(1).to(device)
+        self.depths: dict[int, SetFigures] = {}
         sizes = {"accuracy": self.BINS, "exact_accuracy": 2, "q_halt_accuracy": 2}
         self.histograms = {
             name: torch.zeros(size).to(device)
@@ -49,6 +50,11 @@ class SetFigures:
         self.curve[step] = self.curve[step] + torch.stack(
             [torch.where(valid, preds[name], 0).sum().to(wide) for name in self.CURVE]
         )
+
+    def add_rows(self, preds: Batch) -> None:
+        """Add the figures of rows that are answered in one go."""
+        self.add_step(0, preds)
+        self.rows += preds["valid"].sum()
 
     def add_end(self, preds: Batch) -> None:
         valid = preds["valid"]
@@ -85,6 +91,9 @@ class SetFigures:
             found["q_halt_accuracy"] = found["hist/q_halt_accuracy"][1] / count
         steps = found.get("hist/steps", [])
         found["steps"] = sum(k * n for k, n in enumerate(steps, 1)) / count
+        for depth, figures in self.depths.items():
+            of_depth = figures.read(reduce)
+            found |= {f"depth_{depth}/{name}": of_depth[name] for name in names}
         return found | {"rows": int(rows.item())}
 
 
@@ -98,7 +107,7 @@ def run_batch(
     model,
     batch: Batch,
     keys: set[str],
-    max_steps: int,
+    depth: int,
     figures: SetFigures,
     end_step: Callable[[], None],
 ) -> Batch:
@@ -122,9 +131,12 @@ def run_batch(
         carry = model.model.admit(carry, batch)  # the first step starts from there
     end_step()
     curves: dict[str, list[Tensor]] = {key: [] for key in stepped}
-    for step in range(max_steps):
+    options = {"depth": depth} if model.model.takes_depth else {}
+    for step in range(figures.max_steps):
         before = carry.latents
-        carry, _, _, preds, _ = model(return_keys=sorted(wanted), carry=carry, batch=batch)
+        carry, _, _, preds, _ = model(
+            return_keys=sorted(wanted), carry=carry, batch=batch, **options
+        )
         figures.add_step(step, preds)
         for key, name in stepped.items():
             if (value := _of_step(name, preds, before, carry.latents, batch)) is not None:
@@ -162,11 +174,15 @@ def evaluate(
     save_outputs: Sequence[str] = (),
     save_path: Path | None = None,
     ask: Callable[[Group], Examined] | None = None,
+    depth: int | None = None,
+    depths: Sequence[int] = (),
 ) -> dict[str, Any]:
     """<set>/<metric>, <set>/step_<k>/<metric>, <set>/hist/<metric> (row counts) and each
     evaluator's figures; the same on all ranks.
 
-    received: numbers of signals that ask to stop, which raise Interrupted. ask: makes the model
+    depth: ACT steps or loops of every row; None: those of the trained model. depths: further ones,
+    whose figures are named depth_<d>/. received: numbers of signals that ask to stop, which raise
+    Interrupted. ask: makes the model
     that evaluators with inputs of their own examine. Under `eval_halting` budget or act the depth
     at which a token is scored depends on the whole row, later tokens included: the names of those
     figures carry the rule.
@@ -175,7 +191,10 @@ def evaluate(
     model.eval()
     try:
         guarded = Guarded(evaluators, backend, received)
-        figures = run_all(model, stream, guarded, backend, received, save_outputs, save_path)
+        depth = model.model.eval_depth() if depth is None else depth
+        figures = run_all(
+            model, stream, guarded, backend, depth, depths, received, save_outputs, save_path
+        )
         if ask is not None:
             guarded.examine(ask)
         results = {
@@ -199,20 +218,27 @@ def run_all(
     stream: Iterable,
     guarded: Guarded,
     backend: Backend,
+    depth: int,
+    depths: Sequence[int],
     received: Sequence[int],
     save_outputs: Sequence[str],
     save_path: Path | None,
 ) -> dict[str, SetFigures]:
-    """Every batch through the model, to the evaluators, and to the disk what is to be saved."""
-    max_steps = model.model.eval_depth()
+    """Run every batch through the model, pass it to the evaluators, and save what is asked for."""
+    steps = 1 if model.model.takes_depth else depth
+    dtype = model.model.config.dtype
     keys = guarded.begin() | set(save_outputs)
     sets: dict[str, SetFigures] = {}
     saved: dict[str, list[Tensor]] = {}
     for set_name, batch, _ in backend.batches(stream):
         interrupt_if_asked(received, backend)
         if set_name not in sets:
-            sets[set_name] = SetFigures(max_steps, backend.device, model.model.config.dtype)
-        preds = run_batch(model, batch, keys, max_steps, sets[set_name], backend.end_step)
+            sets[set_name] = SetFigures(steps, backend.device, dtype)
+            sets[set_name].depths = {d: SetFigures(1, backend.device, dtype) for d in depths}
+        preds = run_batch(model, batch, keys, depth, sets[set_name], backend.end_step)
+        for d, figures in sets[set_name].depths.items():
+            figures.add_rows(model.score_at(batch, d))
+            backend.end_step()
         guarded.update(batch, preds)
         for name in save_outputs:
             if (value := preds.get(name, batch.get(name))) is not None:
@@ -254,11 +280,12 @@ def create_model_factory(
     backend: Backend,
     rows: int,
     sign: Callable[[], None],
+    depth: int,
 ) -> Callable[[Group], LanguageModel]:
     """Return a function that builds the run's model for an evaluator with inputs of its own.
 
     corpora: those that it trains on, which name its tokens and identifiers. rows: texts that a rank
-    computes at once. sign: called between batches, as a sign of life.
+    computes at once. sign: called between batches, as a sign of life. depth: as of `evaluate`.
     """
 
     def ask(group: Group) -> LanguageModel:
@@ -275,6 +302,7 @@ def create_model_factory(
             rows=rows,
             gather=group.gather_objects,
             between=between,
+            depth=depth,
         )
 
     return ask

@@ -3,6 +3,8 @@
 Shape letters: B rows, S tokens, P prefix positions, D hidden.
 """
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +37,21 @@ class Carry:
     current_data: Batch
     memory: dict[str, Tensor] = field(default_factory=dict)
     info: SequenceInfo | None = None
+
+
+class Outputs(dict[str, Tensor]):
+    """Outputs of a step by name. Where there is a `readout` (B, S, D), which the output head
+    reads, `logits` (B, S, V) are computed from it on first access."""
+
+    def __init__(self, predict: Callable[[Tensor], Tensor], **values: Tensor):
+        super().__init__(values)
+        self._predict = predict
+
+    def __missing__(self, name: str) -> Tensor:
+        if name != "logits" or "readout" not in self:
+            raise KeyError(name)
+        self[name] = logits = self._predict(self["readout"])
+        return logits
 
 
 class Architecture(nn.Module):
@@ -109,6 +126,22 @@ class Architecture(nn.Module):
         """
         return {}
 
+    @property
+    def takes_depth(self) -> bool:
+        """Whether the depth is an option of the forward pass, named so, and not ACT steps."""
+        return "depth" in inspect.signature(self.forward).parameters
+
+    def option_sets(self) -> list[dict[str, int]]:
+        """Return the sets of step options that a run can meet, found by asking along its progress;
+        a set that is rarer than one draw in some hundred may be missing."""
+        found: dict[tuple[tuple[str, int], ...], dict[str, int]] = {}
+        rng = np.random.default_rng(0)
+        for progress in np.linspace(0, 1, 33):
+            for _ in range(16):
+                options = self.step_options(float(progress), rng)
+                found[tuple(sorted(options.items()))] = options
+        return list(found.values())
+
     def notes(self) -> list[str]:
         """Return sentences that a user should read at the start of a run. Default: none."""
         return []
@@ -164,6 +197,7 @@ class Architecture(nn.Module):
         """Take one step of every row; free rows first take their row of `batch`.
 
         options: what `step_options` returned, in training.
-        Returns the new carry and outputs by name: logits (B, S, V), and what else there is.
+        Returns the new carry and outputs by name: readout (B, S, D) or logits (B, S, V), and what
+        else there is; see `Outputs`.
         """
         raise NotImplementedError

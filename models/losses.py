@@ -102,36 +102,23 @@ class ACTLossHead(nn.Module):
         term gives (row_halt_target), and anything of the rows' own data.
         """
         carry, outputs = self.model(carry=carry, batch=batch, **options)
-        data, logits = carry.current_data, outputs["logits"]
+        data = carry.current_data
         labels = data["labels"]
         mask = labels != IGNORE_LABEL_ID
-        counts = mask.sum(-1)
-        divisor = counts.clamp_min(1)
-        with torch.no_grad():
-            preds = logits.argmax(-1)
-            correct = (mask & (preds == labels)).sum(-1)
-        token_loss = self.loss_type.cross_entropy(logits, labels, valid_mask=mask)
+        scored = self.score(outputs["logits"], labels)
         seen = Seen(
             outputs=outputs,
             data=data,
             carry=carry,
             memory={},
             mask=mask,
-            valid=counts > 0,
-            row_loss=token_loss.sum(-1) / divisor,
-            exact=correct == counts,
+            valid=scored["valid"],
+            row_loss=scored["row_loss"],
+            exact=scored["row_exact"],
             loss_type=self.loss_type,
             training=self.training,
         )
-        found = outputs | {
-            "preds": preds,
-            "valid": seen.valid,
-            "steps": carry.steps,
-            "row_loss": seen.row_loss,
-            "row_accuracy": correct / divisor,
-            "row_exact": seen.exact,
-            "token_nll": token_loss,
-        }
+        found = dict(outputs) | scored | {"steps": carry.steps}
         total, metrics = seen.row_loss.sum(), _metrics(seen, found["row_accuracy"])
         memory: Batch = {}
         for term in self.active_terms:
@@ -149,6 +136,32 @@ class ACTLossHead(nn.Module):
         kept = {k: (found | data)[k].detach() for k in return_keys if k in found or k in data}
         carry = replace(carry, memory=memory)
         return carry, self._use_all(total, options), metrics, kept, carry.halted.all()
+
+    def score(self, logits: Tensor, labels: Tensor) -> Batch:
+        """Compare logits (B, S, V) with labels (B, S): preds and token_nll (B, S), and per row (B,)
+        valid, row_loss, row_accuracy, row_exact."""
+        mask = labels != IGNORE_LABEL_ID
+        counts = mask.sum(-1)
+        with torch.no_grad():
+            preds = logits.argmax(-1)
+            correct = (mask & (preds == labels)).sum(-1)
+        token_nll = self.loss_type.cross_entropy(logits, labels, valid_mask=mask)
+        divisor = counts.clamp_min(1)
+        return {
+            "preds": preds,
+            "token_nll": token_nll,
+            "valid": counts > 0,
+            "row_loss": token_nll.sum(-1) / divisor,
+            "row_accuracy": correct / divisor,
+            "row_exact": correct == counts,
+        }
+
+    @torch.no_grad()
+    def score_at(self, batch: Batch, depth: int) -> Batch:
+        """Compare a batch's labels with the answer at this depth from the start; as `score`."""
+        inner = self.model.inner
+        answer = inner.answer(inner.embed(batch), inner.sequence_info(batch), depth)
+        return self.score(inner.logits(answer), batch["labels"])
 
     def _use_all(self, total: Tensor, options: Mapping[str, int]) -> Tensor:
         """Return the loss with 0 times every trained parameter that the step does not use.

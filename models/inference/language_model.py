@@ -55,17 +55,19 @@ class LanguageModel:
         gather: Callable[[Any], list[Any]] | None = None,
         between: Callable[[], None] = lambda: None,
         checkpoint: Checkpoint | None = None,
+        depth: int | None = None,
     ):
         """rows: texts of a whole window that are computed at once. identifier: see
         `identifier_index`. gather: the ranks' way to exchange results. between: called by all ranks
-        before each round of batches. checkpoint: where it was loaded from."""
+        before each round of batches. checkpoint: where it was loaded from. depth: ACT
+        steps or loops of every token; None: those of an evaluation at the end of training."""
         self.head, self.metadata, self.identifiers = head, metadata, list(identifiers)
         self._tokenizer, self.backend = tokenizer, backend or CPUBackend()
         self.rows, self.between, self.checkpoint = rows, between, checkpoint
         self.gather = gather or self.backend.gather_objects
         self.model: Any = head.model
         self.config: Any = head.model.config
-        self.steps: int = self.model.eval_depth()
+        self.steps: int = self.model.eval_depth() if depth is None else depth
         self.window: int = self.config.seq_len
         self.identifier = identifier_index(self, identifier)
 
@@ -201,8 +203,9 @@ class LanguageModel:
     def _last_step(self, batch: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
         """Outputs of the loss head after all ACT steps."""
         carry = self.head.initial_carry(batch)
-        for _ in range(self.steps):
-            carry, _, _, found, _ = self.head(return_keys=keys, carry=carry, batch=batch)
+        options = {"depth": self.steps} if self.model.takes_depth else {}
+        for _ in range(1 if self.model.takes_depth else self.steps):
+            carry, _, _, found, _ = self.head(return_keys=keys, carry=carry, batch=batch, **options)
             self.backend.end_step()
         return found
 

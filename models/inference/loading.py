@@ -1,5 +1,6 @@
 """Language models from checkpoints, and from a run that is under way."""
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -80,7 +81,13 @@ def load_language_model(
     head.model.inner.choose_attention(backend, trial=False)
     tokenizer = open_tokenizer(opened.folder / "tokenizer.json", metadata)
     names = opened.json("identifiers.json")
-    return LanguageModel(head, metadata, names, tokenizer, backend, checkpoint=opened, **options)
+    depth = None
+    if head.model.takes_depth:
+        progress = opened.json("state.json")["counters"].get("progress", 1.0)
+        depth = steps or head.model.eval_depth(progress)
+    return LanguageModel(
+        head, metadata, names, tokenizer, backend, checkpoint=opened, depth=depth, **options
+    )
 
 
 def open_tokenizer(path: Path, metadata: DatasetMetadata) -> TextTokenizer:
@@ -227,9 +234,11 @@ def usable_dtype(arch: dict[str, Any], backend: Backend) -> str:
 
 def _depth(arch: dict[str, Any], steps: int | None, refinement: int | None) -> dict[str, Any]:
     """Options of the architecture that make every row and token run the same number of steps."""
-    fields = load_class(arch["name"]).Config.model_fields  # type: ignore[attr-defined]
+    architecture: Any = load_class(arch["name"])
+    fields = architecture.Config.model_fields
     if "eval_halting" not in fields:
-        for name, value in (("steps", steps), ("refinement", refinement)):
+        loops = "depth" in inspect.signature(architecture.forward).parameters
+        for name, value in (("steps", None if loops else steps), ("refinement", refinement)):
             if value not in (None, 1 if name == "steps" else 0):
                 raise UserError(f"{name}={value}, but {arch['name']} has one step: leave it out")
         return {}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.backbone import Backbone, BackboneConfig, Batch, mean_over, real_tokens
-from models.base import Architecture, Carry
+from models.base import Architecture, Carry, Outputs
 from models.common import trunc_normal_init_
 from models.layers import Block, CastedLinear, SequenceInfo, at_least_float32, maybe_any, rms_norm
 
@@ -259,7 +259,7 @@ class AthenaTRM(Architecture):
     def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, Batch]:
         """Take one ACT step of every row; free rows first take their row of `batch`.
 
-        Returns the new carry and outputs: logits (B, S, V); q_halt_logits, q_continue_logits
+        Returns the new carry and outputs: readout (B, S, D); q_halt_logits, q_continue_logits
         (B,) at least float32; where they apply target_q_continue (B,), reasoning_logits,
         unrefined_logits.
         """
@@ -273,8 +273,8 @@ class AthenaTRM(Architecture):
         q_halt, q_continue = inner.halt_logits(z[inner.streams[0]], data)
         steps = torch.where(carry.halted, carry.steps, carry.steps + 1)
         halted = carry.halted | self.halts(steps, q_halt, q_continue, data, batch.get("explore"))
-        outputs = {"q_halt_logits": q_halt, "q_continue_logits": q_continue}
-        outputs |= self._readout(z, halted, info)
+        outputs = self._readout(z, halted, info)
+        outputs |= {"q_halt_logits": q_halt, "q_continue_logits": q_continue}
         new = replace(
             carry,
             latents={name: after.detach() for name, after in z.items()},
@@ -310,8 +310,9 @@ class AthenaTRM(Architecture):
             steps >= (config.halt_max_steps if self.training else config.max_eval_steps)
         )
 
-    def _readout(self, z: Latents, halted: Tensor, info: SequenceInfo) -> Batch:
-        config, inner, outputs = self.config, self.inner, {}
+    def _readout(self, z: Latents, halted: Tensor, info: SequenceInfo) -> Outputs:
+        config, inner = self.config, self.inner
+        outputs = Outputs(inner.predict)
         answer = unrefined = z[inner.streams[0]]
         refines = config.post_refinement_steps > 0  # asked first: a look at `halted` waits
         if refines and (config.post_refinement_train if self.training else maybe_any(halted)):
@@ -319,7 +320,7 @@ class AthenaTRM(Architecture):
             answer = torch.where(halted.view(-1, 1, 1), inner.refine(z, info), unrefined)
             if not self.training:
                 outputs["unrefined_logits"] = inner.logits(unrefined)
-        outputs["logits"] = inner.logits(answer)
+        outputs["readout"] = answer[:, config.prefix_len :]
         if config.enable_reasoning_stream is True:
             read = z[inner.streams[-1]][:, config.prefix_len :][:, : config.reasoning_seq_len]
             outputs["reasoning_logits"] = inner.reasoning_head(read)

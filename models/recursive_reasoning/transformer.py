@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.backbone import Backbone, BackboneConfig, Batch
-from models.base import Architecture, Carry
+from models.base import Architecture, Carry, Outputs
 from models.layers import SequenceInfo, rms_norm
 
 
@@ -60,9 +60,10 @@ class Transformer(Architecture):
         self.inner = TransformerInner(self.config).to(self.config.param_dtype)
 
     def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, Batch]:
-        """Make one pass; every row halts. Outputs: logits (B, S, V)."""
+        """Make one pass; every row halts. Outputs: readout (B, S, D)."""
         done = torch.ones_like(carry.halted)
         data = {name: batch[name] for name in carry.current_data}
         new = replace(carry, steps=done.to(torch.int32), halted=done, current_data=data)
         answer = self.inner.answer(self.inner.embed(data), self.inner.sequence_info(data))
-        return new, {"logits": self.inner.logits(answer)}
+        readout = answer[:, self.config.prefix_len :]
+        return new, Outputs(self.inner.predict, readout=readout)

@@ -326,6 +326,11 @@ class PretrainConfig(pydantic.BaseModel):
         description="batches of eval_batch_size or global_batch_size rows at most; null: all",
         json_schema_extra=ANY,
     )
+    eval_depths: list[PositiveInt] = Field(
+        [],
+        description="further depths to report, in ACT steps or loops, beyond the trained one too",
+        json_schema_extra=ANY,
+    )
     eval_save_outputs: list[str] = Field(
         [], description="predictions to write per evaluation", json_schema_extra=ANY
     )

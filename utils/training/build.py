@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -94,7 +95,7 @@ def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path
     A collective. folder: the run's own, which exists.
     """
     resumed = prepare_resume(config, folder, backend)
-    model, step = build_model(config, backend, data, resumed)
+    model, counters = build_model(config, backend, data, resumed)
     rows = config.rows_per_rank(backend.world_size)
     micro_batches = rows // choose_micro_batch_rows(config, backend, model, resumed)
     model.to(backend.device)
@@ -106,7 +107,7 @@ def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path
     if resumed is not None:
         restore(config, state, stream, backend, resumed, folder, micro_batches)
     elif config.eval_only:
-        state.step = step
+        state.step, state.progress = counters.get("step", 0), counters.get("progress", 1.0)
     evaluators = create_evaluators(config.evaluators, data)
     check_early_stopping(config, data, evaluators)
     schedule = (Sweep if config.lr_find else Schedule)(config, stream)
@@ -143,11 +144,11 @@ def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path
 
 def build_model(
     config: PretrainConfig, backend: Backend, data: Data, resumed: Checkpoint | None
-) -> tuple[ACTLossHead, int]:
+) -> tuple[ACTLossHead, dict[str, Any]]:
     """Build the model on the host, with the weights that a new run starts from.
 
-    Returns it with the step that those weights were saved at (0 if not known). The weights of a
-    resumed run are loaded later, by `restore`.
+    Returns it with the counters of the run that those weights come from, {} if not known. The
+    weights of a resumed run are loaded later, by `restore`.
     """
     terms = create_terms(config.arch.loss.options.get("terms") or {})
     highest = data.highest_values({name for term in terms for name in term.needs_data})
@@ -163,17 +164,19 @@ def build_model(
             model.prepare(base_loader(data, backend))
     choose_kernels(config, model, backend)
     if not config.load_checkpoint or resumed is not None:
-        return model, 0
-    source, step = load_pretrained(config, model, data)
+        return model, {}
+    source, counters = load_pretrained(config, model, data)
     if backend.is_main:
         print(f"starting from the {source}")
-    return model, step
+    return model, counters
 
 
-def load_pretrained(config: PretrainConfig, model: ACTLossHead, data: Data) -> tuple[str, int]:
+def load_pretrained(
+    config: PretrainConfig, model: ACTLossHead, data: Data
+) -> tuple[str, dict[str, Any]]:
     """Load the weights that `load_checkpoint` names into a new run's model.
 
-    Returns a description of them, and the step that they were saved at (0 if not known).
+    Returns a description of them, and the counters of their run, {} if not known.
     """
     assert config.load_checkpoint is not None
     weights, opened = fitting_weights(
@@ -185,10 +188,10 @@ def load_pretrained(config: PretrainConfig, model: ACTLossHead, data: Data) -> t
     )
     load_into(model.model, weights)
     if opened is None:
-        return f"weights of {config.load_checkpoint}", 0
+        return f"weights of {config.load_checkpoint}", {}
     averaged = config.load_weights == "ema" and "ema.pt" in opened
     source = f"{'averaged' if averaged else 'raw'} weights of {opened.folder}"
-    return source, opened.json("state.json")["counters"]["step"]
+    return source, opened.json("state.json")["counters"]
 
 
 def create_stream(

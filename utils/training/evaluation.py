@@ -27,7 +27,7 @@ def run_evaluation(run: Run) -> dict[str, Any]:
             )
         run.report("the corpora have no test split, or an empty one: evaluation is skipped")
         return {}
-    rows = choose_rows(run)
+    rows, depth = choose_rows(run), state.model.model.eval_depth(state.progress)
     stream = create_stream(run, rows)
     bar = Progress(len(stream), "evaluate, batch", "batch", shown=backend.is_main)
     advice = f"in an evaluation of {rows} rows at once; lower eval_batch_size (now {rows})"
@@ -39,6 +39,8 @@ def run_evaluation(run: Run) -> dict[str, Any]:
             backend,
             received=run.received,
             save_outputs=config.eval_save_outputs,
+            depth=depth,
+            depths=config.eval_depths,
             save_path=run.folder / f"evaluation_step_{state.step}",
             ask=create_model_factory(
                 state.model,
@@ -47,6 +49,7 @@ def run_evaluation(run: Run) -> dict[str, Any]:
                 backend,
                 (config.eval_batch_size or rows) // backend.world_size,
                 run.watchdog.sign,
+                depth,
             ),
         )
     state.failed_evaluations += FAILURES in results

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,8 @@ class TrainingLog:
         self.row_tokens, self.step_tokens = row_tokens, row_tokens * rows
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.sums = MetricSums()
+        self.options: Counter[str] = Counter()
+        self.option_steps = 0
         self.bar = tqdm(disable=True)
         self._printed_at = -math.inf
 
@@ -64,14 +67,18 @@ class TrainingLog:
         finally:
             self.bar.close()
 
-    def add(self, state: Any, metrics: dict[str, Metric]) -> None:
-        """Add the sums of one step, which stay on the device."""
+    def add(self, state: Any, metrics: dict[str, Metric], options: dict[str, int]) -> None:
+        """Add the metrics of one step, which stay on the device, and its options."""
         self.sums.add(metrics)
+        self.options.update(options)
+        self.option_steps += 1
         self.bar.update(self.schedule.progress(state) - self.bar.n)
 
     def write(self, state: Any) -> None:
         """Write the means since the last call to the loggers and the bar. A collective."""
         values = self.sums.read(self.backend.sum)
+        values |= {name: total / self.option_steps for name, total in self.options.items()}
+        self.options, self.option_steps = Counter(), 0
         if not self.backend.is_main or not values:
             return
         stream, done = self.schedule.stream, self.schedule.progress(state)

@@ -51,6 +51,8 @@ class TrainState:
     carries: list[Carry] = field(default_factory=list)
     """Held rows, one carry a micro-batch; none before the first step."""
     step: int = 0
+    progress: float = 0.0
+    """Share of the run that is done, 0..1."""
     seconds: float = 0.0
     """Training time so far, without evaluation and saving."""
     nonfinite: int = 0
@@ -77,6 +79,7 @@ class TrainState:
 
     COUNTERS = (
         "step",
+        "progress",
         "seconds",
         "nonfinite",
         "nonfinite_in_a_row",
