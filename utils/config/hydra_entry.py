@@ -251,10 +251,8 @@ def _normalised(overrides: list[str], groups: set[str], sweep: bool) -> list[str
             found.append(override)  # hydra/..., ~key, group@package: Hydra's own
         elif key not in groups:
             found.append(hydra_override(key, match["value"], sweep))
-        elif match["value"] == "null" and key == "arch":
-            raise UserError(
-                "arch=null: a run needs an architecture, " + ", ".join(_presets("arch"))
-            )
+        elif match["value"] == "null" and key in ("arch", "recipe"):
+            raise UserError(f"{key}=null: a run needs one of {', '.join(_presets(key))}")
         elif match["value"] != "null":
             found.append(f"{key}={match['value']}")
     return found

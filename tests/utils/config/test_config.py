@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 DATA = "data_paths=[data/x]"
 PRESETS = {
     group: sorted(path.stem for path in (ROOT / "config" / group).glob("*.yaml"))
-    for group in ("arch", "device", "debug", "experiment")
+    for group in ("arch", "device", "debug", "experiment", "recipe")
 }
 
 
