@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = "data_paths=[data/x]"
 PRESETS = {
     group: sorted(path.stem for path in (ROOT / "config" / group).glob("*.yaml"))
-    for group in ("arch", "device", "debug", "experiment", "recipe")
+    for group in ("arch", "arch/net", "arch/size", "device", "debug", "experiment", "recipe")
 }
 
 PROGRAM = """
@@ -142,7 +142,7 @@ ENTRY_MISTAKES = [
     (["--lr=1"], ["--lr", "lr=1"]),
     (["--multrun"], ["'--multirun'"]),
     (["--config-name", "cfg_pretran"], ["'cfg_pretran'", "cfg_pretrain"]),
-    (["nogroup/x=1"], ["'nogroup/x'", "arch, debug, device, experiment, recipe"]),
+    (["nogroup/x=1"], ["'nogroup/x'", "arch/net, arch/size, debug, device, experiment, recipe"]),
     (["hydra.nokey=1"], ["hydra.nokey"]),
     (["--cfg", "job", "lrr=1"], ["'lrr'", "'lr'"]),
 ]
