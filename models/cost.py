@@ -76,7 +76,7 @@ def layer_passes(config: Any) -> tuple[int, int, int]:
     """Blocks run in one ACT step, those that carry gradient, and ACT steps at most."""
     if not hasattr(config, "H_cycles"):
         return config.num_layers, config.num_layers, 1
-    per_cycle = (config.L_cycles + 1) * config.layers
+    per_cycle = (config.L_cycles + 1) * config.L_layers
     return (
         config.H_cycles * per_cycle,
         config.H_grad_cycles * per_cycle,
@@ -112,7 +112,7 @@ def refinement_passes(config: Any, trained_only: bool = False) -> int:
     """Blocks run after halting; `trained_only`: those of a training step."""
     if trained_only and not getattr(config, "post_refinement_train", False):
         return 0
-    return getattr(config, "post_refinement_steps", 0) * getattr(config, "layers", 0)
+    return getattr(config, "post_refinement_steps", 0) * getattr(config, "L_layers", 0)
 
 
 def reasoning_logits(config: Any) -> int:
@@ -302,7 +302,7 @@ def _activation_bytes(
     """
     width, passes = config.hidden_size, counted.gradient_passes
     passes += refinement_passes(config, trained_only=True)
-    layers = getattr(config, "layers", counted.layer_passes)
+    layers = getattr(config, "L_layers", counted.layer_passes)
     narrow = n.item < n.wide  # weights are cast for every use, and autograd keeps each copy
     block = _block_bytes(config, n, dense) * n.positions
     block += n.item * counted.core_parameters // layers if narrow else 0

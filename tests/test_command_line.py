@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = "data_paths=[data/x]"
 PRESETS = {
     group: sorted(path.stem for path in (ROOT / "config" / group).glob("*.yaml"))
-    for group in ("arch", "device", "debug", "experiment")
+    for group in ("arch", "arch/net", "arch/size", "device", "debug", "experiment", "recipe")
 }
 
 PROGRAM = """
@@ -134,6 +134,7 @@ def test_a_mistake_found_while_running(monkeypatch, capsys):
 
 ENTRY_MISTAKES = [
     (["arch=athena_trm_lrge"], ["did you mean 'arch=athena_trm_large'", "athena_trm_tiny", "trm"]),
+    (["recipe=null"], ["recipe=null", *PRESETS["recipe"]]),
     (["experiment=nothing"], ["'experiment=nothing'", *PRESETS["experiment"]]),
     (["data_paths=[a,", "b]"], ["data_paths=[a,", "has no ']'"]),
     (["lr", "=", "1"], ["'lr'", "key=value"]),
@@ -144,7 +145,7 @@ ENTRY_MISTAKES = [
     (["--lr=1"], ["--lr", "lr=1"]),
     (["--multrun"], ["'--multirun'"]),
     (["--config-name", "cfg_pretran"], ["'cfg_pretran'", "cfg_pretrain"]),
-    (["nogroup/x=1"], ["'nogroup/x'", "arch, debug, device, experiment"]),
+    (["nogroup/x=1"], ["'nogroup/x'", "arch/net, arch/size, debug, device, experiment, recipe"]),
     (["hydra.nokey=1"], ["hydra.nokey"]),
     (["--cfg", "job", "lrr=1"], ["'lrr'", "'lr'"]),
 ]

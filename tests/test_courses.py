@@ -124,8 +124,9 @@ def test_a_sweep_under_torchrun_makes_a_run_of_each_job(text_corpus, tmp_path):
     code, out, err = finish(
         start(
             "-m", f"data_paths=[{text_corpus}]", "lr=1e-3,2e-3", "device_type=cpu", "max_steps=3",
-            "arch=athena_trm_tiny", "arch.H_cycles=1", "arch.L_cycles=1", "global_batch_size=8",
-            "eval_max_batches=1", "project_name=sweep", f"hydra.sweep.dir={tmp_path / 'sweep'}",
+            "arch=athena_trm_tiny", "arch.H_cycles=1", "arch.L_cycles=1", "arch.L_layers=1",
+            "global_batch_size=8", "eval_max_batches=1", "project_name=sweep",
+            f"hydra.sweep.dir={tmp_path / 'sweep'}",
             f"checkpoint_path={tmp_path}/${{lr}}", ranks=2,
         )
     )  # fmt: skip

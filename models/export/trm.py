@@ -42,10 +42,8 @@ def write_file(model: nn.Module, file: Path) -> None:
 
 def options(config: Any) -> str:
     """What TRM's command line has to say for the same network."""
-    values = {name: getattr(config, name) for name in _NAMED} | {
-        "L_layers": config.layers,
-        "puzzle_emb_len": config.prefix_len,
-    }
+    values = {name: getattr(config, name) for name in _NAMED}
+    values["puzzle_emb_len"] = config.prefix_len
     said = [f"arch.{name}={value}" for name, value in values.items()]
     said += [
         f"+arch.{k}={getattr(config, k)}" for k, v in _UNNAMED.items() if getattr(config, k) != v

@@ -28,7 +28,7 @@ class AthenaTRMConfig(BackboneConfig):
 
     H_cycles: int = Field(3, ge=1, description="outer cycles of an ACT step")
     L_cycles: int = Field(6, ge=1, description="updates of z_L in an outer cycle")
-    L_layers: int | None = Field(None, ge=1, description="blocks of L_level; null: L_cycles")
+    L_layers: int = Field(2, ge=1, description="blocks of L_level")
     H_layers: int = Field(0, description="accepted for TRM's configs, without effect")
     H_grad_cycles: int = Field(1, ge=1, description="last outer cycles that carry gradient")
     mlp_t: bool = Field(False, description="mix positions by an MLP instead of attention")
@@ -54,10 +54,6 @@ class AthenaTRMConfig(BackboneConfig):
     )
 
     @property
-    def layers(self) -> int:
-        return self.L_layers or self.L_cycles
-
-    @property
     def max_eval_steps(self) -> int:
         """ACT steps that every row and rank runs in evaluation."""
         if self.eval_halting == "fixed" and self.eval_steps is not None:
@@ -67,8 +63,8 @@ class AthenaTRMConfig(BackboneConfig):
     def answer_passes(self, steps: int) -> tuple[int, int, int]:
         """Blocks run in `AthenaTRMInner.answer`: in the recursion, in one outer cycle of it, and
         in the refinement after it."""
-        cycle = (self.L_cycles + 1) * self.layers
-        return (steps * self.H_cycles * cycle, cycle, self.post_refinement_steps * self.layers)
+        cycle = (self.L_cycles + 1) * self.L_layers
+        return (steps * self.H_cycles * cycle, cycle, self.post_refinement_steps * self.L_layers)
 
     @model_validator(mode="after")
     def _steps_fit(self):
@@ -129,7 +125,7 @@ class AthenaTRMInner(Backbone):
         self.q_head = CastedLinear(config.hidden_size, 2, bias=True)
         mixer_size = config.prefix_len + config.seq_len if config.mlp_t else None
         self.L_level = ReasoningModule(
-            [self.make_block(mixer_size) for _ in range(config.layers)],
+            [self.make_block(mixer_size) for _ in range(config.L_layers)],
             config.norm_type,
             config.rms_norm_eps,
             config.use_gradient_checkpointing,

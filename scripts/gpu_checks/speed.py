@@ -24,6 +24,7 @@ MODELS = {
     "transformer": "arch=transformer arch.hidden_size=1024 arch.num_heads=16 arch.num_layers=12 "
     + _TEXT,
 }
+_SHALLOW = ["arch.H_cycles=2", "arch.L_cycles=2", "arch.L_layers=2"]
 _TINY = "global_batch_size=2 vocab_size=50 seq_len=32 arch.hidden_size=32 arch.num_heads=2"
 
 
@@ -82,7 +83,7 @@ def check_speed(session: Session) -> None:
         overrides = options.split()
         if session.tiny:
             overrides = [o for o in overrides if o.startswith("arch=")] + _TINY.split()
-            overrides += [] if model == "transformer" else ["arch.H_cycles=2", "arch.L_cycles=2"]
+            overrides += [] if model == "transformer" else _SHALLOW
         for way, compiled in session.ways().items():
             session.backend.forget_earlier_runs()
             time_step(session, f"{model}, {way}", session.config(*overrides, *compiled), peak)

@@ -41,7 +41,7 @@ def apply_trained_config(cfg: DictConfig, overrides: Sequence[str] | None = None
     file = source / "config.yaml"
     if overrides is None:
         overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    named = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    named = {re.split("[/=]", override.lstrip("+~"))[0] for override in overrides}
     if not file.is_file() or named & {"experiment", "debug"}:
         return cfg
     trained = yaml.safe_load(file.read_text("utf-8"))

@@ -36,7 +36,9 @@ CONFIG_NAME = "cfg_pretrain"
 SWEEPS = Path("checkpoints/sweeps")  # as hydra.sweep.dir says
 _HYDRA_VERSION = "1.3"  # the behaviour asked of Hydra; from 1.2 on it keeps the working directory
 
-_ASSIGNMENT = re.compile(r"(?P<plus>\+{0,2})(?P<key>[A-Za-z_]\w*(\.\w+)*)=(?P<value>.*)", re.DOTALL)
+_ASSIGNMENT = re.compile(
+    r"(?P<plus>\+{0,2})(?P<key>[A-Za-z_]\w*([./]\w+)*)=(?P<value>.*)", re.DOTALL
+)
 # Hydra's flags; those with True are followed by a value.
 _FLAGS = {
     "--help": False,
@@ -154,12 +156,11 @@ def _end(sentence: str) -> NoReturn:
 
 
 def _groups(folders: list[Path]) -> set[str]:
-    """Names of the config groups: the sub-folders of the config folders."""
+    """Return the names of the config groups: `arch`, `arch/net` and so on."""
     return {
-        path.name
+        path.relative_to(folder).as_posix()
         for folder in folders
-        if folder.is_dir()
-        for path in folder.iterdir()
+        for path in folder.rglob("*/")
         if path.is_dir()
     }
 
@@ -219,7 +220,7 @@ def _refuse_unknown(overrides: list[str], groups: set[str]) -> None:
     keys = list(PretrainConfig.model_fields)
     for match in filter(None, map(_ASSIGNMENT.fullmatch, overrides)):
         key = _full(match["key"]).split(".")[0]
-        if key not in (*keys, *groups, "hydra"):
+        if "/" not in key and key not in (*keys, *groups, "hydra"):
             raise UserError(f"unknown key '{key}': {did_you_mean(key, keys, keys)}")
 
 
@@ -247,14 +248,12 @@ def _normalised(overrides: list[str], groups: set[str], sweep: bool) -> list[str
     for override in overrides:
         match = _ASSIGNMENT.fullmatch(override)
         key = _full(match["key"]) if match else ""
-        if match is None or key.split(".")[0] == "hydra":
+        if match is None or key.startswith("hydra.") or ("/" in key and key not in groups):
             found.append(override)  # hydra/..., ~key, group@package: Hydra's own
         elif key not in groups:
             found.append(hydra_override(key, match["value"], sweep))
-        elif match["value"] == "null" and key == "arch":
-            raise UserError(
-                "arch=null: a run needs an architecture, " + ", ".join(_presets("arch"))
-            )
+        elif match["value"] == "null" and key in ("arch", "recipe"):
+            raise UserError(f"{key}=null: a run needs one of {', '.join(_presets(key))}")
         elif match["value"] != "null":
             found.append(f"{key}={match['value']}")
     return found

@@ -112,6 +112,8 @@ def _resume_rules(config: PretrainConfig) -> dict[str, str]:
 
 def _complete_arch(arch: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return an architecture and its loss with their defaults, and the options that are gone."""
+    if arch.get("L_layers", 0) is None:  # format 2: as many layers as inner cycles
+        arch = {**arch, "L_layers": arch["L_cycles"]}
     loss = gather_terms(arch["loss"])
     loss, gone = _complete(loss, _options_of(loss["name"]), "arch.loss.")
     for name, options in (loss.get("terms") or {}).items():

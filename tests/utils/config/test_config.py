@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 DATA = "data_paths=[data/x]"
 PRESETS = {
     group: sorted(path.stem for path in (ROOT / "config" / group).glob("*.yaml"))
-    for group in ("arch", "device", "debug", "experiment")
+    for group in ("arch", "device", "debug", "experiment", "recipe")
 }
 
 
@@ -65,8 +65,8 @@ def test_every_preset_is_a_valid_config(preset):
 def test_large_preset_has_the_published_values():
     arch = load("arch=athena_trm_large").arch.options
     published = dict(
-        hidden_size=2304, num_heads=36, expansion=4.5, H_cycles=7, L_cycles=5, halt_max_steps=48,
-        halt_exploration_prob=0.08, force_min_steps=4, no_ACT_continue=True,
+        hidden_size=2304, num_heads=36, expansion=4.5, H_cycles=7, L_cycles=5, L_layers=5,
+        halt_max_steps=48, halt_exploration_prob=0.08, force_min_steps=4, no_ACT_continue=True,
         forward_dtype="bfloat16", reasoning_seq_len=96, reasoning_vocab_size=32000,
         enable_reasoning_stream="auto", post_refinement_steps=4, puzzle_emb_ndim=1024,
         eval_halting="max",
@@ -286,7 +286,7 @@ def test_unknown_keys_name_the_nearest_valid_one(override, meant):
         ("domain_weights={web: -1}", ["domain_weights.web", "at least 0", "-1"]),
         ("arch.causal=5", ["arch.causal", "true or false", "5"]),
         ("arch.num_heads='36'", ["arch.num_heads", "a whole number", "'36'"]),
-        ("arch.L_layers=true", ["arch.L_layers", "a whole number or null", "true"]),
+        ("arch.L_layers=true", ["arch.L_layers", "a whole number", "true"]),
         ("arch.eval_halting=maxx", ["arch.eval_halting", "did you mean 'max'?"]),
         ("arch.loss=softmax", ["arch.loss", "'softmax'"]),
         ("arch.loss.loss_type=softmax", ["loss_type", "softmax_cross_entropy"]),

@@ -62,6 +62,16 @@ def test_a_key_that_is_gone_is_named_and_nothing_else_changes(config):
     assert {"flux", "spin"}.isdisjoint(arch.options | arch.loss.options)
 
 
+def test_layers_that_a_run_left_to_its_cycles_stay_their_number(config, text_run, tmp_path):
+    """L_layers=null meant L_cycles: such a run loads for use, and is resumed."""
+    saved = dump_config(config)
+    saved["arch"]["L_layers"] = None
+    assert changed_keys(config, saved) == ({}, [])
+    assert read_arch(saved["arch"] | {"L_cycles": 3})[0].options["L_layers"] == 3
+    run = altered(text_run, tmp_path / "before", arch={"L_layers": None})
+    assert len(load_language_model(run).model.inner.L_level.layers) == 2
+
+
 def test_an_option_may_count_as_another_value_in_runs_without_it(monkeypatch):
     """A default that is changed, or a new option whose default is not what the code used to do."""
 
