@@ -129,7 +129,8 @@ def take_steps(run: Run) -> None:
     state = run.state
     evaluate_if_due(run)
     while not run.schedule.over(state):
-        batches = run.stream.next(state.step + 1, state.halted)
+        progress = run.schedule.progress(state)
+        batches = run.stream.next(state.step + 1, state.halted, progress)
         if batches is None:
             break
         metrics, flags = train_batch(run, batches)

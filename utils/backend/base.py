@@ -44,9 +44,6 @@ class Backend:
 
     name = "cpu"
     collective = "gloo"
-    prefetch_to_device: Callable[[Iterable[Any]], Iterator[Any]] | None = None
-    """Gives items with their tensors on the device, made ready ahead of use; None: not needed."""
-
     capability: tuple[int, int] = (0, 0)
     """Compute capability of an NVIDIA GPU."""
     compiles_by_default = False

@@ -126,50 +126,36 @@ class Replica(Backend):
     def one_rank_at_a_time(self) -> AbstractContextManager:
         return _TURN
 
-    def to_device(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Plain transfers; what `prefetch_to_device` brought is there already."""
-        return {
-            k: v if isinstance(v, Tensor) else torch.from_numpy(v).to(self.device)
-            for k, v in batch.items()
-        }
-
     def batches(
         self, stream: Iterable[tuple[str, dict[str, Any], int]]
     ) -> Iterator[tuple[str, dict[str, Tensor], int]]:
-        """Through MpDeviceLoader, which moves the next batches while the device works."""
-        items = (
-            (name, {k: torch.from_numpy(v) for k, v in batch.items()}, count)
-            for name, batch, count in stream
-        )
-        return self.prefetch_to_device(items)
+        """Move batches with MpDeviceLoader, two ahead of their use.
 
-    def prefetch_to_device(self, items: Iterable[T]) -> Iterator[T]:
-        """Items with their CPU tensors on the device, two of them ahead of their use.
-
-        An error of `items` is raised here: the loader reads them in a thread, and would take it
-        for their end.
+        The loader reads `stream` in a thread and would take an error there for its end, so errors
+        are raised here.
         """
         from torch_xla.distributed.parallel_loader import MpDeviceLoader
 
         failures: list[BaseException] = []
 
-        def guarded() -> Iterator[T]:
+        def read() -> Iterator[tuple[str, dict[str, Tensor], int]]:
             try:
-                yield from items
+                for name, batch, count in stream:
+                    yield name, {k: torch.from_numpy(v) for k, v in batch.items()}, count
             except BaseException as error:
                 failures.append(error)
 
-        # batches_per_execution: the loader would run noted operations whenever it gives an item
+        # batches_per_execution: the loader would run pending operations whenever it gives an item
         loader = MpDeviceLoader(
-            guarded(),
+            read(),
             self.device,
             loader_prefetch_size=2,
             device_prefetch_size=2,
             batches_per_execution=1 << 62,
         )
-        iterator = iter(loader)
+        batches = iter(loader)
         try:
-            yield from iterator
+            yield from batches
         finally:
             loader._parallel_loader.close()
         if failures:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import yaml
@@ -16,7 +15,6 @@ from models.inference.loading import fitting_weights, load_anchor, open_tokenize
 from models.losses import ACTLossHead
 from sequence_dataset import TrainStream
 from utils.backend import Backend
-from utils.backend.feed_ahead import PresentAhead
 from utils.backend.memory import explain_out_of_memory
 from utils.checkpoint.format import Checkpoint
 from utils.config.saved import dump_config
@@ -54,7 +52,7 @@ class Run:
     data: Data
     folder: Path
     state: TrainState
-    stream: TrainStream | PresentAhead
+    stream: TrainStream
     micro_batches: int
     schedule: Schedule
     evaluators: list[Evaluator]
@@ -192,21 +190,19 @@ def load_pretrained(config: PretrainConfig, model: ACTLossHead, data: Data) -> t
 
 def create_stream(
     config: PretrainConfig, model: ACTLossHead, data: Data, backend: Backend, micro_batches: int
-) -> TrainStream | PresentAhead:
-    """Create the stream of training batches, read ahead to the device where that is possible."""
-    make = partial(
-        TrainStream.from_config,
+) -> TrainStream:
+    """Create the stream of training batches of this replica."""
+    architecture = model.model
+    return TrainStream.from_config(
         data.train,
         config,
-        model.model.config,  # the architecture's own, with its defaults
+        architecture.max_steps,
+        least_iterations=getattr(architecture.config, "force_min_steps", 1),
+        row_options=architecture.row_options,
         rank=backend.rank,
         world_size=backend.world_size,
         micro_batches=micro_batches,
     )
-    stream = make(num_workers=config.num_workers)
-    if config.feed == "present" and backend.prefetch_to_device is not None:
-        return PresentAhead(stream, make(num_workers=0), backend.prefetch_to_device)
-    return stream
 
 
 def create_log(

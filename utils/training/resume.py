@@ -9,6 +9,7 @@ import yaml
 from dataset.common import DatasetMetadata
 from models.build import create_model
 from models.inference.loading import settle_anchor, usable_dtype
+from sequence_dataset import drop_halted
 from utils.backend import Backend
 from utils.checkpoint import format as checkpoint
 from utils.checkpoint.format import Checkpoint
@@ -184,8 +185,7 @@ def restore(
         share = size // backend.world_size
         rows = opened.carry(range(backend.rank * share, (backend.rank + 1) * share))
     if rows is None and (flags := opened.carry(range(before), only="halted")) is not None:
-        places = zip(position["held_places"], flags["halted"].tolist(), strict=True)
-        position["held_places"] = [-1 if halted else place for place, halted in places]
+        position = drop_halted(position, flags["halted"].tolist())
     # First, because other corpora are the likeliest reason for weights of other shapes.
     stream.load_state_dict(position, restart_held=rows is None)
     values, _ = read_config(yaml.safe_load(opened.text("config.yaml")))

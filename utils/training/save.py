@@ -11,6 +11,7 @@ import yaml
 
 from evaluators.guard import FAILURES
 from models.source_code import source_files
+from sequence_dataset import drop_halted
 from utils.backend import Backend
 from utils.checkpoint import format as checkpoint
 from utils.checkpoint.writer import CheckpointWriter, Contents
@@ -183,10 +184,8 @@ class Saver:
             slots = [self.backend.rank * share, (self.backend.rank + 1) * share]
             shard = {"slots": slots, "carry": carry_rows(state.carries)}
         position = self.stream.state_dict()
-        if shard is None and config.feed == "consume":
-            # held rows restart, but those that have halted are done
-            places = zip(position["held_places"], state.halted.tolist(), strict=True)
-            position["held_places"] = [-1 if halted else place for place, halted in places]
+        if shard is None:  # held rows will restart
+            position = drop_halted(position, state.halted.tolist())
         tensors = state.tensors(keep=self.backend.is_main)
         if not self.backend.is_main:
             return Contents({}, {}, shard)
