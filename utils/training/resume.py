@@ -49,11 +49,16 @@ def prepare_resume(config: PretrainConfig, folder: Path, backend: Backend) -> Ch
     choose_dtype(config, backend, saved["arch"])
     settle_anchor(config, backend, saved["arch"]["loss"].get("kl_to"))
     check_unchanged(config, saved, opened)
-    if backend.is_main and not config.eval_only:
-        checkpoint.set_aside(folder, source, opened.json("state.json")["counters"]["step"])
-        checkpoint.note_start(folder, config.resume)
-    backend.barrier()
+    if not config.eval_only:
+        step = opened.json("state.json")["counters"]["step"]
+        backend.from_main(lambda: start_from(folder, source, step, config.resume))
     return opened
+
+
+def start_from(folder: Path, source: Path, step: int, resume: str) -> None:
+    """Prepare a run's folder for a course that starts from the checkpoint `source`, at `step`."""
+    checkpoint.set_aside(folder, source, step)
+    checkpoint.note_start(folder, resume)
 
 
 def choose_dtype(config: PretrainConfig, backend: Backend, saved: dict[str, Any] | None) -> None:
