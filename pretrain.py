@@ -233,7 +233,7 @@ def skip_update(run: Run) -> None:
     state.halted = run.backend.to_host(run.backend.all_gather(own.int())).astype(bool)
     run.report(f"step {state.step}: loss or gradient is not finite, update skipped")
     if state.nonfinite_in_a_row >= run.config.max_nonfinite:
-        run.saver.writer.settle()  # one may be in progress
+        run.saver.writer.wait()  # one may be in progress
         saved = checkpoint.checkpoints_of(run.folder)
         raise UserError(messages.describe_nonfinite(run.config, state.nonfinite_in_a_row, saved))
 

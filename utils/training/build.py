@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from dataset.tokens.tokenization import TextTokenizer
 from evaluators.interface import Evaluator
 from evaluators.loop import create_evaluators
@@ -17,7 +15,7 @@ from sequence_dataset import TrainStream
 from utils.backend import Backend
 from utils.backend.memory import explain_out_of_memory
 from utils.checkpoint.format import Checkpoint
-from utils.config.saved import dump_config
+from utils.config.saved import config_yaml, dump_config
 from utils.config.schema import PretrainConfig
 from utils.core.atomic import write_result
 from utils.core.clock import Clock
@@ -185,7 +183,7 @@ def load_pretrained(config: PretrainConfig, model: ACTLossHead, data: Data) -> t
         return f"weights of {config.load_checkpoint}", 0
     averaged = config.load_weights == "ema" and "ema.pt" in opened
     source = f"{'averaged' if averaged else 'raw'} weights of {opened.folder}"
-    return source, opened.json("state.json")["counters"]["step"]
+    return source, opened.state["counters"]["step"]
 
 
 def create_stream(
@@ -234,7 +232,7 @@ def write_config(config: PretrainConfig, folder: Path) -> None:
     if config.eval_only and path.exists():
         return
     with write_result(path, f"checkpoint_path={folder}: config.yaml") as part:
-        part.write_text(yaml.safe_dump(dump_config(config), sort_keys=False), encoding="utf-8")
+        part.write_text(config_yaml(config), encoding="utf-8")
 
 
 def check_early_stopping(
@@ -270,5 +268,5 @@ def read_micro_rows(resumed: Checkpoint | None, rows: int) -> int | None:
 
     None for a new run, or where they do not divide the `rows` of a rank (another world size).
     """
-    saved = resumed.json("state.json").get("micro_rows") if resumed is not None else None
+    saved = resumed.state.get("micro_rows") if resumed is not None else None
     return saved if saved is not None and rows % saved == 0 else None

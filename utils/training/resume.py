@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dataset.common import DatasetMetadata
 from models.build import create_model
 from models.inference.loading import settle_anchor, usable_dtype
-from sequence_dataset import drop_halted
+from sequence_dataset import TrainStream, drop_halted
 from utils.backend import Backend
 from utils.checkpoint import format as checkpoint
 from utils.checkpoint.format import Checkpoint
@@ -18,10 +17,7 @@ from utils.config.schema import OptimizerConfig, PretrainConfig
 from utils.core.console import notify
 from utils.core.errors import UserError
 from utils.training.optimizers import share_moments
-from utils.training.save import Resumable
 from utils.training.state import TrainState
-
-READABLE = (2, 3)  # formats of checkpoints; 2 named latents and memory after AthenaTRM's fields
 
 
 def prepare_resume(config: PretrainConfig, folder: Path, backend: Backend) -> Checkpoint | None:
@@ -40,17 +36,17 @@ def prepare_resume(config: PretrainConfig, folder: Path, backend: Backend) -> Ch
     if backend.is_main:
         print(f"resuming from {source}", flush=True)
     opened = Checkpoint(source)
-    if opened.json("state.json").get("format") not in READABLE:
+    if opened.state.get("format") not in checkpoint.READABLE:
         raise UserError(
             f"{source} was written by an incompatible version of Athena and cannot be resumed; "
             f"start a new run from its weights with load_checkpoint={source}"
         )
-    saved = yaml.safe_load(opened.text("config.yaml"))
+    saved = opened.config
     choose_dtype(config, backend, saved["arch"])
     settle_anchor(config, backend, saved["arch"]["loss"].get("kl_to"))
     check_unchanged(config, saved, opened)
     if not config.eval_only:
-        step = opened.json("state.json")["counters"]["step"]
+        step = opened.state["counters"]["step"]
         backend.from_main(lambda: start_from(folder, source, step, config.resume))
     return opened
 
@@ -173,7 +169,7 @@ def match_weights(config: PretrainConfig, opened: Checkpoint) -> bool:
 def restore(
     config: PretrainConfig,
     state: TrainState,
-    stream: Resumable,
+    stream: TrainStream,
     backend: Backend,
     opened: Checkpoint,
     folder: Path,
@@ -183,7 +179,7 @@ def restore(
 
     An evaluation that was finished at that step counts as done.
     """
-    saved = opened.json("state.json")
+    saved = opened.state
     position, rows = saved["stream"], None
     size, before = config.global_batch_size, position["global_batch_size"]
     if config.checkpoint_carry and size == before:
@@ -193,14 +189,14 @@ def restore(
         position = drop_halted(position, flags["halted"].tolist())
     # First, because other corpora are the likeliest reason for weights of other shapes.
     stream.load_state_dict(position, restart_held=rows is None)
-    values, _ = read_config(yaml.safe_load(opened.text("config.yaml")))
+    values, _ = read_config(opened.config)
     kept = share_moments(config.optimizer, OptimizerConfig.model_validate(values["optimizer"]))
     if not state.load_tensors(opened, moments=kept) and backend.is_main:
         print("note: the checkpoint has no moments for this optimizer, they start from zero")
     state.load_counters(saved["counters"])
     done = None
     if backend.is_main and opened.folder.parent.resolve() == folder.resolve():
-        done = checkpoint.noted_evaluation(folder, state.step)
+        done = checkpoint.read_evaluation(folder, state.step)
     if (done := backend.broadcast_object(done)) is not None:
         state.load_counters(done)
         state.evaluated_step = state.step
