@@ -129,7 +129,8 @@ def take_steps(run: Run) -> None:
     state = run.state
     evaluate_if_due(run)
     while not run.schedule.over(state):
-        batches = run.stream.next(state.step + 1, state.halted)
+        progress = run.schedule.progress(state)
+        batches = run.stream.next(state.step + 1, state.halted, progress)
         if batches is None:
             break
         options = draw_step_options(run)
@@ -245,7 +246,7 @@ def skip_update(run: Run) -> None:
     state.halted = run.backend.to_host(run.backend.all_gather(own.int())).astype(bool)
     run.report(f"step {state.step}: loss or gradient is not finite, update skipped")
     if state.nonfinite_in_a_row >= run.config.max_nonfinite:
-        run.saver.writer.settle()  # one may be in progress
+        run.saver.writer.wait()  # one may be in progress
         saved = checkpoint.checkpoints_of(run.folder)
         raise UserError(messages.describe_nonfinite(run.config, state.nonfinite_in_a_row, saved))
 

@@ -5,7 +5,8 @@ devices. Training order is a pure function of (seed, epoch, position), so a run 
 few numbers at any world size and micro-batch count, without storing a shuffled index.
 """
 
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,27 @@ from utils.config.schema import IterationCurriculumConfig, PretrainConfig
 from utils.core.errors import UserError
 from utils.corpus.corpora import Corpora, did_you_mean
 from utils.corpus.curriculum import scale_budgets
-from utils.corpus.order import RELABEL, ExampleOrder, Examples, Position, sample_exploration
+from utils.corpus.order import RELABEL, ROW_OPTIONS, ExampleOrder, Examples, Position, step_rng
 from utils.corpus.permutation import hash64
-from utils.corpus.read_ahead import InPlace, ReadAhead
+from utils.corpus.read_ahead import Read, Source, open_source
 from utils.corpus.row_reader import Batch, RowReader, document_starts, relabel
 
 __all__ = [
+    "ConsumeFeed",
     "Corpora",
     "EvalStream",
+    "PresentFeed",
     "TrainStream",
     "document_starts",
+    "drop_halted",
     "relabel",
-    "sample_exploration",
 ]
+
+Part = tuple[np.ndarray, Batch]
+"""Local slots of a rank (n,), ascending, and the rows (n, ...) that enter them."""
+
+RowOptions = Callable[[float, np.random.Generator, int], dict[str, np.ndarray]]
+"""`Architecture.row_options`: (progress, rng, slots of all ranks) -> arrays of one entry a slot."""
 
 
 def _normalize_weights(weights: Mapping[str, float], corpora: Corpora) -> dict[str, float]:
@@ -63,13 +72,220 @@ def _get_rank_slots(global_batch_size: int, rank: int, world_size: int, parts: i
     return slice(rank * share, (rank + 1) * share)
 
 
-class TrainStream:
-    """Feeds `global_batch_size` slots, of which this rank owns a fixed range.
+def _count_draws(corpora: Corpora, epochs: float, max_draws: int | None) -> float:
+    """Return the number of groups that a run enters, before rounding."""
+    if not 0 < epochs < float("inf"):
+        raise UserError(f"epochs is {epochs}; it must be positive and finite.")
+    draws = min(epochs * corpora.num_groups, float("inf") if max_draws is None else max_draws)
+    if round(draws) < 1:
+        raise UserError(
+            f"{epochs} epochs of {corpora.num_groups} groups amount to less than one group; "
+            "raise epochs."
+        )
+    return draws
 
-    With `feed="consume"`, a slot takes the next example of the stream once its current one has
-    halted; occupied slots get ignored rows, and slots drain after the last example. With
-    `feed="present"`, every step is a full new batch and the run has TRM's number of steps
-    (`total_steps`).
+
+class Feed(ABC):
+    """Enters the examples of a run into slots of the global batch, in order.
+
+    Args:
+        order: order of the run's examples.
+        source: provides their rows, in that order.
+        size: slots of all ranks.
+        slots: those of this rank.
+    """
+
+    total_steps: int | None = None
+    """Number of steps of the run, if it is known in advance."""
+
+    def __init__(self, order: ExampleOrder, source: Source, size: int, slots: slice):
+        self._order, self._source, self._size, self._slots = order, source, size, slots
+        self.position = Position()
+        self.examples_entered = 0
+        """Number of examples that have entered slots so far."""
+
+    @property
+    @abstractmethod
+    def progress(self) -> float:
+        """Progress of the run in 0..1."""
+
+    @abstractmethod
+    def next(self, halted: np.ndarray) -> list[Part] | None:
+        """Advance by one step and return what enters this rank's slots; None at the end.
+
+        halted: (G,) bool, halted flags of the slots of all ranks.
+        """
+
+    def close(self) -> None:
+        """Drop prefetched examples and stop the prefetching threads."""
+        self._source.close()
+        self._source.restart(self.position)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to resume, as JSON values; the same on all ranks."""
+        return {
+            "global_batch_size": self._size,
+            "position": self.position.entered,
+            "offset": self.position.offset,
+            "examples_entered": self.examples_entered,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, restart_held: bool) -> None:
+        """Resume from `state`, at any number of slots; see `TrainStream.load_state_dict`."""
+        self.position = Position(int(state["position"]), int(state["offset"]))
+        self._source.restart(self.position)
+        self.examples_entered = int(state["examples_entered"])
+
+    def _take(self, count: int) -> Examples:
+        """Take the next examples; fewer than `count` only at the end of the order."""
+        examples = self._source.take(count)
+        if len(examples):
+            self.position = examples.end
+        return examples
+
+    def _select_rank_rows(self, slots: np.ndarray) -> Part:
+        """Return this rank's part of the examples that were taken last and enter `slots`."""
+        own = np.flatnonzero(self._is_own(slots))
+        return slots[own] - self._slots.start, self._source.rows(own)
+
+    def _is_own(self, slots: np.ndarray) -> np.ndarray:
+        return (slots >= self._slots.start) & (slots < self._slots.stop)
+
+
+class ConsumeFeed(Feed):
+    """A freed slot takes the next example; the run ends when the slots have drained.
+
+    Freed slots are filled in ascending order, occupied ones get no rows.
+
+    Args:
+        order: order of the run's examples, limited to the groups that the run enters.
+        read: returns the rows of any examples.
+        workers: threads that prefetch rows.
+    """
+
+    def __init__(self, order: ExampleOrder, read: Read, size: int, slots: slice, workers: int):
+        # An example may enter a slot of any rank, so every rank reads ahead for all of them.
+        chunk = -(-size // max(4, 2 * workers))
+        source = open_source(order, read, workers, chunk=chunk, ahead=size)
+        super().__init__(order, source, size, slots)
+        assert order.limit is not None
+        self._read, self._total_groups = read, order.limit
+        # The example in each slot, as its place in the order and its row; place -1 for none.
+        self._held_place = np.full(size, -1, np.int64)
+        self._held_offset = np.zeros(size, np.int64)
+        # Examples to enter again before any new one, as (place, offset).
+        self._again: list[tuple[int, int]] = []
+
+    @property
+    def progress(self) -> float:
+        """Groups entered over their total."""
+        return min(1.0, self.position.entered / self._total_groups)
+
+    @property
+    def occupied(self) -> np.ndarray:
+        """Which slots contain an example, (G,) bool."""
+        return self._held_place >= 0
+
+    def next(self, halted: np.ndarray) -> list[Part] | None:
+        parts, freed = [], np.flatnonzero(halted)
+        self._held_place[freed] = -1
+        if self._again:
+            slots, freed = np.split(freed, [len(self._again)])
+            parts.append(self._enter_again(slots))
+        examples = self._take(freed.size)
+        slots = freed[: len(examples)]
+        self._held_place[slots], self._held_offset[slots] = examples.place, examples.offset
+        self.examples_entered += slots.size
+        if slots.size < freed.size:  # only puzzles without rows can remain
+            self.position = Position(max(self.position.entered, self._total_groups))
+        parts.append(self._select_rank_rows(slots))
+        return parts if self.occupied.any() else None
+
+    def _enter_again(self, slots: np.ndarray) -> Part:
+        """Fill `slots` with examples that restart, and return this rank's part."""
+        again, self._again = self._again[: slots.size], self._again[slots.size :]
+        self._held_place[slots], self._held_offset[slots] = np.array(again).reshape(-1, 2).T
+        own = slots[self._is_own(slots)]
+        examples = self._order.at(self._held_place[own], self._held_offset[own])
+        return own - self._slots.start, self._read(examples)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {
+            "again": [list(example) for example in self._again],
+            "held_places": self._held_place.tolist(),
+            "held_offsets": self._held_offset.tolist(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, restart_held: bool) -> None:
+        super().load_state_dict(state, restart_held=restart_held)
+        self._again = [(place, offset) for place, offset in state.get("again", ())]
+        if state["global_batch_size"] == self._size and not restart_held:
+            self._held_place = np.array(state["held_places"], np.int64)
+            self._held_offset = np.array(state["held_offsets"], np.int64)
+            return
+        self._held_place = np.full(self._size, -1, np.int64)
+        self._held_offset = np.zeros(self._size, np.int64)
+        held = zip(state["held_places"], state["held_offsets"], strict=True)
+        self._again = [example for example in held if example[0] >= 0] + self._again
+
+
+class PresentFeed(Feed):
+    """Every step is a full batch of the next examples, as in TRM; occupied slots ignore theirs.
+
+    Args:
+        order: order of the run's examples, without a limit.
+        read: returns the rows of any examples.
+        workers: threads that prefetch rows.
+        rows: number of rows of the whole run; their full batches are its steps.
+    """
+
+    def __init__(
+        self, order: ExampleOrder, read: Read, size: int, slots: slice, workers: int, rows: float
+    ):
+        # Example i enters slot i, so only this rank's rows are read.
+        source = open_source(order, read, workers, chunk=size, ahead=size * workers, keep=slots)
+        super().__init__(order, source, size, slots)
+        self._rows, self._steps = rows, 0
+        self._other_sizes = (0, 0)  # steps, and their rows, before global_batch_size changed
+
+    @property
+    def total_steps(self) -> int:  # type: ignore[override]
+        steps, rows = self._other_sizes
+        return steps + max(0, int((self._rows - rows) / self._size))
+
+    @property
+    def progress(self) -> float:
+        """Steps taken over their total."""
+        return min(1.0, self._steps / self.total_steps)
+
+    def next(self, halted: np.ndarray) -> list[Part] | None:
+        if self._steps >= self.total_steps:
+            return None
+        self._steps += 1
+        self.examples_entered += int(halted.sum())
+        self._take(self._size)
+        return [self._select_rank_rows(np.arange(self._size))]
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {
+            "steps": self._steps,
+            "other_sizes": list(self._other_sizes),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, restart_held: bool) -> None:
+        super().load_state_dict(state, restart_held=restart_held)
+        self._steps = int(state["steps"])
+        steps, rows = state.get("other_sizes", (0, 0))
+        if (size := state["global_batch_size"]) != self._size:
+            steps, rows = self._steps, rows + (self._steps - steps) * size
+        self._other_sizes = (steps, rows)
+
+
+class TrainStream:
+    """Yields this rank's rows of the training batches, which a feed fills slot by slot.
+
+    `feed="consume"` is a `ConsumeFeed`, `feed="present"` a `PresentFeed`. All rows without an
+    example are ignored rows, so that shapes are static.
 
     A visit to a group yields one of its puzzles and all rows of that puzzle. Position is counted
     in groups entered; a partially entered puzzle is resumed at an offset.
@@ -77,13 +293,13 @@ class TrainStream:
     Args:
         epochs: passes over all groups; may be a fraction.
         domain_weights: share of each domain in the draws; None draws every group once per epoch.
-        min_iterations, max_iterations: lower and upper bounds of budgets (`halt_max_steps`).
+        min_iterations, max_iterations: lower and upper bounds of budgets.
         rank, world_size, micro_batches: select the slots that `next` returns.
-        explore_prob, explore_max: see `sample_exploration`.
+        row_options: draws further entries of each step's batch; None: there are none.
         document_starts: add `document_starts` to batches (if the corpora have an eos).
         max_draws: end after this many groups, if that is earlier.
         curriculum: reduces the budgets of rows that enter early, to no less than
-            `least_iterations`; depends on `progress`, or on the step over `max_steps` if larger.
+            `least_iterations`.
         num_workers: threads that prefetch examples; 0 reads them in `next`. Neither the output of
             `next` nor the position depends on it.
     """
@@ -102,90 +318,47 @@ class TrainStream:
         rank: int = 0,
         world_size: int = 1,
         micro_batches: int = 1,
-        explore_prob: float = 0.0,
-        explore_max: int = 1,
+        row_options: RowOptions | None = None,
         document_starts: bool = True,
         max_draws: int | None = None,
         curriculum: IterationCurriculumConfig | None = None,
         least_iterations: int = 1,
-        max_steps: int | None = None,
         num_workers: int = 0,
     ):
         if feed not in ("consume", "present"):
             raise UserError(f"feed is {feed!r}; it must be 'consume' or 'present'.")
-        self._slots = _get_rank_slots(global_batch_size, rank, world_size, micro_batches)
+        slots = _get_rank_slots(global_batch_size, rank, world_size, micro_batches)
         self._weights = _normalize_weights(domain_weights, corpora) if domain_weights else None
         self._reader = RowReader(corpora, min_iterations, max_iterations, document_starts)
-        self._corpora, self._seed, self._feed = corpora, seed, feed
-        self._size, self._micro_batches = global_batch_size, micro_batches
-        self._explore = (explore_prob, explore_max)
-        self._curriculum, self._max_steps = curriculum, max_steps
+        self._corpora, self._seed, self._feed_name = corpora, seed, feed
+        self._size, self._slots, self._micro_batches = global_batch_size, slots, micro_batches
+        self._row_options, self._curriculum = row_options, curriculum
         self._least = max(1, least_iterations, min_iterations or 1)
         if curriculum is not None and not corpora.has_targets:
             raise UserError(
                 "iteration_curriculum scales iteration budgets, but no corpus in data_paths has "
                 "iteration_targets.npy; build a corpus with budgets, or set it to null."
             )
-
-        self._other_sizes = (0, 0)  # steps, and their rows, before global_batch_size changed
-        self.total_groups, self._draws = self._totals(epochs, max_draws)
-        self.total_steps = self._total_steps()
-        if self.total_steps is not None and self.total_steps < 1:
+        draws = _count_draws(corpora, epochs, max_draws)
+        limit = round(draws) if feed == "consume" else None
+        order = ExampleOrder(corpora, seed, self._weights, limit)
+        self._feed: ConsumeFeed | PresentFeed
+        if feed == "consume":
+            self._feed = ConsumeFeed(order, self._read, global_batch_size, slots, num_workers)
+            return
+        rows = draws * corpora.metadata.mean_puzzle_examples
+        self._feed = PresentFeed(order, self._read, global_batch_size, slots, num_workers, rows)
+        if self._feed.total_steps < 1:
             raise UserError(
                 f"{epochs} epochs of {corpora.num_groups} groups do not fill one batch of "
                 f"{global_batch_size} (feed=present); raise epochs or lower global_batch_size."
             )
-        limit = self.total_groups if feed == "consume" else None
-        self._order = ExampleOrder(corpora, seed, self._weights, limit)
-        self._source = self._make_row_source(num_workers)
-        self._position = Position()
-        self.examples_entered = 0
-        """Number of examples that have entered slots so far."""
-        self._steps = 0  # batches drawn so far
-        # The example in each slot, as its place in the stream; -1 for none.
-        self._held_place = np.full(global_batch_size, -1, np.int64)
-        self._held_offset = np.zeros(global_batch_size, np.int64)
-        # Examples to enter again before any new one, as (place, offset).
-        self._again: list[tuple[int, int]] = []
-
-    def _totals(self, epochs: float, max_draws: int | None) -> tuple[int, float]:
-        """Return the number of groups that the run enters, rounded and exact."""
-        if not 0 < epochs < float("inf"):
-            raise UserError(f"epochs is {epochs}; it must be positive and finite.")
-        groups = self._corpora.num_groups
-        draws = min(epochs * groups, float("inf") if max_draws is None else max_draws)
-        if round(draws) < 1:
-            raise UserError(
-                f"{epochs} epochs of {groups} groups amount to less than one group; raise epochs."
-            )
-        return round(draws), draws
-
-    def _total_steps(self) -> int | None:
-        """Return TRM's number of steps under `present`, else None."""
-        if self._feed == "consume":
-            return None
-        steps, rows = self._other_sizes
-        left = self._draws * self._corpora.metadata.mean_puzzle_examples - rows
-        return steps + max(0, int(left / self._size))
-
-    def _make_row_source(self, workers: int) -> InPlace | ReadAhead:
-        if workers == 0:
-            return InPlace(self._order, self._read)
-        size = self._size
-        if self._feed == "present":  # example i enters slot i, so only this rank's are read
-            chunk, ahead, keep = size, size * workers, self._slots
-        else:  # an example may enter a slot of any rank
-            chunk, ahead, keep = -(-size // max(4, 2 * workers)), size, slice(None)
-        return ReadAhead(
-            self._order, self._read, workers=workers, chunk=chunk, ahead=ahead, keep=keep
-        )
 
     @classmethod
     def from_config(
-        cls, corpora: Corpora, config: PretrainConfig, arch: Any, **options: Any
+        cls, corpora: Corpora, config: PretrainConfig, max_iterations: int, **options: Any
     ) -> "TrainStream":
-        """Build a run's stream from its config; `arch` is the model config, `options` the rest."""
-        steps = getattr(arch, "halt_max_steps", None)  # plain decoders have no budgets
+        """Build a run's stream from its config; `options` are the other arguments."""
         weights = config.domain_weights
         return cls(
             corpora,
@@ -195,19 +368,16 @@ class TrainStream:
             feed=config.feed,
             domain_weights=corpora.recorded_weights() if weights is None else weights,
             min_iterations=config.min_iterations,
-            max_iterations=steps,
-            explore_prob=getattr(arch, "halt_exploration_prob", 0.0),
-            explore_max=steps or 1,
+            max_iterations=max_iterations,
             curriculum=config.iteration_curriculum,
-            least_iterations=getattr(arch, "force_min_steps", 1),
-            max_steps=config.max_steps,
+            num_workers=config.num_workers,
             **options,
         )
 
     @property
     def position(self) -> int:
         """Groups entered so far."""
-        return self._position.entered
+        return self._feed.position.entered
 
     @property
     def epoch(self) -> float:
@@ -217,103 +387,58 @@ class TrainStream:
     @property
     def progress(self) -> float:
         """Progress of the run in 0..1: groups entered (under `present`: steps) over their total."""
-        if self.total_steps is not None:
-            return min(1.0, self._steps / self.total_steps)
-        return min(1.0, self.position / self.total_groups)
+        return self._feed.progress
+
+    @property
+    def total_steps(self) -> int | None:
+        """TRM's number of steps under `present`, else None."""
+        return self._feed.total_steps
+
+    @property
+    def examples_entered(self) -> int:
+        """Number of examples that have entered slots so far."""
+        return self._feed.examples_entered
 
     @property
     def occupied(self) -> np.ndarray:
-        """Which slots contain an example (under `consume`), (G,) bool."""
-        return self._held_place >= 0
+        """Which slots contain an example, (G,) bool; under `consume` alone."""
+        assert isinstance(self._feed, ConsumeFeed)
+        return self._feed.occupied
 
-    def next(self, step: int, halted: np.ndarray) -> list[Batch] | None:
+    def next(self, step: int, halted: np.ndarray, progress: float = 0.0) -> list[Batch] | None:
         """Return this rank's micro-batches for optimizer step `step`; None at the end of the run.
 
         Args:
-            step: optimizer step, from 1; seeds the exploration.
+            step: optimizer step, from 1; seeds the row options.
             halted: (G,) bool, halted flags of all slots of all ranks; all True at the start.
+            progress: progress of the run by limits other than this stream's, before the step.
         """
         halted = np.asarray(halted, dtype=bool)
         assert halted.shape == (self._size,), f"halted is {halted.shape}, not ({self._size},)"
-        done = max(self.progress, (step - 1) / self._max_steps if self._max_steps else 0.0)
-        parts = self._feed_all(halted) if self._feed == "present" else self._feed_freed(halted)
+        progress = max(self.progress, progress)
+        parts = self._feed.next(halted)
         if parts is None:
             return None
         if self._curriculum is not None:
             for _, rows in parts:
                 whole = rows["iteration_targets"]
                 rows["iteration_targets"] = scale_budgets(
-                    whole, self._curriculum, done, self._least
+                    whole, self._curriculum, progress, self._least
                 )
         batch = self._reader.scatter(parts, self._slots.stop - self._slots.start)
-        if self._explore[0] > 0:
-            batch["explore"] = sample_exploration(self._seed, step, self._size, *self._explore)[
-                self._slots
-            ]
+        if self._row_options is not None:
+            rng = step_rng(self._seed, step, ROW_OPTIONS)
+            drawn = self._row_options(progress, rng, self._size)
+            batch |= {name: values[self._slots] for name, values in drawn.items()}
         size = len(batch["inputs"]) // self._micro_batches
         return [
             {name: values[start : start + size] for name, values in batch.items()}
             for start in range(0, size * self._micro_batches, size)
         ]
 
-    def skip_batch(self, halted: np.ndarray) -> bool:
-        """Advance like `next` under `present`, without reading; return False at the end."""
-        assert self._feed == "present", self._feed
-        return self._enter_all(np.asarray(halted, dtype=bool)) is not None
-
     def close(self) -> None:
         """Drop prefetched examples and stop the prefetching threads."""
-        self._source.close()
-        self._source.restart(self._position)
-
-    def _feed_all(self, halted: np.ndarray) -> list[tuple[np.ndarray, Batch]] | None:
-        """Under `present`: return the rows of this rank and their slots; None at the end."""
-        taken = self._enter_all(halted)
-        return None if taken is None else [self._select_rank_rows(taken)]
-
-    def _enter_all(self, halted: np.ndarray) -> np.ndarray | None:
-        """Under `present`: fill all slots with the next examples and return the slots, or None."""
-        if self.total_steps is None or self._steps >= self.total_steps:
-            return None
-        self._steps += 1
-        self.examples_entered += int(halted.sum())
-        return self._enter(np.arange(self._size))
-
-    def _feed_freed(self, halted: np.ndarray) -> list[tuple[np.ndarray, Batch]] | None:
-        """Under `consume`: return the rows for this rank's freed slots; None at the end."""
-        parts, freed = [], np.flatnonzero(halted)
-        self._held_place[freed] = -1
-        if self._again:
-            slots, freed = np.split(freed, [len(self._again)])
-            again, self._again = self._again[: slots.size], self._again[slots.size :]
-            self._held_place[slots], self._held_offset[slots] = np.array(again).reshape(-1, 2).T
-            own = slots[self._is_own(slots)]
-            examples = self._order.at(self._held_place[own], self._held_offset[own])
-            parts.append((own - self._slots.start, self._read(examples)))
-        parts.append(self._select_rank_rows(self._enter(freed)))
-        self._steps += 1
-        return parts if self.occupied.any() else None
-
-    def _enter(self, slots: np.ndarray) -> np.ndarray:
-        """Fill `slots` with the next examples, in order, and return the slots that got one."""
-        examples = self._source.take(slots.size)
-        taken = slots[: len(examples)]
-        self._held_place[taken], self._held_offset[taken] = examples.place, examples.offset
-        if len(examples):
-            self._position = examples.end
-        if len(examples) < slots.size:  # only puzzles without rows can remain
-            self._position = Position(max(self.position, self.total_groups))
-        if self._feed == "consume":
-            self.examples_entered += taken.size
-        return taken
-
-    def _select_rank_rows(self, taken: np.ndarray) -> tuple[np.ndarray, Batch]:
-        """Return the local indices (n,) and the rows (n, ..) of this rank's slots in `taken`."""
-        mine = np.flatnonzero(self._is_own(taken))
-        return taken[mine] - self._slots.start, self._source.rows(mine)
-
-    def _is_own(self, slots: np.ndarray) -> np.ndarray:
-        return (slots >= self._slots.start) & (slots < self._slots.stop)
+        self._feed.close()
 
     def _read(self, examples: Examples) -> Batch:
         """Read the rows of examples; a pure function, called from several threads."""
@@ -327,23 +452,13 @@ class TrainStream:
         return {
             "fingerprint": self._corpora.fingerprint,
             "seed": self._seed,
-            "feed": self._feed,
+            "feed": self._feed_name,
             "domain_weights": self._weights,
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to resume, as JSON values; the same on all ranks."""
-        return self._identity() | {
-            "global_batch_size": self._size,
-            "other_sizes": list(self._other_sizes),
-            "again": [list(example) for example in self._again],
-            "position": self.position,
-            "offset": self._position.offset,
-            "steps": self._steps,
-            "examples_entered": self.examples_entered,
-            "held_places": self._held_place.tolist(),
-            "held_offsets": self._held_offset.tolist(),
-        }
+        return self._identity() | self._feed.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], *, restart_held: bool = False) -> None:
         """Resume from `state`, at any world size and micro-batch count.
@@ -369,26 +484,18 @@ class TrainStream:
                     f"{now}; change it back, or start a new run from the weights with "
                     "load_checkpoint=<run directory>."
                 )
-        self._position = Position(int(state["position"]), int(state["offset"]))
-        self._source.restart(self._position)
-        self._steps = int(state["steps"])
-        self.examples_entered = int(state["examples_entered"])
-        self._again = [(place, offset) for place, offset in state.get("again", ())]
-        steps, rows = state.get("other_sizes", (0, 0))
-        size = state["global_batch_size"]
-        if size != self._size:
-            steps, rows = self._steps, rows + (self._steps - steps) * size
-        self._other_sizes = (steps, rows)
-        self.total_steps = self._total_steps()
-        if size == self._size and not (restart_held and self._feed == "consume"):
-            self._held_place = np.array(state["held_places"], np.int64)
-            self._held_offset = np.array(state["held_offsets"], np.int64)
-            return
-        self._held_place = np.full(self._size, -1, np.int64)
-        self._held_offset = np.zeros(self._size, np.int64)
-        if self._feed == "consume":
-            held = zip(state["held_places"], state["held_offsets"], strict=True)
-            self._again = [example for example in held if example[0] >= 0] + self._again
+        self._feed.load_state_dict(state, restart_held=restart_held)
+
+
+def drop_halted(state: dict[str, Any], halted: Sequence[bool]) -> dict[str, Any]:
+    """Return the `state_dict` of a stream without the examples in halted slots, which are done.
+
+    halted: (G,) flags. Needed where held examples will restart; `present` holds none.
+    """
+    if "held_places" not in state:
+        return state
+    places = zip(state["held_places"], halted, strict=True)
+    return state | {"held_places": [-1 if free else place for place, free in places]}
 
 
 class EvalStream:
@@ -418,11 +525,16 @@ class EvalStream:
 
     @classmethod
     def from_config(
-        cls, corpora: Corpora, config: PretrainConfig, arch: Any, rows: int, **options: Any
+        cls,
+        corpora: Corpora,
+        config: PretrainConfig,
+        max_iterations: int,
+        rows: int,
+        **options: Any,
     ) -> "EvalStream":
         """Build a run's evaluation stream, in batches of `rows` over all ranks.
 
-        `arch` is the model config.
+        `options` are the other arguments.
         """
         most = config.eval_max_batches
         if most is not None:  # keep the number of rows, whatever the actual batch size
@@ -432,7 +544,7 @@ class EvalStream:
             global_batch_size=rows,
             max_batches=most,
             min_iterations=config.min_iterations,
-            max_iterations=getattr(arch, "halt_max_steps", None),
+            max_iterations=max_iterations,
             **options,
         )
 

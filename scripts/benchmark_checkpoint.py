@@ -67,7 +67,7 @@ def main() -> None:
 
         def save_and_wait() -> None:
             save()
-            writer.settle()
+            writer.wait()
 
         for _ in range(args.rounds):
             seconds["copy alone"].append(timed(copied))
@@ -75,7 +75,7 @@ def main() -> None:
             seconds["save in the background"].append(timed(save))
             while not writer.done:
                 seconds["step while writing"].append(timed(step))
-            writer.settle()
+            writer.wait()
             seconds["save, waited for"].append(timed(save_and_wait))
         size = sum(p.stat().st_size for p in Path(folder).rglob("*.pt"))
         writer.close()

@@ -137,7 +137,7 @@ def resume_lines(folder: Path) -> Iterator[Line]:
         return [
             TrainStream(
                 corpora, global_batch_size=size, seed=3, epochs=2, rank=rank, world_size=world,
-                num_workers=workers, explore_prob=0.1, explore_max=8,
+                num_workers=workers,
             )
             for rank in range(world)
         ]  # fmt: skip

@@ -15,8 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from models import cost
-from utils.backend.base import free_host_memory
 from utils.backend.cuda import BF16_PEAK
+from utils.backend.memory import free_host_memory
 from utils.checkpoint.run_config import apply_trained_config
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.config.schema import PositiveFloat, PositiveInt

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset.common import IGNORE_LABEL_ID
+from models.recursive_reasoning.athena_trm import AthenaTRM
 from sequence_dataset import TrainStream
 
 S, VOCAB, PAD, EOS = 12, 60, 0, 1
@@ -155,6 +156,14 @@ def write_windows(
 def stream_of(corpora, **options) -> TrainStream:
     options = {"global_batch_size": 8, "seed": 5, "epochs": 2} | options
     return TrainStream(corpora, **options)
+
+
+def exploration(chance: float, most: int):
+    """Return `row_options` of an AthenaTRM that explores."""
+    options = dict(hidden_size=8, num_heads=1, expansion=1, H_cycles=1, L_cycles=1)
+    sizes = dict(batch_size=1, seq_len=S, vocab_size=VOCAB, num_puzzle_identifiers=1)
+    halting = dict(halt_exploration_prob=chance, halt_max_steps=most)
+    return AthenaTRM(options | sizes | halting).row_options
 
 
 def joined(parts: list[dict]) -> dict:

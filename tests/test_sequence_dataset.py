@@ -11,12 +11,12 @@ from sequence_dataset import (
     Corpora,
     EvalStream,
     TrainStream,
-    sample_exploration,
 )
 from tests.stream_tools import (
     PAD,
     S,
     assert_same,
+    exploration,
     halting,
     ids_of,
     joined,
@@ -63,7 +63,7 @@ def test_epochs_follow_without_a_barrier_in_another_order(corpus, tmp_path):
 
 
 def test_same_global_batches_on_any_world(corpus):
-    options = {"explore_prob": 0.5, "explore_max": 6}
+    options = {"row_options": exploration(0.5, 6)}
     expected = run([stream_of(corpus, **options)], halting(2, 8))
     for world in (1, 2, 4):
         for micro in (1, 2):
@@ -176,7 +176,7 @@ def test_a_run_that_ends_in_puzzles_without_rows_is_complete(tmp_path):
 
 @pytest.mark.parametrize("kind", ["corpus", "weighted", "present", "trm", "relabel"])
 def test_resuming_anywhere_equals_not_stopping(tmp_path, kind):
-    options = {"epochs": 1.5, "explore_prob": 0.3, "explore_max": 5, "global_batch_size": 8}
+    options = {"epochs": 1.5, "row_options": exploration(0.3, 5), "global_batch_size": 8}
     if kind in ("trm", "present"):
         rng = np.random.default_rng(1)
         write_trm(tmp_path / "c", [[int(n) for n in rng.integers(1, 9, 2)] for _ in range(20)])
@@ -276,18 +276,6 @@ def test_weighted_domains_cycle_through_their_own_rows(tmp_path):
 def test_wrong_domain_weights_are_named(corpus, weights, message):
     with pytest.raises(UserError, match=message):
         stream_of(corpus, domain_weights=weights)
-
-
-def test_exploration_depends_on_seed_step_and_slot_alone():
-    draws = np.stack([sample_exploration(3, step, 64, 0.25, 6) for step in range(400)])
-    assert set(np.unique(draws)) == {0, 2, 3, 4, 5, 6}
-    assert abs((draws > 0).mean() - 0.25) < 0.02
-    counts = np.bincount(draws[draws > 0], minlength=7)[2:]
-    assert counts.min() > 0.85 * counts.mean()
-    np.testing.assert_array_equal(draws[7, :16], sample_exploration(3, 7, 16, 0.25, 6))
-    assert (draws[0] != draws[1]).any()
-    assert (draws[0] != sample_exploration(4, 0, 64, 0.25, 6)).any()
-    assert not sample_exploration(3, 0, 64, 1.0, 1).any()
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

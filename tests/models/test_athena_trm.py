@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -11,6 +12,7 @@ from models.flex import block_mask
 from models.losses import LOSSES, ACTLossHead
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from models.recursive_reasoning.transformer import Transformer
+from utils.corpus.order import ROW_OPTIONS, step_rng
 
 B, S, V = 3, 14, 23
 SIZES = dict(batch_size=B, seq_len=S, vocab_size=V, num_puzzle_identifiers=4)
@@ -208,6 +210,25 @@ def test_training_halts_by_budget_minimum_exploration_and_q(no_ACT_continue):
     assert steps_until_halt(model, batch, torch.tensor([4, 0, 2], dtype=torch.int32)) == [4, 3, 4]
     q_says(model, True)
     assert steps_until_halt(model, batch) == [2, 2, 2]
+
+
+def draws(step: int, rows: int, seed=3, chance=0.25, most=6) -> np.ndarray:
+    model = athena(halt_exploration_prob=chance, halt_max_steps=most)
+    return model.row_options(0.0, step_rng(seed, step, ROW_OPTIONS), rows)["explore"]
+
+
+def test_exploration_depends_on_seed_step_and_slot_alone():
+    many = np.stack([draws(step, 64) for step in range(400)])
+    assert set(np.unique(many)) == {0, 2, 3, 4, 5, 6}
+    assert abs((many > 0).mean() - 0.25) < 0.02
+    counts = np.bincount(many[many > 0], minlength=7)[2:]
+    assert counts.min() > 0.85 * counts.mean()
+    # as ever: a run that an earlier version saved resumes with the same numbers
+    assert many[7, :16].tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 5, 0, 0]
+    np.testing.assert_array_equal(many[7, :16], draws(7, 16))
+    assert (many[0] != many[1]).any() and (many[0] != draws(0, 64, seed=4)).any()
+    assert not draws(0, 64, chance=1.0, most=1).any()
+    assert athena().row_options(0.0, step_rng(3, 0, ROW_OPTIONS), 64) == {}
 
 
 def test_a_held_row_keeps_all_its_own_data():

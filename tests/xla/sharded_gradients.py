@@ -17,6 +17,7 @@ from training_tools import make_config
 
 from models.build import create_model
 from sequence_dataset import TrainStream
+from tests.stream_tools import exploration
 from utils.corpus.data import open_data
 
 xr.use_spmd()
@@ -26,8 +27,8 @@ DATA = open_data(CONFIG)
 
 def three_batches() -> list[dict[str, np.ndarray]]:
     stream = TrainStream(
-        DATA.train, global_batch_size=8, seed=0, epochs=9.0, max_iterations=4, explore_prob=0.3,
-        explore_max=4,
+        DATA.train, global_batch_size=8, seed=0, epochs=9.0, max_iterations=4,
+        row_options=exploration(0.3, 4),
     )  # fmt: skip
     flags = [np.ones(8, dtype=bool), *(np.arange(8) % 3 == k for k in range(2))]
     return [stream.next(step, halted)[0] for step, halted in enumerate(flags)]

@@ -1,12 +1,13 @@
-"""Picks the backend for `device_type`."""
+"""Devices: select the backend for `device_type`."""
 
-from utils.backend.base import Backend, Received, require
+from utils.backend.base import Backend
 from utils.backend.cpu import CPUBackend
 from utils.backend.cuda import CUDABackend
 from utils.backend.mps import MPSBackend
 from utils.backend.xla import TPUBackend, XLABackend
+from utils.core.errors import UserError
 
-__all__ = ["Backend", "Received", "select_backend"]
+__all__ = ["Backend", "select_backend"]
 
 BACKENDS: dict[str, type[Backend]] = {
     "xla": XLABackend,
@@ -18,9 +19,15 @@ BACKENDS: dict[str, type[Backend]] = {
 
 
 def select_backend(device_type: str) -> tuple[Backend, str]:
-    """The backend and, in a few words, why it was taken. `auto`: TPU, CUDA, MPS, else CPU."""
+    """Return the backend for `device_type`, and in a few words why it was chosen.
+
+    `auto` selects a TPU, CUDA, MPS or the CPU. Raises UserError if the named device is missing.
+    """
     if device_type != "auto":
-        return require(BACKENDS[device_type]), "as device_type asks"
+        chosen = BACKENDS[device_type]
+        if (reason := chosen.missing()) is not None:
+            raise UserError(f"device_type={device_type} was asked for, but {reason}")
+        return chosen(), "as device_type asks"
     for name in ("tpu", "cuda", "mps"):
         if BACKENDS[name].missing() is None:
             return BACKENDS[name](), "device_type=auto found it"

@@ -1,20 +1,18 @@
-"""What a device backend is: where tensors live and how ranks talk.
+"""What devices differ in: where tensors live, and how ranks communicate.
 
-The only home of torch.distributed. `Backend` serves one process and, under torchrun, a process
-group; its subclasses say which device, which collective library, and what to do when asked for
-something that is not there.
+`Backend` serves a single process and, under torchrun, a process group of torch.distributed; its
+subclasses say which device and which collective library. Only this package imports
+torch.distributed.
 """
 
-import ctypes
 import gc
 import inspect
 import itertools
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -27,225 +25,195 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from utils.backend.board import Board, connect_store
+from utils.backend.memory import free_host_memory, peak_host_memory
+from utils.backend.process import Received, catch_stop_signals, end_with_launcher
 from utils.backend.state import accumulate, is_sharded, shard
 from utils.core.errors import UserError
 
 T = TypeVar("T")
-Received = Sequence[int]  # numbers of the signals that came
 
 _launches = itertools.count()
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""Save and leave: a scheduler's, Ctrl-C's or a lost connection's way to end a run."""
-
 
 class Backend:
-    """One replica's view of its device and of the other replicas."""
+    """One rank's device, and its connection to the other ranks."""
 
     name = "cpu"
-    collective = "gloo"
-    prefetch_to_device: Callable[[Iterable[Any]], Iterator[Any]] | None = None
-    """Gives items with their tensors on the device, made ready ahead of use; None: not needed."""
-
     capability: tuple[int, int] = (0, 0)
     """Compute capability of an NVIDIA GPU."""
     compiles_by_default = False
     launch_number = 0
-    """Runs of this process that were launched before this one."""
-    _board_is_gone = False
+    """Number of runs that this process launched before this one."""
 
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", 0))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(self.name)
 
+    # --- the process and its device
+
     @classmethod
     def missing(cls) -> str | None:
-        """Why this device cannot be used here; None if it can."""
+        """Return why this device cannot be used here; None if it can."""
         return None
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def describe(self) -> str:
-        """The device, as a user reads it."""
+        """Return the name of the device for messages."""
         return str(self.device)
 
     def launch(self, fn: Callable[..., T], *args: Any) -> T:
-        """Runs `fn(backend, *args)` as this replica, inside a process group if there are more."""
+        """Run `fn(backend, *args)` as this rank, inside a process group if there are several."""
         end_with_launcher()
         self.forget_earlier_runs()
         self.launch_number = next(_launches)
         if self.world_size == 1:
             return fn(self, *args)
-        # Generous, because rank 0 may download for long while others wait; a training step that
-        # hangs is the watchdog's to end.
-        patience = timedelta(hours=6)
+        # Long, because rank 0 may download for hours while others wait; the watchdog ends a
+        # training step that hangs.
+        timeout = timedelta(hours=6)
         options = self.group_options()
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # The launcher's store outlives its workers: restarted ones would read the addresses of
-            # the dead.
-            options |= dict(store=self._store(patience), rank=self.rank, world_size=self.world_size)
-        dist.init_process_group(self.collective, timeout=patience, **options)
+            # The launcher's store outlives its workers: restarted ones would read the addresses
+            # of dead ranks.
+            store = connect_store(self.launch_number, timeout)
+            options |= dict(store=store, rank=self.rank, world_size=self.world_size)
+        dist.init_process_group(timeout=timeout, **options)
         result = fn(self, *args)
         dist.destroy_process_group()  # not after a failure: it would wait for the others
         return result
 
+    def group_options(self) -> dict[str, Any]:
+        """Return arguments of `init_process_group`."""
+        return {"backend": "gloo"}
+
+    def forget_earlier_runs(self) -> None:
+        """Drop compiled programs and other state of earlier runs of a sweep in this process."""
+        gc.collect()
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # it stops compiling a function after some shapes
+        with suppress(OSError):  # on Linux this resets the peak that getrusage reports
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
     def end_now(self, status: int) -> NoReturn:
-        """Ends this process from a thread, whatever its main thread is doing."""
+        """End this process from a thread, whatever its main thread is doing."""
         os._exit(status)
 
-    def group_options(self) -> dict[str, Any]:
-        """More arguments of init_process_group."""
-        return {}
+    def signals(self) -> AbstractContextManager[Received]:
+        """Collect the numbers of signals that ask the run to stop."""
+        return catch_stop_signals(announce=self.is_main)
 
-    @cached_property
-    def _board(self) -> dist.Store | None:
-        """A connection of its own, so that a thread may use it beside the collectives."""
-        if self.world_size == 1 or "MASTER_PORT" not in os.environ:
-            return None
-        return self._store(timedelta(seconds=10))
+    def one_rank_at_a_time(self) -> AbstractContextManager:
+        """Exclude other ranks of this process inside the block, which draws random numbers."""
+        return nullcontext()
 
-    def _store(self, patience: timedelta) -> dist.Store:
-        """A connection to the store through which ranks meet, apart for each restart of them and
-        for each run of a sweep."""
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=patience)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        return dist.PrefixStore(f"attempt_{attempt}_{self.launch_number}", store)
+    def available_memory(self) -> int:
+        """Return the bytes that this rank may still allocate on its device."""
+        return free_host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
-    def post(self, name: str, text: str) -> None:
-        """Writes where every rank can read it, without a collective, if there is such a place."""
-        with self._using_board() as board:
-            if board is not None:
-                board.set(name, text)
+    def memory_bytes(self) -> int | None:
+        """Return the peak memory on this rank's device since the run began; None if not known."""
+        return peak_host_memory()
 
-    def posted(self, name: str) -> str | None:
-        """What was posted last under `name`, by any rank."""
-        with self._using_board() as board:
-            if board is not None and board.check([name]):
-                return board.get(name).decode()
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """Return the dense matrix FLOP/s of the device in `dtype`; None if not known."""
         return None
 
-    @contextmanager
-    def _using_board(self) -> Iterator[dist.Store | None]:
-        """None once it did not answer: it is gone with its process, and each try takes seconds."""
-        board = None
-        try:
-            board = None if self._board_is_gone else self._board
-        except (RuntimeError, OSError):
-            self._board_is_gone = True
-        try:
-            yield board
-        except (RuntimeError, OSError):
-            self._board_is_gone = True
+    def usable_dtype(self, name: str) -> str:
+        """Return the dtype for activations in place of `name`, if the device lacks that."""
+        return name
+
+    def compiles(self, wanted: bool | Literal["auto"]) -> bool:
+        """Return whether models are compiled on this device; `auto`: its default."""
+        if not (self.compiles_by_default if wanted == "auto" else wanted):
+            return False
+        return self.cannot_compile() is None
+
+    def cannot_compile(self) -> str | None:
+        """Return why torch.compile will not work on this device; None if it should."""
+        named = os.environ.get("CXX", "")
+        if any(shutil.which(name) for name in (named, "g++", "clang++")):
+            return None
+        return "it needs a C++ compiler, and there is neither g++ nor clang++"
 
     def set_deterministic(self, wanted: bool) -> None:
-        """Has the same operations give the same bits each time, where that costs something.
+        """Let operations give the same bits each time, on devices where that costs something.
 
         An operation that cannot then raises a RuntimeError, see `explain_nondeterminism`.
         """
 
-    def any_algorithm(self) -> AbstractContextManager:
-        """Allow operations that `set_deterministic` forbids, where no weights depend on them."""
-        return nullcontext()
+    # --- tensors and steps
+
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Move arrays to the device."""
+        return {k: torch.from_numpy(v).to(self.device) for k, v in batch.items()}
+
+    def to_host(self, tensor: Tensor) -> np.ndarray:
+        """Return a tensor's values; the host waits for them."""
+        return tensor.cpu().numpy()
+
+    def batches(
+        self, stream: Iterable[tuple[str, dict[str, Any], int]]
+    ) -> Iterator[tuple[str, dict[str, Tensor], int]]:
+        """Yield the batches of an evaluation, moved to the device."""
+        return ((name, self.to_device(batch), count) for name, batch, count in stream)
+
+    def end_step(self) -> None:
+        """Mark the end of a step; devices that defer operations run them here."""
+
+    # --- gradients of several ranks
 
     def wrap(self, model: nn.Module, parallel: str = "ddp") -> nn.Module:
-        """The module to call in training; its backward pass sums gradients over ranks.
+        """Return the module to call in training; its backward pass sums gradients over ranks.
 
-        parallel: `ddp` keeps whole weights on every rank, `fsdp` a part of each.
+        parallel: `ddp` keeps whole weights on every rank, `fsdp` a shard of each.
         """
         if self.world_size == 1:
             return model
         if parallel == "fsdp":
             return shard(model, self.device.type, self.world_size)
         # Otherwise compiled blocks are cut where DDP's buckets end, so that their gradients can be
-        # reduced early: those of blocks that are applied many times are there at the end only.
+        # reduced early: those of blocks that are applied many times come at the end only.
         torch._dynamo.config.optimize_ddp = False
-        # Only the identifier embedding changes among the buffers, alike on all ranks. The option
-        # got another name after torch 2.9.
+        # Of the buffers only the identifier embedding changes, equally on all ranks. The option
+        # was renamed after torch 2.9.
         known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
         return DistributedDataParallel(model, **options)
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients are summed over ranks; DDP and FSDP take means, so the loss is scaled first."""
-        (loss * self.world_size).backward()
-
     def needs_rehearsal(self, model: nn.Module) -> bool:
-        """Whether gradients of the first backward pass are summed in another order than later ones.
+        """Return whether the first backward pass sums gradients in another order than later ones.
 
-        DDP reorders its buckets after the first; from three ranks on the order of a sum shows
-        in its last bits, so that a run that is resumed would not be the same.
+        DDP reorders its buckets after the first pass. From three ranks on the order of a sum shows
+        in its last bits, so a resumed run would not be the same.
         """
         return isinstance(model, DistributedDataParallel) and self.world_size > 2
 
-    def reduce_gradients(self, optimizers: Sequence[Optimizer]) -> None:
-        """Sums gradients over ranks where `backward` has not done so already."""
-
-    def end_step(self) -> None:
-        """Called when a step's update is done; where operations are only noted, runs them."""
-
-    def to_host(self, tensor: Tensor) -> np.ndarray:
-        """Values that the host waits for."""
-        return tensor.cpu().numpy()
-
-    def one_rank_at_a_time(self) -> AbstractContextManager:
-        """Where replicas share a process, only one at a time is inside: it draws random numbers."""
-        return nullcontext()
-
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
-        """No reduction of gradients inside, unless this is the last micro-batch."""
+        """Reduce no gradients inside the block, unless this is the last micro-batch."""
         if is_sharded(model):
             accumulate(model, last)
         elif isinstance(model, DistributedDataParallel) and not last:
             return model.no_sync()
         return nullcontext()
 
-    def to_device(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        return {k: torch.from_numpy(v).to(self.device) for k, v in batch.items()}
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients that sum over ranks. DDP and FSDP average, so the loss is scaled."""
+        (loss * self.world_size).backward()
 
-    def batches(
-        self, stream: Iterable[tuple[str, dict[str, Any], int]]
-    ) -> Iterator[tuple[str, dict[str, Tensor], int]]:
-        """An evaluation's batches on the device."""
-        return ((name, self.to_device(batch), count) for name, batch, count in stream)
+    def reduce_gradients(self, optimizers: Sequence[Optimizer]) -> None:
+        """Sum gradients over ranks where `backward` has not done so already."""
 
-    @contextmanager
-    def signals(self) -> Iterator[Received]:
-        """Notes signals that ask the run to stop; a second SIGINT interrupts at once."""
-        received: list[int] = []
-        terminals = [stream for stream in (1, 2) if os.isatty(stream)]
-
-        def note(number: int, frame: Any) -> None:
-            if received and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            if number == signal.SIGHUP:  # writing to a terminal that is gone would be an error
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                for stream in terminals:
-                    os.dup2(nowhere, stream)
-                os.close(nowhere)
-            if self.is_main and not received:
-                name = signal.Signals(number).name
-                # not print, which may be in the middle of printing
-                os.write(2, f"\n{name}: saves after this step, then ends\n".encode())
-            received.append(number)
-
-        heeded = [*STOP_SIGNALS]
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: the run is to go on
-            heeded.remove(signal.SIGHUP)
-        previous = {number: signal.signal(number, note) for number in heeded}
-        try:
-            yield received
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    # --- collectives
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Concatenates over ranks along the first axis; shapes must agree."""
+        """Concatenate over ranks along the first axis; shapes must agree."""
         if self.world_size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -253,22 +221,31 @@ class Backend:
         return torch.cat(parts)
 
     def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over ranks; may change `tensor`."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def broadcast_object(self, value: T) -> T:
-        """Rank 0's value on every rank."""
+        """Return rank 0's value on every rank."""
         if self.world_size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def from_main(self, act: Callable[[], T]) -> T:
-        """What `act` returns on rank 0, on every rank; a UserError there is raised on every rank.
+    def gather_objects(self, value: T) -> list[T]:
+        """Return every rank's value, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
-        So that a mistake ends all of them in its sentence, none in a lost connection.
+    def from_main(self, act: Callable[[], T]) -> T:
+        """Run `act` on rank 0 and return its result on every rank.
+
+        A UserError there is raised on every rank, so that all of them end with its message.
         """
         outcome: tuple[T | None, str | None] = (None, None)
         if self.is_main:
@@ -281,84 +258,7 @@ class Backend:
             raise UserError(fault)
         return value  # type: ignore[return-value]
 
-    def gather_objects(self, value: T) -> list[T]:
-        """Every rank's value, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
-    def forget_earlier_runs(self) -> None:
-        """Drop compiled programs, and what else earlier runs of a sweep left in this process."""
-        gc.collect()
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # it stops compiling a function after some shapes
-        with suppress(OSError):  # Linux: the peak that getrusage knows starts again
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-    def compiles(self, wanted: bool | Literal["auto"]) -> bool:
-        """Return whether a model is compiled here; `auto`: where that is usual."""
-        if not (self.compiles_by_default if wanted == "auto" else wanted):
-            return False
-        return self.cannot_compile() is None
-
-    def usable_dtype(self, name: str) -> str:
-        """Return the dtype for activations in place of `name`, if the device lacks that."""
-        return name
-
-    def cannot_compile(self) -> str | None:
-        """Why torch.compile will not work on this device; None if it should."""
-        if (
-            shutil.which(os.environ.get("CXX", ""))
-            or shutil.which("g++")
-            or shutil.which("clang++")
-        ):
-            return None
-        return "it needs a C++ compiler, and there is neither g++ nor clang++"
-
-    def available_memory(self) -> int:
-        """Bytes that this replica may still take."""
-        return free_host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-
-    def memory_bytes(self) -> int | None:
-        """Return the peak memory of this process on its device since the run began, if known."""
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-    def peak_flops(self, dtype: torch.dtype) -> float | None:
-        """Dense matrix FLOP/s of the device in `dtype`, where known."""
-        return None
-
-
-def end_with_launcher() -> None:
-    """Has the kernel send SIGTERM when the launcher dies, so that no rank goes on unseen."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def free_host_memory() -> int:
-    """Bytes that the host still gives, within the limit of a container."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    fields = dict(line.split(":", 1) for line in meminfo.read_text("utf-8").splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
-    if limit.is_file() and (text := limit.read_text("utf-8").strip()).isdigit():
-        free = min(free, max(0, int(text) - int(used.read_text("utf-8"))))
-    return free
-
-
-def require(backend: type[Backend]) -> Backend:
-    reason = backend.missing()
-    if reason is not None:
-        raise UserError(f"device_type={backend.name} was asked for, but {reason}")
-    return backend()
+    @cached_property
+    def board(self) -> Board:
+        """Texts that ranks can exchange without a collective."""
+        return Board(self.world_size, self.launch_number)

@@ -1,4 +1,4 @@
-"""CPU, alone or under torchrun with gloo."""
+"""The CPU: a single process, or several under torchrun with gloo."""
 
 import os
 
@@ -8,11 +8,13 @@ from utils.backend.base import Backend
 
 
 class CPUBackend(Backend):
+    """The CPU."""
+
     name = "cpu"
 
     def __init__(self) -> None:
         super().__init__()
         if self.world_size > 1:
-            # ranks that each take every core slow one another down many times
+            # ranks that each use every core slow each other down many times
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))

@@ -1,8 +1,6 @@
-"""NVIDIA GPUs, one a process, NCCL between them."""
+"""NVIDIA GPUs: one per process, NCCL between them."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,19 +17,21 @@ BF16_PEAK = {
     "4090": 165e12,
     "4060": 30e12,
 }
-"""Dense bfloat16 FLOP/s by a part of the device's name (NVIDIA's data sheets, SXM variants)."""
+"""Dense bfloat16 FLOP/s by part of the device's name (NVIDIA's data sheets, SXM variants)."""
 
 VOLTA, AMPERE = (7, 0), (8, 0)
-"""Compute capabilities: the least that torch.compile accepts, and the first with bfloat16, from
-which on Triton is supported by its makers."""
+"""Compute capabilities: the lowest that torch.compile accepts, and the lowest with bfloat16, which
+is also the lowest that Triton supports officially."""
 
 
 class CUDABackend(Backend):
+    """One NVIDIA GPU."""
+
     name = "cuda"
-    collective = "nccl"
 
     def __init__(self) -> None:
         super().__init__()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self._check_ranks()
         self.device = torch.device("cuda", self.local_rank)
         torch.cuda.set_device(self.device)
@@ -43,7 +43,10 @@ class CUDABackend(Backend):
         return None
 
     def _check_ranks(self) -> None:
-        """Raise UserError on all processes of a machine that has fewer GPUs: none is to wait."""
+        """Raise UserError if this machine has fewer GPUs than processes.
+
+        All of its processes raise it, so that none waits for the others.
+        """
         gpus = torch.cuda.device_count()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1))
         if local <= gpus:
@@ -57,28 +60,18 @@ class CUDABackend(Backend):
         )
 
     def set_deterministic(self, wanted: bool) -> None:
-        """Not with warn_only: the backward passes of flash and memory-efficient attention add in
-        any order then, and cuDNN's attention, which has no other way, is not avoided."""
+        # Not warn_only: with it, flash and memory-efficient attention add gradients in any order,
+        # and cuDNN's attention, which is never deterministic, is not avoided.
         if wanted and os.environ.get("CUBLAS_WORKSPACE_CONFIG") != ":16:8":
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS needs one of the two
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS requires one of the two
         torch.use_deterministic_algorithms(wanted)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
-    @contextmanager
-    def any_algorithm(self) -> Iterator[None]:
-        wanted = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(wanted)
-
     def group_options(self) -> dict[str, Any]:
-        return {"device_id": self.device}  # or NCCL has to guess it for barriers
+        return {"backend": "nccl", "device_id": self.device}  # NCCL would have to guess the device
 
     def to_device(self, batch):
-        """Pinned, so that the copy overlaps with what the device still does."""
-        return {
+        return {  # from pinned memory, so that copies overlap with what the device still computes
             k: torch.from_numpy(v).pin_memory().to(self.device, non_blocking=True)
             for k, v in batch.items()
         }
@@ -107,10 +100,10 @@ class CUDABackend(Backend):
         return missing_for_triton()
 
     def available_memory(self) -> int:
-        """Return what is free, and what the allocator keeps without using it."""
         free, _ = torch.cuda.mem_get_info(self.device)
-        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return free + kept
+        # The allocator can reuse what it has reserved.
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + unused
 
     def memory_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device)

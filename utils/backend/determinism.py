@@ -1,4 +1,4 @@
-"""What torch refuses under deterministic=true, in a sentence."""
+"""Deterministic algorithms, which torch has to be asked for on CUDA."""
 
 import re
 from collections.abc import Iterator
@@ -7,6 +7,17 @@ from contextlib import contextmanager
 import torch
 
 from utils.core.errors import UserError
+
+
+@contextmanager
+def allow_any_algorithm() -> Iterator[None]:
+    """Allow nondeterministic operations inside the block, where no weights depend on them."""
+    wanted = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wanted)
 
 
 @contextmanager
@@ -19,7 +30,7 @@ def explain_nondeterminism(device: torch.device) -> Iterator[None]:
         if found is None:
             raise
         raise UserError(
-            f"{found[1]} gives other bits each time on {device}, which deterministic=true does not "
-            "allow; replace it, or set deterministic=false, and a resumed run is the same up to "
-            "rounding only"
+            f"deterministic=true, but {found[1]} gives different bits each time on {device}; "
+            "replace that operation, or set deterministic=false: then a resumed run is the same "
+            "only up to rounding"
         ) from error

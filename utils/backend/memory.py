@@ -1,13 +1,16 @@
-"""Out of memory, in one sentence."""
+"""Memory of the host, and a UserError in place of running out of memory."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from utils.core.errors import UserError
 
-# What torch raises without a class of its own: on the CPU, on Apple GPUs.
+# Parts of messages that torch raises without a class of their own, on the CPU and on Apple GPUs.
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -20,10 +23,34 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Raise UserError where memory runs out inside. advice: when that was, and what to change."""
+    """Raise UserError if memory runs out inside the block.
+
+    advice: when that happened and what to change; completes the sentence "out of memory ...".
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):
             raise
         raise UserError(f"out of memory {advice}") from None
+
+
+def free_host_memory() -> int:
+    """Return the bytes that are free on this host, within the limit of its container."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    fields = dict(line.split(":", 1) for line in meminfo.read_text("utf-8").splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.is_file() and (text := limit.read_text("utf-8").strip()).isdigit():
+        free = min(free, max(0, int(text) - int(used.read_text("utf-8"))))
+    return free
+
+
+def peak_host_memory() -> int:
+    """Return the peak memory of this process in bytes; on Linux, since the run began."""
+    import resource  # not on every system
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

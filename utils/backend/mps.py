@@ -1,4 +1,4 @@
-"""Apple GPUs, one process."""
+"""Apple GPUs, in a single process."""
 
 import torch
 
@@ -7,6 +7,8 @@ from utils.core.errors import UserError
 
 
 class MPSBackend(Backend):
+    """The GPU of an Apple computer."""
+
     name = "mps"
 
     def __init__(self) -> None:

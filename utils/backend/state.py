@@ -1,8 +1,8 @@
-"""Sharding over ranks (FSDP), and the state of models and optimizers as if nothing were sharded.
+"""Sharding over ranks (FSDP), and the unsharded state of models and optimizers.
 
-A checkpoint holds whole tensors by name, whatever the ranks did, so that it loads with any
-`parallel` and world size, and in a single process. torch.distributed.checkpoint's own folders are
-not used: they keep a pickled index, and reading one can run code.
+A checkpoint holds whole tensors by name, so that it loads with any `parallel` and world size, and
+in a single process. torch.distributed.checkpoint's own directories are not used: they contain a
+pickled index, and reading one can run code.
 """
 
 from typing import Any
@@ -23,11 +23,11 @@ from torch.optim import Optimizer
 
 
 def shard(model: nn.Module, device_type: str, world_size: int) -> nn.Module:
-    """Leaves each rank a part of every weight, and so of its gradient, moments and average.
+    """Shard every weight over the ranks, and with it its gradient, moments and average.
 
-    As one unit: the recursion applies the same blocks many times in a step, so gathering them
-    block by block would repeat each transfer as often. Whole weights live from a forward pass to
-    the end of its backward pass.
+    The model is one unit: the recursion applies the same blocks many times in a step, so gathering
+    them block by block would repeat each transfer as often. Whole weights exist from a forward
+    pass to the end of its backward pass.
     """
     mesh = init_device_mesh(device_type, (world_size,))
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
@@ -35,36 +35,37 @@ def shard(model: nn.Module, device_type: str, world_size: int) -> nn.Module:
 
 
 def gather(model: nn.Module) -> None:
-    """Brings whole weights together, for those who use parts of the model. A collective."""
+    """Gather whole weights, for code that calls submodules of the model. A collective."""
     if isinstance(model, FSDPModule):
         model.unshard()
 
 
 def release(model: nn.Module) -> None:
-    """Drops whole weights, before or after the parts were changed by hand."""
+    """Free whole weights; call it before and after changing the shards directly."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def accumulate(model: nn.Module, last: bool) -> None:
-    """Whether the next backward pass is the last one of its step, and reduces gradients."""
+    """Reduce gradients in the next backward pass of a sharded model only if it is the `last`."""
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(last)
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Return whether `shard` was applied to the model."""
     return isinstance(model, FSDPModule)
 
 
 def host_copy(value: Any, keep: bool = True) -> Any:
-    """Nested dicts and lists with every tensor whole, in host memory, and a copy.
+    """Copy nested dicts and lists, with every tensor unsharded and in host memory.
 
-    A collective where tensors are sharded. keep: False to take part in that alone; tensors are
-    None then.
+    A collective if tensors are sharded. keep: False to take part in the collective only; tensors
+    are None then.
     """
     devices: set[torch.device] = set()
     copied = _host_copy(value, keep, devices)
-    for device in devices:  # once, after all copies of it were asked for
+    for device in devices:  # once per device, after all its copies were started
         torch.cuda.synchronize(device)
     return copied
 
@@ -89,7 +90,7 @@ def _host_copy(value: Any, keep: bool, devices: set[torch.device]) -> Any:
 
 
 def part_like(value: Tensor, reference: Tensor) -> Tensor:
-    """The part of a whole tensor that this rank keeps, as `reference` is sharded."""
+    """Return this rank's shard of a whole tensor, sharded as `reference` is."""
     if isinstance(reference, DTensor):
         moved = value.to(reference.device_mesh.device_type)
         return distribute_tensor(moved, reference.device_mesh, reference.placements)
@@ -97,7 +98,7 @@ def part_like(value: Tensor, reference: Tensor) -> Tensor:
 
 
 def local_part(value: Tensor) -> Tensor:
-    """Return this rank's part of a sharded tensor, which shares its memory; others as they are."""
+    """Return a view of this rank's shard; any other tensor as it is."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
@@ -107,25 +108,25 @@ def _options(model: nn.Module) -> StateDictOptions:
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
-    """Whole weights by name, those of the model itself; of a sharded one on rank 0 only, on the
-    host."""
+    """Return whole weights by name; for a sharded model on rank 0 only, on the host."""
     return dict(get_model_state_dict(model, options=_options(model)))
 
 
 def load_model_state(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Every rank gives the same whole weights."""
+    """Load whole weights, the same on every rank."""
     options = StateDictOptions(full_state_dict=is_sharded(model))
     set_model_state_dict(model, dict(weights), options=options)
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """state and param_groups with parameters by name, as `model_state` gives weights."""
-    if not optimizer.state:  # torch would make a step to have something to save
+    """Return `state` and `param_groups` with parameters by name, like `model_state`."""
+    if not optimizer.state:  # torch would take a step to have something to save
         return {}
     return get_optimizer_state_dict(model, optimizer, options=_options(model))
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load what `optimizer_state` returned, the same on every rank."""
     if not state:
         return
     options = StateDictOptions(full_state_dict=is_sharded(model))
@@ -133,7 +134,7 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str
 
 
 def scalar(value: Tensor) -> Tensor:
-    """A norm over sharded gradients as a plain tensor, the same on all ranks."""
+    """Return a norm over sharded gradients as a plain tensor, the same on all ranks."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def missing_for_triton() -> str | None:
-    """Return what Triton lacks here, None if nothing: it compiles a launcher for each kernel."""
+    """Return what Triton is missing here to compile a launcher for each kernel; None if nothing."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     named = os.environ.get("CC")
@@ -27,6 +27,6 @@ def missing_for_triton() -> str | None:
 
 
 def _scheme() -> str:
-    """Debian's own scheme has no headers; Triton leaves it out too."""
+    """Return the name of the installation scheme whose headers Triton uses."""
     scheme = sysconfig.get_default_scheme()
-    return "posix_prefix" if scheme == "posix_local" else scheme
+    return "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own has no headers

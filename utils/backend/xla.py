@@ -1,7 +1,7 @@
-"""TPUs, and XLA's own CPU, through PyTorch/XLA: finding the device, and starting its replicas.
+"""TPUs, and XLA's own CPU, through PyTorch/XLA: find the device and start its replicas.
 
 The user's process never touches the device: `torch_xla.launch` spawns the processes that do, one
-replica a core, and refuses where its parent has. What a replica does is in xla_replica.py.
+replica per core, and fails if their parent has touched it. xla_replica.py is what a replica uses.
 """
 
 import importlib.metadata
@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from utils.backend.base import STOP_SIGNALS, Backend, Received
+from utils.backend.base import Backend
+from utils.backend.process import STOP_SIGNALS, Received
 from utils.backend.xla_replica import COMPILES_ITSELF, Replica, write_whole
 from utils.core.console import warnings_as_notes
 from utils.core.errors import UserError
@@ -32,9 +33,9 @@ from utils.core.errors import UserError
 T = TypeVar("T")
 
 PROBE_SECONDS = 60.0
-"""How long a TPU may take to answer; without one the question is repeated for minutes."""
+"""How long a TPU may take to answer; without one, torch_xla retries for minutes."""
 GRACE_SECONDS = 10.0
-"""How long replicas may go on after one of them has failed: most fail alike, the rest hang."""
+"""How long replicas may run after one has failed: most fail for the same reason, others hang."""
 _PROBE = "import torch_xla, torch_xla.core.xla_model as xm; print(xm.xla_device_hw('xla:0'))"
 # One chip of this host, so that the hosts of a pod need not be asked at the same moment.
 _ONE_CHIP = {
@@ -45,11 +46,11 @@ _ONE_CHIP = {
 
 
 def not_installed() -> str | None:
-    """Why torch_xla cannot be imported here. Costs nothing where it is not installed."""
+    """Return why torch_xla cannot be imported here; None if it can."""
     if importlib.util.find_spec("torch_xla") is None:
         return (
-            "torch_xla is not installed here; it needs an environment of its own, made from "
-            "requirements-tpu.txt as TPU_SETUP.md tells"
+            "torch_xla is not installed here; it needs its own environment with "
+            "requirements-tpu.txt, see TPU_SETUP.md"
         )
     own, needs = torch.__version__, importlib.metadata.version("torch_xla")
     if own.split(".")[:2] != needs.split(".")[:2]:
@@ -58,7 +59,7 @@ def not_installed() -> str | None:
 
 
 def no_tpu() -> str | None:
-    """Why no TPU can be used from this machine. Asks in a process of its own."""
+    """Return why this machine can use no TPU; None if it can. Tries it in another process."""
     named = os.environ.get("PJRT_DEVICE") or None
     if named not in (None, "TPU"):
         return f"PJRT_DEVICE={named} names another device; unset it, or use device_type=xla"
@@ -86,23 +87,23 @@ def no_tpu() -> str | None:
 
 
 class XLABackend(Backend):
-    """Whatever PJRT_DEVICE names; a TPU where it names nothing."""
+    """The device that PJRT_DEVICE names; by default a TPU."""
 
     name = "xla"
 
     def __init__(self) -> None:
         if dist.is_torchelastic_launched():
             raise UserError(
-                f"device_type={self.name} starts one process a core by itself; start "
+                f"device_type={self.name} starts one process per core itself; run "
                 "`python pretrain.py` without torchrun"
             )
-        self.rank, self.local_rank, self.world_size = 0, 0, 1  # replicas know better
+        self.rank, self.world_size = 0, 1  # each replica has its own
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         raise UserError(
-            f"device_type={self.name} serves training alone, which starts processes of its own "
-            "for the device; use device_type=cpu here"
+            f"device_type={self.name} is for training only, which starts its own processes for "
+            "the device; use device_type=cpu here"
         )
 
     @classmethod
@@ -121,9 +122,9 @@ class XLABackend(Backend):
         return COMPILES_ITSELF
 
     def launch(self, fn: Callable[..., T], *args: Any) -> T:
-        """Runs `fn(replica, *args)` on every core of this host; returns what the first returned.
+        """Run `fn(replica, *args)` on every core of this host; return the first one's result.
 
-        A replica's UserError is raised here, and so is any other failure, with its traceback.
+        Raises a replica's UserError, or a RuntimeError with the traceback of any other failure.
         """
         os.environ.setdefault("PJRT_DEVICE", "TPU")
         before = set(multiprocessing.active_children())
@@ -133,7 +134,8 @@ class XLABackend(Backend):
             def start() -> None:
                 import torch_xla
 
-                # Spawned processes inherit this: they must not die of what the parent notes.
+                # Spawned processes inherit this: a signal that the parent handles must not
+                # kill them.
                 signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
                 try:
                     torch_xla.launch(run_replica, args=(folder, self.name, fn, args))
@@ -144,14 +146,14 @@ class XLABackend(Backend):
             starter.start()
             try:
                 wait_for(starter, folder, received, before)
-            finally:  # a second Ctrl-C
+            finally:  # also after a second Ctrl-C
                 end_processes(before)
                 starter.join()
             return result_of(folder, errors)
 
 
 class TPUBackend(XLABackend):
-    """A TPU and nothing else."""
+    """A TPU, and no other device."""
 
     name = "tpu"
 
@@ -161,7 +163,7 @@ class TPUBackend(XLABackend):
 
 
 def wait_for(starter: threading.Thread, folder: Path, received: Received, before: set) -> None:
-    """Until all replicas are done: passes on a signal, and ends those who wait for a dead one."""
+    """Wait for all replicas; forward a signal to them, and kill those that wait for a dead one."""
     failed_at = None
     while starter.is_alive():
         starter.join(0.2)
@@ -174,12 +176,13 @@ def wait_for(starter: threading.Thread, folder: Path, received: Received, before
 
 
 def end_processes(before: set) -> None:
+    """Kill the child processes that were not in `before`."""
     for process in set(multiprocessing.active_children()) - before:
         process.kill()  # SIGTERM is blocked there
 
 
 def run_replica(ordinal: int, folder: Path, wanted: str, fn: Callable[..., Any], args: Any) -> None:
-    """One replica's whole life; its outcome goes into a file, because `launch` returns nothing."""
+    """Run one replica and write its outcome to a file: `torch_xla.launch` returns nothing."""
     outcome: tuple[str, Any]
     try:
         backend = Replica(folder)
@@ -195,11 +198,12 @@ def run_replica(ordinal: int, folder: Path, wanted: str, fn: Callable[..., Any],
 
 
 def outcomes(folder: Path) -> list[tuple[str, Any]]:
+    """Return the kind and value of each outcome so far, in the order of the replicas."""
     return [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("outcome_*"))]
 
 
 def result_of(folder: Path, errors: list[BaseException]) -> Any:
-    """The first replica's value; raises the first failure, one that a user can fix before all."""
+    """Return the first replica's value, or raise its first failure: a UserError if there is one."""
     found = outcomes(folder)
     for kind, value in found:
         if kind == "sentence":
@@ -208,7 +212,7 @@ def result_of(folder: Path, errors: list[BaseException]) -> Any:
         if kind == "traceback":
             raise RuntimeError(f"a replica failed:\n{value}")
     for kind, value in found:
-        if kind == "status":  # ended at once, so the others fell silent
+        if kind == "status":  # ended at once, so that the others have no outcome
             return value
     if errors:
         raise RuntimeError(

@@ -1,8 +1,8 @@
-"""What one replica trains with on PyTorch/XLA: one core of a TPU, or XLA's own CPU.
+"""One replica on PyTorch/XLA: a core of a TPU, or XLA's own CPU.
 
-Operations on XLA tensors are only noted, and run as one compiled program when `torch_xla.sync` is
+Operations on XLA tensors are deferred, and run as one compiled program when `torch_xla.sync` is
 called. A training step is two programs: everything up to what the host must know (`to_host`), and
-the update (`end_step`). A program is compiled once for each set of shapes and of constants.
+the update (`end_step`). A program is compiled once for each set of shapes and constants.
 """
 
 import logging
@@ -10,7 +10,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils.backend.base import Backend, Received, free_host_memory
+from utils.backend.base import Backend
+from utils.backend.memory import free_host_memory
+from utils.backend.process import Received
 from utils.core.atomic import write_atomically
 from utils.core.errors import UserError
 
 T = TypeVar("T")
 
-# Dense bfloat16 FLOP/s of one device by a part of its kind (Google's published figures; v2 and v3
-# show a core as a device, later ones a chip). The first match counts.
+# Dense bfloat16 FLOP/s of one device by part of its kind (Google's published figures; v2 and v3
+# present a core as a device, later ones a chip). The first match counts.
 _BF16_PEAK = {
     "v6 lite": 918e12,
     "v5 lite": 197e12,
@@ -35,18 +37,18 @@ _BF16_PEAK = {
     "v3": 61.5e12,
     "v2": 22.5e12,
 }
-COMPILES_ITSELF = "XLA compiles every model by itself"
+COMPILES_ITSELF = "XLA compiles every model itself"
 _TURN = threading.Lock()  # replicas may be threads of one process
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Nobody reads half of it."""
+    """Write a file that other processes never see half-written."""
     with write_atomically(path) as part:
         part.write_bytes(content)
 
 
 class SignalFile(Sequence[int]):
-    """The number of the signal that the parent process received; empty while there is none."""
+    """The number of the signal that the parent process received; empty until then."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -59,9 +61,9 @@ class SignalFile(Sequence[int]):
 
 
 class Replica(Backend):
-    """One replica, in the process or thread that `torch_xla.launch` made for it.
+    """One replica, in the process or thread that `torch_xla.launch` started for it.
 
-    folder: where the parent process announces signals; None where there is no such parent.
+    folder: directory where the parent process announces signals; None without such a parent.
     """
 
     name = "xla"
@@ -77,7 +79,7 @@ class Replica(Backend):
         self.rank, self.local_rank = xr.global_ordinal(), xr.local_ordinal()
         self.world_size, self.local_world_size = xr.world_size(), xr.local_device_count()
         self.hardware = xm.xla_device_hw(self.device)
-        # A TPU multiplies float32 in bfloat16 unless told otherwise. It warns at every call.
+        # By default a TPU multiplies float32 in bfloat16. The call warns each time.
         logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)
         torch_xla.backends.set_mat_mul_precision("highest")
 
@@ -91,31 +93,31 @@ class Replica(Backend):
         return COMPILES_ITSELF
 
     def end_now(self, status: int) -> NoReturn:
-        if self.folder is not None:  # or the parent would not know why
+        if self.folder is not None:  # otherwise the parent would not know why
             write_whole(self.folder / f"outcome_{self.rank:06}", pickle.dumps(("status", status)))
         os._exit(status)
 
     def wrap(self, model: nn.Module, parallel: str = "ddp") -> nn.Module:
         if parallel != "ddp":
-            raise UserError(f"parallel={parallel} does not run on XLA devices: use parallel=ddp")
+            raise UserError(f"parallel={parallel} does not run on XLA devices; use parallel=ddp")
         if self.world_size > 1:  # rank 0's weights, as DistributedDataParallel does
             self.xm.broadcast_master_param(model)
         return model
 
     def reduce_gradients(self, optimizers: Sequence[Optimizer]) -> None:
-        """Means over replicas of a loss that `backward` has multiplied by their number."""
+        # They are means over replicas, of a loss that `backward` multiplied by their number.
         for optimizer in optimizers:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            if any(p.grad is not None for p in parameters):  # identifiers sum their own
+            if any(p.grad is not None for p in parameters):  # identifiers are summed elsewhere
                 self.xm.reduce_gradients(optimizer)
 
     def end_step(self) -> None:
         self.xla.sync()
 
     def to_host(self, tensor: Tensor) -> np.ndarray:
-        """Runs all that was noted first: reading one tensor would run what it needs alone, and
-        all else that shares in it a second time."""
         try:
+            # First run everything pending: reading a tensor runs only what it depends on, and
+            # what else depends on that would run it a second time.
             self.xla.sync()
             return tensor.cpu().numpy()
         except RuntimeError as error:
@@ -126,62 +128,45 @@ class Replica(Backend):
     def one_rank_at_a_time(self) -> AbstractContextManager:
         return _TURN
 
-    def to_device(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Plain transfers; what `prefetch_to_device` brought is there already."""
-        return {
-            k: v if isinstance(v, Tensor) else torch.from_numpy(v).to(self.device)
-            for k, v in batch.items()
-        }
-
     def batches(
         self, stream: Iterable[tuple[str, dict[str, Any], int]]
     ) -> Iterator[tuple[str, dict[str, Tensor], int]]:
-        """Through MpDeviceLoader, which moves the next batches while the device works."""
-        items = (
-            (name, {k: torch.from_numpy(v) for k, v in batch.items()}, count)
-            for name, batch, count in stream
-        )
-        return self.prefetch_to_device(items)
+        """Move batches with MpDeviceLoader, two ahead of their use.
 
-    def prefetch_to_device(self, items: Iterable[T]) -> Iterator[T]:
-        """Items with their CPU tensors on the device, two of them ahead of their use.
-
-        An error of `items` is raised here: the loader reads them in a thread, and would take it
-        for their end.
+        The loader reads `stream` in a thread and would take an error there for its end, so errors
+        are raised here.
         """
         from torch_xla.distributed.parallel_loader import MpDeviceLoader
 
         failures: list[BaseException] = []
 
-        def guarded() -> Iterator[T]:
+        def read() -> Iterator[tuple[str, dict[str, Tensor], int]]:
             try:
-                yield from items
+                for name, batch, count in stream:
+                    yield name, {k: torch.from_numpy(v) for k, v in batch.items()}, count
             except BaseException as error:
                 failures.append(error)
 
-        # batches_per_execution: the loader would run noted operations whenever it gives an item
+        # batches_per_execution: the loader would run pending operations whenever it gives an item
         loader = MpDeviceLoader(
-            guarded(),
+            read(),
             self.device,
             loader_prefetch_size=2,
             device_prefetch_size=2,
             batches_per_execution=1 << 62,
         )
-        iterator = iter(loader)
+        batches = iter(loader)
         try:
-            yield from iterator
+            yield from batches
         finally:
             loader._parallel_loader.close()
         if failures:
             raise failures[0]
 
-    @contextmanager
-    def signals(self) -> Iterator[Received]:
+    def signals(self) -> AbstractContextManager[Received]:
         if self.folder is None:
-            with super().signals() as received:
-                yield received
-        else:
-            yield SignalFile(self.folder / "signal")
+            return super().signals()
+        return nullcontext(SignalFile(self.folder / "signal"))
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return self.xm.all_gather(tensor)
@@ -198,15 +183,12 @@ class Replica(Backend):
         return [value] if self.world_size == 1 else self._exchange(value)
 
     def _exchange(self, value: Any) -> list[Any]:
-        """Every replica's value. Padded to few lengths, for each length is a program of its own;
-        unpickling stops where the value does."""
+        """Return every replica's value."""
         payload = pickle.dumps(value)
+        # Padded to few lengths, because each length is a program of its own. Unpickling ignores
+        # what follows the value.
         padded = payload.ljust(1 << max(10, len(payload).bit_length()), b"\0")
         return [pickle.loads(part) for part in self.xm.rendezvous("objects", padded)]
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            self.xm.rendezvous("barrier")
 
     def available_memory(self) -> int:
         memory = self._memory()
@@ -219,7 +201,7 @@ class Replica(Backend):
         return super().memory_bytes() if memory is None else memory.get("peak_bytes_used")
 
     def _memory(self) -> dict[str, int] | None:
-        """XLA's CPU does not tell."""
+        """Return the device's figures; None on XLA's own CPU, which has none."""
         return self.xm.get_memory_info(self.device) if self.hardware == "TPU" else None
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:

@@ -1,8 +1,8 @@
-"""Writes checkpoints while training goes on: the loop waits for the copy in host memory alone.
+"""Write checkpoints in the background: training waits only for the copy in host memory.
 
-Every rank writes its own files into a hidden folder, and tells by a marker when they are on the
-disk. Once all have, rank 0 seals the folder with a manifest and renames it to its place. No
-collective runs in the background, so a checkpoint becomes whole whatever the ranks do meanwhile.
+Every rank writes its own files into a hidden directory, and then a marker that they are on disk.
+After all markers, rank 0 adds the manifest and renames the directory. No collective runs in the
+background, so a checkpoint is completed whatever the ranks do meanwhile.
 """
 
 import errno
@@ -24,10 +24,10 @@ from utils.core.console import notify
 
 
 class Contents(NamedTuple):
-    """What one rank writes, all of it in host memory and its own.
+    """What one rank writes; in host memory, and not shared with training.
 
-    tensors: file stem -> what torch.save takes. files: name -> content. shard: this rank's held
-    rows. Other ranks than 0 have a shard only.
+    tensors: file stem -> value for torch.save. files: name -> content. shard: this rank's held
+    rows. Ranks other than 0 have only a shard.
     """
 
     tensors: Mapping[str, Any]
@@ -35,10 +35,12 @@ class Contents(NamedTuple):
     shard: Mapping[str, Any] | None
 
 
-_PATIENCE = 120.0  # seconds until a file that another machine wrote must be seen here
+_PATIENCE = 120.0  # seconds until a file that another machine wrote must be visible here
 
 
 class _Pending(NamedTuple):
+    """The checkpoint in progress. abandon: set to make rank 0 stop waiting for other ranks."""
+
     step: int
     folder: Path
     written: Future[None]
@@ -47,9 +49,9 @@ class _Pending(NamedTuple):
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run, one at a time. `begin` and `settle` are collectives.
+    """Writes the checkpoints of a run, one at a time. `begin` and `wait` are collectives.
 
-    keep: how many checkpoints remain, the newest; None for all.
+    keep: number of recent checkpoints to keep; None for all.
     """
 
     def __init__(self, run: Path, backend: Backend, keep: int | None):
@@ -58,11 +60,11 @@ class CheckpointWriter:
         self._pending: _Pending | None = None
 
     def begin(self, step: int, contents: Contents, spare: Collection[int] = ()) -> bool:
-        """Starts writing `step`, once the checkpoint before it is done; False if it cannot start.
+        """Start writing `step` after the previous checkpoint; return False if that is impossible.
 
-        spare: steps that are kept besides the newest.
+        spare: steps to keep besides the newest.
         """
-        self.settle()
+        self.wait()
         temporary = self.run / f".step_{step}.tmp"
         fault = None
         if self.backend.is_main:
@@ -82,7 +84,7 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows that the checkpoint in work will not become whole."""
+        """Whether this rank knows that the checkpoint in progress cannot be completed."""
         if self._pending is None:
             return False
         futures = (self._pending.written, self._pending.committed)
@@ -90,33 +92,33 @@ class CheckpointWriter:
 
     @property
     def done(self) -> bool:
-        """Whether this rank has nothing to write any more, or has failed to."""
+        """Whether this rank has finished writing, or failed to."""
         futures = (self._pending.written, self._pending.committed) if self._pending else ()
         return all(future is None or future.done() for future in futures)
 
-    def settle(self) -> bool:
-        """Waits until the checkpoint in work is whole, or given up and reported: then False."""
+    def wait(self) -> bool:
+        """Wait for the checkpoint in progress; return False if it failed, which is reported."""
         if self._pending is None:
             return True
         step, folder, written, committed, abandon = self._pending
         faults = self.backend.gather_objects(_fault_of(written.result))
-        told = [f"rank {rank}: {fault}" for rank, fault in enumerate(faults) if fault is not None]
-        if told:
+        found = [f"rank {rank}: {fault}" for rank, fault in enumerate(faults) if fault is not None]
+        if found:
             abandon.set()
         fault = None
         if committed is not None:
-            # All parts are written: what is still missing is slow to be seen, or gone.
+            # All parts are written: a missing one is not visible yet, or lost.
             wait([committed], timeout=_PATIENCE)
             abandon.set()
             fault = _fault_of(committed.result)
-        fault = self.backend.broadcast_object("; ".join(told) or fault)
+        fault = self.backend.broadcast_object("; ".join(found) or fault)
         self._pending = None
         if fault is not None:
             self._report(step, fault, folder)
         return fault is None
 
     def close(self) -> None:
-        """Ends the threads; called on every way out, also where other ranks are gone."""
+        """Stop the threads. Not a collective: other ranks may have failed."""
         if self._pending is not None and (committed := self._pending.committed) is not None:
             try:
                 self._pending.written.exception()
@@ -130,11 +132,11 @@ class CheckpointWriter:
             return
         shutil.rmtree(folder, ignore_errors=True)
         good = checkpoints_of(self.run)
-        last = f"the last good checkpoint is {good[-1].name}" if good else "there is none before"
+        last = f"the last good checkpoint is {good[-1].name}" if good else "there is none yet"
         notify(f"warning: step {step} could not be saved ({fault}); {last}")
 
     def _write(self, folder: Path, contents: Contents) -> None:
-        """This rank's files, on the disk when this returns, and the marker that says so."""
+        """Write this rank's files, flush them to disk, and write the marker."""
         rank, names = self.backend.rank, []
         for stem, value in contents.tensors.items():
             names.append(f"{stem}.pt")
@@ -161,8 +163,9 @@ class CheckpointWriter:
         abandon: threading.Event,
         spare: Collection[int],
     ) -> None:
+        """Wait for the markers of all ranks, then complete the checkpoint and prune older ones."""
         if written.exception() is not None:
-            return  # its own fault is reported
+            return  # reported as the fault of this rank
         markers = [_marker(folder, rank) for rank in range(self.backend.world_size)]
         while not all(marker.is_file() for marker in markers):
             if abandon.wait(0.02):
@@ -188,7 +191,7 @@ class CheckpointWriter:
         try:
             prune(self.run, self.keep, {step, *spare})
         except OSError as error:
-            notify(f"warning: older checkpoints could not be removed ({error})")
+            notify(f"warning: older checkpoints could not be deleted ({error})")
 
 
 def _marker(folder: Path, rank: int) -> Path:
@@ -196,11 +199,12 @@ def _marker(folder: Path, rank: int) -> Path:
 
 
 def _make_folder(folder: Path, contents: Contents) -> None:
+    """Create an empty directory; raise OSError if the disk has no room for the contents."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     needed, free = _bytes_of(contents), shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(f"it takes {_size(needed)} and {_size(free)} are free")
+        raise OSError(f"it takes {_size(needed)}, but only {_size(free)} are free")
 
 
 def _bytes_of(value: Any) -> int:
@@ -216,16 +220,16 @@ def _size(count: float) -> str:
 
 
 def save_tensors(value: Any, path: Path) -> None:
-    """Call `torch.save`; raise OSError where the disk refuses."""
+    """Call `torch.save`; raise OSError if the file cannot be written."""
     try:
         torch.save(value, path)
-    except RuntimeError as error:  # what torch makes of a write that failed
+    except RuntimeError as error:  # torch's error for a failed write
         free = _size(shutil.disk_usage(path.parent).free)
         raise OSError(f"{path.name} could not be written, {free} are free") from error
 
 
 def _fault_of(act: Callable[[], object]) -> str | None:
-    """Runs `act`; why the file system refused, if it did."""
+    """Run `act`; return the message of an OSError, or None."""
     try:
         act()
     except OSError as error:
@@ -235,11 +239,12 @@ def _fault_of(act: Callable[[], object]) -> str | None:
 
 
 def _fsync(path: Path) -> None:
+    """Flush a file or a directory's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not (path.is_dir() and error.errno == errno.EINVAL):  # not all storage knows folders
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # some storage syncs only files
             raise
     finally:
         os.close(descriptor)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pydantic
+import yaml
 from pydantic.fields import FieldInfo
 
 from utils.config.plugins import gather_terms, load_plugin, options_model
@@ -35,6 +36,11 @@ def dump_config(config: PretrainConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     values["arch"], _ = _complete_arch(values["arch"])
     return values
+
+
+def config_yaml(config: PretrainConfig) -> str:
+    """Return the text of config.yaml: what `dump_config` returns, in its order."""
+    return yaml.safe_dump(dump_config(config), sort_keys=False)
 
 
 def read_arch(saved: Mapping[str, Any]) -> tuple[ArchConfig, list[str]]:

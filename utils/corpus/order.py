@@ -16,24 +16,15 @@ from utils.corpus.corpora import Corpora
 from utils.corpus.permutation import QuotaSchedule, hash64, permute
 
 # One number per use of the seed, so that no two draws share randomness.
-ORDER, PUZZLE, RELABEL, EXPLORE = 1, 2, 3, 4
+ORDER, PUZZLE, RELABEL, ROW_OPTIONS = 1, 2, 3, 4
 
 _AT_ONCE = 1024  # places drawn together, because the arithmetic is vectorized
 
 
-def sample_exploration(
-    seed: int, step: int, slots: int, probability: float, maximum: int
-) -> np.ndarray:
-    """Sample the minimum number of ACT steps of each slot: (slots,) int32, 0 for no minimum.
-
-    With `probability`, uniform in 2..maximum inclusive. A pure function of (seed, step, slot).
-    """
-    if maximum < 2:
-        return np.zeros(slots, np.int32)
-    key = np.concatenate([hash64(seed, EXPLORE), np.full(1, step, np.uint64)])
-    coin, steps = np.random.Philox(key=key).random_raw(2 * slots).reshape(slots, 2).T
-    explores = (coin >> np.uint64(11)) * 2.0**-53 < probability
-    return np.where(explores, 2 + steps % np.uint64(maximum - 1), 0).astype(np.int32)
+def step_rng(seed: int, step: int, use: int) -> np.random.Generator:
+    """Return the generator of an optimizer step for one use, the same on every rank."""
+    key = np.concatenate([hash64(seed, use), np.full(1, step, np.uint64)])
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 class Position(NamedTuple):

@@ -8,7 +8,7 @@ only discards reads: the run's position counts only examples taken.
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from utils.corpus.order import ExampleOrder, Examples, Position, Upcoming
 from utils.corpus.row_reader import Batch
 
 Read = Callable[[Examples], Batch]
+
+ALL = slice(None)
 
 
 class InPlace:
@@ -137,3 +139,18 @@ class ReadAhead:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+
+
+Source: TypeAlias = InPlace | ReadAhead
+
+
+def open_source(
+    order: ExampleOrder, read: Read, workers: int, *, chunk: int, ahead: int, keep: slice = ALL
+) -> Source:
+    """Provide the examples of `order`, prefetched by `workers` threads if there are any.
+
+    chunk, ahead, keep: see `ReadAhead`.
+    """
+    if workers == 0:
+        return InPlace(order, read)
+    return ReadAhead(order, read, workers=workers, chunk=chunk, ahead=ahead, keep=keep)

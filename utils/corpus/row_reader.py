@@ -73,12 +73,13 @@ class RowReader:
         with_scored_bytes: bool = False,
     ):
         low, high = min_iterations, max_iterations
-        if low is not None and high is not None and low > high:
+        limit = None if high == 1 else high  # a model of one step has no use for budgets
+        if low is not None and limit is not None and low > limit:
             raise UserError(
                 f"min_iterations ({low}) exceeds the maximum number of ACT steps ({high}); "
                 "lower min_iterations or raise halt_max_steps."
             )
-        if corpora.has_targets and high is not None and corpora.max_target > high:
+        if corpora.has_targets and limit is not None and corpora.max_target > limit:
             warnings.warn(
                 f"the corpus has iteration targets up to {corpora.max_target}; "
                 f"targets above {high} are clipped.",

@@ -103,11 +103,11 @@ class Watchdog:
 
     def _speak(self, headline: str) -> None:
         own = self._place()
-        self.backend.post(f"watchdog/{self.backend.rank}", json.dumps(own))
+        self.backend.board.post(f"watchdog/{self.backend.rank}", json.dumps(own))
         time.sleep(_REPORT)
         places: dict[int, Place] = {self.backend.rank: own}
         for rank in range(self.backend.world_size):
-            text = self.backend.posted(f"watchdog/{rank}")
+            text = self.backend.board.read(f"watchdog/{rank}")
             if text is not None and time.time() - (place := Place(*json.loads(text))).time < 60:
                 places[rank] = place
         if min(places) == self.backend.rank:

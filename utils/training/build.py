@@ -2,11 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from dataset.tokens.tokenization import TextTokenizer
 from evaluators.interface import Evaluator
@@ -17,10 +14,9 @@ from models.inference.loading import base_loader, fitting_weights, open_tokenize
 from models.losses import ACTLossHead, create_terms
 from sequence_dataset import TrainStream
 from utils.backend import Backend
-from utils.backend.feed_ahead import PresentAhead
 from utils.backend.memory import explain_out_of_memory
 from utils.checkpoint.format import Checkpoint
-from utils.config.saved import dump_config
+from utils.config.saved import config_yaml, dump_config
 from utils.config.schema import PretrainConfig
 from utils.core.atomic import write_result
 from utils.core.clock import Clock
@@ -55,7 +51,7 @@ class Run:
     data: Data
     folder: Path
     state: TrainState
-    stream: TrainStream | PresentAhead
+    stream: TrainStream
     micro_batches: int
     schedule: Schedule
     evaluators: list[Evaluator]
@@ -191,26 +187,24 @@ def load_pretrained(
         return f"weights of {config.load_checkpoint}", {}
     averaged = config.load_weights == "ema" and "ema.pt" in opened
     source = f"{'averaged' if averaged else 'raw'} weights of {opened.folder}"
-    return source, opened.json("state.json")["counters"]
+    return source, opened.state["counters"]
 
 
 def create_stream(
     config: PretrainConfig, model: ACTLossHead, data: Data, backend: Backend, micro_batches: int
-) -> TrainStream | PresentAhead:
-    """Create the stream of training batches, read ahead to the device where that is possible."""
-    make = partial(
-        TrainStream.from_config,
+) -> TrainStream:
+    """Create the stream of training batches of this replica."""
+    architecture = model.model
+    return TrainStream.from_config(
         data.train,
         config,
-        model.model.config,  # the architecture's own, with its defaults
+        architecture.max_steps,
+        least_iterations=getattr(architecture.config, "force_min_steps", 1),
+        row_options=architecture.row_options,
         rank=backend.rank,
         world_size=backend.world_size,
         micro_batches=micro_batches,
     )
-    stream = make(num_workers=config.num_workers)
-    if config.feed == "present" and backend.prefetch_to_device is not None:
-        return PresentAhead(stream, make(num_workers=0), backend.prefetch_to_device)
-    return stream
 
 
 def create_log(
@@ -240,7 +234,7 @@ def write_config(config: PretrainConfig, folder: Path) -> None:
     if config.eval_only and path.exists():
         return
     with write_result(path, f"checkpoint_path={folder}: config.yaml") as part:
-        part.write_text(yaml.safe_dump(dump_config(config), sort_keys=False), encoding="utf-8")
+        part.write_text(config_yaml(config), encoding="utf-8")
 
 
 def check_early_stopping(
@@ -276,5 +270,5 @@ def read_micro_rows(resumed: Checkpoint | None, rows: int) -> int | None:
 
     None for a new run, or where they do not divide the `rows` of a rank (another world size).
     """
-    saved = resumed.json("state.json").get("micro_rows") if resumed is not None else None
+    saved = resumed.state.get("micro_rows") if resumed is not None else None
     return saved if saved is not None and rows % saved == 0 else None

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from dataset.common import DatasetMetadata
@@ -14,7 +13,7 @@ from models.losses import ACTLossHead
 from utils.backend import select_backend
 from utils.checkpoint.format import missing_advice
 from utils.config.plugins import checkpoint_options
-from utils.config.saved import dump_config
+from utils.config.saved import config_yaml
 from utils.config.schema import PretrainConfig
 from utils.core.errors import UserError
 from utils.corpus.data import Data, open_data
@@ -29,7 +28,7 @@ def dry_run(config: PretrainConfig) -> None:
         if not base.is_dir():
             key = f"arch.loss.terms.{term}.{option}"
             raise UserError(f"{key}={base} is not a folder; {missing_advice(base)}")
-    print(yaml.safe_dump(dump_config(config), sort_keys=False))
+    print(config_yaml(config))
     device, free = "cuda", None
     rows = micro_rows = config.rows_per_rank(ranks)
     why = f"as there is no {config.device_type} here to fit them to"

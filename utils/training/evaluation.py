@@ -76,7 +76,7 @@ def create_stream(run: Run, rows: int) -> EvalStream | list[Any]:
     return EvalStream.from_config(
         run.data.test,
         run.config,
-        run.state.model.model.config,
+        run.state.model.model.max_steps,
         rows,
         rank=run.backend.rank,
         world_size=run.backend.world_size,

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dataset.common import DatasetMetadata
 from models.build import create_model
 from models.inference.loading import settle_bases, usable_dtype
+from sequence_dataset import TrainStream, drop_halted
 from utils.backend import Backend
 from utils.checkpoint import format as checkpoint
 from utils.checkpoint.format import Checkpoint
@@ -17,10 +17,7 @@ from utils.config.schema import OptimizerConfig, PretrainConfig
 from utils.core.console import notify
 from utils.core.errors import UserError
 from utils.training.optimizers import share_moments
-from utils.training.save import Resumable
 from utils.training.state import TrainState
-
-READABLE = (2, 3)  # formats of checkpoints; 2 named latents and memory after AthenaTRM's fields
 
 
 def prepare_resume(config: PretrainConfig, folder: Path, backend: Backend) -> Checkpoint | None:
@@ -39,20 +36,25 @@ def prepare_resume(config: PretrainConfig, folder: Path, backend: Backend) -> Ch
     if backend.is_main:
         print(f"resuming from {source}", flush=True)
     opened = Checkpoint(source)
-    if opened.json("state.json").get("format") not in READABLE:
+    if opened.state.get("format") not in checkpoint.READABLE:
         raise UserError(
             f"{source} was written by an incompatible version of Athena and cannot be resumed; "
             f"start a new run from its weights with load_checkpoint={source}"
         )
-    saved = yaml.safe_load(opened.text("config.yaml"))
+    saved = opened.config
     choose_dtype(config, backend, saved["arch"])
     settle_bases(config, backend, saved["arch"]["loss"])
     check_unchanged(config, saved, opened)
-    if backend.is_main and not config.eval_only:
-        checkpoint.set_aside(folder, source, opened.json("state.json")["counters"]["step"])
-        checkpoint.note_start(folder, config.resume)
-    backend.barrier()
+    if not config.eval_only:
+        step = opened.state["counters"]["step"]
+        backend.from_main(lambda: start_from(folder, source, step, config.resume))
     return opened
+
+
+def start_from(folder: Path, source: Path, step: int, resume: str) -> None:
+    """Prepare a run's folder for a course that starts from the checkpoint `source`, at `step`."""
+    checkpoint.set_aside(folder, source, step)
+    checkpoint.note_start(folder, resume)
 
 
 def choose_dtype(config: PretrainConfig, backend: Backend, saved: dict[str, Any] | None) -> None:
@@ -160,7 +162,7 @@ def match_weights(config: PretrainConfig, opened: Checkpoint) -> bool:
 def restore(
     config: PretrainConfig,
     state: TrainState,
-    stream: Resumable,
+    stream: TrainStream,
     backend: Backend,
     opened: Checkpoint,
     folder: Path,
@@ -170,25 +172,24 @@ def restore(
 
     An evaluation that was finished at that step counts as done.
     """
-    saved = opened.json("state.json")
+    saved = opened.state
     position, rows = saved["stream"], None
     size, before = config.global_batch_size, position["global_batch_size"]
     if config.checkpoint_carry and size == before:
         share = size // backend.world_size
         rows = opened.carry(range(backend.rank * share, (backend.rank + 1) * share))
     if rows is None and (flags := opened.carry(range(before), only="halted")) is not None:
-        places = zip(position["held_places"], flags["halted"].tolist(), strict=True)
-        position["held_places"] = [-1 if halted else place for place, halted in places]
+        position = drop_halted(position, flags["halted"].tolist())
     # First, because other corpora are the likeliest reason for weights of other shapes.
     stream.load_state_dict(position, restart_held=rows is None)
-    values, _ = read_config(yaml.safe_load(opened.text("config.yaml")))
+    values, _ = read_config(opened.config)
     kept = share_moments(config.optimizer, OptimizerConfig.model_validate(values["optimizer"]))
     if not state.load_tensors(opened, moments=kept) and backend.is_main:
         print("note: the checkpoint has no moments for this optimizer, they start from zero")
     state.load_counters(saved["counters"])
     done = None
     if backend.is_main and opened.folder.parent.resolve() == folder.resolve():
-        done = checkpoint.noted_evaluation(folder, state.step)
+        done = checkpoint.read_evaluation(folder, state.step)
     if (done := backend.broadcast_object(done)) is not None:
         state.load_counters(done)
         state.evaluated_step = state.step

@@ -5,34 +5,23 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import yaml
+from typing import Any
 
 from evaluators.guard import FAILURES
 from models.source_code import source_files
+from sequence_dataset import TrainStream, drop_halted
 from utils.backend import Backend
 from utils.checkpoint import format as checkpoint
 from utils.checkpoint.writer import CheckpointWriter, Contents
-from utils.config.saved import dump_config
+from utils.config.saved import config_yaml
 from utils.config.schema import PretrainConfig
 from utils.core.console import notify
 from utils.corpus.corpora import Corpora, did_you_mean
 from utils.training.state import TrainState
 
-FORMAT = 3  # of a checkpoint's files; 3: latents and memory of held rows have names
-
-
-class Resumable(Protocol):
-    """A stream whose position a checkpoint stores."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any], *, restart_held: bool = False) -> None: ...
-
 
 class Saver:
-    """Save a run in the background, and retry if the disk refuses. Methods are collectives.
+    """Save a run in the background, and retry after a failure. Methods are collectives.
 
     saved_at: the last step whose checkpoint is complete or in progress.
     """
@@ -43,7 +32,7 @@ class Saver:
         self,
         config: PretrainConfig,
         state: TrainState,
-        stream: Resumable,
+        stream: TrainStream,
         backend: Backend,
         folder: Path,
         corpora: Corpora,
@@ -53,7 +42,7 @@ class Saver:
         self.folder = folder
         self.writer = CheckpointWriter(folder, backend, config.keep_checkpoints)
         texts = {
-            "config.yaml": yaml.safe_dump(dump_config(config), sort_keys=False),
+            "config.yaml": config_yaml(config),
             "dataset.json": corpora.metadata.model_dump_json(),
             "identifiers.json": json.dumps(corpora.identifiers),
         }
@@ -70,12 +59,12 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank could not write; `check` takes the same of any rank."""
+        """Whether this rank failed to write; `check` receives whether any rank did."""
         return self.writer.failed
 
     def check(self, failed: bool) -> None:
-        """Drop a checkpoint that some rank failed to write, and schedule the next attempt."""
-        if failed and not self.writer.settle():
+        """Drop the checkpoint in progress if a rank failed to write it, and schedule a retry."""
+        if failed and not self.writer.wait():
             self._plan_retry()
 
     def due(self) -> bool:
@@ -85,7 +74,7 @@ class Saver:
         return retry or bool(every and self.state.step % every == 0)
 
     def save(self) -> None:
-        """Start a checkpoint of the current state, unless there is one."""
+        """Start a checkpoint of the current state, unless it is saved or in progress."""
         if self.saved_at == self.state.step:
             return
         best = () if self.state.best_step is None else (self.state.best_step,)
@@ -96,12 +85,12 @@ class Saver:
     def finish(self, patience: float, received: Sequence[int] = ()) -> bool:
         """Save the current state and wait; return False if that failed for `patience` seconds.
 
-        received: a list that a signal may fill, which also ends the waiting.
+        received: numbers of received signals; one also ends the attempts.
         """
         begun, pause = time.monotonic(), min(10.0, patience)
         while True:
             self.save()
-            if self.writer.settle() and self.saved_at == self.state.step:
+            if self.writer.wait() and self.saved_at == self.state.step:
                 return True
             self._plan_retry()
             waited = time.monotonic() - begun
@@ -109,11 +98,11 @@ class Saver:
                 return False
             if self.backend.is_main:
                 left = patience - waited
-                notify(f"trying again every {pause:.0f} s for {left:.0f} s: make room")
+                notify(f"retrying every {pause:.0f} s for {left:.0f} s: free up disk space")
             time.sleep(pause)
 
     def keep_best(self, results: dict[str, Any]) -> None:
-        """Exempt this step's checkpoint from deletion if its evaluation is the best so far."""
+        """Save and keep this step's checkpoint if its evaluation is the best so far."""
         state = self.state
         name, mode = self._rule(results)
         figure = self._figure(results, name, mode)
@@ -126,7 +115,7 @@ class Saver:
         former = state.best_step, state.best_figure
         state.best_step, state.best_figure = state.step, figure
         self.save()
-        if not self.writer.settle() or self.saved_at != state.step:
+        if not self.writer.wait() or self.saved_at != state.step:
             state.best_step, state.best_figure = former
             return self._plan_retry()
         if self.backend.is_main:
@@ -140,7 +129,7 @@ class Saver:
         if self.backend.is_main and FAILURES not in {key.removeprefix("eval/") for key in results}:
             try:
                 checkpoint.note_evaluation(self.folder, self.state.counters())
-            except OSError as error:  # at worst it is evaluated once more
+            except OSError as error:  # at worst it is evaluated again
                 notify(f"warning: {self.folder / checkpoint.EVALUATED}: {error.strerror or error}")
 
     def _rule(self, results: dict[str, Any]) -> tuple[str, str]:
@@ -183,15 +172,13 @@ class Saver:
             slots = [self.backend.rank * share, (self.backend.rank + 1) * share]
             shard = {"slots": slots, "carry": state.carry_rows()}
         position = self.stream.state_dict()
-        if shard is None and config.feed == "consume":
-            # held rows restart, but those that have halted are done
-            places = zip(position["held_places"], state.halted.tolist(), strict=True)
-            position["held_places"] = [-1 if halted else place for place, halted in places]
+        if shard is None:  # held rows will restart
+            position = drop_halted(position, state.halted.tolist())
         tensors = state.tensors(keep=self.backend.is_main)
         if not self.backend.is_main:
             return Contents({}, {}, shard)
         saved = {
-            "format": FORMAT,
+            "format": checkpoint.FORMAT,
             "counters": state.counters(),
             "stream": position,
             "micro_rows": len(state.carries[0].halted) if state.carries else None,

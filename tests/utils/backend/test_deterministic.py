@@ -31,7 +31,6 @@ class AsOnCUDA(CPUBackend):
     """A CPU that is as strict as the CUDA backend makes torch."""
 
     set_deterministic = CUDABackend.set_deterministic
-    any_algorithm = CUDABackend.any_algorithm
 
 
 @pytest.fixture(autouse=True)

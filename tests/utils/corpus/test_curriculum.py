@@ -30,18 +30,17 @@ def test_budgets_are_those_of_the_progress_at_entry(corpus, feed, max_steps):
     """Against the definition in exact numbers; nothing else of a batch changes."""
     options = dict(feed=feed, epochs=8, min_iterations=5)
     plain, growing = stream_of(corpus, **options), stream_of(
-        corpus, **options, curriculum=RULE, least_iterations=2, max_steps=max_steps, num_workers=2
+        corpus, **options, curriculum=RULE, least_iterations=2, num_workers=2
     )  # fmt: skip
     flags, lowered = halting(3, 8), 0
     for step in range(1, 400):
-        done = growing.progress
-        one, other = (stream.next(step, flags(step - 1)) for stream in (plain, growing))
+        limit = (step - 1) / max_steps if max_steps else 0.0
+        done = max(growing.progress, limit)
+        one, other = (stream.next(step, flags(step - 1), limit) for stream in (plain, growing))
         if one is None:
             break
         whole, given = (batch[0].pop("iteration_targets") for batch in (one, other))
         assert_same(one, other)
-        if max_steps is not None:
-            done = max(done, (step - 1) / max_steps)
         share = 1.0 if done >= 0.5 else 0.25 + 0.75 * done / 0.5
         scored = real_rows(one[0])
         wanted = np.maximum(whole * share, 5)[scored]
@@ -52,7 +51,7 @@ def test_budgets_are_those_of_the_progress_at_entry(corpus, feed, max_steps):
 
 
 def test_ranks_and_resume_leave_budgets_alone(corpus):
-    options = dict(curriculum=RULE, max_steps=30, epochs=2)
+    options = dict(curriculum=RULE, epochs=2)
     whole = run([stream_of(corpus, **options)], halting(4, 8))
     ranks = [stream_of(corpus, **options, rank=rank, world_size=2) for rank in range(2)]
     assert_same(whole, run(ranks, halting(4, 8)))

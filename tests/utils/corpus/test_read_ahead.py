@@ -12,6 +12,7 @@ from seeds import draw_rng
 from sequence_dataset import Corpora, TrainStream
 from tests.stream_tools import (
     assert_same,
+    exploration,
     halting,
     random_windows,
     run,
@@ -50,7 +51,7 @@ def test_resuming_anywhere_on_any_world_with_any_workers(tmp_path, kind, feed):
     _write(tmp_path / "c", kind)
     corpora, flags = Corpora([tmp_path / "c"]), halting(7, SIZE)
     options = {"global_batch_size": SIZE, "seed": 1, "epochs": 2.5, "feed": feed} | KINDS[kind]
-    options |= {"explore_prob": 0.3, "explore_max": 5}
+    options |= {"row_options": exploration(0.3, 5)}
     whole = TrainStream(corpora, **options)
     expected, states = [], [json.dumps(whole.state_dict())]
     while batches := run([whole], flags, first=len(expected), steps=1):

@@ -37,6 +37,7 @@ def test_budgets_are_lifted_and_capped_with_one_warning(corpus, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stream_of(corpus, max_iterations=19)
+        stream_of(corpus, max_iterations=1, min_iterations=4)  # a model of one step has no budgets
 
 
 def test_relabelling_is_a_bijection_applied_to_inputs_and_labels_alike():

@@ -13,7 +13,7 @@ from utils.monitoring.watchdog import STALLED, Place, describe
 
 IMPATIENT = """
 import utils.monitoring.watchdog
-from sequence_dataset import TrainStream
+from sequence_dataset import ConsumeFeed
 utils.monitoring.watchdog.LEAST_SECONDS, utils.monitoring.watchdog._REPORT = 1.5, 0.5
 import time
 """
@@ -23,10 +23,12 @@ import time
 def test_a_rank_that_reads_slowly_is_named_with_the_place(text_corpus, tmp_path):
     fault = f"""{IMPATIENT}
 def slow(self, *args):
-    if rank == 1 and self._steps == 20:
+    global steps
+    steps += 1
+    if rank == 1 and steps == 21:
         time.sleep(5)
     return real(self, *args)
-real, TrainStream._feed_freed = TrainStream._feed_freed, slow
+steps, real, ConsumeFeed.next = 0, ConsumeFeed.next, slow
 """
     code, out = run_with(fault, tmp_path / "run", text_corpus, tmp_path, ranks=2)
     assert code == 0, out
