@@ -149,7 +149,7 @@ def shipped() -> list[Path]:
 def pack() -> bytes:
     """Return a tar archive of the shipped files: the same bytes for the same files."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+    with tarfile.TarFile(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for path in shipped():
             content = (ROOT / path).read_bytes()
             entry = tarfile.TarInfo(path.as_posix())

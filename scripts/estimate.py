@@ -24,8 +24,8 @@ import torch
 from pydantic import ValidationError
 
 from models import cost
-from scripts.measure_step import measured_step
 from scripts.run_plan import HARDWARE, Options, Plan, configure, cpu_rate, plan
+from scripts.training_step import measured_step
 from utils.backend import select_backend
 from utils.config.errors import problems_of, show, to_float
 from utils.config.load import PretrainConfig

@@ -1,6 +1,6 @@
 """What a cache of keys and values gives, and what sharing it costs.
 
-    python scripts/benchmark_generate.py checkpoints/athena/my_run --text-file held_out.txt
+    python scripts/benchmarks/generate.py checkpoints/athena/my_run --text-file held_out.txt
 
 Continues windows of a text with and without a cache, in alternating rounds, and reports medians;
 then reads the same windows token by token in float32, as generation does, and compares the
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = command_parser("benchmark_generate", __doc__)
+    parser = command_parser("python scripts/benchmarks/generate.py", __doc__)
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
     parser.add_argument("--text-file", type=Path, required=True, help="held-out text, as windows")
     parser.add_argument("--rows", type=int, default=8, metavar="N", help="texts at once")

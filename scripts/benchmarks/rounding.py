@@ -1,6 +1,6 @@
 """How far rounding carries a recursion: float32 and bfloat16 against float64, by ACT step.
 
-    python scripts/measure_rounding.py arch=athena_trm_large arch.hidden_size=64 arch.num_heads=4
+    python scripts/benchmarks/rounding.py arch=athena_trm_large arch.hidden_size=64 arch.num_heads=4
 
 The same weights and rows in three precisions. Printed are the relative difference of z_H from
 float64's, and the cosine of the loss' gradient with float64's: 1 where rounding does not matter, 0
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from utils.core.console import run_cli
 from utils.training.schedule import warmup
 from utils.training.state import create_train_state
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 DTYPES = ("float64", "float32", "bfloat16")
 VOCAB, LENGTH, ROWS = 256, 64, 8
 

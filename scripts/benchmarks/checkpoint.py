@@ -1,7 +1,7 @@
 r"""How long training stands still for a checkpoint, against copying it and against writing it.
 
-    python scripts/benchmark_checkpoint.py experiment=quickstart
-    python scripts/benchmark_checkpoint.py arch=athena_trm_medium global_batch_size=32 --rounds 5
+    python scripts/benchmarks/checkpoint.py experiment=quickstart
+    python scripts/benchmarks/checkpoint.py arch=athena_trm_medium global_batch_size=32 --rounds 5
 
 The run's own saver takes turns with a bare copy of the same tensors to host memory (what a save
 must cost), and with a save that is waited for. Steps are timed while a file is being written and
@@ -15,9 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.benchmark_train import make_step
+from scripts.training_step import make_step
 from utils.backend import select_backend
 from utils.checkpoint.writer import CheckpointWriter, Contents
 from utils.config.load import compose_config, load_config
