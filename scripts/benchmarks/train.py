@@ -1,24 +1,27 @@
 """Seconds of a training step, as ratios to a reference measured in the same run.
 
     python scripts/benchmarks/train.py experiment=quickstart
-    python scripts/benchmarks/train.py experiment=quickstart device_type=cuda --rounds 20
+    python scripts/benchmarks/train.py experiment=quickstart device_type=cuda rounds=20
 
-Variants take turns, and medians are compared, because machines are noisy. Overrides are those of
-pretrain.py; no corpus is read, the tokens are random.
+Variants take turns, and medians are compared, because machines are noisy. Takes
+every key of pretrain.py; reads no corpus, because the tokens are random.
 """
 
-import argparse
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from scripts.training_step import make_step
 from utils.backend import select_backend
+from utils.config.key_values import run_command, split_key_values
 from utils.config.load import compose_config, load_config
-from utils.core.console import run_cli
+from utils.config.schema import PositiveInt
 
 VARIANTS = {
     "eager": ("compile=false",),
@@ -28,20 +31,23 @@ VARIANTS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", help="as for pretrain.py")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each variant")
-    arguments = parser.parse_args()
-    base = ["device_type=auto", *arguments.overrides, "data_paths=[random]"]
+class Options(BaseModel):
+    """The keys besides those of pretrain.py."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rounds: PositiveInt = Field(7, description="measurements of each variant")
+
+
+def run(arguments: Sequence[str]) -> None:
+    options, given = split_key_values(Options, arguments)
+    base = ["device_type=auto", *given, "data_paths=[random]"]
     steps, configs = {}, {}
     for name, overrides in VARIANTS.items():
         config = load_config(compose_config([*base, *overrides]))
         backend, _ = select_backend(config.device_type)
         if config.compile is True and (reason := backend.cannot_compile()):
-            print(f"{name} is left out: {reason}")
+            print(f"{name} is skipped: {reason}")
             continue
         configs[name], (steps[name], _) = config, make_step(config, backend)
         begun = time.perf_counter()
@@ -49,7 +55,7 @@ def main() -> None:
             steps[name]()
         print(f"{name}: {time.perf_counter() - begun:.1f} s for the first three steps")
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(arguments.rounds):
+    for _ in range(options.rounds):
         for name, step in steps.items():
             begun = time.perf_counter()
             step()
@@ -64,5 +70,10 @@ def main() -> None:
         )
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see the top of this file."""
+    run_command(Options, __doc__, run, argv)
+
+
 if __name__ == "__main__":
-    run_cli(main)
+    main()
