@@ -86,7 +86,7 @@ quickstart: $(BASE) $(CORPUS)/build_report.json  ## train a small model on plays
 	@echo "run:  $(RUNS)/$(RUN_NAME) (checkpoints, metrics.jsonl, curves.png)"
 
 compare: $(BASE) $(CORPUS)/build_report.json  ## recursion against a plain decoder of as many parameters and seconds
-	$(PY) scripts/compare.py --seconds $(SECONDS_EACH) $(OVERRIDES)
+	$(PY) scripts/compare.py seconds=$(SECONDS_EACH) $(OVERRIDES)
 
 # --- a puzzle --------------------------------------------------------------------------------
 

@@ -13,7 +13,9 @@ from pydantic import Field
 
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata
 from evaluators.examples import pick_evenly, read_json_lines
-from evaluators.interface import Batch, Continued, Examined
+from evaluators.interface import Batch
+from models.inference.generation import Written
+from models.inference.language_model import LanguageModel
 from models.inference.sampling import Sampling
 from utils.core.atomic import write_atomically
 from utils.core.console import notify
@@ -110,7 +112,7 @@ class GenerationEvaluator:
                 prompt = tokens[: scored[0] + 1].tolist()
                 self.rows.append((prompt, targets[scored].tolist()))
 
-    def examine(self, model: Examined, group: Any) -> None:
+    def examine(self, model: LanguageModel, group: Any) -> None:
         """Writes a text for each prompt, and scores them."""
         config, examples = self.config, self._examples(model, group)
         if not examples:
@@ -127,7 +129,7 @@ class GenerationEvaluator:
             for prompt, text, example in zip(prompts, written, examples, strict=True)
         ]
 
-    def _examples(self, model: Examined, group: Any) -> list[Example]:
+    def _examples(self, model: LanguageModel, group: Any) -> list[Example]:
         if self.reads_rows:
             # in an order of their own, whichever rank read them
             rows = sorted(row for part in group.gather_objects(self.rows) for row in part)
@@ -143,7 +145,7 @@ class GenerationEvaluator:
         return [found[i] for i in pick_evenly(len(found), self.config.limit)]
 
     def _scores(
-        self, prompts: Sequence[str], written: Sequence[Continued], references: Sequence[str]
+        self, prompts: Sequence[str], written: Sequence[Written], references: Sequence[str]
     ) -> dict[str, float]:
         texts = [one.text for one in written]
         figures: dict[str, float] = {"examples": len(texts)}

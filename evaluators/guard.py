@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from evaluators.interface import Batch, Evaluator, Examined
+from evaluators.interface import Batch, Evaluator
+from models.inference.language_model import LanguageModel
 from utils.backend import Backend
 from utils.backend.determinism import allow_any_algorithm
 from utils.core.console import notify
@@ -109,7 +110,7 @@ class Guarded:
             for place, evaluator in enumerate(self.evaluators):
                 self._try(place, evaluator.update_batch, batch, preds)
 
-    def examine(self, ask: Callable[[Group], Examined]) -> None:
+    def examine(self, ask: Callable[[Group], LanguageModel]) -> None:
         """Lets those that want to ask the model. Raises Interrupted on all ranks together."""
         self._share_faults()
         for place, evaluator in enumerate(self.evaluators):

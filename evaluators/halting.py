@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from dataset.common import DatasetMetadata
-from evaluators.interface import Batch, Examined
+from evaluators.interface import Batch
+from models.inference.language_model import LanguageModel
 from utils.core.console import notify
 from utils.core.errors import UserError
 from utils.monitoring.plotting import save_figure, with_slack
@@ -25,7 +26,7 @@ class HaltingEvaluator:
 
     step_<k>/loss, accuracy, exact_accuracy   after k ACT steps, mean of the rows' means
     step_<k>/flops_per_token                  what k steps cost, the head of the last one included
-    step_<k>/z_H_change, z_L_change           ‖z_k − z_{k−1}‖ of a scored position
+    step_<k>/<latent>_change                  ‖z_k − z_{k−1}‖ of a scored position
     step_<k>/share                            rows in which the head first says halt at step k
                                               (at the last step: all that are left)
     act/steps, act/loss, act/accuracy         if the head decided
@@ -46,11 +47,12 @@ class HaltingEvaluator:
         "loss": "row_loss",
         "accuracy": "row_accuracy",
         "exact_accuracy": "row_exact",
-        "z_H_change": "z_H_change",
-        "z_L_change": "z_L_change",
     }
     HEAD = ("q_halt_logits_by_step", "row_halt_target_by_step")
-    required_outputs = frozenset({f"{name}_by_step" for name in CURVES.values()} | {*HEAD, "valid"})
+    CHANGES = "*_change_by_step"  # of every latent
+    required_outputs = frozenset(
+        {f"{name}_by_step" for name in CURVES.values()} | {*HEAD, CHANGES, "valid"}
+    )
 
     def __init__(self, data_path: str, eval_metadata: DatasetMetadata, **options: Any):
         self.config = self.Config(**options)
@@ -70,6 +72,11 @@ class HaltingEvaluator:
             name: _rows(preds[f"{source}_by_step"], valid)
             for name, source in self.CURVES.items()
             if f"{source}_by_step" in preds
+        }
+        curves |= {
+            name.removesuffix("_by_step"): _rows(values, valid)
+            for name, values in preds.items()
+            if name.endswith("_change_by_step")
         }
         count, steps = curves["loss"].shape
         self._add("rows", np.array([count]))
@@ -97,7 +104,7 @@ class HaltingEvaluator:
             self._add(name, np.bincount(place, weights, BINS))
         self._add("brier", np.square(probability - right.ravel()).sum(keepdims=True))
 
-    def examine(self, model: Examined, group: Any) -> None:
+    def examine(self, model: LanguageModel, group: Any) -> None:
         """Only to learn what a step costs."""
         self.flops = [model.flops_per_token(step + 1) for step in range(model.steps)]
 
@@ -113,7 +120,9 @@ class HaltingEvaluator:
         if not sums or sums["rows"][0] == 0:
             return {}
         rows = sums["rows"][0]
-        curves = {name: sums[name] / rows for name in (*self.CURVES, "share") if name in sums}
+        changes = [name for name in sums if name.endswith("_change")]
+        shown = (*self.CURVES, *changes, "share")
+        curves = {name: sums[name] / rows for name in shown if name in sums}
         steps = len(curves["loss"])
         if self.flops:
             curves["flops_per_token"] = np.array(self.flops)
@@ -182,7 +191,8 @@ def draw(path: Path, curves: dict[str, np.ndarray], sums: dict[str, np.ndarray])
     if "flops_per_token" in curves:
         line = (curves["flops_per_token"], curves["loss"], "loss")
         panel(2, "loss against compute", "FLOPs per token", "loss, nats per token", line)
-    by_step(3, "how far a step moves the latents", "norm", "z_H_change", "z_L_change")
+    changes = [name for name in curves if name.endswith("_change")]
+    by_step(3, "how far a step moves the latents", "norm", *changes)
     if "share" in curves:
         panels[4].bar(steps, curves["share"])
         panels[4].set(title="where the halting head halts", xlabel="ACT step", ylabel="rows")

@@ -11,7 +11,7 @@ from torch import Tensor
 from dataset.common import IGNORE_LABEL_ID
 from dataset.tokens.tokenization import TextTokenizer
 from evaluators.guard import FAILURES, Group, Guarded, interrupt_if_asked
-from evaluators.interface import Batch, Evaluator, Examined
+from evaluators.interface import Batch, Evaluator
 from models.inference.language_model import LanguageModel
 from models.losses import ACTLossHead
 from utils.backend import Backend
@@ -99,6 +99,7 @@ class SetFigures:
 
 BY_STEP = "_by_step"
 CHANGE = "_change"  # of a latent in a step
+EVERY_CHANGE = f"*{CHANGE}{BY_STEP}"
 REASONING = "reasoning_preds"  # of every step too, though its name does not say so
 
 
@@ -116,9 +117,13 @@ def run_batch(
     Rows that have halted keep their outputs. <name>_by_step is an output after each step, stacked
     in the second dimension. Besides the loss head's outputs there are row_nll (B,), the sum of a
     row's nats without refinement, which belongs to the end of the run; <latent>_change
-    (B,), how far a step moved a latent of a scored position, on average; and reasoning_preds
+    (B,), how far a step moved a latent of a scored position, on average (*_change: of every latent,
+    by its name); and reasoning_preds
     (B, steps, R), what the reasoning head reads in z_L after each step.
     """
+    carry, preds = model.initial_carry(batch), {}
+    if EVERY_CHANGE in keys:
+        keys = keys - {EVERY_CHANGE} | {f"{name}{CHANGE}{BY_STEP}" for name in carry.latents}
     stepped = {k: k.removesuffix(BY_STEP) for k in keys if k.endswith(BY_STEP) or k == REASONING}
     wanted = keys - stepped.keys() | set(stepped.values()) | set(SetFigures.CURVE) | {"valid"}
     wanted |= {"steps", "q_halt_logits", "row_halt_target"}
@@ -126,7 +131,6 @@ def run_batch(
         wanted |= {"token_nll", "unrefined_token_nll"}
     if REASONING in wanted:
         wanted |= {"reasoning_logits"}
-    carry, preds = model.initial_carry(batch), {}
     if any(name.endswith(CHANGE) for name in wanted):
         carry = model.model.admit(carry, batch)  # the first step starts from there
     end_step()
@@ -173,7 +177,7 @@ def evaluate(
     received: Sequence[int] = (),
     save_outputs: Sequence[str] = (),
     save_path: Path | None = None,
-    ask: Callable[[Group], Examined] | None = None,
+    ask: Callable[[Group], LanguageModel] | None = None,
     depth: int | None = None,
     depths: Sequence[int] = (),
 ) -> dict[str, Any]:

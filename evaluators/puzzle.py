@@ -7,7 +7,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata
-from evaluators.interface import Batch, Examined
+from evaluators.interface import Batch
+from models.inference.language_model import LanguageModel
 from utils.core.errors import UserError
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -116,7 +117,7 @@ class ExactMatchEvaluator:
         row["sure"] = np.zeros(valid.sum()) if sure is None else sure.float().cpu().numpy()[valid]
         self.rows.append(row)
 
-    def examine(self, model: Examined, group: Any) -> None:
+    def examine(self, model: LanguageModel, group: Any) -> None:
         """Answers in every view, and what most of them say."""
         parts = [row for part in group.gather_objects(self.rows) for row in part]
         if not parts:

@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dataset.common import DatasetMetadata
 from evaluators.examples import pick_evenly, read_json_lines
-from evaluators.interface import Batch, Examined
+from evaluators.interface import Batch
+from models.inference.language_model import LanguageModel
 from utils.core.errors import UserError
 
 QUESTION = ("question", "query")
@@ -124,7 +125,7 @@ class MultipleChoiceEvaluator:
     def update_batch(self, batch: Batch, preds: Batch) -> None:
         """The rows of the corpus are of no interest here."""
 
-    def examine(self, model: Examined, group: Any) -> None:
+    def examine(self, model: LanguageModel, group: Any) -> None:
         """Scores every choice of every item."""
         requests = [
             model.encode_pair(shots + context, continuation)

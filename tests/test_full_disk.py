@@ -146,9 +146,9 @@ def test_a_search_on_a_full_disk_ends_in_one_sentence(text_corpus, small_disk, c
     from scripts import sweep_optuna
 
     disk = small_disk(65536)
-    arguments = ["--folder", str(disk / "s"), f"data_paths=[{text_corpus}]", "lr=interval(0.1, 2)"]
+    arguments = [f"folder={disk / 's'}", f"data_paths=[{text_corpus}]", "lr=interval(0.1, 2)"]
     message = fails(lambda _: sweep_optuna.main(arguments), disk, capsys)
-    assert f"--folder {disk / 's'}" in message and "full" in message
+    assert f"folder={disk / 's'}" in message and "full" in message
 
 
 def test_training_on_a_full_disk_ends_before_it_begins(text_corpus, run_training, small_disk):

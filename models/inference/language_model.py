@@ -35,11 +35,13 @@ class Score(NamedTuple):
 
 
 class LanguageModel:
-    """A model in its loss head, in evaluation mode, with what belongs to it.
+    """A model in its loss head, in evaluation mode, with its tokenizer and identifiers.
 
-    It is what `evaluators.interface.Examined` promises: `score`, `write_all` and `predict` are
-    collectives, in which every rank gives the same requests, computes a share of the batches, and
-    gets all results.
+    `score`, `write_all` and `predict` are collectives: all ranks give the same requests in the same
+    order, share the work, and get all results. `identifier` names a row of the identifier
+    embedding; None: the only one, else the blank one.
+
+    steps: ACT steps of every token. window: the most tokens that the model sees.
     """
 
     def __init__(

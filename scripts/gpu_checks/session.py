@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import train
-from scripts.small_corpora import small_corpora
+from scripts.gpu_checks.runs import small_corpora
 from utils.backend import Backend, select_backend
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.config.values import assignment

@@ -11,9 +11,9 @@ from torch.profiler import profile, supported_activities
 
 from models import cost
 from models.inference.generation import Decoder
-from scripts import measure_rounding
-from scripts.benchmark_train import make_step
+from scripts.benchmarks import rounding
 from scripts.gpu_checks.session import Session
+from scripts.training_step import make_step
 from utils.config.load import PretrainConfig
 from utils.monitoring.profiling import costliest
 
@@ -121,7 +121,7 @@ def check_generation(session: Session) -> None:
     options = ["arch=athena_trm_tiny", "arch.hidden_size=128", "arch.num_heads=4"]
     for dtype, bar in {"float32": 1e-3, "bfloat16": 0.2}.items():
         with session.check(dtype) as found:
-            _, head = measure_rounding.build(options, dtype)
+            _, head = rounding.build(options, dtype)
             head.to(session.backend.device).eval()
             identifiers = torch.zeros(len(texts), dtype=torch.long, device=session.backend.device)
             both = []

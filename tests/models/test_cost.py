@@ -14,7 +14,7 @@ from models.recursive_reasoning.athena_trm import AthenaTRM
 from models.recursive_reasoning.hier6 import Hier6
 from models.recursive_reasoning.single_z import SingleZ
 from models.recursive_reasoning.transformer import Transformer
-from scripts.measure_step import measured_step
+from scripts.training_step import measured_step
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint.format import Checkpoint, checkpoints_of
 from utils.config.load import compose_config, load_config

@@ -1,6 +1,6 @@
-"""The notebook is what the repository says, and runs from top to bottom where nothing else is."""
+"""The notebook holds the present sources, and runs from top to bottom without a clone."""
 
-from pathlib import Path
+import json
 
 import pytest
 from training_tools import ROOT
@@ -16,12 +16,34 @@ EVAL_BATCHES = 2
 COMPILE = False"""
 
 
-def test_it_is_in_step_with_the_repository():
+def test_it_holds_the_present_sources():
     build_notebook.main(["--check"])
 
 
+def test_it_is_small():
+    """Browsers and reviews stay usable."""
+    path = ROOT / build_notebook.NOTEBOOK
+    assert path.stat().st_size <= 400_000
+    assert len(json.loads(path.read_text("utf-8"))["cells"]) < 30
+
+
+def test_a_changed_source_or_cell_is_noticed(tmp_path, monkeypatch):
+    archive = build_notebook.pack()
+    book = tmp_path / "book.ipynb"
+
+    def current(text: str) -> bool:
+        book.write_text(text, "utf-8")
+        return build_notebook.is_current(book)
+
+    written = build_notebook.notebook(archive, build_notebook.encode(archive))
+    assert current(written)
+    assert not current(written.replace("SECONDS = 300", "SECONDS = 301"))
+    monkeypatch.setattr(build_notebook, "SINGLE", ("pretrain.py",))
+    assert not current(written)
+
+
 def test_it_runs_headless_from_top_to_bottom(tmp_path, monkeypatch):
-    """A kernel of its own, in an empty folder; the files that it writes are the repository's."""
+    """In a kernel of its own, in an empty folder."""
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
@@ -38,7 +60,7 @@ def test_it_runs_headless_from_top_to_bottom(tmp_path, monkeypatch):
     ).execute()
     for path in build_notebook.shipped():
         written, own = (folder / path for folder in (tmp_path / "athena", ROOT))
-        assert written.read_text("utf-8").rstrip("\n") == own.read_text("utf-8").rstrip("\n"), path
+        assert written.read_bytes() == own.read_bytes(), path
     said = "".join(
         output.get("text", "") for cell in book.cells for output in cell.get("outputs", [])
     )
@@ -50,4 +72,4 @@ def test_it_runs_headless_from_top_to_bottom(tmp_path, monkeypatch):
         if "image/png" in output.get("data", {})
     ]
     assert len(pictures) == 2
-    assert Path(tmp_path / "athena" / "checkpoints" / "athena" / "colab").is_dir()
+    assert (tmp_path / "athena/checkpoints/athena/colab").is_dir()

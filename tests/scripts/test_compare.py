@@ -61,7 +61,7 @@ def test_the_verdict_does_not_depend_on_the_order(results, order):
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_named(tmp_path, capsys):
-    arguments = ["--output-dir", str(tmp_path / "out"), "--seconds", "1", "no_such_key=1"]
+    arguments = [f"output_dir={tmp_path / 'out'}", "seconds=1", "no_such_key=1"]
     with pytest.raises(SystemExit) as end:
         compare.main(arguments)
     assert end.value.code == 2

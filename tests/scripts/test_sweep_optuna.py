@@ -71,8 +71,8 @@ def test_a_search_finds_and_goes_on(text_corpus, tmp_path, capsys):
 def test_a_trial_that_blows_up_is_one_trial(text_corpus, tmp_path, capsys):
     folder = tmp_path / "study"
     main([
-        "--folder", str(folder), *TINY, f"data_paths=[{text_corpus}]", "max_steps=20", "epochs=9",
-        "max_nonfinite=1", "optimizer=adamw", "lr=1e-3,1e30", "--trials", "4", "--seed", "1",
+        f"folder={folder}", *TINY, f"data_paths=[{text_corpus}]", "max_steps=20", "epochs=9",
+        "max_nonfinite=1", "optimizer=adamw", "lr=1e-3,1e30", "trials=4", "search_seed=1",
     ])  # fmt: skip
     out = capsys.readouterr().out
     states = {trial["lr"]: trial["state"] for trial in trials_of(folder).values()}
@@ -87,9 +87,9 @@ def test_a_trial_that_blows_up_is_one_trial(text_corpus, tmp_path, capsys):
         (["lr=interval(1,0.1)"], "lr=interval(1,0.1) holds no value to try"),
         (["lr=tag(log,interval(0,1))"], "lr=tag(log,interval(0,1)) holds no value to try"),
         (["arch.L_layers=range(3,1)"], "holds no value to try"),
-        (["lr=1,2", "--launcher", "nonexistent"], "--launcher nonexistent: there is no such"),
+        (["lr=1,2", "launcher=nonexistent"], "launcher=nonexistent: there is no such"),
         (["lr=interval(1,"], "at input 'interval(1,'"),
-        (["run_name=a,b"], "run_name is each trial's own: use --folder"),
+        (["run_name=a,b"], "run_name is each trial's own: use folder="),
         (["lr=1,2", "logger=[tensorboard]"], "keeps no metrics.jsonl"),
         (["lr=1,2", "lr_find=true"], "trains no trial"),
         (["lrr=1,2"], "unknown key 'lrr': did you mean 'lr'?"),
@@ -97,7 +97,7 @@ def test_a_trial_that_blows_up_is_one_trial(text_corpus, tmp_path, capsys):
 )
 def test_mistakes_end_the_search(text_corpus, tmp_path, arguments, sentence, capsys):
     with pytest.raises(SystemExit) as exit_:
-        main(["--folder", str(tmp_path / "s"), *arguments, f"data_paths=[{text_corpus}]"])
+        main([f"folder={tmp_path / 's'}", *arguments, f"data_paths=[{text_corpus}]"])
     said = capsys.readouterr().err
     assert exit_.value.code == 2
     assert said.startswith("error: ") and sentence in said and said.count("\n") == 1
@@ -110,7 +110,7 @@ def test_a_corpus_without_a_test_split_is_refused_before_anything_is_trained(
     shutil.copytree(text_corpus, corpus)
     shutil.rmtree(corpus / "test")
     with pytest.raises(SystemExit):
-        main(["--folder", str(tmp_path / "s"), "lr=1,2", f"data_paths=[{corpus}]"])
+        main([f"folder={tmp_path / 's'}", "lr=1,2", f"data_paths=[{corpus}]"])
     assert f"data_paths={corpus} has no test split" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
 
@@ -119,17 +119,17 @@ def test_a_mistake_can_be_corrected_and_one_bad_value_fails_its_own_trials(
     text_corpus, tmp_path, capsys
 ):
     folder = tmp_path / "s"
-    given = ["--folder", str(folder), *TINY, f"data_paths=[{text_corpus}]", "max_steps=2"]
-    given += ["epochs=9", "arch.num_heads=2,3", "--seed", "1"]
+    given = [f"folder={folder}", *TINY, f"data_paths=[{text_corpus}]", "max_steps=2"]
+    given += ["epochs=9", "arch.num_heads=2,3", "search_seed=1"]
     with pytest.raises(SystemExit):
-        main([*given, "--trials", "6", "--metric", "eval/all/nope"])
-    assert "--metric eval/all/nope was not evaluated; there are" in capsys.readouterr().err
-    main([*given, "--trials", "3", "--metric", "eval/all/lm_loss"])
+        main([*given, "trials=6", "metric=eval/all/nope"])
+    assert "metric=eval/all/nope was not evaluated; there are" in capsys.readouterr().err
+    main([*given, "trials=3", "metric=eval/all/lm_loss"])
     states = {(t["arch.num_heads"], t["state"]) for t in trials_of(folder).values()}
     assert states <= {("2", "COMPLETE"), ("2", "FAIL"), ("3", "FAIL"), ("2", "PRUNED")}
     assert ("2", "COMPLETE") in states
     with pytest.raises(SystemExit):
-        main([*given, "--trials", "4", "--metric", "eval/all/accuracy"])
+        main([*given, "trials=4", "metric=eval/all/accuracy"])
     assert "holds a search with other metric" in capsys.readouterr().err
 
 
@@ -148,8 +148,8 @@ lines = [json.dumps({"step": i, "eval/all/lm_loss": f}) for i, f in enumerate(fi
         "utf-8",
     )
     main([
-        "--folder", str(tmp_path / "s"), *TINY, f"data_paths=[{text_corpus}]", "lr=0.1,1.0",
-        "--trials", "2", "--metric", "eval/all/lm_loss", "--launcher", f"{sys.executable} {script}",
+        f"folder={tmp_path / 's'}", *TINY, f"data_paths=[{text_corpus}]", "lr=0.1,1.0",
+        "trials=2", "metric=eval/all/lm_loss", f"launcher={sys.executable} {script}",
     ])  # fmt: skip
     trials = trials_of(tmp_path / "s").values()
     assert {(t["lr"], t["state"]) for t in trials} <= {("0.1", "COMPLETE"), ("1.0", "FAIL")}

@@ -1,11 +1,13 @@
-"""Commands whose arguments are key=value, as pretrain.py's are: reading them, and their --help."""
+"""Read commands whose arguments are key=value, as those of pretrain.py, and print their --help."""
 
-from collections.abc import Container, Sequence
+import sys
+from collections.abc import Callable, Container, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from utils.config.errors import problems_of, show
+from utils.core.console import run_cli
 from utils.core.errors import UserError
 
 Options = TypeVar("Options", bound=BaseModel)
@@ -14,7 +16,7 @@ Options = TypeVar("Options", bound=BaseModel)
 def parse_key_values(
     model: type[Options], arguments: Sequence[str], verbatim: Container[str] = ()
 ) -> Options:
-    """The arguments as `model`; UserError that lists everything wrong with them.
+    """Return the arguments as `model`; raise UserError that lists everything wrong with them.
 
     Values are taken as they are, never as YAML, so that a text may hold colons and brackets; null
     stands for no value, except for the keys in `verbatim`.
@@ -29,11 +31,62 @@ def parse_key_values(
             )
         if value != "null" or key in verbatim:
             given[key] = _utf8(key, value) if key in verbatim else value
+    return validate(model, given)
+
+
+def split_key_values(model: type[Options], arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """Return the keys of `model`, and the other arguments, which are keys of pretrain.py.
+
+    The forms that commands had before still work: `--trials 20`, `--trials=20`, and
+    `--updates 0 25` for `updates=0,25`.
+    """
+    given: dict[str, Any] = {}
+    others: list[str] = []
+    for word in _join_flags(arguments):
+        name, sign, value = word.partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        if sign and key in model.model_fields:
+            given[key] = value
+        elif word.startswith("--"):
+            raise UserError(f"cannot read '{word}': arguments are key=value; see --help for keys")
+        else:
+            others.append(word)
+    return validate(model, {k: v for k, v in given.items() if v != "null"}), others
+
+
+def _join_flags(arguments: Sequence[str]) -> list[str]:
+    """Join each --flag with the values that follow it, as --flag=value,value."""
+    words: list[str] = []
+    for argument in arguments:
+        flag = words[-1] if words and words[-1].startswith("--") else None
+        if flag is None or argument.startswith("--") or ("=" in flag and "=" in argument):
+            words.append(argument)
+        else:
+            words[-1] += f"{',' if '=' in flag else '='}{argument}"
+    return words
+
+
+def validate(model: type[Options], given: dict[str, Any]) -> Options:
+    """Return `given` as `model`; raise UserError that lists everything wrong with it."""
     try:
         return model.model_validate(given)
     except ValidationError as error:
         everywhere = list(model.model_fields)
         raise UserError("; ".join(problems_of(error, model, given, "", everywhere))) from None
+
+
+def run_command(
+    model: type[BaseModel],
+    description: str | None,
+    body: Callable[[Sequence[str]], Any],
+    argv: Sequence[str] | None,
+    **guards: Any,
+) -> None:
+    """Run `body` with the arguments, or print the help. guards: arguments of `run_cli`."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if "--help" in arguments or "-h" in arguments:
+        return run_cli(lambda: print(key_value_help(model, description)), closed_status=0)
+    run_cli(lambda: body(arguments), **guards)
 
 
 def _utf8(key: str, value: str) -> str:
@@ -48,7 +101,7 @@ def _utf8(key: str, value: str) -> str:
 
 
 def key_value_help(model: type[BaseModel], description: str | None) -> str:
-    """What --help prints; keys that must be given come first."""
+    """Return the text of --help; required keys come first."""
     lines = [description or "", "keys (key=value), with their defaults:"]
     fields = sorted(model.model_fields.items(), key=lambda item: not item[1].is_required())
     for name, field in fields:

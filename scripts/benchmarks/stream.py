@@ -1,6 +1,6 @@
 """What reading a corpus for training costs, and whether it can be resumed anywhere.
 
-Part of benchmark_data.py: each function measures one thing on corpora that were built before, and
+Part of data.py: each function measures one thing on corpora that were built before, and
 yields lines of its table as (what, figure, asked, whether it holds).
 """
 

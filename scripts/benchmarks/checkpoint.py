@@ -1,37 +1,43 @@
-r"""How long training stands still for a checkpoint, against copying it and against writing it.
+r"""How long a checkpoint stops training, against copying it and against writing it.
 
-    python scripts/benchmark_checkpoint.py experiment=quickstart
-    python scripts/benchmark_checkpoint.py arch=athena_trm_medium global_batch_size=32 --rounds 5
+    python scripts/benchmarks/checkpoint.py experiment=quickstart
+    python scripts/benchmarks/checkpoint.py arch=athena_trm_medium global_batch_size=32 rounds=5
 
-The run's own saver takes turns with a bare copy of the same tensors to host memory (what a save
-must cost), and with a save that is waited for. Steps are timed while a file is being written and
-while none is. Overrides are those of pretrain.py; no corpus is read, the tokens are random.
+A save in the background alternates with a bare copy of the same tensors to host memory (what a save
+must cost), and with a save to its end. Steps are timed while a file is being written and while none
+is. Takes every key of pretrain.py; reads no corpus, because the tokens are random.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.benchmark_train import make_step
+from pydantic import BaseModel, ConfigDict, Field
+
+from scripts.training_step import make_step
 from utils.backend import select_backend
 from utils.checkpoint.writer import CheckpointWriter, Contents
+from utils.config.key_values import run_command, split_key_values
 from utils.config.load import compose_config, load_config
-from utils.core.console import run_cli
+from utils.config.schema import PositiveInt
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", help="as for pretrain.py")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each kind")
-    args = parser.parse_args()
-    base = ["device_type=auto", *args.overrides, "data_paths=[random]"]
+class Options(BaseModel):
+    """The keys besides those of pretrain.py."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rounds: PositiveInt = Field(7, description="measurements of each kind")
+
+
+def run(arguments: Sequence[str]) -> None:
+    options, given = split_key_values(Options, arguments)
+    base = ["device_type=auto", *given, "data_paths=[random]"]
     config = load_config(compose_config(base))
     backend, _ = select_backend(config.device_type)
     step, state = make_step(config, backend)
@@ -69,7 +75,7 @@ def main() -> None:
             save()
             writer.wait()
 
-        for _ in range(args.rounds):
+        for _ in range(options.rounds):
             seconds["copy alone"].append(timed(copied))
             seconds["step"].append(timed(step))
             seconds["save in the background"].append(timed(save))
@@ -80,13 +86,17 @@ def main() -> None:
         size = sum(p.stat().st_size for p in Path(folder).rglob("*.pt"))
         writer.close()
     medians = {kind: statistics.median(values) for kind, values in seconds.items() if values}
-    print(
-        f"a checkpoint of {size / 1e6:,.0f} MB on {backend.device}, medians of {args.rounds} rounds"
-    )
+    print(f"a checkpoint of {size / 1e6:,.0f} MB on {backend.device}, "
+          f"medians of {options.rounds} rounds")  # fmt: skip
     print(f"\n{'':<26}{'ms':>8}{'ratio to the copy':>20}")
     for kind, median in medians.items():
         print(f"{kind:<26}{median * 1e3:>8.0f}{median / medians['copy alone']:>20.2f}")
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see the top of this file."""
+    run_command(Options, __doc__, run, argv)
+
+
 if __name__ == "__main__":
-    run_cli(main)
+    main()

@@ -1,6 +1,7 @@
-"""What a cache of keys and values gives, and what sharing it costs.
+r"""What a cache of keys and values gives, and what sharing it costs.
 
-    python scripts/benchmark_generate.py checkpoints/athena/my_run --text-file held_out.txt
+    python scripts/benchmarks/generate.py checkpoint=checkpoints/athena/my_run \
+        text_file=held_out.txt
 
 Continues windows of a text with and without a cache, in alternating rounds, and reports medians;
 then reads the same windows token by token in float32, as generation does, and compares the
@@ -8,24 +9,24 @@ probabilities of the true tokens: without a cache, with all keys and values, and
 outer cycles.
 """
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 from models.inference.generation import Decoder
 from models.inference.language_model import LanguageModel
 from models.inference.loading import load_language_model
-from models.inference.sampling import Sampling
+from models.inference.sampling import PositiveInt, Sampling
 from utils.backend import select_backend
-from utils.core.console import command_parser, run_cli
+from utils.config.key_values import parse_key_values, run_command
 from utils.core.errors import UserError
 
 
@@ -34,7 +35,7 @@ def windows(model: LanguageModel, path: Path, rows: int, length: int) -> list[li
     try:
         ids = model.encode(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text-file {path} cannot be read: {error}") from None
+        raise UserError(f"text_file={path} cannot be read: {error}") from None
     if len(ids) < rows * length:
         raise UserError(f"{path} has {len(ids)} tokens; {rows} windows of {length} need more")
     step = len(ids) // rows
@@ -121,13 +122,31 @@ def compare_probabilities(
     print(f"| all, in float64, beside none in float64 | | | | {off:.1e} |")
 
 
-def run(args: argparse.Namespace) -> None:
+class Options(BaseModel):
+    """The arguments, each given as key=value."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint: str = Field(description="a checkpoint, or the folder of a run")
+    text_file: Path = Field(description="held-out text, read as windows")
+    rows: PositiveInt = Field(8, description="texts at once")
+    prompt: PositiveInt = Field(32, description="tokens given")
+    new_tokens: PositiveInt = Field(96, description="tokens written")
+    steps: PositiveInt | None = Field(None, description="ACT steps; null: as evaluated")
+    rounds: PositiveInt = Field(3, description="repeats")
+    device_type: Literal["auto", "cuda", "mps", "cpu"] = Field(
+        "auto", description="auto | cuda | mps | cpu"
+    )
+
+
+def run(arguments: Sequence[str]) -> None:
+    args = parse_key_values(Options, arguments)
     backend, _ = select_backend(args.device_type)
     model = load_language_model(args.checkpoint, backend=backend, steps=args.steps)
     model.metadata = model.metadata.model_copy(update={"eos_id": None})  # all texts equally long
     length = min(model.window, args.prompt + args.new_tokens)
     if length <= args.prompt:
-        raise UserError(f"--prompt {args.prompt} fills the window of {model.window} tokens")
+        raise UserError(f"prompt={args.prompt} fills the window of {model.window} tokens")
     texts = windows(model, args.text_file, args.rows, length)
     passes = sum(model.config.answer_passes(model.steps)[::2])
     print(f"{args.prompt} tokens of each text given, {length - args.prompt} written or read; "
@@ -141,17 +160,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = command_parser("benchmark_generate", __doc__)
-    parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
-    parser.add_argument("--text-file", type=Path, required=True, help="held-out text, as windows")
-    parser.add_argument("--rows", type=int, default=8, metavar="N", help="texts at once")
-    parser.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens given")
-    parser.add_argument("--new-tokens", type=int, default=96, metavar="N", help="tokens written")
-    parser.add_argument("--steps", type=int, metavar="N", help="ACT steps (default: as evaluated)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="repeats (default: 3)")
-    parser.add_argument("--device-type", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    args = parser.parse_args(argv)
-    run_cli(lambda: run(args))
+    """Run the command; see the top of this file."""
+    run_command(Options, __doc__, run, argv)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""scripts/measure_rounding.py: the same model in three precisions, before and after training."""
+"""scripts/benchmarks/rounding.py: the same model in three precisions, before and after training."""
 
 import re
 
-from scripts.measure_rounding import measure
+from scripts.benchmarks.rounding import measure
 
 TINY = "arch=athena_trm_tiny arch.hidden_size=32 arch.num_heads=2 lr=1e-3 lr_warmup_steps=0".split()
 

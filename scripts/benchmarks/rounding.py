@@ -1,34 +1,37 @@
 """How far rounding carries a recursion: float32 and bfloat16 against float64, by ACT step.
 
-    python scripts/measure_rounding.py arch=athena_trm_large arch.hidden_size=64 arch.num_heads=4
+    python scripts/benchmarks/rounding.py arch=athena_trm_large arch.hidden_size=64 arch.num_heads=4
 
 The same weights and rows in three precisions. Printed are the relative difference of z_H from
 float64's, and the cosine of the loss' gradient with float64's: 1 where rounding does not matter, 0
-where it decides. Then the float32 model is trained for `--updates`, with `lr` and its warm-up, and
-measured again. Rows are bytes of the texts in docs/. Overrides are those of pretrain.py.
+where it decides. Then the float32 model is trained for `updates=`, with `lr` and its warm-up, and
+measured again. Rows are bytes of the texts in docs/. Takes every key of
+pretrain.py.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from dataset.common import DatasetMetadata
 from models.build import create_model
 from models.losses import ACTLossHead
 from utils.backend import select_backend
+from utils.config.key_values import run_command, split_key_values
 from utils.config.load import PretrainConfig, compose_config, load_config
-from utils.core.console import run_cli
+from utils.config.schema import PositiveInt
+from utils.core.errors import UserError
 from utils.training.schedule import warmup
 from utils.training.state import create_train_state
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 DTYPES = ("float64", "float32", "bfloat16")
 VOCAB, LENGTH, ROWS = 256, 64, 8
 
@@ -141,17 +144,29 @@ def measure(overrides: Sequence[str], updates: Sequence[int], steps: int) -> Non
         print(f"{wanted:7}  {loss.item() / ROWS:5.2f}   " + "   |   ".join(cells), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", help="key=value, as for pretrain.py")
-    parser.add_argument("--updates", type=int, nargs="+", default=[0], help="measure after these")
-    parser.add_argument("--steps", type=int, default=3, help="ACT steps")
-    given = parser.parse_args()
+class Options(BaseModel):
+    """The keys besides those of pretrain.py."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    updates: str = Field("0", description="measure after these numbers of updates: 0,25,50")
+    steps: PositiveInt = Field(3, description="ACT steps")
+
+
+def run_options(arguments: Sequence[str]) -> None:
+    options, given = split_key_values(Options, arguments)
+    try:
+        updates = [int(number) for number in options.updates.split(",")]
+    except ValueError:
+        raise UserError(f"updates={options.updates}: give whole numbers with commas") from None
     torch.set_num_threads(1)
-    measure(given.overrides, given.updates, given.steps)
+    measure(given, updates, options.steps)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see the top of this file."""
+    run_command(Options, __doc__, run_options, argv)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    main()

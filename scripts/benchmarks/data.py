@@ -1,6 +1,6 @@
 """What building and streaming corpora costs, as ratios to references measured in the same run.
 
-    python scripts/benchmark_data.py --input-files novels.jsonl.zst --tokenizer-json gpt2.json
+    python scripts/benchmarks/data.py --input-files novels.jsonl.zst --tokenizer-json gpt2.json
 
 Real text is needed, some tens of MB of it in documents. Every build is a process of its own; builds
 and references take turns, and medians are compared, because machines are noisy. The table that is
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import orjson
 
@@ -34,7 +34,7 @@ from dataset.input.document_reader import DocumentReader, ReadOptions
 from dataset.input.documents import BATCH_BYTES
 from dataset.input.text_sources import find_sources
 from dataset.tokens.tokenization import TextTokenizer
-from scripts.benchmark_stream import stream_lines
+from scripts.benchmarks.stream import stream_lines
 from utils.core.console import command_parser, run_cli
 from utils.core.errors import UserError
 
@@ -399,7 +399,7 @@ def main() -> None:
         }[sys.argv[2]]
         print(json.dumps(task(*sys.argv[3:])))
         return
-    parser = command_parser("python scripts/benchmark_data.py", __doc__)
+    parser = command_parser("python scripts/benchmarks/data.py", __doc__)
     add = parser.add_argument
     add("--input-files", nargs="+", required=True, help="as the builder takes them")
     add("--text-key", default="text", help="(default: text)")

@@ -1,0 +1,151 @@
+"""A real training step on random tokens, and the time and memory it takes."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+from dataset.common import DatasetMetadata
+from models.build import create_model
+from models.inference.loading import cast_weights
+from models.losses import ACTLossHead
+from models.terms.kl_to_base import KLToBase
+from utils.backend import Backend
+from utils.config.load import PretrainConfig
+from utils.core.errors import UserError
+from utils.training.state import TrainState, choose_kernels, create_train_state
+
+
+def make_step(
+    config: PretrainConfig, backend: Backend, micro_rows: int | None = None
+) -> tuple[Callable[[], None], TrainState]:
+    """Return a function that takes one optimizer step on random tokens, and its state."""
+    vocab, length, rows = config.vocab_size or 1024, config.seq_len or 256, config.global_batch_size
+    metadata = DatasetMetadata(
+        pad_id=0, ignore_label_id=None, vocab_size=vocab, seq_len=length, total_groups=1,
+        num_puzzle_identifiers=1, mean_puzzle_examples=1, total_puzzles=1,
+    )  # fmt: skip
+    model = (
+        create_model(config.arch, metadata, batch_size=rows, seed=config.seed)
+        .to(backend.device)
+        .train()
+    )
+
+    def load_base(*_: str) -> ACTLossHead:  # of random weights too
+        base = create_model(config.arch, metadata, batch_size=rows, seed=config.seed)
+        cast_weights(base)
+        return base.to(backend.device)
+
+    model.prepare(load_base)
+    choose_kernels(config, model, backend)
+    state = create_train_state(config, model, backend=backend)
+    micro_rows = micro_rows or rows
+    tokens = torch.randint(vocab, (rows, length), dtype=torch.int32, device=backend.device)
+    batches = [
+        dict(
+            inputs=part,
+            labels=part.clone(),
+            puzzle_identifiers=torch.zeros(micro_rows, dtype=torch.int32, device=backend.device),
+            document_starts=torch.zeros_like(part),
+        )
+        for part in tokens.split(micro_rows)
+    ]
+    state.carries = [model.initial_carry(batch) for batch in batches]
+
+    def step() -> None:
+        moved = [{key: value.clone() for key, value in batch.items()} for batch in batches]
+        for i, batch in enumerate(moved):  # new tensors, as from a stream
+            carry, loss, *_ = model(return_keys=(), carry=state.carries[i], batch=batch)
+            state.carries[i] = carry
+            (loss / rows).backward()
+        state.clip_gradients(config.grad_clip_norm)
+        for optimizer in state.optimizers:
+            optimizer.step()
+        if state.ema is not None:
+            state.ema.update()
+        for optimizer in state.optimizers:
+            optimizer.zero_grad()
+        loss.item()  # waits for the device
+
+    return step, state
+
+
+def measured_step(
+    config: PretrainConfig, micro_rows: int, backend: Backend
+) -> tuple[dict[str, int], float]:
+    """Return the peak bytes of an optimizer step, by the parts of `models.cost.memory`, and the
+    seconds of another step. Tokens are random, of `config.vocab_size` and `seq_len`."""
+    device = backend.device.type
+    if device not in ("cpu", "cuda"):
+        raise UserError(
+            f"memory cannot be measured on {device}; give device_type=cpu or device_type=cuda"
+        )
+    step, state = make_step(config, backend, micro_rows)
+    step()  # the optimizer allocates its moments
+    parts, latents, data = held(state)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        # The profiler misses the release of what was allocated before it started. In the second
+        # of two steps it has seen the allocation of all that is released.
+        peak = sum(parts.values()) + highest(lambda: (step(), step()))
+    begun = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - begun
+    # during a step rows exist twice, as held rows and as new ones
+    gradients = sum(p.nbytes for p in state.parameters)
+    found = parts | {"gradients": gradients, "carry": latents + 2 * data}
+    return found | {"activations": peak - sum(found.values())}, seconds
+
+
+def held(state: TrainState) -> tuple[dict[str, int], int, int]:
+    """Return the bytes kept between steps by part, those of latents, and those of rows' data."""
+    moments = (v for o in state.optimizers for s in o.state.values() for v in s.values())
+    parts = {
+        "weights": _bytes([*state.model.parameters(), *state.model.buffers()]),
+        "optimizer": _bytes(v for v in moments if isinstance(v, Tensor)),
+        "ema": _bytes(state.ema.shadow.values()) if state.ema else 0,
+    }
+    latents = _bytes(z for carry in state.carries for z in carry.latents.values())
+    data = _bytes(v for carry in state.carries for v in carry.current_data.values())
+    for term in state.model.terms:
+        if isinstance(term, KLToBase):
+            own = [*term.base.parameters(), *term.base.buffers()]
+            rows = (item for carry in state.carries for item in carry.memory.items())
+            own += [value for name, value in rows if name.startswith(f"{term.name}/")]
+            parts["base"] = _bytes(own)
+    return parts, latents, data
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the tensors' storages, each counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def highest(fn: Callable[[], Any]) -> int:
+    """Return the peak bytes that `fn` allocates on the CPU, temporaries of kernels included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        fn()
+    changes: list[tuple[int, int]] = []
+
+    def collect(events: Iterable[Any]) -> None:
+        for event in events:
+            if event.tag == _EventType.Allocation:
+                changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+            collect(event.children)
+
+    results: Any = profiler.profiler
+    collect(results.kineto_results.experimental_event_tree())
+    changes.sort(key=lambda change: change[0])
+    now = most = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    return most
