@@ -3,10 +3,10 @@ r"""Train two recipes for the same time on the same machine, and say which came 
     python scripts/compare.py --seconds 360
     python scripts/compare.py --seconds 60 seed=1 global_batch_size=16
 
-By default the recursive model of experiment=quickstart against the plain decoder of
+By default the recursive model of experiment=quickstart is compared with the plain decoder of
 experiment=compare_transformer, which has as many core parameters and reads the same corpus. Further
-key=value arguments go to both. Each call trains afresh, in a folder of its own; with --output-dir
-of a former call it goes on where that one was interrupted.
+key=value arguments go to both runs, and so do the presets of --config-dir. Each call trains in a
+new directory; with --output-dir of an earlier call an interrupted comparison resumes.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from models import cost
 from models.inference.loading import build_model
 from scripts.plot_run import RunMetrics, draw
 from utils.checkpoint.format import Checkpoint, checkpoints_of
+from utils.config.plugins import use_configured_plugins
 from utils.config.values import assignment
 from utils.core.atomic import write_result
 from utils.core.console import command_parser, run_cli
@@ -53,11 +54,14 @@ class Result:
     """Mean ACT steps of a training example."""
 
 
-def train(experiment: str, folder: Path, seconds: float, overrides: Sequence[str]) -> None:
-    """One run of pretrain.py, its command printed so that it can be repeated by hand."""
+def train(
+    experiment: str, folder: Path, seconds: float, overrides: Sequence[str], presets: Path | None
+) -> None:
+    """Run pretrain.py once, printing the command so that it can be repeated by hand."""
     command = [
         sys.executable,
         str(ROOT / "pretrain.py"),
+        *([] if presets is None else ["--config-dir", str(presets)]),
         f"experiment={experiment}",
         assignment("checkpoint_path", folder),
         assignment("run_name", experiment),
@@ -173,8 +177,10 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.seconds <= 0:
         raise UserError(f"--seconds is {args.seconds:g}; it must be above 0")
+    given = [o.partition("=")[2] for o in args.overrides if o.lstrip("+").startswith("plugins=")]
+    use_configured_plugins({"plugins": given[-1] if given else []})
     for experiment in args.experiments:
-        train(experiment, folder / experiment, args.seconds, args.overrides)
+        train(experiment, folder / experiment, args.seconds, args.overrides, args.config_dir)
     results = [measure(folder / experiment) for experiment in args.experiments]
     report = f"{table(results)}\n\n{verdict(results)}\n"
     print(f"\n{report}")
@@ -192,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("overrides", nargs="*", metavar="KEY=VALUE", help="keys of pretrain.py, for every run")
     add("--seconds", type=float, default=360, help="training time of each run (default: 360)")
     add("--experiments", nargs="+", default=EXPERIMENTS, help="presets to compare")
+    add("--config-dir", type=Path, help="directory with presets of your own, beside config/")
     add("--output-dir", type=Path, help="(default: a new folder in checkpoints/compare)")
     args = parser.parse_intermixed_args(argv)
     run_cli(lambda: run(args))

@@ -5,7 +5,8 @@ r"""What a run would take, before it runs: parameters, FLOPs, memory, time and m
     python scripts/estimate.py arch=athena_trm_small,athena_trm_medium,transformer hardware=4060
     python scripts/estimate.py data_paths="[data/mine]" experiment=quickstart measure=true
 
-Takes every key of pretrain.py, several presets at once as arch=a,b, and the keys below. Without a
+Takes every key of pretrain.py and its --config-dir, several presets at once as arch=a,b, and the
+keys below. Without a
 corpus it assumes vocab_size=32000, seq_len=2048 and 20 tokens per parameter. measure=true runs real
 training steps on this machine and prints what they took beside the estimate.
 """
@@ -28,6 +29,7 @@ from scripts.measure_step import measured_step
 from scripts.run_plan import HARDWARE, Options, Plan, configure, cpu_rate, plan
 from utils.backend import select_backend
 from utils.config.errors import problems_of, show, to_float
+from utils.config.hydra_entry import split_config_dirs
 from utils.config.load import PretrainConfig
 from utils.core.console import run_cli
 from utils.core.errors import UserError
@@ -67,10 +69,11 @@ SMALLER = (
 
 
 def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """The own keys, and the overrides that are pretrain.py's."""
+    """Return the own keys, and the arguments that are pretrain.py's."""
     own: dict[str, Any] = {}
-    overrides: list[str] = []
-    for argument in arguments:
+    keys, folders = split_config_dirs([*arguments])
+    overrides = [part for folder in folders for part in ("--config-dir", str(folder))]
+    for argument in keys:
         key, sign, value = argument.partition("=")
         if not sign or key not in Options.model_fields:
             near = nearest(key, list(Options.model_fields))

@@ -108,6 +108,7 @@ class Search:
     def __init__(self, args: argparse.Namespace):
         self.folder: Path = args.folder
         self.metric: str | None = args.metric
+        self.presets: list[str] = []
         self.higher = args.direction == "maximize"
         try:
             self.command = [*shlex.split(args.launcher or sys.executable), str(PRETRAIN)]
@@ -115,6 +116,8 @@ class Search:
             raise UserError(f"--launcher {args.launcher}: {error}") from None
         if shutil.which(self.command[0]) is None:
             raise UserError(f"--launcher {args.launcher}: there is no such command")
+        if args.config_dir is not None:
+            self.presets = ["--config-dir", str(args.config_dir)]
         self.varied, self.fixed = sweeps_and_fixed(args.overrides)
         self.began = False
         """Some trial came so far that it logged."""
@@ -161,7 +164,7 @@ class Search:
 
     def _config(self, chosen: list[str]) -> PretrainConfig:
         keys = [*self.fixed, *chosen]
-        return load_config(apply_trained_config(compose_config(keys), keys))
+        return load_config(apply_trained_config(compose_config([*self.presets, *keys]), keys))
 
     def objective(self, trial: optuna.Trial) -> float:
         run = self.folder / f"trial_{trial.number}"
@@ -173,7 +176,7 @@ class Search:
             print(f"  failed: {error}", flush=True)
             raise RuntimeError(str(error)) from None
         place = assignment("checkpoint_path", run)
-        command = [*self.command, *self.fixed, *chosen, place]
+        command = [*self.command, *self.presets, *self.fixed, *chosen, place]
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"trial_{trial.number}.log").open("w", encoding="utf-8") as log:
             environment = os.environ | {"PYTHONIOENCODING": "utf-8:backslashreplace"}
@@ -364,6 +367,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--trials", type=int, default=20, help="trials in all, over all calls (default: 20)")
     add("--folder", type=Path, default=Path("checkpoints/sweeps/optuna"), metavar="DIR",
         help="of the study and its runs (default: %(default)s)")  # fmt: skip
+    add("--config-dir", type=Path, metavar="DIR", help="presets of your own, beside config/")
     add("--metric", metavar="NAME", help="of a run's last evaluation, e.g. eval/all/accuracy "
         "(default: bits per byte, exact accuracy or loss, whichever there is)")  # fmt: skip
     add("--direction", choices=["minimize", "maximize"], default="minimize",

@@ -16,7 +16,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from utils.config.checks import Context, clashes, config_warnings, divided_by_ranks
 from utils.config.errors import clashes_within, coerced, did_you_mean, problems_of
 from utils.config.hydra_entry import compose_config, hydra_entry
-from utils.config.plugins import load_plugin, options_model
+from utils.config.plugins import load_plugin, options_model, use_configured_plugins
 from utils.config.schema import (
     PLACEHOLDERS,
     ArchConfig,
@@ -54,6 +54,7 @@ def load_config(cfg: DictConfig | Mapping[str, Any], world_size: int = 1) -> Pre
     types, values out of range, clashes.
     """
     raw = _plain(cfg)
+    use_configured_plugins(raw)
     components = list(_components(raw))
     everywhere = [*PretrainConfig.model_fields]
     for component in components:
