@@ -21,12 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from models.inference.generation import Decoder
+from models.inference.key_value_cache import lay_out
 from models.inference.language_model import LanguageModel
 from models.inference.loading import load_language_model
 from models.inference.sampling import Sampling
 from utils.backend import select_backend
 from utils.core.console import command_parser, run_cli
 from utils.core.errors import UserError
+from utils.core.plugins import use_plugins
 
 
 def windows(model: LanguageModel, path: Path, rows: int, length: int) -> list[list[int]]:
@@ -100,13 +102,12 @@ def compare_probabilities(
 
     precise: the model in float64, whose distance is that of the model's own rounding.
     """
-    recursion, cycle, _ = model.config.answer_passes(model.steps)
+    total = lay_out(model.model.inner, model.steps).cycles
     reference = read(model, texts, prompt, cached=False)
     exact = nats(reference, texts, prompt)
     print("\n| outer cycles kept | memory of a text | nats per token | loss | largest difference |")
     print("| --- | ---: | ---: | ---: | ---: |")
     print(f"| none: computed again | | {exact:.4f} | | of {reference.abs().max():.0f} |")
-    total = recursion // cycle
     fewer = [2**n for n in range(total.bit_length()) if 2**n < total]
     for kept in (None, *reversed(fewer)):
         found = read(model, texts, prompt, cache_cycles=kept)
@@ -122,6 +123,7 @@ def compare_probabilities(
 
 
 def run(args: argparse.Namespace) -> None:
+    use_plugins(args.plugins)
     backend, _ = select_backend(args.device_type)
     model = load_language_model(args.checkpoint, backend=backend, steps=args.steps)
     model.metadata = model.metadata.model_copy(update={"eos_id": None})  # all texts equally long
@@ -129,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
     if length <= args.prompt:
         raise UserError(f"--prompt {args.prompt} fills the window of {model.window} tokens")
     texts = windows(model, args.text_file, args.rows, length)
-    passes = sum(model.config.answer_passes(model.steps)[::2])
+    passes = len(lay_out(model.model.inner, model.steps).slots)
     print(f"{args.prompt} tokens of each text given, {length - args.prompt} written or read; "
           f"{passes} passes of a block for a token; {backend.describe()}\n")  # fmt: skip
     compare_speed(model, texts, args.prompt, args.rounds)
@@ -143,6 +145,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("benchmark_generate", __doc__)
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
+    parser.add_argument("--plugins", nargs="+", default=[], metavar="DIR", help="of its classes")
     parser.add_argument("--text-file", type=Path, required=True, help="held-out text, as windows")
     parser.add_argument("--rows", type=int, default=8, metavar="N", help="texts at once")
     parser.add_argument("--prompt", type=int, default=32, metavar="N", help="tokens given")
