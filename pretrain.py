@@ -27,6 +27,7 @@ from utils.checkpoint.run_folder import RunFolder
 from utils.config.load import PretrainConfig, check_ranks, hydra_entry, load_config
 from utils.core.console import warnings_as_notes
 from utils.core.errors import UserError
+from utils.core.plugins import use_plugins
 from utils.corpus.data import open_data
 from utils.monitoring.metrics import Metric, added
 from utils.training import lr_finder, messages
@@ -68,6 +69,7 @@ def launch(cfg: DictConfig) -> None:
 
 def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller asks") -> int:
     """Train one replica of a run, or evaluate it with eval_only=true; return the exit status."""
+    use_plugins(config.plugins)  # a spawned process has not looked them up yet
     messages.announce(backend, config, reason)
     check_ranks(config, backend.world_size)
     backend.set_deterministic(config.deterministic)

@@ -50,6 +50,7 @@ from dataset.pipeline import PACKERS, PackedCorpus, Stopwatch, tokenize_all
 from dataset.tokens.tokenization import TextTokenizer, add_tokenizer_options
 from utils.core.console import command_parser, run_cli, seed_number
 from utils.core.errors import UserError
+from utils.core.plugins import plugin_modules, use_plugins
 
 DEFAULT_TRAIN_RATIO = 0.995
 MANY_DOMAINS, MANY_ROWS = 16, 8  # more domains with fewer rows each are probably a mistake
@@ -61,6 +62,7 @@ FREE_OPTIONS = {
     "max_bad_lines",
     "overwrite",
     "resume",
+    "plugins",
     "save_every",
 }
 
@@ -87,11 +89,15 @@ class Build:
                 f"--resume: {pipes[0]} cannot be read again from the start; write it to a file "
                 "first."
             )
-        options = {n: str(v) for n, v in vars(self.args).items() if n not in FREE_OPTIONS}
+        args = self.args
+        options = {n: str(v) for n, v in vars(args).items() if n not in FREE_OPTIONS}
         files = [
             (str(entry.source), entry.source.size, entry.source.version) for entry in self.inputs
         ]
         # Only for these tokenizers, so that other builds begun by older versions can be resumed.
+        named = (args.format or "").partition("@")[0]
+        if (file := plugin_modules().get(named)) is not None:
+            options["format's source"] = sha256_file(file)
         sized = {} if self.tokenizer.lossless else {"scored bytes": "by row"}
         return {
             **options,
@@ -332,6 +338,7 @@ def build(args: argparse.Namespace) -> None:
     """Build the corpus that the command line describes, atomically."""
     started = time.perf_counter()
     check_options(args)
+    use_plugins(args.plugins)
     target = resolve_output(args.output_dir)
     if args.resume and not args.overwrite and target.is_dir() and is_corpus(target):
         clear_leftovers(target)

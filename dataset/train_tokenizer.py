@@ -19,6 +19,7 @@ from dataset.input.text_sources import add_input_options, find_sources
 from utils.core.atomic import write_result
 from utils.core.console import command_parser, run_cli
 from utils.core.errors import UserError
+from utils.core.plugins import use_plugins
 
 SPECIAL_TOKENS = ("<|pad|>", "<|eos|>")
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
@@ -46,6 +47,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 def run(args: argparse.Namespace) -> None:
     """Read the inputs, train, and write the tokenizer atomically."""
+    use_plugins(args.plugins)
     output: Path = args.output
     if output.is_dir():
         raise UserError(

@@ -19,8 +19,8 @@ class SequenceInfo(NamedTuple):
     cos, sin: (B or 1, L, 1, K) rotary factors, or None without rotary positions.
     mask:     which keys a query may see (`visible`); None when `causal` says it all.
     causal:   position i sees positions 0..i only.
-    cache:    what earlier forwards left to attend to, in generation
-              (`models/inference/key_value_cache.py`).
+    cache:    keys and values of earlier forwards, in generation
+              (`models/inference/key_value_cache.py`); each attention calls its `extend` once.
     """
 
     cos: Tensor | None
@@ -28,6 +28,17 @@ class SequenceInfo(NamedTuple):
     mask: Any
     causal: bool
     cache: Any = None
+
+    def begin_cycle(self) -> None:
+        """Mark that an outer cycle of a recursion begins, so that a cache may keep the last ones
+        only."""
+        if self.cache is not None:
+            self.cache.begin_cycle()
+
+    def end_cycles(self) -> None:
+        """Mark that the last outer cycle has ended: what follows is no part of the recursion."""
+        if self.cache is not None:
+            self.cache.end_cycles()
 
 
 def at_least_float32(x: Tensor) -> Tensor:

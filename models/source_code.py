@@ -1,4 +1,4 @@
-"""The project's own modules that a model is made of, to keep beside its weights."""
+"""The source of a model, Athena's and the plug-ins', to keep beside its weights."""
 
 import ast
 import importlib.util
@@ -7,12 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from utils.core.functions import PROJECT_ROOT
+from utils.core.plugins import PACKAGE
 
 
 def source_files(objects: Iterable[object]) -> dict[str, Path]:
-    """Return the file of every module of the project that the classes of `objects` import, directly
-    or through others, by its path as a package: `models/layers.py`."""
+    """Return the file of every module of the project that the classes of `objects` and the plug-ins
+    in use import, directly or through others, by its path as a package: `models/layers.py`,
+    `athena_plugins/banded.py`."""
     names = {cls.__module__ for item in objects for cls in type(item).__mro__}
+    names |= {name for name in sys.modules if name.startswith(f"{PACKAGE}.")}
     found: dict[str, Path] = {}
     todo = sorted(name for name in names if _file_of(name) is not None)
     while todo:
@@ -40,16 +43,19 @@ def _imports(path: Path, package: str) -> list[str]:
 
 
 def _file_of(name: str) -> Path | None:
-    """Return the file of a module of the project; None for anything else."""
-    top = PROJECT_ROOT / name.partition(".")[0]
+    """Return the file of a module of the project or of a plug-in; None for anything else."""
+    first = name.partition(".")[0]
+    top = PROJECT_ROOT / first
     loaded = sys.modules.get(name)
     file = getattr(loaded, "__file__", None)
-    if file is None and (top.is_dir() or top.with_suffix(".py").is_file()):
+    if file is None and (first == PACKAGE or top.is_dir() or top.with_suffix(".py").is_file()):
         try:
             spec = importlib.util.find_spec(name)
         except ModuleNotFoundError:  # a name within a module
             return None
         file = None if spec is None else spec.origin
-    path = Path(file) if file is not None else None
-    ours = path is not None and path.is_relative_to(PROJECT_ROOT)
-    return path if ours and "site-packages" not in path.parts else None  # type: ignore[union-attr]
+    if file is None:
+        return None
+    path = Path(file)
+    ours = path.is_relative_to(PROJECT_ROOT) and "site-packages" not in path.parts
+    return path if ours or first == PACKAGE else None

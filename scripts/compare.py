@@ -5,8 +5,8 @@ r"""Train two recipes for the same time on the same machine, and print which cam
 
 By default it compares the recursive model of experiment=quickstart with the plain decoder of
 experiment=compare_transformer, which has as many core parameters and reads the same corpus. All
-keys of pretrain.py are passed on to both runs. Each call trains in a new folder; output_dir= of an
-interrupted call resumes it.
+keys of pretrain.py are passed on to both runs, and so are the presets of config_dir. Each call
+trains in a new folder; output_dir= of an interrupted call resumes it.
 """
 
 import shlex
@@ -26,6 +26,7 @@ from models.inference.loading import build_model
 from scripts.plot_run import RunMetrics, draw
 from utils.checkpoint.format import Checkpoint, checkpoints_of
 from utils.config.key_values import run_command, split_key_values
+from utils.config.plugins import use_configured_plugins
 from utils.config.schema import PositiveFloat
 from utils.config.values import assignment
 from utils.core.atomic import write_result
@@ -43,6 +44,7 @@ class Options(BaseModel):
     experiments: str = Field(
         "quickstart,compare_transformer", description="presets to compare, with commas"
     )
+    config_dir: Path | None = Field(None, description="presets of your own, beside config/")
     output_dir: Path | None = Field(
         None, description="folder of the runs; null: a new one in checkpoints/compare"
     )
@@ -68,11 +70,14 @@ class Result:
     """Mean ACT steps of a training example."""
 
 
-def train(experiment: str, folder: Path, seconds: float, overrides: Sequence[str]) -> None:
-    """One run of pretrain.py, its command printed so that it can be repeated by hand."""
+def train(
+    experiment: str, folder: Path, seconds: float, overrides: Sequence[str], presets: Path | None
+) -> None:
+    """Run pretrain.py once, printing the command so that it can be repeated by hand."""
     command = [
         sys.executable,
         str(ROOT / "pretrain.py"),
+        *([] if presets is None else ["--config-dir", str(presets)]),
         f"experiment={experiment}",
         assignment("checkpoint_path", folder),
         assignment("run_name", experiment),
@@ -183,9 +188,11 @@ def run(arguments: Sequence[str]) -> None:
     experiments = args.experiments.split(",")
     if len(experiments) < 2 or len(set(experiments)) < len(experiments):
         raise UserError(f"experiments={args.experiments}: name at least two, each once")
+    given = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("plugins=")]
+    use_configured_plugins({"plugins": given[-1] if given else []})
     folder = args.output_dir or Path("checkpoints/compare") / time.strftime("%Y-%m-%d_%H-%M-%S")
     for experiment in experiments:
-        train(experiment, folder / experiment, args.seconds, overrides)
+        train(experiment, folder / experiment, args.seconds, overrides, args.config_dir)
     results = [measure(folder / experiment) for experiment in experiments]
     report = f"{table(results)}\n\n{verdict(results)}\n"
     print(f"\n{report}")

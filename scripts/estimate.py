@@ -5,7 +5,8 @@ r"""What a run would take, before it runs: parameters, FLOPs, memory, time and m
     python scripts/estimate.py arch=athena_trm_small,athena_trm_medium,transformer hardware=4060
     python scripts/estimate.py data_paths="[data/mine]" experiment=quickstart measure=true
 
-Takes every key of pretrain.py, several presets at once as arch=a,b, and the keys below. Without a
+Takes every key of pretrain.py and its --config-dir, several presets at once as arch=a,b, and the
+keys below. Without a
 corpus it assumes vocab_size=32000, seq_len=2048 and 20 tokens per parameter. measure=true runs real
 training steps on this machine and prints what they took beside the estimate.
 """
@@ -64,12 +65,14 @@ SMALLER = (
 
 
 def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """Return the own keys, and the overrides of pretrain.py's."""
+    """Return the own keys, and the arguments that are pretrain.py's."""
     options, overrides = split_key_values(Options, arguments)
     for key in (override.partition("=")[0] for override in overrides):
         near = nearest(key, list(Options.model_fields))
         if near and "." not in key and not nearest(key, list(PretrainConfig.model_fields)):
             raise UserError(f"unknown key '{key}': did you mean '{near}'?")
+    if options.config_dir is not None:
+        overrides = ["--config-dir", str(options.config_dir), *overrides]
     if options.hardware not in HARDWARE:
         near = nearest(options.hardware, list(HARDWARE), cutoff=0.8)  # a b200 is no h200
         advice = f"did you mean '{near}'? " if near else ""

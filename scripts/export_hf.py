@@ -25,9 +25,11 @@ from models.inference.loading import build_model, load_language_model
 from models.inference.sampling import PositiveInt
 from utils.checkpoint.format import load_weights
 from utils.config.key_values import parse_key_values, run_command
+from utils.config.schema import Folders
 from utils.core.atomic import write_result
 from utils.core.errors import UserError
 from utils.core.functions import has_utf8_name
+from utils.core.plugins import use_plugins
 
 
 class Options(BaseModel):
@@ -36,6 +38,9 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint: str = Field(description="a checkpoint, or the folder of a run: its newest")
+    plugins: Folders = Field(
+        [], description="directories with classes of the model's own, as it was trained with"
+    )
     output: Path = Field(description="folder (format=hf) or file (format=trm) to write")
     format: Literal["hf", "trm"] = Field("hf", description="hf: transformers; trm: TRM's code")
     weights: Literal["ema", "raw"] = Field("ema", description="averaged, or as last trained")
@@ -98,6 +103,7 @@ def export_trm(options: Options) -> None:
 
 
 def run(options: Options) -> None:
+    use_plugins(options.plugins)
     if options.output.exists():
         raise UserError(f"output={options.output} exists; name another, or remove it first")
     if options.format == "hf" and not has_utf8_name(options.output.absolute()):

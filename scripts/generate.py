@@ -32,7 +32,9 @@ from models.inference.loading import load_language_model
 from models.inference.sampling import PositiveInt, Sampling
 from utils.backend import select_backend
 from utils.config.key_values import parse_key_values, run_command
+from utils.config.schema import Folders
 from utils.core.errors import UserError
+from utils.core.plugins import use_plugins
 
 TEXTS = ("prompt", "stop")  # values that are taken as they are
 
@@ -41,6 +43,9 @@ class Options(Sampling):
     """The arguments, each given as key=value."""
 
     checkpoint: str = Field(description="a checkpoint, or the folder of a run: its newest")
+    plugins: Folders = Field(
+        [], description="directories with classes of the model's own, as it was trained with"
+    )
     prompt: str | None = Field(None, description="the text to continue")
     prompts_file: Path | None = Field(
         None,
@@ -111,6 +116,7 @@ def note(sentence: str) -> None:
 
 def load(options: Options) -> LanguageModel:
     """The model, and what its user should know of it."""
+    use_plugins(options.plugins)
     backend, _ = select_backend(options.device_type)
     model = load_language_model(
         options.checkpoint,

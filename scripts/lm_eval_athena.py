@@ -6,7 +6,8 @@ r"""EleutherAI's lm-evaluation-harness with Athena's models: its own command, wh
 
 All arguments are lm_eval's. --model_args takes checkpoint (a checkpoint, or a run's folder: its
 newest), weights (ema | raw), steps (ACT steps per token), post_refinement_steps, identifier, and
-max_gen_toks (tokens of a continuation where the task does not say). Probabilities are those of the
+max_gen_toks (tokens of a continuation where the task does not say), and plugins (the directory of
+the model's own classes; several with : between them). Probabilities are those of the
 model's own loss. Before a text that has nothing before it stands a line break, because no label in
 training follows an end-of-document token. With --use_cache FILE an interrupted evaluation goes on
 where it was.
@@ -31,6 +32,7 @@ from utils.backend import BACKENDS, Backend, select_backend
 from utils.core.console import run_cli
 from utils.core.errors import UserError
 from utils.core.functions import nearest
+from utils.core.plugins import use_plugins
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -43,7 +45,10 @@ except ImportError as error:
           file=sys.stderr)  # fmt: skip
     sys.exit(2)
 
-KEYS = ("checkpoint", "weights", "steps", "post_refinement_steps", "identifier", "max_gen_toks")
+KEYS = (
+    "checkpoint", "weights", "steps", "post_refinement_steps", "identifier", "max_gen_toks",
+    "plugins",
+)  # fmt: skip
 PASSED_ON = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 _ROUND = 32  # batches between two entries in the harness' cache
 
@@ -63,6 +68,7 @@ class AthenaLM(LM):
         post_refinement_steps: int | None = None,
         identifier: str | None = None,
         max_gen_toks: int = 256,
+        plugins: str | list[str] = "",
         batch_size: int | str = 16,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -90,6 +96,8 @@ class AthenaLM(LM):
         if self.max_gen_toks < 1:
             raise UserError(f"--model_args: max_gen_toks={max_gen_toks} must be at least 1")
         self.round = _ROUND * rows
+        folders = plugins.split(os.pathsep) if isinstance(plugins, str) else plugins
+        use_plugins([folder for folder in folders if folder])
         self.model: LanguageModel = load_language_model(
             checkpoint,
             weights,

@@ -18,6 +18,7 @@ from models import cost
 from utils.backend.cuda import BF16_PEAK
 from utils.backend.memory import free_host_memory
 from utils.checkpoint.run_config import apply_trained_config
+from utils.config.hydra_entry import split_config_dirs
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.config.schema import PositiveFloat, PositiveInt
 from utils.core.errors import UserError
@@ -64,6 +65,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     hardware: str = Field("h200", description="one of " + ", ".join(HARDWARE))
+    config_dir: Path | None = Field(None, description="presets of your own, beside config/")
     devices: PositiveInt | None = Field(None, description="how many; null: 1, v4-8: its 4 chips")
     tokens: PositiveFloat | None = Field(
         None, description="tokens to train; null: the corpus' epochs, else 20 per parameter"
@@ -112,7 +114,8 @@ class Plan:
 
 def configure(overrides: Sequence[str], ranks: int) -> PretrainConfig:
     """The checked config; without a corpus, of sizes that are usual."""
-    composed = apply_trained_config(compose_config([*overrides, "dry_run=true"]), overrides)
+    keys, _ = split_config_dirs([*overrides])
+    composed = apply_trained_config(compose_config([*overrides, "dry_run=true"]), keys)
     if not composed.data_paths:
         for key, usual in (("vocab_size", 32000), ("seq_len", 2048)):
             composed[key] = usual if composed[key] is None else composed[key]

@@ -61,6 +61,7 @@ class Options(BaseModel):
     folder: Path = Field(
         Path("checkpoints/sweeps/optuna"), description="folder of the study and its runs"
     )
+    config_dir: Path | None = Field(None, description="presets of your own, beside config/")
     metric: str | None = Field(
         None,
         description="of a run's last evaluation, e.g. eval/all/accuracy; null: bits per "
@@ -132,6 +133,7 @@ class Search:
     def __init__(self, args: Options, overrides: Sequence[str]):
         self.folder: Path = args.folder
         self.metric: str | None = args.metric
+        self.presets: list[str] = []
         self.higher = args.direction == "maximize"
         try:
             self.command = [*shlex.split(args.launcher), str(PRETRAIN)]
@@ -139,6 +141,8 @@ class Search:
             raise UserError(f"launcher={args.launcher}: {error}") from None
         if shutil.which(self.command[0]) is None:
             raise UserError(f"launcher={args.launcher}: there is no such command")
+        if args.config_dir is not None:
+            self.presets = ["--config-dir", str(args.config_dir)]
         self.varied, self.fixed = sweeps_and_fixed(overrides)
         self.began = False
         """Some trial came so far that it logged."""
@@ -185,7 +189,7 @@ class Search:
 
     def _config(self, chosen: list[str]) -> PretrainConfig:
         keys = [*self.fixed, *chosen]
-        return load_config(apply_trained_config(compose_config(keys), keys))
+        return load_config(apply_trained_config(compose_config([*self.presets, *keys]), keys))
 
     def objective(self, trial: optuna.Trial) -> float:
         run = self.folder / f"trial_{trial.number}"
@@ -197,7 +201,7 @@ class Search:
             print(f"  failed: {error}", flush=True)
             raise RuntimeError(str(error)) from None
         place = assignment("checkpoint_path", run)
-        command = [*self.command, *self.fixed, *chosen, place]
+        command = [*self.command, *self.presets, *self.fixed, *chosen, place]
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"trial_{trial.number}.log").open("w", encoding="utf-8") as log:
             environment = os.environ | {"PYTHONIOENCODING": "utf-8:backslashreplace"}

@@ -22,6 +22,8 @@ from leftovers import children, files_below, threads, wait_for_none
 from seeds import BASE_SEED, SEED_VARIABLE, seed_for
 from training_tools import puzzle_corpus, run_training, text_corpus, text_run, write_plugin
 
+from utils.core.plugins import use_plugins
+
 __all__ = ["puzzle_corpus", "run_training", "text_corpus", "text_run", "write_plugin"]
 
 # For the processes that tests start: idle threads of two processes wait for work on the same cores.
@@ -63,6 +65,13 @@ def seed(request) -> int:
     np.random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def no_plugins():
+    """Forget the plug-ins that a test used."""
+    yield
+    use_plugins(())
 
 
 def pytest_collection_finish() -> None:

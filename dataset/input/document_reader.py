@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from dataset.input.decompression import open_source
+from dataset.input.formats import NAMES, load_format
 from dataset.input.text_sources import Source
 from utils.core.errors import UserError
 
@@ -125,7 +126,9 @@ class DocumentReader:
                 if self.options.max_bad_lines == 0
                 else f"this exceeds --max-bad-lines {self.options.max_bad_lines}"
             )
-            what = "row" if source.format == "parquet" else "line"
+            what = {"parquet": "row", "text": "line", "jsonl": "line"}.get(
+                source.format, "document"
+            )
             raise UserError(f"{source}, {what} {number:,}: {fault}; {hint}.")
 
     def _read(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
@@ -136,6 +139,8 @@ class DocumentReader:
 
             records = read_parquet_records(source, self.options.text_key, skip, self._progress)
             return self._extract_texts(source, records)
+        if source.format not in NAMES:
+            return self._read_own_format(source, skip)
         if self.options.documents == "line":
             return self._read_text_lines(source, skip)
         return self._read_multiline(source, skip)
@@ -156,6 +161,22 @@ class DocumentReader:
                 present = ", ".join(sorted(record)[:10]) or "none"
                 fault = f"no key {key!r} (keys: {present}; see --text-key)"
             self.skip_bad_line(source, number, fault)
+
+    def _read_own_format(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
+        """Yield the numbered documents of a format that `--format module@Class` names."""
+        reader = load_format(source.format)()
+        for number, text in enumerate(reader.documents(source, self._progress), 1):
+            if number <= skip:
+                continue
+            if isinstance(text, ValueError):
+                self.skip_bad_line(source, number, str(text))
+            elif isinstance(text, str):
+                yield number, text
+            else:
+                raise UserError(
+                    f"--format {source.format}: document {number:,} of {source} is of type "
+                    f"{type(text).__name__}; documents() must yield str."
+                )
 
     def _read_text_lines(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
         for number, line in self._read_lines(source, skip):

@@ -8,22 +8,16 @@ import argparse
 import glob
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.input.formats import extensions_with
 from utils.core.console import check_decoded
 from utils.core.errors import UserError
 from utils.remote.cache import expand, fetch, is_remote
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
-FORMATS = {
-    ".txt": "text",
-    ".md": "text",
-    ".text": "text",
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-}
 STDIN = Path("-")
 
 
@@ -33,7 +27,7 @@ class Source:
 
     path: Path
     format: str
-    """text | jsonl | parquet"""
+    """text | jsonl | parquet, or module@Class"""
     compression: str | None
     label: str
     url: str | None = None
@@ -88,8 +82,16 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=("text", "jsonl", "parquet"),
-        help="format of files without a known extension",
+        help="format of files without a known extension: text, jsonl, parquet, or module@Class of "
+        "your own, which is also that of files with its extensions",
+    )
+    parser.add_argument(
+        "--plugins",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="DIR",
+        help="directories in which module@Class is looked up",
     )
     parser.add_argument(
         "--text-key",
@@ -112,13 +114,16 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def split_name(path: Path) -> tuple[str, str | None, str | None]:
-    """Split a file name into stem, format and compression (None if the extension is unknown)."""
+def split_name(path: Path, formats: Mapping[str, str]) -> tuple[str, str | None, str | None]:
+    """Split a file name into stem, format and compression (None if the extension is unknown).
+
+    formats: the format of each file extension.
+    """
     name = path.name
     compression = COMPRESSIONS.get(Path(name).suffix.lower())
     if compression:
         name = name[: -len(Path(name).suffix)]
-    kind = FORMATS.get(Path(name).suffix.lower())
+    kind = formats.get(Path(name).suffix.lower())
     if kind:
         name = name[: -len(Path(name).suffix)]
     return name, kind, compression
@@ -127,16 +132,20 @@ def split_name(path: Path) -> tuple[str, str | None, str | None]:
 def find_sources(arguments: list[str], given_format: str | None = None) -> list[list[Source]]:
     """Return a sorted list of sources for each command-line argument.
 
-    An argument is a local or remote file, glob or directory, or `-`.
+    An argument is a local or remote file, glob or directory, or `-`. given_format: of files without
+    a known extension, and, if it is a class, of those with the class's extensions.
     """
+    formats = extensions_with(given_format)
     seen: dict[Path, str] = {}
     found = []
     for argument in arguments:
         if is_remote(argument):
-            urls = _list_remote_files(argument)
-            sources = [_make_source(Path(url), given_format, url) for url in urls]
+            urls = _list_remote_files(argument, formats)
+            sources = [_make_source(Path(url), formats, given_format, url) for url in urls]
         else:
-            sources = [_make_source(path, given_format) for path in _expand(argument)]
+            sources = [
+                _make_source(path, formats, given_format) for path in _expand(argument, formats)
+            ]
         for source in sources:
             key = source.path if source.is_stdin else source.path.resolve()
             if key in seen:
@@ -156,19 +165,19 @@ def find_source(path: str, given_format: str, option: str) -> Source:
     return sources[0]
 
 
-def _list_remote_files(argument: str) -> list[str]:
+def _list_remote_files(argument: str, formats: Mapping[str, str]) -> list[str]:
     """Return the URLs of the files that a URL, glob or remote directory refers to."""
     urls = expand(argument)
     if urls == [argument]:
         return urls
-    if readable := [url for url in urls if split_name(Path(url))[1]]:
+    if readable := [url for url in urls if split_name(Path(url), formats)[1]]:
         return readable
     raise UserError(
-        f"{argument} contains no files with extension {' '.join(FORMATS)}; pass a single file."
+        f"{argument} contains no files with extension {' '.join(formats)}; pass a single file."
     )
 
 
-def _expand(argument: str) -> list[Path]:
+def _expand(argument: str, formats: Mapping[str, str]) -> list[Path]:
     if not argument.strip():
         raise UserError("an input path is empty (''); pass a file, or . for the current directory.")
     try:
@@ -176,7 +185,7 @@ def _expand(argument: str) -> list[Path]:
         if path == STDIN or path.is_file() or path.is_fifo():
             return [path]
         if path.is_dir():
-            return _deduplicate(_list_files(path, argument))
+            return _deduplicate(_list_files(path, argument, formats))
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         _check_links(matches)
         matches = [match for match in matches if match.is_file()]
@@ -193,7 +202,7 @@ def _expand(argument: str) -> list[Path]:
     return _deduplicate(matches)
 
 
-def _list_files(folder: Path, argument: str) -> list[Path]:
+def _list_files(folder: Path, argument: str, formats: Mapping[str, str]) -> list[Path]:
     """Return all readable files below a directory, following links and skipping hidden files."""
 
     def fail(error: OSError) -> None:
@@ -207,11 +216,11 @@ def _list_files(folder: Path, argument: str) -> list[Path]:
         entered.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         paths = [Path(place, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if split_name(path)[1]]
-        others += [str(path) for path in paths if not split_name(path)[1]]
+        found += [path for path in paths if split_name(path, formats)[1]]
+        others += [str(path) for path in paths if not split_name(path, formats)[1]]
     if not found:
         raise UserError(
-            f"the directory {argument} contains no files with extension {' '.join(FORMATS)} "
+            f"the directory {argument} contains no files with extension {' '.join(formats)} "
             f"(optionally followed by {' '.join(COMPRESSIONS)}); select files with a glob."
         )
     if others:
@@ -240,18 +249,20 @@ def _deduplicate(paths: list[Path]) -> list[Path]:
     return list(once.values())
 
 
-def _make_source(path: Path, given_format: str | None, url: str | None = None) -> Source:
+def _make_source(
+    path: Path, formats: Mapping[str, str], given_format: str | None, url: str | None = None
+) -> Source:
     check_decoded([str(path)])
     if path == STDIN:
         label, kind, compression = "stdin", given_format, None
     else:
-        label, kind, compression = split_name(path)
+        label, kind, compression = split_name(path, formats)
     kind = kind or given_format
     if kind is None:
         what = "of standard input" if path == STDIN else f"of {url or path} from its name"
         raise UserError(
-            f"cannot infer the format {what}; pass --format text, --format jsonl or "
-            "--format parquet."
+            f"cannot infer the format {what}; pass --format text, --format jsonl, "
+            "--format parquet, or --format module@Class."
         )
     if kind == "parquet" and (compression or path == STDIN):
         what = (

@@ -46,8 +46,14 @@ class RecursionCache(DynamicCache):
         """To be called before each forward."""
         self.passes = 0
 
+    def begin_cycle(self) -> None:
+        """Do nothing: all cycles are kept."""
+
+    def end_cycles(self) -> None:
+        """Do nothing: see `begin_cycle`."""
+
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Notes key and value (B, M, n, K) of new positions in the next pass; all that it has."""
+        """Append key and value (B, M, n, K) of new positions to the next pass; return all."""
         layer, self.passes = self.passes, self.passes + 1
         return self.update(key, value, layer)
 

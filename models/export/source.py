@@ -1,4 +1,4 @@
-"""The source that an exported model takes along: Athena's own files, made independent of Athena."""
+"""The source that an exported model takes along, made independent of Athena."""
 
 import ast
 import hashlib
@@ -7,18 +7,29 @@ from pathlib import Path
 
 from dataset import common
 from utils.core.errors import UserError
+from utils.core.plugins import PACKAGE
 
 MODEL = "models.export.modeling_athena"
 _MODELING, _CONFIGURATION = "modeling_athena.py", "configuration_athena.py"
 _LINE = "from models.recursive_reasoning.athena_trm import AthenaTRM as Architecture"
 _HEADER = "# Copied from Athena by scripts/export_hf.py. SPDX-License-Identifier: Apache-2.0\n"
-_PARTS = {"pretrain", "sequence_dataset", "models", "evaluators", "dataset", "utils", "config"}
+_PARTS = {
+    "pretrain",
+    "sequence_dataset",
+    "models",
+    "evaluators",
+    "dataset",
+    "utils",
+    "config",
+    PACKAGE,
+}
 
 
 def remote_code(architecture: type) -> dict[str, str]:
-    """File name -> text of all that a model of this class is made of, to lie beside each other.
+    """Return the text of every file that a model of this class is made of, by file name.
 
-    Raises UserError where the class needs what lies outside `models`.
+    The files lie in one directory. Raises UserError where the class needs what lies outside
+    `models` and the plug-ins.
     """
     found: dict[str, str] = {}
     todo, seen = [MODEL], {MODEL}
@@ -54,31 +65,40 @@ def _path(module: str) -> Path:
 
 
 def _independent(module: str, text: str) -> tuple[str, set[str]]:
-    """The text with imports from beside it instead of from Athena, and the modules that these are.
-
-    Constants of `dataset.common` are written out.
+    """Return a module's text, importing from files beside it instead of from Athena and plug-ins,
+    and the modules that it imports so. Constants of `dataset.common` become literals.
     """
     lines, needed = text.splitlines(keepends=True), set()
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.Import | ast.ImportFrom) or not _of_athena(node):
             continue
-        source = node.module if isinstance(node, ast.ImportFrom) and not node.level else None
+        source = _source(module, node) if isinstance(node, ast.ImportFrom) else None
         names = {alias.asname or alias.name: alias.name for alias in node.names}
         if source == common.__name__ and all(name.isupper() for name in names.values()):
             written = "".join(f"{k} = {getattr(common, v)!r}\n" for k, v in names.items())
-        elif source and source.startswith("models.") and _path(source).name != "__init__.py":
+        elif (
+            source
+            and source.startswith(("models.", f"{PACKAGE}."))
+            and _path(source).name != "__init__.py"
+        ):
             needed.add(source)
             local = ast.ImportFrom(source.rpartition(".")[2], node.names, level=1)
             written = " " * node.col_offset + ast.unparse(local) + "\n"
         else:
             raise UserError(
                 f"{module} cannot be exported, because of `{ast.unparse(node)}`: a model's source "
-                "may import of Athena only what files in models/ define, each named as in `from "
-                "models.layers import Block`"
+                "may import of Athena only what files in models/ and plug-ins define, each named "
+                "as in `from models.layers import Block`"
             )
         end = node.end_lineno or node.lineno
         lines[node.lineno - 1 : end] = [written, *[""] * (end - node.lineno)]
     return "".join(lines), needed
+
+
+def _source(module: str, node: ast.ImportFrom) -> str:
+    """Return the whole name of what a module imports from."""
+    base = module.rsplit(".", node.level)[0] if node.level else ""
+    return ".".join(filter(None, (base, node.module)))
 
 
 def _of_athena(node: ast.Import | ast.ImportFrom) -> bool:

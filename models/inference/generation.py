@@ -101,9 +101,7 @@ class Decoder:
         if self.cached:
             if self.cache is None:
                 positions = prefix + self.config.seq_len
-                self.cache = KeyValueCache(
-                    self.config, len(windows), positions, self.steps, self.cache_cycles, self.device
-                )
+                self.cache = KeyValueCache(positions, self.cache_cycles)
             self.cache.begin(None, prefix + length)
             info = info._replace(cache=self.cache)
         z = self.inner.answer(self.inner.embed(batch), info, self.steps)

@@ -242,9 +242,9 @@ class LanguageModel:
         return [self.metadata.pad_id, *empty]
 
     def cache_bytes(self, rows: int, cycles: int | None = None) -> int:
-        """Bytes that the keys and values of `rows` texts take."""
+        """Return the bytes that the keys and values of `rows` texts take."""
         positions = self.config.prefix_len + self.window
-        return cache_bytes(self.config, rows, positions, self.steps, cycles)
+        return cache_bytes(self.model.inner, rows, positions, self.steps, cycles)
 
     def write(
         self,

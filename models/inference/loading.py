@@ -28,7 +28,7 @@ from utils.checkpoint.format import (
     missing_advice,
 )
 from utils.config.plugins import checkpoint_options, gather_terms
-from utils.config.saved import read_arch
+from utils.config.saved import check_plugins_given, read_arch
 from utils.config.schema import PretrainConfig
 from utils.core.errors import UserError
 from utils.core.functions import load_class
@@ -111,9 +111,13 @@ def cast_weights(head: ACTLossHead) -> None:
 def saved_arch(opened: Checkpoint) -> dict[str, Any]:
     """Return the options of the architecture, with its name and its loss, that a checkpoint keeps.
 
-    Of its config it takes nothing else to use the model.
+    Of its config it takes nothing else to use the model. Raises UserError, naming `plugins`, where
+    a class of it is not found.
     """
-    return yaml.safe_load(opened.text("config.yaml"))["arch"]
+    saved = yaml.safe_load(opened.text("config.yaml"))
+    needed = {key: saved[key] for key in ("arch", "plugins") if key in saved}
+    check_plugins_given(needed, opened.folder)
+    return saved["arch"]
 
 
 def build_model(

@@ -60,12 +60,6 @@ class AthenaTRMConfig(BackboneConfig):
             return self.eval_steps
         return self.halt_max_steps
 
-    def answer_passes(self, steps: int) -> tuple[int, int, int]:
-        """Blocks run in `AthenaTRMInner.answer`: in the recursion, in one outer cycle of it, and
-        in the refinement after it."""
-        cycle = (self.L_cycles + 1) * self.L_layers
-        return (steps * self.H_cycles * cycle, cycle, self.post_refinement_steps * self.L_layers)
-
     @model_validator(mode="after")
     def _steps_fit(self):
         if self.force_min_steps > self.halt_max_steps:
@@ -158,6 +152,7 @@ class AthenaTRMInner(Backbone):
         """Take one ACT step: streams (B, L, D), with gradient through the last H_grad_cycles."""
 
         def cycle(z: Latents) -> Latents:
+            info.begin_cycle()
             z = self.work(z, x, info)
             return z | {self.streams[0]: self.conclude(z, info)}
 
@@ -170,6 +165,7 @@ class AthenaTRMInner(Backbone):
 
     def refine(self, z: Latents, info: SequenceInfo) -> Tensor:
         """Return the answer's stream after the refinement passes, (B, L, D)."""
+        info.end_cycles()
         for _ in range(self.config.post_refinement_steps):
             z = z | {self.streams[0]: self.conclude(z, info)}
         return z[self.streams[0]]

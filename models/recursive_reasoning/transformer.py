@@ -21,10 +21,6 @@ class TransformerConfig(BackboneConfig):
 
     num_layers: int = Field(4, ge=1, description="blocks, each with its own weights")
 
-    def answer_passes(self, steps: int) -> tuple[int, int, int]:
-        """As `AthenaTRMConfig.answer_passes`."""
-        return self.num_layers, self.num_layers, 0
-
 
 class TransformerInner(Backbone):
     config: TransformerConfig

@@ -22,12 +22,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.inference.generation import Decoder
+from models.inference.key_value_cache import lay_out
 from models.inference.language_model import LanguageModel
 from models.inference.loading import load_language_model
 from models.inference.sampling import PositiveInt, Sampling
 from utils.backend import select_backend
 from utils.config.key_values import parse_key_values, run_command
+from utils.config.schema import Folders
 from utils.core.errors import UserError
+from utils.core.plugins import use_plugins
 
 
 def windows(model: LanguageModel, path: Path, rows: int, length: int) -> list[list[int]]:
@@ -101,13 +104,12 @@ def compare_probabilities(
 
     precise: the model in float64, whose distance is that of the model's own rounding.
     """
-    recursion, cycle, _ = model.config.answer_passes(model.steps)
+    total = lay_out(model.model.inner, model.steps).cycles
     reference = read(model, texts, prompt, cached=False)
     exact = nats(reference, texts, prompt)
     print("\n| outer cycles kept | memory of a text | nats per token | loss | largest difference |")
     print("| --- | ---: | ---: | ---: | ---: |")
     print(f"| none: computed again | | {exact:.4f} | | of {reference.abs().max():.0f} |")
-    total = recursion // cycle
     fewer = [2**n for n in range(total.bit_length()) if 2**n < total]
     for kept in (None, *reversed(fewer)):
         found = read(model, texts, prompt, cache_cycles=kept)
@@ -128,6 +130,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     checkpoint: str = Field(description="a checkpoint, or the folder of a run")
+    plugins: Folders = Field([], description="directories of its classes")
     text_file: Path = Field(description="held-out text, read as windows")
     rows: PositiveInt = Field(8, description="texts at once")
     prompt: PositiveInt = Field(32, description="tokens given")
@@ -141,6 +144,7 @@ class Options(BaseModel):
 
 def run(arguments: Sequence[str]) -> None:
     args = parse_key_values(Options, arguments)
+    use_plugins(args.plugins)
     backend, _ = select_backend(args.device_type)
     model = load_language_model(args.checkpoint, backend=backend, steps=args.steps)
     model.metadata = model.metadata.model_copy(update={"eos_id": None})  # all texts equally long
@@ -148,7 +152,7 @@ def run(arguments: Sequence[str]) -> None:
     if length <= args.prompt:
         raise UserError(f"prompt={args.prompt} fills the window of {model.window} tokens")
     texts = windows(model, args.text_file, args.rows, length)
-    passes = sum(model.config.answer_passes(model.steps)[::2])
+    passes = len(lay_out(model.model.inner, model.steps).slots)
     print(f"{args.prompt} tokens of each text given, {length - args.prompt} written or read; "
           f"{passes} passes of a block for a token; {backend.describe()}\n")  # fmt: skip
     compare_speed(model, texts, args.prompt, args.rounds)

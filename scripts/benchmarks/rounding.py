@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dataset.common import DatasetMetadata
 from models.build import create_model
+from models.inference.key_value_cache import lay_out
 from models.losses import ACTLossHead
 from utils.backend import select_backend
 from utils.config.key_values import run_command, split_key_values
@@ -111,7 +112,7 @@ def measure(overrides: Sequence[str], updates: Sequence[int], steps: int) -> Non
     heads = {dtype: head for dtype, (_, head) in configs.items()}
     config, trained = configs["float32"]
     arch = trained.model.config
-    passes = arch.answer_passes(1)[0] if hasattr(arch, "answer_passes") else arch.num_layers
+    passes = len(lay_out(trained.model.inner, steps=1).slots)
     print(
         f"{passes} layer passes per ACT step, width {arch.hidden_size}, lr {config.lr:g} after "
         f"{config.lr_warmup_steps} updates of warm-up"

@@ -398,7 +398,7 @@ def test_other_tokenizers_get_eos_and_pad(tmp_path, build, fails):
         ("--output-dir ~no_such_user/corpus", "~no_such_user/corpus"),
         ("--save-every nan", "--save-every is nan"),
         ("--seq-len 1e3", "argument --seq-len: invalid int value: '1e3'"),
-        ("--format csv", "--format: invalid choice: 'csv'"),
+        ("--format csv", "--format csv is unknown"),
     ],
 )
 def test_mistakes_end_in_one_sentence(build, tmp_path, fails, options, message):

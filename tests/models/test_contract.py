@@ -70,7 +70,8 @@ SIZES = dict(batch_size=4, seq_len=9, vocab_size=30, num_puzzle_identifiers=1)
 RUN = [
     "arch=transformer", "arch.name=my_looped@Looped", "~arch.num_layers", "~arch.halt_max_steps",
     "~arch.force_min_steps", "~arch.halt_exploration_prob", "~arch.post_refinement_steps",
-    "arch.hidden_size=16", "arch.num_heads=2", "arch.puzzle_emb_ndim=0", "arch.forward_dtype=float64", "epochs=20",
+    "arch.hidden_size=16", "arch.num_heads=2", "arch.puzzle_emb_ndim=0",
+    "arch.forward_dtype=float64", "epochs=20",
     "ema_rate=0.9", "optimizer=muon", "eval_depths=[1,7]", "log_interval=1",
 ]  # fmt: skip
 

@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from utils.checkpoint.format import MANIFEST, checkpoint_in, missing_advice
 from utils.checkpoint.run_folder import folder_of
-from utils.config.plugins import checkpoint_options
-from utils.config.saved import is_valid, read_arch
+from utils.config.plugins import checkpoint_options, use_configured_plugins
+from utils.config.saved import check_plugins_given, is_valid, read_arch
 from utils.config.values import literal, readable
 from utils.core.errors import UserError
 
@@ -36,6 +36,7 @@ def apply_trained_config(cfg: DictConfig, overrides: Sequence[str] | None = None
     overrides: those of the command line; None asks Hydra. One that chooses a preset of whole keys
     (experiment=, debug=) is taken as the whole config.
     """
+    use_configured_plugins(cfg)
     if (source := _source(cfg)) is None:
         return cfg
     file = source / "config.yaml"
@@ -45,10 +46,13 @@ def apply_trained_config(cfg: DictConfig, overrides: Sequence[str] | None = None
     if not file.is_file() or named & {"experiment", "debug"}:
         return cfg
     trained = yaml.safe_load(file.read_text("utf-8"))
+    taken = [key for key in (AS_TRAINED if cfg.get("eval_only") else TRAINED_FURTHER)
+             if key not in named and key in trained]  # fmt: skip
+    check_plugins_given(
+        {key: trained[key] for key in (*taken, "plugins") if key in trained}, source
+    )
     now: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-    for key in AS_TRAINED if cfg.get("eval_only") else TRAINED_FURTHER:
-        if key in named or key not in trained:
-            continue
+    for key in taken:
         if key == "arch":
             now[key] = _architecture(trained["arch"], source)
         elif is_valid(key, trained[key]):

@@ -69,16 +69,23 @@ _FLAGS = {
 
 
 def compose_config(overrides: list[str], config_name: str = CONFIG_NAME) -> DictConfig:
-    """The composed config of `python pretrain.py <overrides>`, not yet checked.
+    """Compose the config of `python pretrain.py <overrides>`, without checking it.
 
+    overrides: `--config-dir DIRECTORY` among them adds presets, as for pretrain.py.
     Raises UserError for overrides that Hydra cannot read and for presets that do not exist.
     """
-    overrides = _normalised(overrides, _groups([CONFIG_DIR]), sweep=False)
+    given, folders = split_config_dirs(overrides)
+    overrides = _normalised(given, _groups([CONFIG_DIR, *folders]), sweep=False)
+    if folders:
+        places = ",".join(_quoted(f"file://{folder.absolute()}") for folder in folders)
+        overrides.append(f"hydra.searchpath=[{places}]")
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base=_HYDRA_VERSION):
-            return hydra.compose(config_name, overrides)
+            cfg = hydra.compose(config_name, overrides)
+            _check_plugins(cfg, given)
+            return cfg
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
     finally:
@@ -101,7 +108,7 @@ def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
             if any(flag in arguments for flag in ("--help", "-h")):
                 print(help_text(Path(sys.argv[0]).name))
                 return None
-            return _run_hydra(_ending_in_a_sentence(fn), arguments)
+            return _run_hydra(_ending_in_a_sentence(fn, arguments), arguments)
         except UserError as error:
             _end(str(error))
         except (HydraException, OmegaConfBaseException) as error:
@@ -113,12 +120,15 @@ def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
     return main
 
 
-def _ending_in_a_sentence(fn: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """`fn`, its UserErrors turned into an exit before Hydra sees and announces them."""
+def _ending_in_a_sentence(
+    fn: Callable[[DictConfig], Any], arguments: list[str]
+) -> Callable[[DictConfig], Any]:
+    """Return `fn` with its UserErrors turned into an exit before Hydra announces them."""
 
     @functools.wraps(fn)
     def task(cfg: DictConfig) -> Any:
         try:
+            _check_plugins(cfg, arguments)
             return fn(cfg)
         except UserError as error:
             _end(str(error))
@@ -163,6 +173,37 @@ def _groups(folders: list[Path]) -> set[str]:
         for path in folder.rglob("*/")
         if path.is_dir()
     }
+
+
+def _check_plugins(cfg: DictConfig, overrides: list[str]) -> None:
+    """Raise UserError where a preset names directories of code: those are the user's to choose."""
+    if cfg.get("plugins") and not any(re.match(r"\+*plugins=", given) for given in overrides):
+        raise UserError(
+            f"a preset sets plugins={show(OmegaConf.to_container(cfg)['plugins'])}, which only the "
+            "command line may: remove it there and give plugins=[...] with the command"
+        )
+
+
+def _quoted(text: str) -> str:
+    return "'" + re.sub(r"(\\*)'", r"\1\1\'", text) + "'"
+
+
+def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:
+    """Return the arguments without `--config-dir DIRECTORY`, and those directories.
+
+    Raises UserError for a path that is not a directory.
+    """
+    rest, folders = [], []
+    tokens = iter(arguments)
+    for token in tokens:
+        flag, sign, value = token.partition("=")
+        if flag not in ("--config-dir", "-cd"):
+            rest.append(token)
+            continue
+        folders.append(Path(value if sign else next(tokens, "")).expanduser())
+        if not folders[-1].is_dir():
+            raise UserError(f"{flag} {folders[-1]} is not a directory: name one that holds presets")
+    return rest, folders
 
 
 def _arguments(argv: list[str]) -> list[str]:

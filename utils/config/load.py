@@ -16,7 +16,12 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from utils.config.checks import Context, clashes, config_warnings, divided_by_ranks
 from utils.config.errors import clashes_within, coerced, did_you_mean, problems_of
 from utils.config.hydra_entry import compose_config, hydra_entry
-from utils.config.plugins import gather_terms, load_plugin, options_model
+from utils.config.plugins import (
+    gather_terms,
+    load_plugin,
+    options_model,
+    use_configured_plugins,
+)
 from utils.config.schema import (
     PLACEHOLDERS,
     ArchConfig,
@@ -54,7 +59,9 @@ def load_config(cfg: DictConfig | Mapping[str, Any], world_size: int = 1) -> Pre
     Raises UserError that lists every problem: unknown keys with the nearest valid one, wrong
     types, values out of range, clashes.
     """
-    raw = _with_terms(_plain(cfg))
+    raw = _plain(cfg)
+    use_configured_plugins(raw)
+    raw = _with_terms(raw)
     components = list(_components(raw))
     everywhere = [*PretrainConfig.model_fields]
     for component in components:

@@ -10,11 +10,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import pydantic
+from omegaconf import DictConfig
 
 from utils.config.errors import coerced
-from utils.config.schema import Component, LossConfig, LossTermConfig
+from utils.config.schema import Component, Folders, LossConfig, LossTermConfig
 from utils.core.errors import UserError
 from utils.core.functions import load_named, short_names
+from utils.core.plugins import use_plugins
+
+
+def use_configured_plugins(config: Mapping[str, Any] | DictConfig) -> None:
+    """Look up plug-ins in the directories of a config's key `plugins`, which may not be checked.
+
+    Raises UserError for a path that is not a directory.
+    """
+    given = config.get("plugins") or []
+    try:
+        folders = pydantic.TypeAdapter(Folders).validate_python(
+            given if isinstance(given, str) else list(given)
+        )
+    except pydantic.ValidationError:
+        return  # reported with the other keys
+    use_plugins(folders)
 
 
 def load_plugin(named: Component) -> Any:

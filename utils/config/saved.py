@@ -6,6 +6,7 @@ counts as its default in older runs, or as its `absent` where that is declared t
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -17,12 +18,15 @@ from utils.config.schema import (
     PLACEHOLDERS,
     ArchConfig,
     Component,
+    EvaluatorConfig,
+    LossConfig,
     LossTermConfig,
     OptimizerConfig,
     PretrainConfig,
     ScheduleConfig,
 )
 from utils.core.errors import UserError
+from utils.core.functions import MissingModuleError
 
 # keys that name a plug-in which shapes the training curve
 _PLUGINS: dict[str, type[Component]] = {
@@ -50,6 +54,33 @@ def read_arch(saved: Mapping[str, Any]) -> tuple[ArchConfig, list[str]]:
     """
     complete, gone = _complete_arch(saved)
     return ArchConfig.model_validate(complete), gone
+
+
+def check_plugins_given(saved: Mapping[str, Any], source: Path) -> None:
+    """Raise UserError where a saved config names a class of a plug-in that is not in use.
+
+    saved: the keys that are needed of it, and `plugins`. A checkpoint never imports the directories
+    that it was trained with by itself: it may come from somebody else.
+    """
+    if not saved.get("plugins"):
+        return
+    arch = saved.get("arch", {})
+    named: list[tuple[Any, type[Component]]] = [(arch, ArchConfig), (arch.get("loss"), LossConfig)]
+    terms = ((arch.get("loss") or {}).get("terms") or {}).items()
+    named += [((options or {}).get("name", name), LossTermConfig) for name, options in terms]
+    named += [(evaluator, EvaluatorConfig) for evaluator in saved.get("evaluators", ())]
+    for given, kind in named:
+        name = given.get("name") if isinstance(given, Mapping) else given
+        if name is None:
+            continue
+        try:
+            load_plugin(kind.model_construct(name=name))
+        except MissingModuleError as error:
+            folders = ",".join(saved["plugins"])
+            raise UserError(
+                f"{source} was trained with plugins=[{folders}]: give that too, if you trust what "
+                f"is in there, or wherever its '{name}' is now ({error})"
+            ) from None
 
 
 def read_config(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -30,6 +30,18 @@ Float = Annotated[float, BeforeValidator(to_float), Field(allow_inf_nan=False)]
 Text = Annotated[str, BeforeValidator(_to_text)]
 # no shell expands ~ within brackets, and few do behind key=
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
+
+
+def _as_list(value: Any) -> Any:
+    """One directory may be given without brackets; key=value programs give a list as text."""
+    if not isinstance(value, str):
+        return value
+    return [part.strip() for part in value.strip("[]").split(",") if part.strip()]
+
+
+Folders = Annotated[
+    list[Annotated[PathText, AfterValidator(os.path.abspath)]], BeforeValidator(_as_list)
+]
 # logs show evaluation metrics below eval/
 MetricName = Annotated[Text, AfterValidator(lambda name: name.removeprefix("eval/"))]
 
@@ -204,6 +216,12 @@ class PretrainConfig(pydantic.BaseModel):
     """The whole configuration of a run, as `load_config` returns it."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    plugins: Folders = Field(
+        [],
+        description="directories in which module@Class is looked up too; command line only",
+        json_schema_extra=ANY,
+    )
 
     # Data
     data_paths: list[PathText] = Field(

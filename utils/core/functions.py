@@ -1,9 +1,9 @@
 """Look-up of plug-in classes by `module@Class`, and names for runs.
 
 Architectures, losses, evaluators, optimizers and the like are named in the config as
-`module@Class`, with the module taken below one package, such as `models.` or `evaluators.`: a
-config can therefore never name a class outside the project's own packages. A package may give
-some of its classes short names, in its `NAMES`.
+`module@Class`, with the module taken below one package, such as `models.` or `evaluators.`, or from
+a directory of plug-ins that the user gave (`utils/core/plugins.py`): a config can therefore never
+name a class elsewhere. A package may give some of its classes short names, in its `NAMES`.
 """
 
 import difflib
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.core.errors import UserError
+from utils.core.plugins import import_plugin, plugin_folders, plugin_modules
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +29,10 @@ _IDENTIFIER = re.compile(r"(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)@(?P<name>[A
 class _Kind(NamedTuple):
     is_one: Callable[[Any], bool]
     pattern: str  # of its definition, at the beginning of a line
+
+
+class MissingModuleError(UserError):
+    """A name `module@Class` whose module is neither Athena's nor a plug-in's."""
 
 
 _KINDS = {
@@ -104,29 +109,44 @@ def _form_advice(identifier: str, prefix: str, kind: str) -> str:
 
 
 def _written_below(prefix: str, kind: str) -> list[str]:
-    """`module@Class` of every class that is written below `prefix`; imports none of them."""
+    """Return `module@Class` of every class written below `prefix` or in a plug-in; import none."""
     package = importlib.import_module(prefix.rstrip("."))
-    found = []
+    files = plugin_modules()
     for root in map(Path, package.__path__):
         for module in _modules_below(prefix):
-            source = root.joinpath(*module.split(".")).with_suffix(".py")
-            if source.is_file():
-                names = re.findall(_KINDS[kind].pattern, source.read_text("utf-8"), re.M)
-                found += [f"{module}@{name}" for name in names]
+            files.setdefault(module, root.joinpath(*module.split(".")).with_suffix(".py"))
+    found = []
+    for module, source in files.items():
+        if source.is_file():
+            names = re.findall(_KINDS[kind].pattern, source.read_text("utf-8"), re.M)
+            found += [f"{module}@{name}" for name in names]
     return found
+
+
+def _exists(module: str) -> bool:
+    try:
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent package does not exist either
+        return False
 
 
 def _import(identifier: str, prefix: str, kind: str = "class"):
     module_name, class_name = _split(identifier, prefix, kind)
     full_name = prefix + module_name
-    try:
-        found = full_name in sys.modules or importlib.util.find_spec(full_name)
-    except ModuleNotFoundError:  # a parent package does not exist either
-        found = None
-    if not found:
-        advice = _advice(module_name, _modules_below(prefix))
-        raise UserError(
-            f"'{identifier}' names the module '{full_name}', which does not exist: {advice}"
+    plugins = plugin_modules()
+    if _exists(full_name):
+        if module_name in plugins:
+            raise UserError(
+                f"'{identifier}': the plug-in {plugins[module_name]} has the name of Athena's own "
+                f"module {full_name}; rename the plug-in"
+            )
+    elif module_name in plugins:
+        return import_plugin(module_name), class_name
+    else:
+        places = "".join(f" nor in {folder}" for folder in plugin_folders())
+        advice = _advice(module_name, [*plugins, *_modules_below(prefix)])
+        raise MissingModuleError(
+            f"'{identifier}' names the module '{full_name}', which does not exist{places}: {advice}"
         )
     try:
         return importlib.import_module(full_name), class_name

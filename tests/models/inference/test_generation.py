@@ -8,7 +8,7 @@ from seeds import draw_rng
 from tokenizers import Tokenizer, decoders, models
 
 from models.inference.generation import Decoder, Writer, draw, write
-from models.inference.key_value_cache import KeyValueCache, cache_bytes, cache_slots
+from models.inference.key_value_cache import cache_bytes
 from models.inference.sampling import Sampling
 from models.losses import ACTLossHead
 from models.recursive_reasoning.athena_trm import AthenaTRM
@@ -104,19 +104,19 @@ def test_a_text_longer_than_the_window_goes_on_from_half_of_it(cached):
 
 def test_a_shared_cache_is_an_approximation_and_as_large_as_said():
     head = make(ATHENA)
-    config = head.model.config
     exact, shared = (Decoder(head, torch.zeros(1).long(), 3, cache_cycles=c) for c in (None, 1))
     text = random_text(6)
     assert torch.equal(exact.begin([text]), shared.begin([text]))  # a prompt attends to itself
     assert not torch.allclose(exact.extend([5]), shared.extend([5]), atol=1e-5)
-    assert cache_slots(config, 3) == (3 * 2 * 3 * 2, 0)
-    assert cache_slots(config, 3, 1) == (3 * 2, 0)
+    assert len(exact.cache.slots) == 3 * 2 * 3 * 2 and len(shared.cache.slots) == 3 * 2
     all_cycles = Decoder(head, torch.zeros(1).long(), 3, cache_cycles=6)
     assert torch.equal(exact.begin([text]), all_cycles.begin([text]))
     for cycles in (None, 1, 2):
-        cache = KeyValueCache(config, 5, 11, 3, cycles)
-        taken = cache.keys.nbytes + cache.values.nbytes
-        assert cache_bytes(config, 5, 11, 3, cycles) == taken
+        decoder = Decoder(head, torch.zeros(2).long(), 3, cache_cycles=cycles)
+        decoder.begin([text, text])
+        taken = sum(part.nbytes for slot in decoder.cache.slots.values() for part in slot)
+        positions = head.model.config.prefix_len + head.model.config.seq_len
+        assert cache_bytes(head.model.inner, 2, positions, 3, cycles) == taken
 
 
 # --- drawing -----------------------------------------------------------------------------------

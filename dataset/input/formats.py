@@ -1,0 +1,71 @@
+"""The text formats, by file extension or `--format`.
+
+A format of your own is a class in one file, given as `--format module@Class`, with the directory of
+the file in `--plugins`; `TextFormat` is what it provides.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from utils.core.errors import UserError
+from utils.core.functions import load_class, nearest
+
+if TYPE_CHECKING:
+    from dataset.input.text_sources import Source
+
+FORMATS = {
+    ".txt": "text",
+    ".md": "text",
+    ".text": "text",
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+}
+NAMES = tuple(dict.fromkeys(FORMATS.values()))
+
+
+class TextFormat(Protocol):
+    """A format outside the table, constructed without arguments.
+
+    extensions: file extensions (`.srt`) of its files, without that of a compression.
+    """
+
+    extensions: Sequence[str]
+
+    def documents(
+        self, source: "Source", progress: Callable[[int], Any]
+    ) -> Iterator[str | ValueError]:
+        """Yield the documents of a file in order, the same ones in every call.
+
+        A record that cannot be used is yielded as a ValueError whose message is a clause on what is
+        wrong; `--max-bad-lines` decides what follows. `progress` takes the bytes read since its
+        last call; `read_lines(source, progress)` calls it, and decompresses.
+        """
+        ...
+
+
+def load_format(name: str) -> type[TextFormat]:
+    """Return the class that `module@Class` names. Raises UserError if it is not a format."""
+    found: Any = load_class(name, "dataset.input.")
+    for attribute in ("extensions", "documents"):
+        if not hasattr(found, attribute):
+            raise UserError(f"--format {name}: the class has no '{attribute}', so is not a format.")
+    if isinstance(found.extensions, str) or not all(e.startswith(".") for e in found.extensions):
+        raise UserError(
+            f"--format {name}: extensions is {found.extensions!r}; write a list such as ['.srt']."
+        )
+    return found
+
+
+def extensions_with(given: str | None) -> dict[str, str]:
+    """Return the format of each file extension, those of the given `--format` included.
+
+    Raises UserError if that is neither in the table nor the name of a class.
+    """
+    if given is None or given in NAMES:
+        return FORMATS
+    if "@" not in given:
+        near = nearest(given, list(NAMES))
+        advice = f"did you mean '{near}'?" if near else f"choose {', '.join(NAMES)}"
+        raise UserError(f"--format {given} is unknown: {advice}, or module@Class with --plugins.")
+    return FORMATS | dict.fromkeys((e.lower() for e in load_format(given).extensions), given)
