@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
-from training_tools import contents
+from training_tools import TINY, contents, finish, metrics_of, start
 
 from models.inference.loading import load_language_model
 from models.recursive_reasoning.hier6 import Hier6
 from models.recursive_reasoning.single_z import SingleZ
+from scripts import estimate
+from scripts.run_plan import plan
 from utils.checkpoint.format import checkpoints_of
 from utils.core.functions import load_class
 
@@ -81,3 +83,20 @@ def test_a_variant_trains_restarts_and_continues_texts(name, text_corpus, run_tr
     model = load_language_model(checkpoints_of(whole)[-1])
     (score,) = model.score([(model.encode("ab c"), model.encode(" de f"))])
     assert score.nats > 0
+    planned, overrides = estimate.parse(["hardware=cpu", *TINY, *options, "vocab_size=300"])
+    assert plan(planned, [*overrides, f"data_paths=[{text_corpus}]"]).seconds > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_train_a_variant_as_one_does(name, text_corpus, tmp_path, run_training):
+    options = [f"arch.name=recursive_reasoning.{name}", "arch.L_cycles=6", "max_steps=6",
+               "epochs=20", "arch.forward_dtype=float64", "evaluators=[]"]  # fmt: skip
+    one, two = run_training(text_corpus, "one", *options), tmp_path / "two"
+    code, out, err = finish(start(
+        *TINY, *options, f"data_paths=[{text_corpus}]", f"checkpoint_path={two}", "run_name=test",
+        ranks=2,
+    ))  # fmt: skip
+    assert code == 0, out + err
+    losses = metrics_of(one, "train/lm_loss")
+    assert metrics_of(two, "train/lm_loss") == pytest.approx(losses, abs=1e-8)
