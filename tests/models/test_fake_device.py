@@ -38,7 +38,9 @@ def train_two_steps(config: PretrainConfig, head: ACTLossHead) -> None:
     for _ in range(2):
         carry, loss, metrics, *_ = head(return_keys=(), carry=carry, batch=batch(DEVICE))
         loss.backward()
-        assert {loss.device.type, *(m.device.type for m in metrics.values())} == {"meta"}
+        assert {loss.device.type, *(m.device.type for pair in metrics.values() for m in pair)} == {
+            "meta"
+        }
     assert state.clip_gradients(1.0).device == DEVICE
     for optimizer in state.main_optimizers:  # identifiers ask the host which of them occur
         optimizer.step()
@@ -91,7 +93,7 @@ def evaluate(head: ACTLossHead, kernel: str) -> None:
             info = head.model.inner.sequence_info(batch(DEVICE))
             assert info.mask.kv_indices.device == info.mask.full_q_num_blocks.device == DEVICE
         return
-    steps = getattr(head.model.config, "max_eval_steps", 1)
+    steps = head.model.eval_depth()
     figures = SetFigures(steps, DEVICE, head.model.config.dtype)
     keys = {"row_nll_by_step", "z_H_change_by_step", "q_halt_logits", "preds"}
     found = run_batch(head, batch(DEVICE), keys, steps, figures, lambda: None)

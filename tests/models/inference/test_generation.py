@@ -51,7 +51,7 @@ def whole_logits(head: ACTLossHead, text: list[int], identifier: int) -> torch.T
     carry = head.model.initial_carry(batch)
     for _ in range(steps_of(head)):
         carry, outputs = head.model(carry, batch)
-    return head.loss.softmax_logits(outputs["logits"][0, -1])
+    return head.loss_type.softmax_logits(outputs["logits"][0, -1])
 
 
 def random_text(length: int) -> list[int]:
