@@ -8,7 +8,7 @@ import torch
 def trunc_normal_init_(
     tensor: torch.Tensor, std: float = 1.0, lower: float = -2.0, upper: float = 2.0
 ) -> torch.Tensor:
-    """Fills `tensor` in place from a normal distribution cut at `lower`, `upper` deviations.
+    """Fill `tensor` in place from a normal distribution cut at `lower`, `upper` deviations.
 
     Unlike `torch.nn.init.trunc_normal_`, `std` is the deviation of the result: the cut narrows
     the distribution and the scale makes up for it (as in JAX's default initialisers).

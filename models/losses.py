@@ -222,8 +222,8 @@ def create_terms(configured: Mapping[str, Mapping[str, Any] | None]) -> list[Ter
 
 @torch.no_grad()
 def _metrics(seen: Seen, accuracy: Tensor) -> dict[str, Metric]:
-    """Figures of the rows that have just halted, the token loss of all, and the mean norm of a
-    position of each latent."""
+    """Return figures of the rows that have just halted, the token loss of all, and the mean norm
+    of a position of each latent."""
     carry = seen.carry
     metrics = {
         "accuracy": seen.over_rows(accuracy, carry.halted),

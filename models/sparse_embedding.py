@@ -31,7 +31,7 @@ class CastedSparseEmbedding(nn.Module):
         self.used: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: (B,) integers. Returns (B, embedding_dim) in `dtype`."""
+        """Return the rows of ids (B,), (B, embedding_dim) in `dtype`."""
         rows = self.weights[ids]
         if self.training and torch.is_grad_enabled():
             rows = rows.detach().requires_grad_()

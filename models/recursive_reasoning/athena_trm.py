@@ -179,7 +179,7 @@ class AthenaTRMInner(Backbone):
         return self.refine(z, info)
 
     def halt_logits(self, z_H: Tensor, data: Batch) -> tuple[Tensor, Tensor]:
-        """q_halt, q_continue: (B,) each, at least float32."""
+        """Return q_halt and q_continue, (B,) each, at least float32."""
         prefix = self.config.prefix_len
         if self.config.causal or self.masks_documents(data):
             # the first position sees nothing of the row there
@@ -279,8 +279,8 @@ class AthenaTRM(Architecture):
         return new, outputs
 
     def _keeps_info(self, device: torch.device) -> bool:
-        """In evaluation no row is admitted after the first step, so that its data stay the same. On
-        XLA the steps after the first would become another program."""
+        """Return whether later steps may share positions and mask: in evaluation, where no row is
+        admitted after the first step. On XLA those steps would become another program."""
         return not self.training and device.type != "xla"
 
     @torch.no_grad()
@@ -320,7 +320,7 @@ class AthenaTRM(Architecture):
 
     @torch.no_grad()
     def _continue_target(self, carry: Carry, data: Batch, info: SequenceInfo) -> Tensor:
-        """TRM's bootstrapped Q-learning target: what the next step would say, (B,)."""
+        """Return TRM's bootstrapped Q-learning target: what the next step would say, (B,)."""
         z = self.inner.recur(carry.latents, self.inner.embed(data), info)
         halt, proceed = self.inner.halt_logits(z[self.inner.streams[0]], data)
         last = carry.steps >= self.config.halt_max_steps

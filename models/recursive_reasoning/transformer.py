@@ -30,7 +30,7 @@ class TransformerInner(Backbone):
         self.layers = nn.ModuleList(self.make_block() for _ in range(config.num_layers))
 
     def answer(self, x: Tensor, info: SequenceInfo, steps: int = 1) -> Tensor:
-        """x: embedded positions (B, L, D). Returns (B, L, D); there is only one step."""
+        """Return the last hidden states (B, L, D); there is only one step. x: (B, L, D)."""
         h = x
         if self.config.norm_type == "post":
             h = rms_norm(h, self.config.rms_norm_eps)

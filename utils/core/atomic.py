@@ -45,7 +45,7 @@ def write_atomically(target: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def write_result(target: str | Path, setting: str) -> Iterator[Path]:
-    """As `write_atomically`, with a UserError where the disk refuses.
+    """Write as `write_atomically` does; raise UserError where the disk refuses.
 
     setting: the option that names the target, and its value, as the user gave them.
     """

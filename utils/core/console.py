@@ -57,12 +57,12 @@ _PROJECT = Path(__file__).resolve().parents[2]
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, as every other mistake, instead of all options before it."""
+        """End with one line, as for every other mistake, without a list of all options."""
         self.exit(2, f"error: {message}; --help lists the options\n")
 
 
 def command_parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser whose --help begins with the module's own description, as it was written."""
+    """Return a parser whose --help begins with the module's own description, as it was written."""
     return _Parser(
         prog=program,
         description=description,
@@ -72,7 +72,7 @@ def command_parser(program: str, description: str | None) -> argparse.ArgumentPa
 
 @contextmanager
 def warnings_as_notes(shown: bool = True) -> Iterator[None]:
-    """The project's own warnings are sentences for its user: once each, without a source line."""
+    """Show the project's own warnings as notes: once each, without a source line."""
     with warnings.catch_warnings():
         usual, said = warnings.showwarning, set()
 

@@ -60,7 +60,7 @@ _NOUNS = (
 
 
 def nearest(word: str, candidates: list[str], cutoff: float = 0.6) -> str | None:
-    """The candidate most like `word`, whatever its case, or None where none is alike."""
+    """Return the candidate most like `word`, whatever its case; None where none is alike."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     match = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=cutoff)
     return by_lower[match[0]] if match else None
@@ -76,7 +76,7 @@ def _advice(word: str, candidates: list[str]) -> str:
 
 
 def _modules_below(prefix: str) -> list[str]:
-    """Names, relative to `prefix`, of the modules that lie below it; imports nothing but it."""
+    """Return the names, relative to `prefix`, of the modules below it; import nothing but it."""
     package = importlib.import_module(prefix.rstrip("."))
     names = set()
     for root in map(Path, getattr(package, "__path__", ())):
@@ -98,7 +98,7 @@ def _split(identifier: str, prefix: str, kind: str = "class") -> tuple[str, str]
 
 
 def _form_advice(identifier: str, prefix: str, kind: str) -> str:
-    """What an identifier of the wrong form was probably meant to be."""
+    """Return what an identifier of the wrong form was probably meant to be."""
     written = _written_below(prefix, kind)
     for part in (1, 0):  # the likeliest slip is the bare class name, then the bare module
         parts = {name.split("@")[part]: name for name in written}
@@ -161,7 +161,7 @@ def _import(identifier: str, prefix: str, kind: str = "class"):
 
 
 def load_class(identifier: str, prefix: str = "models.") -> type:
-    """The class that `module@Class` names below `prefix`.
+    """Return the class that `module@Class` names below `prefix`.
 
     Raises UserError, naming the nearest existing module or class, where there is none.
     """

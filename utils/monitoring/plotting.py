@@ -18,7 +18,7 @@ def save_figure(figure: Any, path: Path, setting: str) -> None:
 
 
 def with_slack(axes: Any) -> None:
-    """Widens a narrow y axis: a difference of a thousandth must not look like a cliff."""
+    """Widen a narrow y axis: a difference of a thousandth must not look like a cliff."""
     low, high = axes.get_ylim()
     slack = 0.02 * max(abs(low), abs(high)) - (high - low)
     if slack > 0:

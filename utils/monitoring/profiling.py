@@ -48,7 +48,7 @@ class StepProfiler:
         return self
 
     def step(self) -> None:
-        """To be called after each step."""
+        """Count a step; call it after each."""
         if self._profile is not None and self._steps <= LAST:
             self._steps += 1
             self._profile.step()
@@ -67,7 +67,7 @@ class StepProfiler:
                  f"{self._steps}: nothing was written")  # fmt: skip
 
     def _write(self, found: profile) -> None:
-        """A trace is never worth a run: what goes wrong here is told, and no more."""
+        """Write the trace; a failure is reported and never ends the run."""
         if self._steps < FIRST:
             return
         try:
@@ -98,7 +98,7 @@ def kernels(events: Iterable[Any]) -> list[Any]:
 
 
 def costliest(events: Iterable[Any], steps: int) -> str:
-    """A few lines with what took most time of its own: kernels, or operations on the CPU."""
+    """Return lines with what took most time of its own: kernels, or operations on the CPU."""
     events = list(events)
     if found := kernels(events):
         what, times = "kernels, device", [(e.self_device_time_total, e) for e in found]

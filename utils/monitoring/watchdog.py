@@ -65,7 +65,7 @@ class Watchdog:
         self._thread.join(_SPEAK)
 
     def beat(self, step: int) -> None:
-        """A step is done."""
+        """Note that a step is done."""
         now = self.clock.seconds
         self._durations.append(now - self._began)
         self._step, self._began, self._told = step, now, 0.0
@@ -96,7 +96,7 @@ class Watchdog:
             )
 
     def _report(self, headline: str) -> None:
-        """Tells where all ranks are, unless a lower rank does, as long as somebody listens."""
+        """Report where all ranks are, unless a lower rank does, as long as anybody listens."""
         speaker = threading.Thread(target=self._speak, args=(headline,), daemon=True)
         speaker.start()
         speaker.join(_SPEAK)
@@ -116,7 +116,7 @@ class Watchdog:
                 notify(f"{headline}; {describe(places, self.backend.world_size, on_device)}")
 
     def _place(self) -> Place:
-        """Where the main thread is, by the innermost frame of Athena's that is no backend's."""
+        """Return where the main thread is: the innermost frame of Athena's outside the backend."""
         frame, waits = sys._current_frames().get(self._main), None
         while frame is not None:
             path = Path(frame.f_code.co_filename)
@@ -134,7 +134,7 @@ def _name(frame: FrameType, path: Path) -> str:
 
 
 def describe(places: dict[int, Place], world_size: int, on_device: bool = False) -> str:
-    """One sentence: who is silent, who holds up the others, and where each of them is.
+    """Return one sentence: which ranks are silent, which hold up the others, and where each is.
 
     on_device: ranks compute on devices of their own, so that one which waits for a collective
     cannot be told from one that waits for its device.

@@ -46,7 +46,7 @@ class Schedule:
         return min(1.0, max(shares))
 
     def over(self, state: Counters) -> bool:
-        """Whether a limit or early stopping ends the run here; the stream ends by itself."""
+        """Return whether a limit or early stopping ends the run here; the stream ends by itself."""
         steps, seconds = self.config.max_steps, self.config.max_seconds
         return (
             state.stopped
@@ -55,7 +55,7 @@ class Schedule:
         )
 
     def learning_rate_factor(self, state: Counters) -> float:
-        """What the peak learning rate is multiplied by at `state.step` (from 1)."""
+        """Return what the peak learning rate is multiplied by at `state.step` (from 1)."""
         present = self.config.feed == "present"
         progress = self._progress_after_warmup(state) if present else self.progress(state)
         factor = self._shape(progress, state.step, self._options)
@@ -67,7 +67,7 @@ class Schedule:
         return warmup(state.step, self.config.lr_warmup_steps) * factor
 
     def _progress_after_warmup(self, state: Counters) -> float:
-        """As TRM counts it: in steps, from where the warm-up ends."""
+        """Return the progress as TRM counts it: in steps, from the end of the warm-up."""
         config, begin = self.config, self.config.lr_warmup_steps
         in_time = config.max_seconds and state.step * config.max_seconds / (state.seconds or 1)
         limits = (self.stream.total_steps, config.max_steps, in_time)

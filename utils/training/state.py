@@ -286,7 +286,7 @@ def create_train_state(
     *,
     backend: Backend,
 ) -> TrainState:
-    """Optimizers and averages around a model that is already on its device."""
+    """Build optimizers and averages around a model that is already on its device."""
     if config.freeze_weights:
         model.requires_grad_(False)
     if backend.compiles(config.compile):
@@ -336,7 +336,7 @@ def _compile(module: nn.Module, method: str) -> None:
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Loads moments and step counts; rates and decays stay those of today's config."""
+    """Load moments and step counts; rates and decays stay those of today's config."""
     today = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     load_optimizer_state(model, optimizer, state)
     for group, values in zip(optimizer.param_groups, today, strict=True):

@@ -47,7 +47,7 @@ class JSONLLogger:
 
 
 def _cut_back(path: Path, aside: Path, step: int) -> None:
-    """Moves lines later than `step`, and one that a crash cut short, from `path` to `aside`."""
+    """Move lines later than `step`, and one that a crash cut short, from `path` to `aside`."""
     if not path.is_file():
         return
     kept: list[str] = []
