@@ -114,7 +114,7 @@ def test_help_lists_groups_presets_and_keys(monkeypatch, capsys):
         assert re.search(rf"^  {key}\b.*{re.escape(field.description)}", text, re.M), key
     for group, presets in PRESETS.items():
         assert re.search(rf"^  {group} +{', '.join(presets)}$", text, re.M)
-    for option in ("hidden_size = 2304 .*width", "loss.halt_target = .*exact, budget, plateau"):
+    for option in ("hidden_size = 64 .*width", "loss.halt_target = .*exact, budget, plateau"):
         assert re.search(rf"^  arch\.{option}", text, re.M), option
 
 

@@ -347,7 +347,7 @@ def help_text(program: str = "pretrain.py") -> str:
         lines.append(f"  {group:<11} {', '.join(_presets(group))}")
     lines += ["", "keys (key=value), with their defaults:", *_key_lines()]
     cfg = compose_config([])
-    lines += ["", "options of the default architecture, athena_trm_large (arch.<option>=value):"]
+    lines += ["", "options of the default architecture (arch.<option>=value):"]
     arch = OmegaConf.to_container(cfg.arch, resolve=True)
     meanings = _arch_meanings(arch)
     lines += [
