@@ -30,7 +30,7 @@ from models.inference.sampling import Sampling
 from utils.backend import BACKENDS, Backend, select_backend
 from utils.core.console import run_cli
 from utils.core.errors import UserError
-from utils.core.functions import nearest
+from utils.core.functions import suggest
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -70,9 +70,7 @@ class AthenaLM(LM):
     ):
         super().__init__()
         for key in unknown:
-            near = nearest(key, list(KEYS))
-            advice = f"did you mean '{near}'?" if near else f"there are {', '.join(KEYS)}"
-            raise UserError(f"--model_args: unknown key '{key}': {advice}")
+            raise UserError(f"--model_args: unknown key '{key}': {suggest(key, KEYS)}")
         if checkpoint is None:
             raise UserError("--model_args needs checkpoint=<a checkpoint, or a run's folder>")
         if weights not in ("ema", "raw"):
