@@ -13,7 +13,8 @@ import numpy as np
 
 from utils.config.schema import IterationCurriculumConfig, PretrainConfig
 from utils.core.errors import UserError
-from utils.corpus.corpora import Corpora, did_you_mean
+from utils.core.functions import suggest
+from utils.corpus.corpora import Corpora
 from utils.corpus.curriculum import scale_budgets
 from utils.corpus.order import RELABEL, ROW_OPTIONS, ExampleOrder, Examples, Position, step_rng
 from utils.corpus.permutation import hash64
@@ -42,7 +43,7 @@ def _normalize_weights(weights: Mapping[str, float], corpora: Corpora) -> dict[s
     """Validate that the weights list exactly the corpora's domains, and scale them to sum to 1."""
     for name, weight in weights.items():
         if name not in corpora.domains:
-            advice = did_you_mean(name, corpora.domains)
+            advice = suggest(name, corpora.domains)
             raise UserError(f"domain_weights lists {name!r}, which no corpus has; {advice}")
         if not weight >= 0 or weight == float("inf"):
             raise UserError(

@@ -31,7 +31,7 @@ from models.inference.sampling import Sampling
 from utils.backend import BACKENDS, Backend, select_backend
 from utils.core.console import run_cli
 from utils.core.errors import UserError
-from utils.core.functions import nearest
+from utils.core.functions import suggest
 from utils.core.plugins import use_plugins
 
 try:
@@ -76,9 +76,7 @@ class AthenaLM(LM):
     ):
         super().__init__()
         for key in unknown:
-            near = nearest(key, list(KEYS))
-            advice = f"did you mean '{near}'?" if near else f"there are {', '.join(KEYS)}"
-            raise UserError(f"--model_args: unknown key '{key}': {advice}")
+            raise UserError(f"--model_args: unknown key '{key}': {suggest(key, KEYS)}")
         if checkpoint is None:
             raise UserError("--model_args needs checkpoint=<a checkpoint, or a run's folder>")
         if weights not in ("ema", "raw"):

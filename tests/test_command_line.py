@@ -115,7 +115,7 @@ def test_help_lists_groups_presets_and_keys(monkeypatch, capsys):
     for group, presets in PRESETS.items():
         assert re.search(rf"^  {group} +{', '.join(presets)}$", text, re.M)
     for option in (
-        "hidden_size = 2304 .*width",
+        "hidden_size = 64 .*width",
         "loss.terms.halting.target = .*exact, budget, plateau",
     ):
         assert re.search(rf"^  arch\.{option}", text, re.M), option

@@ -10,7 +10,6 @@ some terms undefined; here
 - characters in n-grams are a share of the characters of all words, excluding white space.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from utils.core.errors import UserError
+from utils.core.functions import suggest
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 BULLETS = ("•", "‣", "◦", "▪", "●", "-", "*")
@@ -256,13 +256,6 @@ EXCLUDE_PREFIX = "no_"
 """Prefix of a rule or preset to exclude."""
 
 
-def _suggest(name: str) -> str:
-    known = [*PRESETS, *RULES]
-    if near := difflib.get_close_matches(name, known, n=1):
-        return f"did you mean {near[0]}?"
-    return f"choose from {', '.join(known)}, or prefix one with {EXCLUDE_PREFIX} to exclude it."
-
-
 def select_rules(names: Sequence[str]) -> tuple[str, ...]:
     """Return the rules selected by names of rules and presets, in the order of `RULES`.
 
@@ -274,7 +267,7 @@ def select_rules(names: Sequence[str]) -> tuple[str, ...]:
         plain = name.removeprefix(EXCLUDE_PREFIX)
         rules = PRESETS.get(plain, (plain,))
         if not RULES.keys() >= set(rules):
-            raise UserError(f"unknown quality rule {name!r}; {_suggest(plain)}")
+            raise UserError(f"unknown quality rule {name!r}; {suggest(plain, [*PRESETS, *RULES])}")
         (wanted if name == plain else excluded).update(rules)
     if idle := [rule for rule in RULES if rule in excluded and rule not in wanted]:
         raise UserError(

@@ -23,7 +23,7 @@ from utils.backend.memory import explain_out_of_memory
 from utils.checkpoint.format import Checkpoint
 from utils.core.console import Progress
 from utils.core.errors import UserError
-from utils.core.functions import nearest
+from utils.core.functions import suggest
 
 
 class Score(NamedTuple):
@@ -342,7 +342,4 @@ def identifier_index(language_model: LanguageModel, name: str | None) -> int:
         return names.index(others[0]) if len(others) == 1 else blank
     with suppress(ValueError):
         return names.index(name)
-    shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if others[5:] else "")
-    near = nearest(name, names)
-    advice = f"did you mean '{near}'?" if near else f"there are {shown or 'none'}"
-    raise UserError(f"identifier={name} is unknown to this model: {advice}")
+    raise UserError(f"identifier={name} is unknown to this model: {suggest(name, others)}")

@@ -20,18 +20,20 @@ from utils.config.values import literal, readable
 from utils.core.errors import UserError
 
 # What is taken from the checkpoint, unless the command line says otherwise: by an evaluation, and
-# by a run that starts from its weights.
+# by a run that starts from its weights or resumes it. What presets of `recipe` set goes with the
+# architecture: those of the default architecture would suit no other.
 AS_TRAINED = (
     "arch", "data_paths", "data_paths_test", "min_iterations", "global_batch_size",
     "eval_batch_size", "evaluators", "feed", "seed",
 )  # fmt: skip
-TRAINED_FURTHER = ("arch",)
+RECIPE = ("global_batch_size", "lr", "lr_warmup_steps", "feed", "weight_decay_all", "ema_warmup")
+TRAINED_FURTHER = ("arch", *RECIPE)
 
 
 def apply_trained_config(cfg: DictConfig, overrides: Sequence[str] | None = None) -> DictConfig:
     """Return the config with the checkpoint's own values of AS_TRAINED for `load_checkpoint=FOLDER`
-    (with `eval_only=true`; else its architecture alone) where no override names the key. A run that
-    has checkpoints of its own, or names one with `resume`, has the architecture of those.
+    (with `eval_only=true`; else of TRAINED_FURTHER) where no override names the key or its preset.
+    A run that has checkpoints of its own, or names one with `resume`, takes them from those.
 
     overrides: those of the command line; None asks Hydra. One that chooses a preset of whole keys
     (experiment=, debug=) is taken as the whole config.
@@ -45,6 +47,8 @@ def apply_trained_config(cfg: DictConfig, overrides: Sequence[str] | None = None
     named = {re.split("[/=]", override.lstrip("+~"))[0] for override in overrides}
     if not file.is_file() or named & {"experiment", "debug"}:
         return cfg
+    if named & {"arch", "recipe"}:
+        named |= {*RECIPE}
     trained = yaml.safe_load(file.read_text("utf-8"))
     taken = [key for key in (AS_TRAINED if cfg.get("eval_only") else TRAINED_FURTHER)
              if key not in named and key in trained]  # fmt: skip

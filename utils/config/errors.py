@@ -237,7 +237,7 @@ def _line(
 
 def _missing_hint(path: str, annotation: Any) -> str:
     if path == "arch":
-        return "choose a preset, e.g. arch=athena_trm_large"
+        return "choose a preset, e.g. arch=athena_trm_small"
     return f"give {expected(annotation)}, {path}=..."
 
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic_core import PydanticUndefined
 
 from utils.config.errors import did_you_mean, expected, show
 from utils.config.schema import ArchConfig, LossTermConfig, PretrainConfig
@@ -34,6 +34,10 @@ from utils.core.functions import load_class, load_named, nearest
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 CONFIG_NAME = "cfg_pretrain"
 SWEEPS = Path("checkpoints/sweeps")  # as hydra.sweep.dir says
+# What `schema` in the defaults list of CONFIG_NAME stands for.
+ConfigStore.instance().store(
+    "schema", {k: f.default for k, f in PretrainConfig.model_fields.items() if k != "arch"}
+)
 _HYDRA_VERSION = "1.3"  # the behaviour asked of Hydra; from 1.2 on it keeps the working directory
 
 _ASSIGNMENT = re.compile(
@@ -386,9 +390,9 @@ def help_text(program: str = "pretrain.py") -> str:
     ]
     for group in sorted(_groups([CONFIG_DIR])):
         lines.append(f"  {group:<11} {', '.join(_presets(group))}")
-    lines += ["", "keys (key=value), with their defaults:", *_key_lines()]
     cfg = compose_config([])
-    lines += ["", "options of the default architecture, athena_trm_large (arch.<option>=value):"]
+    lines += ["", "keys (key=value), with their defaults:", *_key_lines(cfg)]
+    lines += ["", "options of the default architecture (arch.<option>=value):"]
     arch = OmegaConf.to_container(cfg.arch, resolve=True)
     meanings = _arch_meanings(arch)
     lines += [
@@ -415,9 +419,9 @@ def _arch_meanings(arch: Any) -> dict[str, str]:
     return found
 
 
-def _key_lines() -> Iterator[str]:
+def _key_lines(cfg: DictConfig) -> Iterator[str]:
     for name, field in PretrainConfig.model_fields.items():
-        default = "" if field.default is PydanticUndefined else f" = {_bare(field.default)}"
+        default = "" if name == "arch" else f" = {_bare(OmegaConf.to_container(cfg)[name])}"
         yield f"  {name + default:<34}  {field.description} [{_short(field.annotation)}]"
 
 

@@ -1,8 +1,8 @@
 """The config as a checkpoint keeps it: written whole, and read by later versions of Athena.
 
-A key says where it is declared whether it may differ when a run is resumed: by `on_resume` in its
-`json_schema_extra`, "any" or "fixed"; without it, `resume_allow` decides. A key that came later
-counts as its default in older runs, or as its `absent` where that is declared there too.
+Each key declares whether it may differ when a run is resumed: `on_resume` in its
+`json_schema_extra` is "any" or "fixed"; without it, `resume_allow` decides. A key that is newer
+than a run counts as its default, or as the value `absent` that it declares in the same place.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,8 +1,8 @@
 """The training configuration: every key, its type, its unit and its default.
 
-This is the one home of these facts: `config/cfg_pretrain.yaml` and `--help` repeat them and
-a test holds the yaml to them. Options of the architecture, the loss and the evaluators are
-declared by those classes themselves (their `Config`) and are extra keys here.
+Keys are declared here and nowhere else: Hydra composes from these defaults and `--help` prints
+them. Options of the architecture, the loss and other plug-ins are declared by those classes
+themselves (their `Config`) and are extra keys here.
 """
 
 import os
@@ -17,7 +17,7 @@ from utils.core.console import LARGEST_SEED
 
 
 def _to_text(value: Any) -> Any:
-    """A run may be called `7`."""
+    """Return a whole number as text: a run may be called `7`."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -28,7 +28,7 @@ def _null_is_none_word(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(to_int)]
 Float = Annotated[float, BeforeValidator(to_float), Field(allow_inf_nan=False)]
 Text = Annotated[str, BeforeValidator(_to_text)]
-# no shell expands ~ within brackets, and few do behind key=
+# shells do not expand ~ within brackets, and few do after key=
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
 
 
@@ -45,9 +45,9 @@ Folders = Annotated[
 # logs show evaluation metrics below eval/
 MetricName = Annotated[Text, AfterValidator(lambda name: name.removeprefix("eval/"))]
 
-# Options of an architecture that the data decide. While the config is checked no data is open:
-# large enough here that no bound of the architecture is met by accident.
-# Also what a schedule is given from a key of its own.
+# Options that no user gives: sizes that the data determine, and what a schedule takes from a key of
+# the config. The config is checked before data are opened, so the sizes are large enough here to
+# stay clear of every bound of an architecture.
 PLACEHOLDERS = {
     "batch_size": 1,
     "seq_len": 65536,
@@ -55,12 +55,6 @@ PLACEHOLDERS = {
     "num_puzzle_identifiers": 1,
     "lr_min_ratio": 0.1,
 }
-
-# Whether a key may differ when a run is resumed (`utils/config/saved.py`): ANY where it leaves the
-# training curve as it is, up to rounding; FIXED where examples would come twice or never. All other
-# keys may differ where `resume_allow` names them.
-ANY: dict[str, Any] = {"on_resume": "any"}
-FIXED: dict[str, Any] = {"on_resume": "fixed"}
 
 PositiveInt = Annotated[Int, Field(ge=1)]
 CountInt = Annotated[Int, Field(ge=0)]
@@ -71,20 +65,31 @@ Ratio = Annotated[Float, Field(ge=0, le=1)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]  # of a running average: 1 would never move
 
 
+def key(default: Any, description: str, on_resume: Literal["any", "fixed"] | None = None) -> Any:
+    """Declare a key of the training config.
+
+    default: checked and converted like a user's value. on_resume: whether the key may differ when a
+    run is resumed (`utils/config/saved.py`): "any" if it changes the training curve by rounding at
+    most, "fixed" if examples would be repeated or lost; None: where `resume_allow` names the key.
+    """
+    extra: dict[str, Any] = {"on_resume": on_resume} if on_resume else {}
+    return Field(default, description=description, json_schema_extra=extra, validate_default=True)
+
+
 class Component(pydantic.BaseModel):
-    """A plug-in named `module@Class` and the options that it declares itself."""
+    """The name of a plug-in, `module@Class`, with the options that it declares itself."""
 
     model_config = pydantic.ConfigDict(extra="allow", strict=True)
 
     PREFIX: ClassVar[str]
-    """The package that its module lies in, with a dot."""
+    """The package that contains its module, with a dot at the end."""
     BARE: ClassVar[bool] = False
-    """Whether its name alone may stand for it."""
+    """Whether a user may give its name alone, as text."""
     KIND: ClassVar[Literal["class", "function"]] = "class"
     NO_OPTIONS: ClassVar[type[pydantic.BaseModel] | None] = None
-    """The options of one that declares none; None where its constructor says."""
+    """The options of a plug-in that declares none; None: the arguments of its constructor."""
     FIRST_ARGUMENTS: ClassVar[int] = 0
-    """Arguments of the constructor that are no options."""
+    """Leading arguments of the constructor that are not options."""
 
     name: str = Field(description="the class, as module@Class")
 
@@ -95,7 +100,7 @@ class Component(pydantic.BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of the named class, as given."""
+        """Return the options of the named class, as given."""
         return dict(self.__pydantic_extra__ or {})
 
 
@@ -130,7 +135,7 @@ class EvaluatorConfig(Component):
 
 
 class _SavedByName(Component):
-    """A plug-in that is saved as its bare name where it has no options."""
+    """A plug-in that is saved as its bare name if it has no options."""
 
     BARE = True
 
@@ -140,13 +145,13 @@ class _SavedByName(Component):
 
 
 class NoOptions(pydantic.BaseModel):
-    """What a plug-in has that declares no options."""
+    """The options of a plug-in that has none."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
 
 class ScheduleOptions(NoOptions):
-    """What every learning-rate schedule is given; a subclass declares options besides."""
+    """Options given to every learning-rate schedule; a subclass declares further ones."""
 
     lr_min_ratio: float = Field(description="value of that key")
 
@@ -174,18 +179,22 @@ class LoggerConfig(_SavedByName):
 
 
 class EarlyStoppingConfig(pydantic.BaseModel):
-    """When to end a run that no longer improves."""
+    """When a run that no longer improves ends."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
     metric: MetricName = Field(description="evaluation metric to watch, e.g. text/perplexity")
-    patience: PositiveInt = Field(3, description="evaluations without improvement before the end")
-    min_delta: NonNegativeFloat = Field(0.0, description="least change that is an improvement")
+    patience: PositiveInt = Field(
+        3, description="evaluations without improvement before the run ends"
+    )
+    min_delta: NonNegativeFloat = Field(
+        0.0, description="minimum change that counts as an improvement"
+    )
     mode: Literal["min", "max"] = Field("min", description="whether less or more is better")
 
 
 class LRFindConfig(pydantic.BaseModel):
-    """The sweep of the learning rate that `lr_find` asks for."""
+    """The learning-rate sweep of `lr_find`."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
@@ -195,7 +204,7 @@ class LRFindConfig(pydantic.BaseModel):
 
 
 def _bare_flag(value: Any) -> Any:
-    """`lr_find=true` asks for the defaults of that sweep, `lr_find=false` for none."""
+    """Read `lr_find=true` as the default sweep and `lr_find=false` as none."""
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
@@ -217,259 +226,182 @@ class PretrainConfig(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
-    plugins: Folders = Field(
-        [],
-        description="directories in which module@Class is looked up too; command line only",
-        json_schema_extra=ANY,
+    plugins: Folders = key(
+        [], "directories in which module@Class is looked up too; command line only", "any"
     )
 
     # Data
-    data_paths: list[PathText] = Field(
-        [], description="corpus folders to train on", json_schema_extra=ANY
+    data_paths: list[PathText] = key([], "corpus directories to train on", "any")
+    data_paths_test: list[PathText] = key(
+        [], "corpus directories to evaluate on; []: data_paths", "any"
     )
-    data_paths_test: list[PathText] = Field(
-        [], description="corpus folders to evaluate on; [] is data_paths", json_schema_extra=ANY
+    domain_weights: dict[str, NonNegativeFloat] | None = key(
+        None, "share of each domain in the mix, by name; null: as built, {}: by size", "fixed"
     )
-    domain_weights: dict[str, NonNegativeFloat] | None = Field(
-        None,
-        description="share of each domain in the mix, by name; null: as built, {}: by size",
-        json_schema_extra=FIXED,
+    min_iterations: PositiveInt | None = key(
+        None, "raise every lower iteration budget to this many ACT steps"
     )
-    min_iterations: PositiveInt | None = Field(
-        None, description="lifts every iteration budget below it, in ACT steps"
+    iteration_curriculum: IterationCurriculumConfig | None = key(
+        None, "{start, until}: budgets grow from a share of them; null: always whole"
     )
-    iteration_curriculum: IterationCurriculumConfig | None = Field(
-        None, description="{start, until}: budgets grow from a share of them; null: whole always"
-    )
-    feed: Literal["consume", "present"] = Field(
+    feed: Literal["consume", "present"] = key(
         "consume",
-        description="consume: freed slots take the next example; present: as TRM",
-        json_schema_extra=FIXED,
+        "consume: freed slots take the next example; present: a new batch each step, as TRM",
+        "fixed",
     )
-    num_workers: CountInt = Field(
-        1,
-        description="threads that read rows ahead, in training and evaluation; 0: none",
-        json_schema_extra=ANY,
+    num_workers: CountInt = key(
+        1, "threads that prefetch rows, in training and evaluation; 0: none", "any"
     )
-    vocab_size: PositiveInt | None = Field(
-        None, description="token ids, for a dry_run without a corpus", json_schema_extra=ANY
+    vocab_size: PositiveInt | None = key(
+        None, "number of token ids, for a dry_run without a corpus", "any"
     )
-    seq_len: PositiveInt | None = Field(
-        None, description="tokens per row, for a dry_run without a corpus", json_schema_extra=ANY
-    )
+    seq_len: PositiveInt | None = key(None, "tokens per row, for a dry_run without a corpus", "any")
 
     # Model
     arch: ArchConfig = Field(description="architecture and loss: a preset, and arch.<option>")
-    seed: Seed = Field(
-        0, description="of the weights, the order and the exploration", json_schema_extra=FIXED
-    )
-    freeze_weights: bool = Field(False, description="train the identifier embedding only")
+    seed: Seed = key(0, "seed of the weights, the order of examples and the exploration", "fixed")
+    freeze_weights: bool = key(False, "train only the identifier embedding")
 
     # Length
-    global_batch_size: PositiveInt = Field(768, description="rows (slots) over all ranks")
-    micro_batch_size: PositiveInt | Literal["auto"] | None = Field(
-        "auto",
-        description="rows a rank computes at once; auto: what memory allows",
-        json_schema_extra=ANY,
+    global_batch_size: PositiveInt = key(768, "rows (slots) over all ranks")
+    micro_batch_size: PositiveInt | Literal["auto"] | None = key(
+        "auto", "rows a rank processes at once; auto: what memory allows", "any"
     )
-    grad_accum_steps: PositiveInt = Field(
-        1,
-        description="micro-batches per optimizer step; 1 leaves it to micro_batch_size",
-        json_schema_extra=ANY,
+    grad_accum_steps: PositiveInt = key(
+        1, "micro-batches per optimizer step; 1: micro_batch_size decides", "any"
     )
-    epochs: PositiveFloat | None = Field(
-        1.0, description="passes over the corpus, may be a fraction; null: no limit"
+    epochs: PositiveFloat | None = key(
+        1.0, "passes over the corpus, may be a fraction; null: no limit"
     )
-    max_steps: PositiveInt | None = Field(None, description="optimizer steps at most")
-    max_seconds: PositiveFloat | None = Field(None, description="seconds of training at most")
+    max_steps: PositiveInt | None = key(None, "maximum number of optimizer steps")
+    max_seconds: PositiveFloat | None = key(None, "maximum training time in seconds")
 
     # Optimizer
-    optimizer: OptimizerConfig = Field(
-        "adam_atan2",  # read like a user's value
-        validate_default=True,
-        description="of all weights but the identifier embedding; or {name: ..., option: value}",
+    optimizer: OptimizerConfig = key(
+        "adam_atan2",
+        "optimizer of all weights but the identifier embedding; or {name: ..., option: value}",
     )
-    lr: NonNegativeFloat = Field(8e-5, description="peak learning rate")
-    lr_schedule: ScheduleConfig = Field(
-        "cosine",
-        validate_default=True,
-        description="how lr falls after the warm-up; or {name: ..., option: value}",
+    lr: NonNegativeFloat = key(8e-5, "peak learning rate")
+    lr_schedule: ScheduleConfig = key(
+        "cosine", "how lr falls after the warm-up; or {name: ..., option: value}"
     )
-    lr_min_ratio: Ratio = Field(0.1, description="last learning rate, as a share of lr")
-    lr_warmup_steps: CountInt = Field(4000, description="optimizer steps of linear warm-up")
-    beta1: Decay = Field(0.9, description="decay of the gradient's mean, per step")
-    beta2: Decay = Field(0.95, description="decay of the squared gradient's mean, per step")
-    weight_decay: NonNegativeFloat = Field(0.1, description="decoupled, times the learning rate")
-    weight_decay_all: bool = Field(False, description="decay norms and embeddings too")
-    grad_clip_norm: PositiveFloat | None = Field(
-        1.0, description="largest gradient norm; null: no clipping"
+    lr_min_ratio: Ratio = key(0.1, "final learning rate, as a share of lr")
+    lr_warmup_steps: CountInt = key(4000, "optimizer steps of linear warm-up")
+    beta1: Decay = key(0.9, "decay of the gradient's mean per step")
+    beta2: Decay = key(0.95, "decay of the squared gradient's mean per step")
+    weight_decay: NonNegativeFloat = key(
+        0.1, "decoupled weight decay, multiplied by the learning rate"
     )
-    puzzle_emb_lr: NonNegativeFloat = Field(
-        2e-4, description="learning rate of the identifier embedding"
+    weight_decay_all: bool = key(False, "apply weight decay to norms and embeddings too")
+    grad_clip_norm: PositiveFloat | None = key(1.0, "maximum gradient norm; null: no clipping")
+    puzzle_emb_lr: NonNegativeFloat = key(2e-4, "learning rate of the identifier embedding")
+    puzzle_emb_weight_decay: NonNegativeFloat = key(
+        0.1, "weight decay of the identifier rows used in a step"
     )
-    puzzle_emb_weight_decay: NonNegativeFloat = Field(
-        0.1, description="decay of the identifier rows used in a step"
+    max_nonfinite: PositiveInt = key(
+        10, "consecutive skipped non-finite updates before the run stops", "any"
     )
-    max_nonfinite: PositiveInt = Field(
-        10,
-        description="skipped non-finite updates in a row before the run stops",
-        json_schema_extra=ANY,
-    )
-    ema: bool = Field(True, description="evaluate a moving average of the weights")
-    ema_rate: Decay = Field(0.9995, description="decay of that average, per step")
-    ema_warmup: bool = Field(True, description="start the average at a lower decay")
+    ema: bool = key(True, "evaluate an exponential moving average of the weights")
+    ema_rate: Decay = key(0.9995, "decay of that average per step")
+    ema_warmup: bool = key(True, "start the average at a lower decay")
 
     # Evaluation
-    evaluators: list[EvaluatorConfig] = Field(
-        ["text@PerplexityEvaluator"],  # read like a user's value
-        validate_default=True,
-        description="module@Class, or {name: module@Class, option: value}",
-        json_schema_extra=ANY,
+    evaluators: list[EvaluatorConfig] = key(
+        ["text@PerplexityEvaluator"], "module@Class, or {name: module@Class, option: value}", "any"
     )
-    eval_interval: PositiveFloat | None = Field(
+    eval_interval: PositiveFloat | None = key(
+        None, "epochs between evaluations; null: once, at the end", "any"
+    )
+    min_eval_interval: NonNegativeFloat = key(0.0, "epochs before the first evaluation", "any")
+    eval_batch_size: PositiveInt | None = key(
+        None, "rows over all ranks; null: as in training, or fewer", "any"
+    )
+    eval_max_batches: PositiveInt | None = key(
         None,
-        description="epochs between evaluations; null: once, at the end",
-        json_schema_extra=ANY,
+        "maximum number of batches, of eval_batch_size or global_batch_size rows; null: all",
+        "any",
     )
-    min_eval_interval: NonNegativeFloat = Field(
-        0.0, description="epochs before the first evaluation", json_schema_extra=ANY
-    )
-    eval_batch_size: PositiveInt | None = Field(
-        None,
-        description="rows over all ranks; null: as in training, or fewer",
-        json_schema_extra=ANY,
-    )
-    eval_max_batches: PositiveInt | None = Field(
-        None,
-        description="batches of eval_batch_size or global_batch_size rows at most; null: all",
-        json_schema_extra=ANY,
-    )
-    eval_depths: list[PositiveInt] = Field(
+    eval_depths: list[PositiveInt] = key(
         [],
-        description="further depths to report, in ACT steps or loops, beyond the trained one too",
-        json_schema_extra=ANY,
+        "further depths to report, in ACT steps or loops, which may exceed the trained one",
+        "any",
     )
-    eval_save_outputs: list[str] = Field(
-        [], description="predictions to write per evaluation", json_schema_extra=ANY
-    )
-    eval_only: bool = Field(
-        False, description="evaluate a checkpoint, train nothing", json_schema_extra=ANY
-    )
-    early_stopping: EarlyStoppingConfig | None = Field(
-        None, description="{metric, patience, min_delta, mode}; null: never", json_schema_extra=ANY
+    eval_save_outputs: list[str] = key([], "predictions to write at each evaluation", "any")
+    eval_only: bool = key(False, "evaluate a checkpoint without training", "any")
+    early_stopping: EarlyStoppingConfig | None = key(
+        None, "{metric, patience, min_delta, mode}; null: never", "any"
     )
 
     # Checkpoints
-    project_name: Text = Field(
-        "athena", description="folder of checkpoints, project of loggers", json_schema_extra=ANY
+    project_name: Text = key("athena", "directory of checkpoints, and project of loggers", "any")
+    run_name: Text | None = key(None, "name of the run; null: two random words", "any")
+    checkpoint_path: PathText | None = key(
+        None, "directory of the run; null: checkpoints/<project_name>/<run_name>", "any"
     )
-    run_name: Text | None = Field(
-        None, description="name of the run; null: two random words", json_schema_extra=ANY
-    )
-    checkpoint_path: PathText | None = Field(
-        None,
-        description="the run's own folder; null: checkpoints/<project_name>/<run_name>",
-        json_schema_extra=ANY,
-    )
-    checkpoint_every_eval: bool = Field(
-        True, description="save before every evaluation", json_schema_extra=ANY
-    )
-    checkpoint_interval: PositiveInt | None = Field(
+    checkpoint_every_eval: bool = key(True, "save before every evaluation", "any")
+    checkpoint_interval: PositiveInt | None = key(
         1000,
-        description="optimizer steps between checkpoints; null: none between",
-        json_schema_extra=ANY,
+        "optimizer steps between checkpoints; null: only those of evaluations and the end",
+        "any",
     )
-    keep_checkpoints: PositiveInt | None = Field(
-        3,
-        description="checkpoints kept, the newest and besides them the best; null: all",
-        json_schema_extra=ANY,
+    keep_checkpoints: PositiveInt | None = key(
+        3, "number of recent checkpoints to keep (the best is always kept); null: all", "any"
     )
-    best_metric: MetricName | None = Field(
+    best_metric: MetricName | None = key(
         None,
-        description="evaluation metric of the best checkpoint; null: early_stopping's or loss",
-        json_schema_extra=ANY,
+        "evaluation metric of the best checkpoint; null: that of early_stopping, or the loss",
+        "any",
     )
-    best_mode: Literal["min", "max"] = Field(
-        "min", description="whether less or more is better", json_schema_extra=ANY
+    best_mode: Literal["min", "max"] = key(
+        "min", "whether a lower or a higher value of best_metric is better", "any"
     )
-    checkpoint_carry: bool = Field(
-        True, description="save held rows, for an exact resume", json_schema_extra=ANY
-    )
-    resume: Annotated[PathText, BeforeValidator(_null_is_none_word)] = Field(
+    checkpoint_carry: bool = key(True, "save the rows in progress, for an exact resume", "any")
+    resume: Annotated[PathText, BeforeValidator(_null_is_none_word)] = key(
         "auto",
-        description="auto: go on where the run's folder ends; none; or a checkpoint",
-        json_schema_extra=ANY,
+        "auto: the latest checkpoint of the run, if there is one; none; or a checkpoint",
+        "any",
     )
-    resume_allow: list[str] = Field(
-        [], description="keys that may differ when resuming", json_schema_extra=ANY
+    resume_allow: list[str] = key([], "keys that may differ when the run is resumed", "any")
+    load_checkpoint: PathText | None = key(
+        None, "start a new run from the weights of this checkpoint", "any"
     )
-    load_checkpoint: PathText | None = Field(
-        None,
-        description="start a new run from the weights of this checkpoint",
-        json_schema_extra=ANY,
-    )
-    load_weights: Literal["ema", "raw"] = Field(
-        "ema",
-        description="which weights load_checkpoint takes",
-        json_schema_extra=ANY,
-    )
+    load_weights: Literal["ema", "raw"] = key("ema", "which weights load_checkpoint reads", "any")
 
     # Machine
-    device_type: Literal["auto", "cuda", "xla", "tpu", "mps", "cpu"] = Field(
-        "auto", description="auto: TPU, else CUDA, else MPS, else CPU", json_schema_extra=ANY
+    device_type: Literal["auto", "cuda", "xla", "tpu", "mps", "cpu"] = key(
+        "auto", "auto: TPU, else CUDA, else MPS, else CPU", "any"
     )
-    parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="how ranks share the work", json_schema_extra=ANY
+    parallel: Literal["ddp", "fsdp"] = key(
+        "ddp", "how ranks share the work: replicas, or sharded weights", "any"
     )
-    slow_step_factor: Annotated[Float, Field(gt=1)] = Field(
-        10.0,
-        description="warn when a step takes this many times the median",
-        json_schema_extra=ANY,
+    slow_step_factor: Annotated[Float, Field(gt=1)] = key(
+        10.0, "warn when a step takes this many times the median", "any"
     )
-    step_timeout: PositiveFloat | None = Field(
-        3600.0,
-        description="seconds without progress that end the run, naming the rank; null: never",
-        json_schema_extra=ANY,
+    step_timeout: PositiveFloat | None = key(
+        3600.0, "seconds without progress before the run exits, naming the rank; null: never", "any"
     )
-    deterministic: bool = Field(
-        True,
-        description="on CUDA: the same bits whenever a run is resumed; false may be faster",
-        json_schema_extra=ANY,
+    deterministic: bool = key(True, "on CUDA: resume bit for bit; false may be faster", "any")
+    compile: bool | Literal["auto"] = key(
+        "auto", "compile the model with torch.compile; auto: on CUDA, where Triton works", "any"
     )
-    compile: bool | Literal["auto"] = Field(
-        "auto",
-        description="torch.compile the model; auto: on CUDA, where Triton works",
-        json_schema_extra=ANY,
+    dry_run: bool = key(False, "build the model, print its cost and exit", "any")
+    lr_find: Annotated[LRFindConfig | None, BeforeValidator(_bare_flag)] = key(
+        None, "true, or {low, high, steps}: sweep the learning rate, plot it and exit", "any"
     )
-    dry_run: bool = Field(
-        False, description="build the model, print its cost, and end", json_schema_extra=ANY
-    )
-    lr_find: Annotated[LRFindConfig | None, BeforeValidator(_bare_flag)] = Field(
-        None,
-        description="true, or {low, high, steps}: sweep the learning rate, plot, and end",
-        json_schema_extra=ANY,
-    )
-    profile: bool = Field(
-        False, description="trace steps 10 to 15, and list what costs most", json_schema_extra=ANY
-    )
+    profile: bool = key(False, "trace steps 10 to 15 and list the most expensive operations", "any")
 
     # Logging
-    logger: list[LoggerConfig] = Field(
-        ["jsonl"],
-        validate_default=True,
-        description="where metrics go; or {name: ..., option: value}",
-        json_schema_extra=ANY,
+    logger: list[LoggerConfig] = key(
+        ["jsonl"], "where metrics are written; or {name: ..., option: value}", "any"
     )
-    log_interval: PositiveInt = Field(
-        10, description="optimizer steps between log lines", json_schema_extra=ANY
-    )
+    log_interval: PositiveInt = key(10, "optimizer steps between log lines", "any")
 
     def rows_per_rank(self, world_size: int) -> int:
-        """Rows of the global batch that each rank owns."""
+        """Return the number of rows of the global batch that each rank owns."""
         return self.global_batch_size // world_size
 
     def micro_rows(self, world_size: int) -> int | None:
-        """Rows that a rank computes at once, or None where the memory estimate decides."""
+        """Return the number of rows a rank processes at once; None: the memory estimate decides."""
         rows = self.rows_per_rank(world_size)
         if isinstance(self.micro_batch_size, int):
             return self.micro_batch_size

@@ -14,13 +14,14 @@ import os
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.core.errors import UserError
 from utils.core.plugins import import_plugin, plugin_folders, plugin_modules
 
+_MAX_LISTED = 12  # candidates listed in a message
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 _IDENTIFIER = re.compile(r"(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)@(?P<name>[A-Za-z_]\w*)")
@@ -60,19 +61,19 @@ _NOUNS = (
 
 
 def nearest(word: str, candidates: list[str], cutoff: float = 0.6) -> str | None:
-    """Return the candidate most like `word`, whatever its case; None where none is alike."""
+    """Return the candidate most similar to `word`, ignoring case; None if none is similar."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     match = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=cutoff)
     return by_lower[match[0]] if match else None
 
 
-def _advice(word: str, candidates: list[str]) -> str:
-    best = nearest(word, candidates, cutoff=0.5)
-    if best is not None:
+def suggest(word: str, candidates: Iterable[str]) -> str:
+    """Return advice for an unknown name: the nearest candidate, or else the first twelve."""
+    known = list(candidates)
+    if best := nearest(word, known, cutoff=0.5):
         return f"did you mean '{best}'?"
-    if candidates:
-        return "there are " + ", ".join(f"'{c}'" for c in sorted(candidates))
-    return "there is none"
+    more = f" and {len(known) - _MAX_LISTED} more" if len(known) > _MAX_LISTED else ""
+    return f"available: {', '.join(known[:_MAX_LISTED]) or 'none'}{more}"
 
 
 def _modules_below(prefix: str) -> list[str]:
@@ -144,7 +145,7 @@ def _import(identifier: str, prefix: str, kind: str = "class"):
         return import_plugin(module_name), class_name
     else:
         places = "".join(f" nor in {folder}" for folder in plugin_folders())
-        advice = _advice(module_name, [*plugins, *_modules_below(prefix)])
+        advice = suggest(module_name, [*plugins, *_modules_below(prefix)])
         raise MissingModuleError(
             f"'{identifier}' names the module '{full_name}', which does not exist{places}: {advice}"
         )
@@ -206,7 +207,7 @@ def _load(identifier: str, prefix: str, kind: str) -> Any:
         ]
         raise UserError(
             f"'{identifier}': the module '{module.__name__}' has no {kind} '{name}', "
-            + _advice(name, own)
+            + suggest(name, own)
         )
     return found
 

@@ -22,24 +22,13 @@ from dataset.common import (
     verify_arrays,
 )
 from utils.core.errors import UserError
-from utils.core.functions import nearest
+from utils.core.functions import suggest
 from utils.corpus.domain_index import DomainIndex
 from utils.corpus.part import LARGE_CORPUS, CorpusPart
 from utils.corpus.row_file import REBUILD, ArrayFolder
 
 NO_DOMAIN = "<none>"
 """Domain of a corpus without domains that is joined with corpora that have some."""
-
-_MAX_LISTED = 12  # known names listed in a message
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Return advice for an unknown name: the closest known name, or a list of them."""
-    if near := nearest(name, list(known), cutoff=0.5):
-        return f"did you mean {near!r}?"
-    listed = sorted(known)[:_MAX_LISTED]
-    more = f" and {len(known) - _MAX_LISTED} more" if len(known) > _MAX_LISTED else ""
-    return f"available: {', '.join(listed) or 'none'}{more}."
 
 
 class Corpora:
@@ -275,7 +264,7 @@ def _check_folder(path: str | Path) -> Path:
     if not parent.is_dir():
         raise UserError(f"data path {root} does not exist, nor does its parent directory.")
     corpora = [entry.name for entry in parent.iterdir() if (entry / "train").is_dir()]
-    advice = did_you_mean(root.name, corpora) if corpora else f"{parent} contains no corpus."
+    advice = suggest(root.name, corpora) if corpora else f"{parent} contains no corpus."
     raise UserError(f"data path {root} does not exist; {advice}")
 
 

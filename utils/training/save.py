@@ -16,7 +16,8 @@ from utils.checkpoint.writer import CheckpointWriter, Contents
 from utils.config.saved import config_yaml
 from utils.config.schema import PretrainConfig
 from utils.core.console import notify
-from utils.corpus.corpora import Corpora, did_you_mean
+from utils.core.functions import suggest
+from utils.corpus.corpora import Corpora
 from utils.training.state import TrainState
 
 
@@ -151,7 +152,7 @@ class Saver:
                 names = [key.removeprefix("eval/") for key in results]
                 notify(
                     f"warning: best_metric={name} was not evaluated; no checkpoint counts as best; "
-                    + did_you_mean(name, names)
+                    + suggest(name, names)
                 )
             return None
         return value if mode == "max" else -value

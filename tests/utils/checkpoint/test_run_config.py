@@ -38,7 +38,7 @@ def test_a_checkpoint_that_is_not_there_is_named_before_anything_else(text_run):
             apply_trained_config(compose_config(given), given)
 
 
-def test_training_further_takes_the_architecture_alone(text_run, text_corpus, tmp_path):
+def test_training_further_takes_the_architecture_and_its_recipe(text_run, text_corpus, tmp_path):
     def config(checkpoint, *overrides: str):
         given = [f"load_checkpoint={checkpoint}", f"data_paths=[{text_corpus}]", *overrides]
         return load_config(apply_trained_config(compose_config(given), given))
@@ -46,9 +46,16 @@ def test_training_further_takes_the_architecture_alone(text_run, text_corpus, tm
     (tmp_path / "weights.pt").touch()
     found, plain = config(text_run), config(tmp_path / "weights.pt")
     assert found.arch.options["hidden_size"] == 32
+    assert (found.global_batch_size, found.lr) == (8, 1e-3) != (plain.global_batch_size, plain.lr)
     found.arch, found.load_checkpoint = plain.arch, plain.load_checkpoint
+    found.global_batch_size, found.lr = plain.global_batch_size, plain.lr
     assert found == plain
-    assert config(text_run, "arch=athena_trm_small").arch.options["hidden_size"] > 32
+    changed = config(text_run, "recipe=small", "lr=0.5")
+    assert (changed.arch.options["hidden_size"], changed.global_batch_size) == (32, 64)
+    assert changed.lr == 0.5
+    other = config(text_run, "arch=athena_trm_small")
+    assert (other.arch.options["hidden_size"], other.global_batch_size) == (512, 64)
+    assert config(text_run, "arch/size=medium").arch.options["hidden_size"] == 1024
     near = altered(text_run, tmp_path / "near", arch={"loss": {
         "name": "losses@ACTLossHead", "loss_type": "softmax_cross_entropy",
         "kl_to": "elsewhere", "kl_weight": 0.5, "label_smoothing": 0.1,
