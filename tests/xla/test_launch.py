@@ -159,7 +159,7 @@ def test_torchrun_is_refused(monkeypatch):
     from utils.backend.xla import UserError
 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # what torchrun sets
-    with pytest.raises(UserError, match="device_type=xla .* without torchrun"):
+    with pytest.raises(UserError, match=r"device_type=xla .* without torchrun"):
         select_backend("xla")
 
 
