@@ -137,11 +137,9 @@ class ConsumeFeed(_Feed):
         super().__init__(source, size, slots)
         assert order.limit is not None
         self._order, self._read, self._total_groups = order, read, order.limit
-        # The example in each slot, as its place in the order and its row; place -1 for none.
-        self._held_place = np.full(size, -1, np.int64)
-        self._held_offset = np.zeros(size, np.int64)
-        # Examples to enter again before any new one, as (place, offset).
-        self._again: list[tuple[int, int]] = []
+        # Examples as (place in the order, row of the puzzle); place -1 for an empty slot.
+        self._held = np.tile(np.array([-1, 0]), (size, 1))
+        self._again = np.empty((0, 2), np.int64)  # to enter again before any new one
 
     @property
     def progress(self) -> float:
@@ -150,49 +148,39 @@ class ConsumeFeed(_Feed):
 
     @property
     def occupied(self) -> np.ndarray:
-        return self._held_place >= 0
+        return self._held[:, 0] >= 0
 
     def next(self, halted: np.ndarray) -> list[Part] | None:
         parts, freed = [], np.flatnonzero(halted)
-        self._held_place[freed] = -1
-        if self._again:
+        self._held[freed, 0] = -1
+        if len(self._again):
             slots, freed = np.split(freed, [len(self._again)])
-            parts.append(self._enter_again(slots))
+            self._held[slots], self._again = np.split(self._again, [slots.size])
+            own = slots[self._is_own(slots)]
+            rows = self._read(self._order.at(*self._held[own].T))
+            parts.append((own - self._slots.start, rows))
         examples = self._take(freed.size)
         slots = freed[: len(examples)]
-        self._held_place[slots], self._held_offset[slots] = examples.place, examples.offset
+        self._held[slots] = np.stack([examples.place, examples.offset], axis=1)
         self.examples_entered += slots.size
         if slots.size < freed.size:  # only puzzles without rows can remain
             self.position = Position(max(self.position.entered, self._total_groups))
         parts.append(self._select_rank_rows(slots))
         return parts if self.occupied.any() else None
 
-    def _enter_again(self, slots: np.ndarray) -> Part:
-        """Fill `slots` with examples that restart, and return this rank's part."""
-        again, self._again = self._again[: slots.size], self._again[slots.size :]
-        self._held_place[slots], self._held_offset[slots] = np.array(again).reshape(-1, 2).T
-        own = slots[self._is_own(slots)]
-        examples = self._order.at(self._held_place[own], self._held_offset[own])
-        return own - self._slots.start, self._read(examples)
-
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
-            "again": [list(example) for example in self._again],
-            "held_places": self._held_place.tolist(),
-            "held_offsets": self._held_offset.tolist(),
-        }
+        places, offsets = self._held.T.tolist()
+        again = self._again.tolist()
+        return super().state_dict() | dict(again=again, held_places=places, held_offsets=offsets)
 
     def load_state_dict(self, state: Mapping[str, Any], *, restart_held: bool) -> None:
         super().load_state_dict(state, restart_held=restart_held)
-        self._again = [(place, offset) for place, offset in state.get("again", ())]
-        if state["global_batch_size"] == self._size and not restart_held:
-            self._held_place = np.array(state["held_places"], np.int64)
-            self._held_offset = np.array(state["held_offsets"], np.int64)
-            return
-        self._held_place = np.full(self._size, -1, np.int64)
-        self._held_offset = np.zeros(self._size, np.int64)
-        held = zip(state["held_places"], state["held_offsets"], strict=True)
-        self._again = [example for example in held if example[0] >= 0] + self._again
+        held = np.array([state["held_places"], state["held_offsets"]], np.int64).T
+        self._again = np.array(state.get("again", ()), np.int64).reshape(-1, 2)
+        if len(held) != self._size or restart_held:
+            self._again = np.concatenate([held[held[:, 0] >= 0], self._again])
+            held = np.tile(np.array([-1, 0]), (self._size, 1))
+        self._held = held.copy()
 
 
 class PresentFeed(_Feed):
@@ -230,10 +218,8 @@ class PresentFeed(_Feed):
         return [self._select_rank_rows(np.arange(self._size))]
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
-            "steps": self._steps,
-            "other_sizes": list(self._other_sizes),
-        }
+        other_sizes = list(self._other_sizes)
+        return super().state_dict() | dict(steps=self._steps, other_sizes=other_sizes)
 
     def load_state_dict(self, state: Mapping[str, Any], *, restart_held: bool) -> None:
         super().load_state_dict(state, restart_held=restart_held)
