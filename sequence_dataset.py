@@ -5,7 +5,6 @@ devices. Training order is a pure function of (seed, epoch, position), so a run 
 few numbers at any world size and micro-batch count, without storing a shuffled index.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,11 +31,8 @@ __all__ = [
     "relabel",
 ]
 
-Part = tuple[np.ndarray, Batch]
-"""Local slots of a rank (n,), ascending, and the rows (n, ...) that enter them."""
-
+Part = tuple[np.ndarray, Batch]  # ascending slots (n,) within a rank, the rows (n, ...) for them
 RowOptions = Callable[[float, np.random.Generator, int], dict[str, np.ndarray]]
-"""`Architecture.row_options`: (progress, rng, slots of all ranks) -> arrays of one entry a slot."""
 
 
 def _normalize_weights(weights: Mapping[str, float], corpora: Corpora) -> dict[str, float]:
@@ -86,44 +82,20 @@ def _count_draws(corpora: Corpora, epochs: float, max_draws: int | None) -> floa
     return draws
 
 
-class Feed(ABC):
-    """Enters the examples of a run into slots of the global batch, in order.
+class _Feed:
+    """What both feeds share: `size` slots of all ranks, of which `slots` are this rank's.
 
-    Args:
-        order: order of the run's examples.
-        source: provides their rows, in that order.
-        size: slots of all ranks.
-        slots: those of this rank.
+    A feed has `progress` (0..1), and `next(halted)`, which takes a step and returns what enters the
+    slots of this rank; None at the end of the run. halted: (G,) bool, flags of all slots.
     """
 
     total_steps: int | None = None
-    """Number of steps of the run, if it is known in advance."""
 
-    def __init__(self, order: ExampleOrder, source: Source, size: int, slots: slice):
-        self._order, self._source, self._size, self._slots = order, source, size, slots
-        self.position = Position()
-        self.examples_entered = 0
-        """Number of examples that have entered slots so far."""
-
-    @property
-    @abstractmethod
-    def progress(self) -> float:
-        """Progress of the run in 0..1."""
-
-    @abstractmethod
-    def next(self, halted: np.ndarray) -> list[Part] | None:
-        """Advance by one step and return what enters this rank's slots; None at the end.
-
-        halted: (G,) bool, halted flags of the slots of all ranks.
-        """
-
-    def close(self) -> None:
-        """Drop prefetched examples and stop the prefetching threads."""
-        self._source.close()
-        self._source.restart(self.position)
+    def __init__(self, source: Source, size: int, slots: slice):
+        self.source, self._size, self._slots = source, size, slots
+        self.position, self.examples_entered = Position(), 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to resume, as JSON values; the same on all ranks."""
         return {
             "global_batch_size": self._size,
             "position": self.position.entered,
@@ -132,14 +104,13 @@ class Feed(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, restart_held: bool) -> None:
-        """Resume from `state`, at any number of slots; see `TrainStream.load_state_dict`."""
         self.position = Position(int(state["position"]), int(state["offset"]))
-        self._source.restart(self.position)
+        self.source.restart(self.position)
         self.examples_entered = int(state["examples_entered"])
 
     def _take(self, count: int) -> Examples:
         """Take the next examples; fewer than `count` only at the end of the order."""
-        examples = self._source.take(count)
+        examples = self.source.take(count)
         if len(examples):
             self.position = examples.end
         return examples
@@ -147,35 +118,29 @@ class Feed(ABC):
     def _select_rank_rows(self, slots: np.ndarray) -> Part:
         """Return this rank's part of the examples that were taken last and enter `slots`."""
         own = np.flatnonzero(self._is_own(slots))
-        return slots[own] - self._slots.start, self._source.rows(own)
+        return slots[own] - self._slots.start, self.source.rows(own)
 
     def _is_own(self, slots: np.ndarray) -> np.ndarray:
         return (slots >= self._slots.start) & (slots < self._slots.stop)
 
 
-class ConsumeFeed(Feed):
-    """A freed slot takes the next example; the run ends when the slots have drained.
+class ConsumeFeed(_Feed):
+    """Freed slots take the next examples, in ascending order; the run ends when all have drained.
 
-    Freed slots are filled in ascending order, occupied ones get no rows.
-
-    Args:
-        order: order of the run's examples, limited to the groups that the run enters.
-        read: returns the rows of any examples.
-        workers: threads that prefetch rows.
+    order: order of the run's examples, limited to the groups that the run enters. read: returns the
+    rows of examples. workers: threads that prefetch them.
     """
 
     def __init__(self, order: ExampleOrder, read: Read, size: int, slots: slice, workers: int):
         # An example may enter a slot of any rank, so every rank reads ahead for all of them.
         chunk = -(-size // max(4, 2 * workers))
         source = open_source(order, read, workers, chunk=chunk, ahead=size)
-        super().__init__(order, source, size, slots)
+        super().__init__(source, size, slots)
         assert order.limit is not None
-        self._read, self._total_groups = read, order.limit
-        # The example in each slot, as its place in the order and its row; place -1 for none.
-        self._held_place = np.full(size, -1, np.int64)
-        self._held_offset = np.zeros(size, np.int64)
-        # Examples to enter again before any new one, as (place, offset).
-        self._again: list[tuple[int, int]] = []
+        self._order, self._read, self._total_groups = order, read, order.limit
+        # Examples as (place in the order, row of the puzzle); place -1 for an empty slot.
+        self._held = np.tile(np.array([-1, 0]), (size, 1))
+        self._again = np.empty((0, 2), np.int64)  # to enter again before any new one
 
     @property
     def progress(self) -> float:
@@ -184,60 +149,46 @@ class ConsumeFeed(Feed):
 
     @property
     def occupied(self) -> np.ndarray:
-        """Which slots contain an example, (G,) bool."""
-        return self._held_place >= 0
+        return self._held[:, 0] >= 0
 
     def next(self, halted: np.ndarray) -> list[Part] | None:
         parts, freed = [], np.flatnonzero(halted)
-        self._held_place[freed] = -1
-        if self._again:
+        self._held[freed, 0] = -1
+        if len(self._again):
             slots, freed = np.split(freed, [len(self._again)])
-            parts.append(self._enter_again(slots))
+            self._held[slots], self._again = np.split(self._again, [slots.size])
+            own = slots[self._is_own(slots)]
+            rows = self._read(self._order.at(*self._held[own].T))
+            parts.append((own - self._slots.start, rows))
         examples = self._take(freed.size)
         slots = freed[: len(examples)]
-        self._held_place[slots], self._held_offset[slots] = examples.place, examples.offset
+        self._held[slots] = np.stack([examples.place, examples.offset], axis=1)
         self.examples_entered += slots.size
         if slots.size < freed.size:  # only puzzles without rows can remain
             self.position = Position(max(self.position.entered, self._total_groups))
         parts.append(self._select_rank_rows(slots))
         return parts if self.occupied.any() else None
 
-    def _enter_again(self, slots: np.ndarray) -> Part:
-        """Fill `slots` with examples that restart, and return this rank's part."""
-        again, self._again = self._again[: slots.size], self._again[slots.size :]
-        self._held_place[slots], self._held_offset[slots] = np.array(again).reshape(-1, 2).T
-        own = slots[self._is_own(slots)]
-        examples = self._order.at(self._held_place[own], self._held_offset[own])
-        return own - self._slots.start, self._read(examples)
-
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
-            "again": [list(example) for example in self._again],
-            "held_places": self._held_place.tolist(),
-            "held_offsets": self._held_offset.tolist(),
-        }
+        places, offsets = self._held.T.tolist()
+        again = self._again.tolist()
+        return super().state_dict() | dict(again=again, held_places=places, held_offsets=offsets)
 
     def load_state_dict(self, state: Mapping[str, Any], *, restart_held: bool) -> None:
         super().load_state_dict(state, restart_held=restart_held)
-        self._again = [(place, offset) for place, offset in state.get("again", ())]
-        if state["global_batch_size"] == self._size and not restart_held:
-            self._held_place = np.array(state["held_places"], np.int64)
-            self._held_offset = np.array(state["held_offsets"], np.int64)
-            return
-        self._held_place = np.full(self._size, -1, np.int64)
-        self._held_offset = np.zeros(self._size, np.int64)
-        held = zip(state["held_places"], state["held_offsets"], strict=True)
-        self._again = [example for example in held if example[0] >= 0] + self._again
+        held = np.array([state["held_places"], state["held_offsets"]], np.int64).T
+        self._again = np.array(state.get("again", ()), np.int64).reshape(-1, 2)
+        if len(held) != self._size or restart_held:
+            self._again = np.concatenate([held[held[:, 0] >= 0], self._again])
+            held = np.tile(np.array([-1, 0]), (self._size, 1))
+        self._held = held.copy()
 
 
-class PresentFeed(Feed):
+class PresentFeed(_Feed):
     """Every step is a full batch of the next examples, as in TRM; occupied slots ignore theirs.
 
-    Args:
-        order: order of the run's examples, without a limit.
-        read: returns the rows of any examples.
-        workers: threads that prefetch rows.
-        rows: number of rows of the whole run; their full batches are its steps.
+    order: order of the run's examples, without a limit. rows: rows of the whole run, whose
+    full batches are its steps. read, workers: see `ConsumeFeed`.
     """
 
     def __init__(
@@ -245,7 +196,7 @@ class PresentFeed(Feed):
     ):
         # Example i enters slot i, so only this rank's rows are read.
         source = open_source(order, read, workers, chunk=size, ahead=size * workers, keep=slots)
-        super().__init__(order, source, size, slots)
+        super().__init__(source, size, slots)
         self._rows, self._steps = rows, 0
         self._other_sizes = (0, 0)  # steps, and their rows, before global_batch_size changed
 
@@ -268,10 +219,8 @@ class PresentFeed(Feed):
         return [self._select_rank_rows(np.arange(self._size))]
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
-            "steps": self._steps,
-            "other_sizes": list(self._other_sizes),
-        }
+        other_sizes = list(self._other_sizes)
+        return super().state_dict() | dict(steps=self._steps, other_sizes=other_sizes)
 
     def load_state_dict(self, state: Mapping[str, Any], *, restart_held: bool) -> None:
         super().load_state_dict(state, restart_held=restart_held)
@@ -296,7 +245,7 @@ class TrainStream:
         domain_weights: share of each domain in the draws; None draws every group once per epoch.
         min_iterations, max_iterations: lower and upper bounds of budgets.
         rank, world_size, micro_batches: select the slots that `next` returns.
-        row_options: draws further entries of each step's batch; None: there are none.
+        row_options: `(progress, rng, slots of all ranks)` -> arrays (slots,) for each step's batch.
         document_starts: add `document_starts` to batches (if the corpora have an eos).
         max_draws: end after this many groups, if that is earlier.
         curriculum: reduces the budgets of rows that enter early, to no less than
@@ -439,7 +388,8 @@ class TrainStream:
 
     def close(self) -> None:
         """Drop prefetched examples and stop the prefetching threads."""
-        self._feed.close()
+        self._feed.source.close()
+        self._feed.source.restart(self._feed.position)
 
     def _read(self, examples: Examples) -> Batch:
         """Read the rows of examples; a pure function, called from several threads."""

@@ -74,6 +74,23 @@ def test_same_global_batches_on_any_world(corpus):
             assert_same(run(streams, halting(2, 8)), expected)
 
 
+def test_row_options_get_the_progress_of_the_run_and_go_to_their_slots(corpus):
+    given = []
+
+    def draw(progress, rng, rows):
+        given.append(progress)
+        return {"depth": rng.integers(1, 9, rows)}
+
+    whole, half = (
+        stream_of(corpus, row_options=draw, rank=world - 1, world_size=world) for world in (1, 2)
+    )
+    for step, limit in ((1, 0.25), (2, 0.0)):
+        before = whole.progress
+        (all_rows,), (own,) = (s.next(step, np.ones(8, bool), limit) for s in (whole, half))
+        assert given[-2:] == [max(before, limit)] * 2
+        np.testing.assert_array_equal(own["depth"], all_rows["depth"][4:])
+
+
 def test_shapes_are_static_and_held_slots_are_ignored(corpus):
     stream = stream_of(corpus, micro_batches=2)
     first = stream.next(0, np.ones(8, bool))

@@ -1,4 +1,4 @@
-"""Evaluating a checkpoint or training it further: what it was trained as need not be repeated."""
+"""Take keys that the command line omits from the checkpoint that a run starts from."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from utils.config.saved import check_plugins_given, is_valid, read_arch
 from utils.config.values import literal, readable
 from utils.core.errors import UserError
 
-# What is taken from the checkpoint, unless the command line says otherwise: by an evaluation, and
+# Keys that are taken from the checkpoint unless the command line gives them: by an evaluation, and
 # by a run that starts from its weights or resumes it. What presets of `recipe` set goes with the
 # architecture: those of the default architecture would suit no other.
 AS_TRAINED = (
@@ -31,12 +31,15 @@ TRAINED_FURTHER = ("arch", *RECIPE)
 
 
 def apply_trained_config(cfg: DictConfig, overrides: Sequence[str] | None = None) -> DictConfig:
-    """Return the config with the checkpoint's own values of AS_TRAINED for `load_checkpoint=FOLDER`
-    (with `eval_only=true`; else of TRAINED_FURTHER) where no override names the key or its preset.
-    A run that has checkpoints of its own, or names one with `resume`, takes them from those.
+    """Return the config with values of the checkpoint in place of keys that no override names, by
+    itself or by a preset.
 
-    overrides: those of the command line; None asks Hydra. One that chooses a preset of whole keys
-    (experiment=, debug=) is taken as the whole config.
+    With `eval_only=true` these are the keys AS_TRAINED of `load_checkpoint`, otherwise those of
+    TRAINED_FURTHER. A run that has its own checkpoints, or names one with `resume`, takes them from
+    those.
+
+    overrides: those of the command line; None asks Hydra. If one chooses a preset of whole configs
+    (experiment=, debug=), nothing is taken.
     """
     use_configured_plugins(cfg)
     if (source := _source(cfg)) is None:
@@ -67,15 +70,15 @@ def apply_trained_config(cfg: DictConfig, overrides: Sequence[str] | None = None
     single = [o for o in overrides if re.match(rf"\+*({'|'.join(AS_TRAINED)})\.", o)]
     for override in OverridesParser.create().parse_overrides(list(map(readable, single))):
         name = override.key_or_group
-        # of a dict what was said alone: the rest of cfg's is the default preset's
-        said = override.value() if isinstance(override.value(), dict) else None
-        value = _value_at(cfg, name) if said is None else said
+        # Only the given keys of a dict: in cfg the others are those of the default preset.
+        given = override.value() if isinstance(override.value(), dict) else None
+        value = _value_at(cfg, name) if given is None else given
         OmegaConf.update(changed, name, value, merge=True, force_add=True)
     return changed
 
 
 def _architecture(saved: dict[str, Any], source: Path) -> dict[str, Any]:
-    """Return a checkpoint's architecture as today's version knows it."""
+    """Return a checkpoint's architecture with the options of this version."""
     arch, gone = read_arch(saved)
     if gone:
         _warn(f"{source} was trained with {', '.join(gone)}, which no longer exists")
@@ -90,7 +93,7 @@ def _warn(sentence: str) -> None:
 
 
 def _value_at(cfg: DictConfig, name: str) -> Any:
-    """Return the plain value of a key, for OmegaConf to store."""
+    """Return the plain value of a key, which OmegaConf can store."""
     value = OmegaConf.select(cfg, name)
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=True)
@@ -98,7 +101,7 @@ def _value_at(cfg: DictConfig, name: str) -> Any:
 
 
 def _source(cfg: DictConfig) -> Path | None:
-    """The checkpoint that a run goes on from, else the one that it starts from."""
+    """Return the checkpoint that a run resumes, else the one whose weights it starts from."""
     load, resume, own = (
         os.path.expanduser(str(cfg.get(key) or ""))
         for key in ("load_checkpoint", "resume", "checkpoint_path")

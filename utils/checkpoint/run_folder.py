@@ -1,5 +1,4 @@
-"""The folder of a run: its name, that all ranks see it, that one process writes it at a time, that
-a failed evaluation leaves none behind."""
+"""The directory of a run: name it, lock it against other processes, check that all ranks see it."""
 
 import fcntl
 import os
@@ -17,17 +16,21 @@ from utils.core.functions import random_run_name
 
 LOCK = ".lock"
 LR_FIND = "lr_find"
-"""Below the run's folder, so that a sweep never meets the checkpoints of the run."""
-_WAIT = 20.0  # seconds for the process before to leave, and for slow shared storage
+"""Directory below the run's, so that a sweep never touches the checkpoints of the run."""
+_WAIT = 20.0  # seconds for an earlier process to exit, and for slow shared storage
 
 
 class RunFolder:
-    """Opens `path`, naming the run alike on all ranks; a context manager that lets others in at its
-    end. A collective."""
+    """Create and lock the directory `path` of a run, until the end of the context.
+
+    A collective. Gives the run the same name on all ranks; raises UserError if the directory cannot
+    be written, is in use, or is not visible to every rank. An evaluation takes no lock, and deletes
+    the directories that it created if it fails before its first result.
+    """
 
     def __init__(self, config: PretrainConfig, backend: Backend):
         config.run_name = backend.broadcast_object(
-            config.run_name or _drawn_name(backend.launch_number)
+            config.run_name or _draw_name(backend.launch_number)
         )
         path = folder_of(config.checkpoint_path, config.project_name, config.run_name)
         assert path is not None
@@ -35,32 +38,31 @@ class RunFolder:
         if config.lr_find:
             self.path /= LR_FIND
         self.failed = False
-        """Set where a failure is not raised through the context manager."""
+        """Set it after a failure that is not raised through the context manager."""
         self._lock: TextIO | None = None
-        self._made: list[Path] = []  # for an evaluation; the innermost comes first
+        self._made: list[Path] = []  # created for an evaluation, innermost first
         token = backend.from_main(lambda: self._open(config))
         if not config.eval_only and not _sees(self.path, token):
             raise UserError(
                 f"rank {backend.rank} on {socket.gethostname()} does not see what rank 0 wrote to "
-                f"{self.path}; name a folder on storage that all machines share, with "
-                "checkpoint_path"
+                f"{self.path}; set checkpoint_path to a directory that all machines share"
             )
 
     def _open(self, config: PretrainConfig) -> str:
-        """Makes and locks the folder; what the lock says."""
+        """Create and lock the directory; return the content of the lock file."""
         print(f"run: {config.run_name}, folder {self.path}", flush=True)
         try:
             missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             if config.eval_only:
                 self._made = missing
-            self._lock = None if config.eval_only else _locked(self.path)
+            self._lock = None if config.eval_only else _lock(self.path)
         except OSError as error:
             raise UserError(
                 f"cannot write to the run's folder {self.path} ({error.strerror or error}); "
-                "name another with checkpoint_path"
+                "choose another one with checkpoint_path"
             ) from None
-        return _holder()
+        return _describe_process()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -73,8 +75,7 @@ class RunFolder:
                 self._remove_unused()
 
     def _remove_unused(self) -> None:
-        """Remove the folders that were made for an evaluation, unless one holds more than what is
-        written before the first result."""
+        """Delete the directories created for an evaluation, unless they contain a result."""
         entries = list(self.path.iterdir())
         if any(e.name != "config.yaml" and (e.is_dir() or e.stat().st_size) for e in entries):
             return
@@ -85,27 +86,29 @@ class RunFolder:
 
 
 def folder_of(checkpoint_path: str | None, project_name: str, run_name: str | None) -> Path | None:
-    """Where a run is kept; None before it has a name."""
+    """Return the directory of a run; None before it has a name."""
     if checkpoint_path or run_name:
         return Path(checkpoint_path or Path("checkpoints") / project_name / str(run_name))
     return None
 
 
-def _drawn_name(number: int) -> str:
-    """A launcher that restarts its workers must find the run again, so its id decides, and which
-    run of a sweep it is."""
+def _draw_name(number: int) -> str:
+    """Draw a name; under torchrun from the id of the launch and the number of the run in it.
+
+    So a launcher that restarts its ranks finds the run again.
+    """
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return random_run_name(None if launch == "none" else random.Random(f"{launch} {number}"))
 
 
-def _holder() -> str:
+def _describe_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def _locked(path: Path) -> TextIO:
-    """The lock file, held until it is closed or the process ends, however it ends."""
+def _lock(path: Path) -> TextIO:
+    """Lock the directory and return the lock file: closing it or ending the process unlocks."""
     file = (path / LOCK).open("a+", encoding="utf-8")
-    deadline, told = time.monotonic() + _WAIT, False
+    deadline, notified = time.monotonic() + _WAIT, False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,23 +121,24 @@ def _locked(path: Path) -> TextIO:
                     f"{owner} is training the run in {path}; wait for it, end it, or choose "
                     "another run_name"
                 ) from None
-            if not told:
+            if not notified:
                 print(f"note: {owner} still holds the run's folder, waiting {_WAIT:.0f} s")
-                told = True
+                notified = True
             time.sleep(0.2)
-        except OSError:  # storage without locks: better unguarded than not at all
-            print(f"note: {path} cannot be locked; do not start this run twice at a time")
+        except OSError:  # storage without locks: train without one
+            print(f"note: {path} cannot be locked; do not run two processes on it at a time")
             break
     file.truncate(0)
-    file.write(_holder())
+    file.write(_describe_process())
     file.flush()
     with suppress(OSError):
-        os.fsync(file.fileno())  # other machines see it only then
+        os.fsync(file.fileno())  # so that other machines see it
     return file
 
 
 def _sees(path: Path, token: str) -> bool:
-    deadline = time.monotonic() + 4 * _WAIT  # network storage may remember for a minute
+    """Return whether the lock file contains `token`, as rank 0 wrote it."""
+    deadline = time.monotonic() + 4 * _WAIT  # network storage may cache for a minute
     while True:
         try:
             if (path / LOCK).read_text("utf-8") == token:

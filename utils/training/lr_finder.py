@@ -13,7 +13,8 @@ import numpy as np
 from utils.config.schema import LoggerConfig, LRFindConfig, PretrainConfig
 from utils.core.errors import UserError
 from utils.monitoring.plotting import save_figure
-from utils.training.schedule import Counters, Schedule
+from utils.training.schedule import Schedule
+from utils.training.state import TrainState
 
 _SMOOTHING = 0.9  # decay of the running mean of the loss, per step
 
@@ -44,10 +45,10 @@ class Sweep(Schedule):
         assert self.config.lr_find is not None
         return self.config.lr_find
 
-    def over(self, state: Counters) -> bool:
+    def over(self, state: TrainState) -> bool:
         return super().over(state) or state.nonfinite > 0
 
-    def learning_rate_factor(self, state: Counters) -> float:
+    def learning_rate_factor(self, state: TrainState) -> float:
         return rate_at(state.step, self.rule) / self.config.lr
 
 

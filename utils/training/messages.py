@@ -6,7 +6,7 @@ from typing import Any
 
 from utils.backend import Backend
 from utils.config.load import PretrainConfig, config_warnings
-from utils.training.schedule import Counters
+from utils.training.state import TrainState
 
 
 def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
@@ -49,7 +49,7 @@ def describe_nonfinite(config: PretrainConfig, skipped: int, saved: Sequence[Pat
     )
 
 
-def describe_end(config: PretrainConfig, last: Path, state: Counters, first_step: int) -> str:
+def describe_end(config: PretrainConfig, last: Path, state: TrainState, first_step: int) -> str:
     """Describe where the last checkpoint of a run is, or why nothing was left to train and which
     key would change that. first_step: the step that this process started from."""
     if state.step > first_step:

@@ -23,8 +23,8 @@ from utils.training.state import TrainState
 def prepare_resume(config: PretrainConfig, folder: Path, backend: Backend) -> Checkpoint | None:
     """Open the checkpoint to resume and check that the config fits it; None for a new run.
 
-    A collective. Chooses the dtype and the base model in `config`, and sets aside what the run in
-    `folder` wrote after that checkpoint.
+    A collective. Sets the dtype and the base model in `config`, and renames the checkpoints in
+    `folder` that the run wrote after that one.
     """
     source = backend.from_main(lambda: find_checkpoint(config, folder))
     if source is None:
@@ -52,7 +52,7 @@ def prepare_resume(config: PretrainConfig, folder: Path, backend: Backend) -> Ch
 
 
 def start_from(folder: Path, source: Path, step: int, resume: str) -> None:
-    """Prepare a run's folder for a course that starts from the checkpoint `source`, at `step`."""
+    """Prepare the directory of a run that resumes from the checkpoint `source`, at `step`."""
     checkpoint.set_aside(folder, source, step)
     checkpoint.note_start(folder, resume)
 
@@ -92,7 +92,7 @@ def find_checkpoint(config: PretrainConfig, folder: Path) -> Path | None:
         return None
     if own:
         checkpoint.recover(folder)
-    # A launcher that restarts its ranks repeats the command, which has been followed once.
+    # A launcher that restarts its ranks repeats the command: continue where they ended.
     if config.resume == "auto" or (own and checkpoint.is_restart(folder, config.resume)):
         found = checkpoint.newest_whole(folder, rename=own)
         return None if found is None else found.folder
@@ -168,9 +168,9 @@ def restore(
     folder: Path,
     micro_batches: int,
 ) -> None:
-    """Restore a checkpoint: weights, optimizers, averages, stream, held rows and counters.
+    """Restore weights, optimizers, averages, stream, held rows and counters from a checkpoint.
 
-    An evaluation that was finished at that step counts as done.
+    An evaluation that was finished after it is not repeated.
     """
     saved = opened.state
     position, rows = saved["stream"], None
@@ -180,12 +180,12 @@ def restore(
         rows = opened.carry(range(backend.rank * share, (backend.rank + 1) * share))
     if rows is None and (flags := opened.carry(range(before), only="halted")) is not None:
         position = drop_halted(position, flags["halted"].tolist())
-    # First, because other corpora are the likeliest reason for weights of other shapes.
+    # First, because other corpora are the most likely reason for weights of other shapes.
     stream.load_state_dict(position, restart_held=rows is None)
     values, _ = read_config(opened.config)
     kept = share_moments(config.optimizer, OptimizerConfig.model_validate(values["optimizer"]))
     if not state.load_tensors(opened, moments=kept) and backend.is_main:
-        print("note: the checkpoint has no moments for this optimizer, they start from zero")
+        print("note: the checkpoint has no moments for this optimizer; they start from zero")
     state.load_counters(saved["counters"])
     done = None
     if backend.is_main and opened.folder.parent.resolve() == folder.resolve():
@@ -201,7 +201,7 @@ def restore(
         if size != before:
             reason = f"global_batch_size is {size} and was {before}"
         if backend.is_main:
-            print(f"note: {reason}, so rows that were held start again; the run is not exact")
+            print(f"note: {reason}, so held rows restart and the run is not exact")
         return
     state.load_carry(rows, micro_batches)
     own = torch.cat([carry.halted for carry in state.carries])

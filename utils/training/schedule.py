@@ -1,42 +1,26 @@
-"""How far a run is, when it ends, and what depends on it: learning rate, iteration budgets."""
+"""Progress and end of a run, and the learning rate that depends on them."""
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
+from sequence_dataset import TrainStream
 from utils.config.plugins import load_plugin, read_options
 from utils.config.schema import PretrainConfig
 from utils.core.errors import UserError
-
-
-class Stream(Protocol):
-    total_steps: int | None
-    examples_entered: int
-
-    @property
-    def progress(self) -> float: ...
-
-    @property
-    def epoch(self) -> float: ...
-
-
-class Counters(Protocol):
-    step: int
-    seconds: float
-    stopped: bool
-    nonfinite: int
+from utils.training.state import TrainState
 
 
 class Schedule:
     """The length of a run, by whichever of its limits is nearest."""
 
-    def __init__(self, config: PretrainConfig, stream: Stream):
+    def __init__(self, config: PretrainConfig, stream: TrainStream):
         self.config, self.stream = config, stream
         self._shape: Callable[[float, int, Any], float] = load_plugin(config.lr_schedule)
         self._options = read_options(config.lr_schedule, lr_min_ratio=config.lr_min_ratio)
 
-    def progress(self, state: Counters) -> float:
-        """Share of the run that is done, 0..1."""
+    def progress(self, state: TrainState) -> float:
+        """Return the share of the run that is done, 0..1."""
         steps, seconds = self.config.max_steps, self.config.max_seconds
         shares = [
             self.stream.progress,
@@ -45,8 +29,8 @@ class Schedule:
         ]
         return min(1.0, max(shares))
 
-    def over(self, state: Counters) -> bool:
-        """Return whether a limit or early stopping ends the run here; the stream ends by itself."""
+    def over(self, state: TrainState) -> bool:
+        """Return whether a limit or early stopping ends the run here; the stream ends itself."""
         steps, seconds = self.config.max_steps, self.config.max_seconds
         return (
             state.stopped
@@ -54,8 +38,8 @@ class Schedule:
             or (seconds is not None and state.seconds >= seconds)
         )
 
-    def learning_rate_factor(self, state: Counters) -> float:
-        """Return what the peak learning rate is multiplied by at `state.step` (from 1)."""
+    def learning_rate_factor(self, state: TrainState) -> float:
+        """Return the factor on the peak learning rate at `state.step` (from 1)."""
         present = self.config.feed == "present"
         progress = self._progress_after_warmup(state) if present else self.progress(state)
         factor = self._shape(progress, state.step, self._options)
@@ -66,8 +50,8 @@ class Schedule:
             )
         return warmup(state.step, self.config.lr_warmup_steps) * factor
 
-    def _progress_after_warmup(self, state: Counters) -> float:
-        """Return the progress as TRM counts it: in steps, from the end of the warm-up."""
+    def _progress_after_warmup(self, state: TrainState) -> float:
+        """Return the progress as TRM counts it: in steps since the end of the warm-up."""
         config, begin = self.config, self.config.lr_warmup_steps
         in_time = config.max_seconds and state.step * config.max_seconds / (state.seconds or 1)
         limits = (self.stream.total_steps, config.max_steps, in_time)
@@ -76,5 +60,5 @@ class Schedule:
 
 
 def warmup(step: int, steps: int) -> float:
-    """Factor on the learning rate at `step` (from 1) of a linear warm-up."""
+    """Return the factor of a linear warm-up on the learning rate at `step` (from 1)."""
     return min(1.0, step / steps) if steps > 0 else 1.0

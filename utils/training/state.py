@@ -39,7 +39,10 @@ from utils.training.optimizers import create_optimizers
 
 @dataclass
 class TrainState:
-    """model: the loss head, bare. step_model: the same as training calls it (perhaps DDP)."""
+    """What training changes.
+
+    model: the loss head. step_model: the same as training calls it, wrapped on several ranks.
+    """
 
     model: ACTLossHead
     step_model: nn.Module
@@ -47,9 +50,9 @@ class TrainState:
     base_lrs: list[float]
     ema: EMA | None
     halted: np.ndarray
-    """(global batch,) bool: which slots are free, as of the last step."""
+    """(global batch,) bool: which slots are free after the last step."""
     carries: list[Carry] = field(default_factory=list)
-    """Held rows, one carry a micro-batch; none before the first step."""
+    """Held rows, one carry per micro-batch; empty before the first step."""
     step: int = 0
     progress: float = 0.0
     """Share of the run that is done, 0..1."""
@@ -60,7 +63,7 @@ class TrainState:
     evaluated_epoch: float = 0.0
     """Epoch of the last evaluation."""
     stopped: bool = False
-    """Early stopping has ended the run."""
+    """Whether early stopping has ended the run."""
     evaluated_step: int = -1
     """Step of the last evaluation by this process or the run it resumed; -1 if there is none."""
     rehearsed: bool = False
@@ -70,11 +73,13 @@ class TrainState:
     """Best figure by early stopping's rule, larger is better."""
     bad_evaluations: int = 0
     best_step: int | None = None
-    """The step whose evaluation was best, its figure, larger is better, and of what it is."""
+    """Step of the best evaluation by `best_metric`."""
     best_figure: float | None = None
+    """Its figure, larger is better."""
     best_rule: str | None = None
+    """Mode and metric of `best_figure`."""
     stopping_rule: str | None = None
-    """What early stopping's `best` is a figure of."""
+    """Mode and metric of `best`."""
     parameters: list[nn.Parameter] = field(default_factory=list)
 
     COUNTERS = (
@@ -95,6 +100,7 @@ class TrainState:
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return next(self.model.parameters()).device
 
     def learning_rates(self) -> dict[str, float]:
@@ -121,7 +127,7 @@ class TrainState:
         return scalar(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
 
     def update(self, factor: float) -> None:
-        """Update the weights by their gradients, at `factor` times the base rates."""
+        """Update the weights by their gradients, with `factor` times the base learning rates."""
         for optimizer, base in zip(self.optimizers, self.base_lrs, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = base * factor
@@ -138,7 +144,7 @@ class TrainState:
         return torch.cat([carry.halted for carry in self.carries])
 
     def apply_stopping_rule(self, rule: EarlyStoppingConfig | None) -> None:
-        """Apply today's rule after a resume: the metric or the patience may have changed."""
+        """Apply the rule of the present config after a resume: it may have changed."""
         if rule is None or self.stopping_rule not in (None, f"{rule.mode} {rule.metric}"):
             self.best, self.bad_evaluations = None, 0
         self.stopped = rule is not None and self.bad_evaluations >= rule.patience
@@ -148,10 +154,10 @@ class TrainState:
         if rule is None:
             return False
         if f"eval/{rule.metric}" not in results and results.get("eval/evaluators_failed"):
-            return False  # that says nothing of the model
+            return False  # that says nothing about the model
         if f"eval/{rule.metric}" not in results:
             raise UserError(
-                f"early_stopping.metric={rule.metric} was not evaluated; there are "
+                f"early_stopping.metric={rule.metric} was not evaluated; these were: "
                 + ", ".join(sorted(name.removeprefix("eval/") for name in results))
             )
         self.stopping_rule = f"{rule.mode} {rule.metric}"
@@ -168,14 +174,16 @@ class TrainState:
         every = config.eval_interval
         if every is None:
             return math.inf
-        # half a row in a million rows: a sum of fractions may fall short of its epoch
+        # The tolerance is below a row in a million: sums of fractions may fall short of an epoch.
         following = (math.floor(self.evaluated_epoch / every + 1e-9) + 1) * every
         return max(following, config.min_eval_interval)
 
     def counters(self) -> dict[str, Any]:
+        """Return the numbers that a checkpoint stores."""
         return {name: getattr(self, name) for name in self.COUNTERS}
 
     def load_counters(self, counters: dict[str, Any]) -> None:
+        """Load what `counters` returned; those that are missing keep their values."""
         for name in self.COUNTERS:
             setattr(self, name, counters.get(name, getattr(self, name)))
 
@@ -193,7 +201,7 @@ class TrainState:
             release(self.model)
 
     def rehearse(self, batch: dict[str, Tensor], backward: Callable[[Tensor], None]) -> None:
-        """Run a backward pass and drop its gradients; change nothing else."""
+        """Run a backward pass and drop its gradients, see `Backend.needs_rehearsal`."""
         _, loss, *_ = self.step_model(return_keys=(), carry=self.carries[0], batch=batch)
         backward(loss)
         for optimizer in self.optimizers:
@@ -201,10 +209,10 @@ class TrainState:
         self.rehearsed = True
 
     def tensors(self, keep: bool = True) -> dict[str, Any]:
-        """Copy what a checkpoint stores once to the host, unsharded.
+        """Copy the tensors that a checkpoint stores once to the host, unsharded.
 
-        A collective if weights are sharded. keep: False on ranks that only take part in it, so that
-        their hosts need not hold a copy.
+        A collective if weights are sharded. keep: False on ranks that only take part in it, to
+        spare their hosts the copy.
         """
         found: dict[str, Any] = {
             "model": model_state(self.model),
@@ -217,14 +225,14 @@ class TrainState:
 
     @property
     def main_optimizers(self) -> list[Optimizer]:
-        """All but the identifier embedding's, which has no state."""
+        """The optimizers except that of the identifier embedding, which has no state."""
         return [o for o in self.optimizers if not isinstance(o, SparseEmbeddingSignSGD)]
 
     def load_tensors(self, opened: Checkpoint, moments: bool = True) -> bool:
-        """Load what `tensors` gave; return whether it held the state of these optimizers.
+        """Load what `tensors` returned; return whether that includes these optimizers' moments.
 
-        moments: whether the optimizers may load those that were saved. Averages that it does not
-        hold begin with the weights.
+        moments: whether the optimizers may load the saved ones. Averages that were not saved start
+        from the weights.
         """
         load_into(self.model, opened.tensors("model"))
         states = opened.tensors("optimizer")
@@ -266,7 +274,7 @@ class TrainState:
 
 
 def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend) -> None:
-    """Set the kernel of masked attention; print what cannot be fast on this device, and why."""
+    """Choose the kernel of masked attention; print what will be slow on this device, and why."""
     slow: dict[str, list[str]] = {}
     wanted = backend.compiles_by_default if config.compile == "auto" else config.compile
     if wanted and (fault := backend.cannot_compile()) is not None:
@@ -286,7 +294,7 @@ def create_train_state(
     *,
     backend: Backend,
 ) -> TrainState:
-    """Build optimizers and averages around a model that is already on its device."""
+    """Build optimizers and averages for a model that is already on its device."""
     if config.freeze_weights:
         model.requires_grad_(False)
     if backend.compiles(config.compile):
@@ -328,7 +336,7 @@ def create_train_state(
 
 
 def _compile(module: nn.Module, method: str) -> None:
-    """Compile a method in place; the names of parameters stay as they are."""
+    """Compile a method in place; parameters keep their names."""
     if method == "forward":
         module.compile(dynamic=False)
     else:
@@ -336,10 +344,12 @@ def _compile(module: nn.Module, method: str) -> None:
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load moments and step counts; rates and decays stay those of today's config."""
-    today = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    """Load moments and step counts; learning rates and decays stay those of the present config."""
+    present = [
+        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+    ]
     load_optimizer_state(model, optimizer, state)
-    for group, values in zip(optimizer.param_groups, today, strict=True):
+    for group, values in zip(optimizer.param_groups, present, strict=True):
         group.update(values)
 
 
