@@ -23,13 +23,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models import cost
 from models.inference.loading import build_model
-from scripts.plot_run import RunMetrics, draw
+from scripts.plot_run import draw
 from utils.checkpoint.format import Checkpoint, checkpoints_of
 from utils.config.key_values import run_command, split_key_values
 from utils.config.schema import PositiveFloat
 from utils.config.values import assignment
 from utils.core.atomic import write_result
 from utils.core.errors import UserError
+from utils.monitoring.run_log import RunMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 

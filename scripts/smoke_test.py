@@ -21,11 +21,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.demo_corpus import find_plays
-from scripts.plot_run import RunMetrics, summary
+from scripts.plot_run import summary
 from utils.config.values import assignment
 from utils.core.atomic import write_result
 from utils.core.console import run_cli
 from utils.core.errors import UserError
+from utils.monitoring.run_log import RunMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT_BYTES = 300_000

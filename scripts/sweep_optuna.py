@@ -34,7 +34,6 @@ from hydra.errors import HydraException
 from pydantic import BaseModel, ConfigDict, Field
 
 from evaluators.loop import create_evaluators
-from scripts.plot_run import METRICS, RunMetrics, read_records
 from utils.checkpoint.run_config import apply_trained_config
 from utils.config.key_values import run_command, split_key_values
 from utils.config.load import PretrainConfig, compose_config, load_config
@@ -43,6 +42,7 @@ from utils.config.values import assignment, readable
 from utils.core.atomic import write_result
 from utils.core.errors import UserError
 from utils.corpus.data import open_data
+from utils.monitoring.run_log import METRICS, RunMetrics, read_records
 
 try:
     import optuna

@@ -11,71 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from scripts.plot_run import HEADLINES
 from scripts.report_page.charts import Axis, Chart, Line
 from scripts.report_page.runs import STEPPED, Run, is_number
+from utils.monitoring.run_log import better, label_of, rank
 
-# Label and better direction, the most telling first; what is not here is shown by its own name.
-KNOWN: dict[str, tuple[str, str]] = {
-    **{name: (label, better) for name, label, better in HEADLINES},
-    "loss": ("loss, nats per label", "lower"),
-    "accuracy": ("accuracy, share", "higher"),
-    "accuracy_norm": ("length-normalised accuracy, share", "higher"),
-    "exact_match": ("exact matches, share", "higher"),
-    "cell_accuracy": ("cells right, share", "higher"),
-    "nats_per_token": ("nats per token", "lower"),
-    "perplexity": ("perplexity", "lower"),
-    "bleu": ("BLEU, 0 to 100", "higher"),
-    "chrf": ("chrF, 0 to 100", "higher"),
-    "rouge1": ("ROUGE-1, F-measure", "higher"),
-    "rouge2": ("ROUGE-2, F-measure", "higher"),
-    "rougeL": ("ROUGE-L, F-measure", "higher"),
-    "within_two": ("right among the two with most votes, share", "higher"),
-    "calibration_error": ("calibration error of the halting head", "lower"),
-    "brier": ("squared error of the halting head (Brier)", "lower"),
-    "q_halt_accuracy": ("halting head right, share", "higher"),
-    "share": ("rows that would halt here, share", ""),
-    "z_H_change": ("change of z_H, norm", ""),
-    "z_L_change": ("change of z_L, norm", ""),
-    "steps": ("ACT steps, mean", ""),
-    "grad_norm": ("gradient norm", ""),
-    "lr": ("learning rate", ""),
-    "puzzle_emb_lr": ("learning rate of identifiers", ""),
-    "tokens_per_s": ("new tokens per second", ""),
-    "token_steps_per_s": ("tokens × ACT steps per second", ""),
-    "flops_per_s": ("FLOP per second", ""),
-    "mfu": ("model FLOPs utilisation, share", ""),
-    "memory_bytes": ("memory, bytes", ""),
-    "z_H_norm": ("norm of z_H", ""),
-    "z_L_norm": ("norm of z_L", ""),
-    "q_halt_loss": ("loss of the halting head, nats", ""),
-    "nonfinite": ("updates skipped, not finite", ""),
-    "flops_per_token": ("FLOP per token", ""),
-    "ended": ("ended by the model itself, share", ""),
-    "agreement": ("views that agree, share", ""),
-    "chance": ("chance", ""),
-    "examples": ("examples", ""),
-    "rows": ("rows", ""),
-}
-RANK = {name: rank for rank, name in enumerate(KNOWN)}
 BOOKKEEPING = {"epoch", "progress", "examples", "tokens", "seconds", "eta_seconds"}
 FROM_ZERO = {"lr", "puzzle_emb_lr", "tokens_per_s", "token_steps_per_s", "flops_per_s", "mfu",
              "memory_bytes", "share", "nonfinite"}  # fmt: skip
 OPEN_CHARTS, MOST_CHARTS = 6, 24  # of a section: shown at once, and drawn at all
 SAME = {"nats_per_token": "bits_per_byte", "perplexity": "bits_per_byte"}  # says a curve again
-
-
-def label_of(name: str) -> str:
-    return KNOWN.get(name, (name.replace("_", " "), ""))[0]
-
-
-def better(name: str) -> str:
-    """lower | higher, or empty where neither is better."""
-    return KNOWN.get(name, ("", ""))[1]
-
-
-def rank(key: str) -> tuple[int, str]:
-    return RANK.get(key.rpartition("/")[2], len(RANK)), key
 
 
 # --- tables ----------------------------------------------------------------------------------

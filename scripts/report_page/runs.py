@@ -13,11 +13,10 @@ import numpy as np
 import yaml
 
 from scripts.compare import Result, measure
-from scripts.plot_run import METRICS, RunMetrics, json_lines
 from utils.checkpoint.format import checkpoints_of
 from utils.core.errors import UserError
+from utils.monitoring.run_log import ABANDONED, METRICS, RunMetrics, json_lines
 
-ABANDONED = "metrics_abandoned.jsonl"
 STEPPED = re.compile(r"eval/(?P<place>.*)/step_(?P<step>\d+)/(?P<name>[^/]+)")
 
 
