@@ -334,7 +334,9 @@ class PretrainConfig(pydantic.BaseModel):
         "athena", description="folder of checkpoints, project of loggers", json_schema_extra=ANY
     )
     run_name: Text | None = Field(
-        None, description="name of the run; null: two random words", json_schema_extra=ANY
+        None,
+        description="name of the run; null: date, time and a random part",
+        json_schema_extra=ANY,
     )
     checkpoint_path: PathText | None = Field(
         None,
