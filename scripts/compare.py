@@ -51,7 +51,7 @@ class Options(BaseModel):
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run. FLOPs count what the model computes, not what the device could."""
+    """One finished run. FLOPs count what the model computes."""
 
     metrics: RunMetrics
     core_parameters: int
@@ -70,7 +70,7 @@ class Result:
 
 
 def train(experiment: str, folder: Path, seconds: float, overrides: Sequence[str]) -> None:
-    """One run of pretrain.py, its command printed so that it can be repeated by hand."""
+    """Run pretrain.py, and print its command so that it can be repeated by hand."""
     command = [
         sys.executable,
         str(ROOT / "pretrain.py"),
@@ -93,7 +93,7 @@ def train(experiment: str, folder: Path, seconds: float, overrides: Sequence[str
 
 
 def measure(folder: Path) -> Result:
-    """What a finished run was and what it cost, from its newest checkpoint and its metrics."""
+    """Return the result and cost of a finished run, from its newest checkpoint and its metrics."""
     opened = Checkpoint(checkpoints_of(folder)[-1])
     head, metadata = build_model(opened, device="meta")
     counted = cost.measure(head.model)
@@ -118,7 +118,7 @@ def measure(folder: Path) -> Result:
 
 
 def table(results: Sequence[Result]) -> str:
-    """A Markdown table, one column a run; the better figure is in bold."""
+    """Return a Markdown table, one column per run; the better figure is in bold."""
     rows: list[tuple[str, list[str]]] = [
         ("core parameters", [f"{r.core_parameters:,}" for r in results]),
         ("all parameters", [f"{r.parameters:,}" for r in results]),
@@ -153,7 +153,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _marked(values: Sequence[float | None], better: str) -> list[str]:
-    """Values as text, the best of them in bold."""
+    """Format values, the best of them in bold."""
     known = [value for value in values if value is not None]
     best = (min if better == "lower" else max)(known) if known else None
     return [
@@ -163,7 +163,7 @@ def _marked(values: Sequence[float | None], better: str) -> list[str]:
 
 
 def verdict(results: Sequence[Result]) -> str:
-    """One sentence: who is ahead, and by how much."""
+    """Return one sentence: which run is ahead, and by how much."""
     headline = results[0].metrics.headline
     found = [] if headline is None else [(r.metrics.last(headline.key), r) for r in results]
     scored = [(value, r.metrics.name) for value, r in found if value is not None]

@@ -20,7 +20,7 @@ from utils.monitoring.run_log import RunMetrics
 
 
 def summary(run: RunMetrics) -> str:
-    """Where a run ended, in a few lines."""
+    """Return the last figures of a run, in a few lines."""
     lines = [f"{run.folder}: {run.records[-1]['step']:,} optimizer steps"]
     if (loss := run.last("train/lm_loss")) is not None:
         lines.append(f"  training loss        {loss:.4f} nats per token")
@@ -35,7 +35,7 @@ def summary(run: RunMetrics) -> str:
 
 
 def draw(runs: Sequence[RunMetrics], output: Path, setting: str | None = None) -> None:
-    """Six panels, one line a run in each; writes a PNG. setting: see `write_result`."""
+    """Draw six panels, one line per run in each, to a PNG. setting: see `write_result`."""
     try:
         import matplotlib
     except ImportError:
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
+    """Run the command; see the top of this file."""
     parser = argparse.ArgumentParser(
         prog="python scripts/plot_run.py", description="Draw the curves of one or more runs."
     )

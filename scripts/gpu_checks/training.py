@@ -1,4 +1,4 @@
-"""Parts that train: the same numbers as on the CPU, the same bits each time, one wait a step."""
+"""Check training: the CPU's numbers, the same bits each time, one wait per step."""
 
 import resource
 import statistics

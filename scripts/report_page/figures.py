@@ -1,4 +1,4 @@
-"""The figures of runs side by side: tables and charts, of whatever was logged.
+"""Build tables and charts of whatever runs logged, side by side.
 
 A figure's name is the last part of its key, its place what lies before it: eval/text/bits_per_byte
 is `bits_per_byte` of `text`. Places below another that has figures of its own (domains, groups of
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass
 class Group:
-    """The figures of one place, and its parts."""
+    """The figures of one place, and those of its parts."""
 
     place: str
     rows: list[Row]
@@ -58,7 +58,7 @@ class Group:
 
 
 def number(value: float) -> str:
-    """For people: whole numbers in full, others to about five digits."""
+    """Format whole numbers in full, others to about five digits."""
     if isinstance(value, int):
         return f"{value:,}"
     size = abs(value)
@@ -68,7 +68,7 @@ def number(value: float) -> str:
 
 
 def evaluation_groups(runs: Sequence[Run], mark: bool) -> list[Group]:
-    """The last evaluation of each run. mark: whether figures may be compared."""
+    """Return the figures of the last evaluations. mark: whether figures may be compared."""
     keys = dict.fromkeys(
         key.removeprefix("eval/")
         for run in runs
@@ -94,7 +94,7 @@ def evaluation_groups(runs: Sequence[Run], mark: bool) -> list[Group]:
 
 
 def _above(place: str) -> list[str]:
-    """The places that a place lies in, the outermost first."""
+    """Return the places that contain a place, the outermost first."""
     parts = place.split("/")
     return ["/".join(parts[:i]) for i in range(1, len(parts))]
 
@@ -117,7 +117,7 @@ def _row(runs: Sequence[Run], place: str, name: str, mark: bool) -> Row:
 
 
 def not_comparable(runs: Sequence[Run]) -> str:
-    """Why figures of the runs must not be held against each other; empty where they may."""
+    """Return why the runs' figures cannot be compared; empty if they can."""
     evaluated = [run for run in runs if run.last_evaluation]
     corpora = {
         run.config.get("data_paths_test", "[]").replace("[]", "") or run.config.get("data_paths")
@@ -146,13 +146,13 @@ TIME_UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
 def time_unit(runs: Sequence[Run]) -> tuple[str, float]:
-    """Name and seconds of the unit in which the longest run lasts more than five."""
+    """Return name and seconds of the unit of which the longest run lasts more than five."""
     longest = max((run.last("train/seconds") or 0.0 for run in runs), default=0.0)
     return next((unit for unit in TIME_UNITS if longest > 5 * unit[1]), TIME_UNITS[-1])
 
 
 def training_axes(runs: Sequence[Run]) -> list[Axis]:
-    """Along what a run is shown."""
+    """Return the axes along which a run is shown."""
     return [
         Axis("step", "optimizer step", integer=True, large=True),
         Axis("tokens", "tokens seen", large=True),
@@ -177,7 +177,7 @@ class Section:
         return self.charts[OPEN_CHARTS:]
 
     def add(self, chart: Chart, name: str) -> None:
-        """Takes a chart, unless all that it shows is one value, or an earlier chart shows it."""
+        """Add a chart, unless it shows only one value, or an earlier chart shows the same."""
         values = [value for line in chart.lines for value in line.y]
         if len(values) > len(chart.lines) and min(values) == max(values):
             self.constant.append((name, values[0]))
@@ -189,7 +189,7 @@ class Section:
             self.charts.append(chart)
 
     def drawn(self) -> "Section":
-        """Those that are shown at once along every axis, the others along the first."""
+        """Draw charts that are shown at once along every axis, others along the first."""
         for chart in self.first:
             chart.draw(len(chart.axes))
         for chart in self.folded:
@@ -198,7 +198,7 @@ class Section:
 
 
 def _equal(one: Chart, other: Chart) -> bool:
-    """Whether two charts show the same values under the same unit."""
+    """Return whether two charts show the same values in the same unit."""
     if one.label != other.label or [line.run for line in one.lines] != [
         line.run for line in other.lines
     ]:
@@ -221,7 +221,7 @@ def training_section(runs: Sequence[Run]) -> Section:
 
 
 def evaluation_section(runs: Sequence[Run]) -> Section:
-    """Figures that were evaluated more than once, over the course of training."""
+    """Chart the figures that were evaluated more than once, over the course of training."""
     section = Section()
     keys = _keys(runs, "eval/")
     for key in keys:
@@ -235,7 +235,7 @@ def evaluation_section(runs: Sequence[Run]) -> Section:
 
 
 def _keys(runs: Sequence[Run], prefix: str) -> list[str]:
-    """Of plain numbers below a prefix, the most telling first, wholes before their parts."""
+    """Return the keys of numbers below a prefix, the most telling first, wholes before parts."""
     keys = {
         key
         for run in runs
@@ -275,7 +275,7 @@ def _course(runs: Sequence[Run], key: str) -> list[Line]:
 
 
 def depth_section(runs: Sequence[Run]) -> Section:
-    """What more ACT steps buy, at the last evaluation; along FLOPs too where they are known."""
+    """Chart the last evaluation by ACT step, and by FLOPs if they are known."""
     section = Section()
     axes = [Axis("act", "ACT steps", integer=True),
             Axis("flops", "FLOP per token", large=True, log=True)]  # fmt: skip
@@ -299,14 +299,14 @@ def depth_section(runs: Sequence[Run]) -> Section:
 
 
 def _only_step(run: Run, place: str, name: str) -> dict[int, float]:
-    """The figure of a model that takes one step, and is logged without steps."""
+    """Return the figure of a model that takes one step, which is logged without steps."""
     stepped = any(found[0] == place for found in run.by_step)
     value = run.last_evaluation.get(f"eval/{place}/{name}")
     return {1: value} if is_number(value) and not stepped else {}
 
 
 def histogram_section(runs: Sequence[Run]) -> Section:
-    """Shares of rows by bin, at the last evaluation; those of two bins are figures of the table."""
+    """Chart shares of rows by bin, at the last evaluation; two bins are figures of the table."""
     section = Section()
     counts: dict[str, dict[int, list[int]]] = {}
     for run in runs:
@@ -334,5 +334,5 @@ def _title(name: str, place: str = "") -> str:
 
 
 def chart_data(*sections: Section) -> list[dict[str, Any]]:
-    """What the page's script knows of each chart, in the order of the page."""
+    """Return the data of each chart for the page's script, in the order of the page."""
     return [chart.data() for section in sections for chart in section.charts]
