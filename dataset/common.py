@@ -203,25 +203,50 @@ def token_byte_lengths(tokenizer_json_path: str | Path) -> np.ndarray:
     Special tokens and unused ids count as 0. Exact for byte-level BPE and byte-fallback tokens;
     for other tokenizers, the number of bytes a token adds when decoded after a letter.
     """
-    from tokenizers import Tokenizer
-
-    path = Path(tokenizer_json_path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}.") from error
-    try:
-        tokenizer = Tokenizer.from_buffer(content)
-        description = json.loads(content)
-    except Exception as error:  # tokenizers raises bare Exception for a malformed file
-        fault = tokenizer_fault(content, error)
-        raise UserError(f"{path} is not a tokenizer.json: {fault}.") from error
-
+    tokenizer, description = read_tokenizer(tokenizer_json_path)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     return byte_lengths(tokenizer, vocabulary, description)
 
 
-def tokenizer_fault(content: bytes, error: Exception) -> str:
+def read_tokenizer(
+    path: str | Path,
+    change: Callable[[dict[str, Any]], None] | None = None,
+    name: str = "the tokenizer",
+    advice: str = "",
+) -> tuple[Any, dict[str, Any]]:
+    """Read a tokenizer.json.
+
+    Args:
+        change: Edits the parsed file before the tokenizer is built from it.
+        name: The option that names the file, for errors.
+        advice: The way out, for errors.
+
+    Returns:
+        The `tokenizers.Tokenizer` and its parsed file.
+
+    Raises:
+        UserError: The file cannot be read or is not a tokenizer.json.
+    """
+    from tokenizers import Tokenizer
+
+    content = b""
+    try:
+        content = Path(path).read_bytes()
+        description = json.loads(content)
+        if change is None:
+            return Tokenizer.from_buffer(content), description
+        change(description)
+        return Tokenizer.from_str(json.dumps(description, ensure_ascii=False)), description
+    except UserError as error:
+        raise UserError(f"{name} {path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {name} {path}: {error.strerror or error}{advice}") from error
+    except Exception as error:  # tokenizers raises bare Exception for a malformed file
+        fault = _tokenizer_fault(content, error)
+        raise UserError(f"{name} {path} is not a valid tokenizer.json: {fault}{advice}") from error
+
+
+def _tokenizer_fault(content: bytes, error: Exception) -> str:
     """Describe, as a clause, what a file contains instead of a tokenizer.json."""
     try:
         value = json.loads(content)

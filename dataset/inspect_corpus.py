@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from dataset.common import (
     DatasetMetadata,
+    byte_lengths,
     find_split,
     load_metadata,
+    read_tokenizer,
     sha256_file,
-    token_byte_lengths,
     verify_arrays,
 )
 from dataset.output.corpus_statistics import (
@@ -62,16 +63,14 @@ class Tokenizer:
         path = root / "tokenizer.json"
         if not path.is_file():
             return None
-        byte_lengths = token_byte_lengths(path)  # reports what is wrong with the file
-        import tokenizers
-
-        kind = json.loads(path.read_bytes()).get("model", {}).get("type", "unknown kind")
-        loaded = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+        loaded, description = read_tokenizer(path)
+        lengths = byte_lengths(loaded, loaded.get_vocab(with_added_tokens=True), description)
+        kind = description.get("model", {}).get("type", "unknown kind")
         return cls(
-            f"{kind}, {len(byte_lengths):,} ids",
+            f"{kind}, {len(lengths):,} ids",
             lambda ids: loaded.decode(ids, skip_special_tokens=False),
             loaded.id_to_token,
-            byte_lengths,
+            lengths,
         )
 
 

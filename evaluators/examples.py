@@ -1,4 +1,4 @@
-"""Reading the files of examples that evaluators bring along."""
+"""Read the files of examples that evaluators take as options."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from utils.core.errors import UserError
 
 
 def read_json_lines(path: str, option: str = "path") -> list[tuple[str, dict[str, Any]]]:
-    """(where, object) of every line of a JSON lines file, here or remote, plain or compressed.
+    """Return (where, object) of every line of a JSON lines file, local or remote.
 
     `where` names file and line for error messages; `option` is the key that named the file.
     """
@@ -27,7 +27,7 @@ def read_json_lines(path: str, option: str = "path") -> list[tuple[str, dict[str
 
 
 def pick_evenly(count: int, limit: int | None) -> list[int]:
-    """At most `limit` of the numbers below `count`, evenly: files are often sorted by kind."""
+    """Return at most `limit` numbers below `count`, evenly: files are often sorted by kind."""
     if limit is None or limit >= count:
         return list(range(count))
     return [i * count // limit for i in range(limit)]

@@ -1,4 +1,4 @@
-"""Texts that a model writes, against references or by a scoring function of the user's own."""
+"""Score generated texts against references, or by a function of the user's own."""
 
 import importlib
 import re
@@ -26,14 +26,14 @@ ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence
 
 
 class Example(NamedTuple):
-    """prompt: ids. reference: text, empty without one."""
+    """prompt: ids. reference: text, empty if there is none."""
 
     prompt: list[int]
     reference: str
 
 
 class GenerationEvaluator:
-    """Continues prompts and compares the texts with references, over all ranks, below <prefix>/:
+    """Continue prompts and compare the texts with references, over all ranks, below <prefix>/:
 
     bleu, chrf              of the whole corpus of texts, by sacrebleu, 0 to 100
     rouge1, rouge2, rougeL  mean F-measure, by rouge-score, 0 to 1
@@ -49,7 +49,7 @@ class GenerationEvaluator:
     """
 
     class Config(Sampling):
-        """How texts are drawn, and of what."""
+        """Options: how texts are sampled, and from which prompts."""
 
         temperature: float = Field(0.0, ge=0, description="0: the likeliest token each time")
         path: str | None = Field(
@@ -102,7 +102,7 @@ class GenerationEvaluator:
         self.samples: list[dict[str, str]] = []
 
     def update_batch(self, batch: Batch, preds: Batch) -> None:
-        """Notes prompt and response of each row; batch: inputs and labels (B, S)."""
+        """Collect prompt and response of each row; batch: inputs and labels (B, S)."""
         if not self.reads_rows:
             return
         inputs, labels = (batch[name].cpu().numpy() for name in ("inputs", "labels"))
@@ -113,7 +113,7 @@ class GenerationEvaluator:
                 self.rows.append((prompt, targets[scored].tolist()))
 
     def examine(self, model: LanguageModel, group: Any) -> None:
-        """Writes a text for each prompt, and scores them."""
+        """Generate a text for each prompt, and score the texts."""
         config, examples = self.config, self._examples(model, group)
         if not examples:
             return
@@ -167,7 +167,7 @@ class GenerationEvaluator:
         return figures
 
     def _answer(self, text: str) -> str | None:
-        """What counts for an exact match; the last that the pattern finds."""
+        """Return the part that counts for an exact match: the pattern's last match."""
         if self.pattern is None:
             return text.strip()
         found = list(self.pattern.finditer(text))
@@ -176,7 +176,7 @@ class GenerationEvaluator:
     def result(
         self, save_path: str | None, rank: int, world_size: int, group: Any = None
     ) -> dict[str, float] | None:
-        """The figures, on rank 0."""
+        """Return the figures on rank 0, None elsewhere."""
         if rank != 0:
             return None
         if save_path is not None and self.samples:
@@ -192,7 +192,7 @@ class GenerationEvaluator:
 
 
 def load_metrics() -> tuple[Any, Any]:
-    """sacrebleu and rouge_score's scorer; UserError that says how to get them."""
+    """Return sacrebleu and rouge_score's scorer; raise UserError if they are not installed."""
     try:
         import sacrebleu
         from rouge_score import rouge_scorer
@@ -205,7 +205,7 @@ def load_metrics() -> tuple[Any, Any]:
 
 
 def compare(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """BLEU (Papineni et al. 2002) and chrF (Popović 2015) of the corpus, mean ROUGE (Lin 2004)."""
+    """Return BLEU (Papineni et al. 2002), chrF (Popović 2015), and mean ROUGE (Lin 2004)."""
     sacrebleu, rouge_scorer = load_metrics()
     kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = rouge_scorer.RougeScorer(kinds)
@@ -218,7 +218,7 @@ def compare(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]
 
 
 def load_function(name: str) -> ScoreFunction:
-    """The function that `package.module:function` names; UserError where there is none."""
+    """Return the function that `package.module:function` names; raise UserError without one."""
     module_name, sign, function_name = name.partition(":")
     if not sign or not function_name:
         raise UserError(f"score_function={name}: name it as package.module:function")

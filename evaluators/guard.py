@@ -1,4 +1,4 @@
-"""Evaluators side by side: one may fail, on one rank or on all, and the run goes on.
+"""Isolate evaluators: one may fail, on one rank or on all, and the run continues.
 
 Every collective of an evaluator goes through `Group`, so that a rank which has left it is noticed
 instead of waited for.
@@ -30,7 +30,7 @@ class Interrupted(Exception):
 
 
 def interrupt_if_asked(received: Sequence[int], backend: Backend) -> None:
-    """Raises Interrupted on all ranks if one of them received a signal. A collective."""
+    """Raise Interrupted on all ranks if one of them received a signal. A collective."""
     stop = received[0] if received else 0
     if backend.world_size > 1:
         number = backend.to_device({"stop": np.array([stop])})["stop"]
@@ -44,31 +44,31 @@ class PeerFailed(Exception):
 
 
 class Group:
-    """The ranks, as an evaluator sees them: where one fails, none waits for it."""
+    """The ranks, as an evaluator sees them: if one fails, none waits for it."""
 
     def __init__(self, backend: Backend, received: Sequence[int] = ()):
         self.backend, self.received = backend, received
 
     def gather_objects(self, value: T) -> list[T]:
-        """Every rank's value, on every rank."""
+        """Return every rank's value, on every rank."""
         parts = self.backend.gather_objects((True, value))
         if not all(inside for inside, _ in parts):
             raise PeerFailed
         return [part for _, part in parts]
 
     def pause(self) -> None:
-        """Between two pieces of work: raises Interrupted on all ranks if a signal asks for it."""
+        """Raise Interrupted on all ranks if one received a signal; call it between requests."""
         if stop := max(self.gather_objects(self.received[0] if self.received else 0)):
             raise Interrupted(stop)
 
     def wait_for_others(self) -> None:
-        """Returns when no rank is inside the evaluator any more."""
+        """Return when no rank is inside the evaluator any more."""
         while any(inside for inside, _ in self.backend.gather_objects((False, None))):
             pass
 
 
 class Guarded:
-    """Evaluators, of which one may fail without ending the run or leaving other ranks waiting."""
+    """Run evaluators so that a failing one neither ends the run nor leaves other ranks waiting."""
 
     def __init__(
         self, evaluators: Sequence[Evaluator], backend: Backend, received: Sequence[int] = ()
@@ -98,7 +98,7 @@ class Guarded:
             return None
 
     def begin(self) -> set[str]:
-        """The outputs that they need."""
+        """Reset the evaluators; return the outputs they need."""
         keys: set[str] = set()
         for place, evaluator in enumerate(self.evaluators):
             self._try(place, evaluator.begin_eval)
@@ -111,7 +111,7 @@ class Guarded:
                 self._try(place, evaluator.update_batch, batch, preds)
 
     def examine(self, ask: Callable[[Group], LanguageModel]) -> None:
-        """Lets those that want to ask the model. Raises Interrupted on all ranks together."""
+        """Call `examine` of those that have it. Raises Interrupted on all ranks together."""
         self._share_faults()
         for place, evaluator in enumerate(self.evaluators):
             if (examine := getattr(evaluator, "examine", None)) is None:
@@ -122,7 +122,7 @@ class Guarded:
             interrupt_if_asked(self.received, self.backend)
 
     def results(self, save_path: str | None) -> dict[str, Any]:
-        """Their figures; of those that failed on any rank a warning, and how many they are."""
+        """Return their figures, and how many failed on any rank; warn of each of these."""
         backend, figures = self.backend, list[dict[str, Any]]()
         self._share_faults()
         for place, evaluator in enumerate(self.evaluators):

@@ -1,4 +1,4 @@
-"""What each ACT step buys, and what the halting head knows of it.
+"""Report quality and cost of each ACT step, and how well the halting head predicts it.
 
 The halting head reads the whole row, later tokens included: where a row would halt by it describes
 the head, and is no way to score text.
@@ -66,7 +66,7 @@ class HaltingEvaluator:
         self.sums[name] = self.sums.get(name, 0) + values.astype(np.float64)
 
     def update_batch(self, batch: Batch, preds: Batch) -> None:
-        """preds: valid (B,) and outputs by step (B, steps); batch: perhaps iteration_targets."""
+        """Add a batch. preds: valid (B,), outputs by step (B, steps)."""
         valid = preds["valid"].cpu().numpy().astype(bool)
         curves = {
             name: _rows(preds[f"{source}_by_step"], valid)
@@ -90,7 +90,7 @@ class HaltingEvaluator:
             self._add_head(logits, right, curves)
 
     def _add_head(self, logits: np.ndarray, right: np.ndarray, curves: dict[str, Any]) -> None:
-        """logits, right: (rows, steps), what the head says and whether it should halt."""
+        """Add the head's logits and the right answers, both (rows, steps)."""
         count, steps = logits.shape
         says = logits > 0
         says[:, -1] = True
@@ -105,13 +105,13 @@ class HaltingEvaluator:
         self._add("brier", np.square(probability - right.ravel()).sum(keepdims=True))
 
     def examine(self, model: LanguageModel, group: Any) -> None:
-        """Only to learn what a step costs."""
+        """Read the cost of each step from the model."""
         self.flops = [model.flops_per_token(step + 1) for step in range(model.steps)]
 
     def result(
         self, save_path: str | None, rank: int, world_size: int, group: Any = None
     ) -> dict[str, float] | None:
-        """The figures, on rank 0. A collective where `group` is given."""
+        """Return the figures on rank 0, None elsewhere. A collective if `group` is given."""
         parts = [self.sums] if group is None else group.gather_objects(self.sums)
         if rank != 0:
             return None
@@ -152,7 +152,7 @@ class HaltingEvaluator:
     def _plot(
         self, folder: Path, curves: dict[str, np.ndarray], sums: dict[str, np.ndarray]
     ) -> None:
-        """halting.png: quality by step and by FLOPs, latents, and the halting head."""
+        """Draw halting.png: quality by step and by FLOPs, latents, and the halting head."""
         try:
             draw(folder / "halting.png", curves, sums)
         except (UserError, ImportError) as error:
@@ -164,7 +164,7 @@ def _rows(values: Tensor, valid: np.ndarray) -> np.ndarray:
 
 
 def draw(path: Path, curves: dict[str, np.ndarray], sums: dict[str, np.ndarray]) -> None:
-    """One picture of all that the evaluator found."""
+    """Draw everything that the evaluator reports as one picture."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

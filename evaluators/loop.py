@@ -1,4 +1,4 @@
-"""One evaluation: every row of a split, a fixed number of ACT steps, metrics over all ranks."""
+"""Evaluate every row of a split with a fixed number of ACT steps, over all ranks."""
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -71,7 +71,7 @@ class SetFigures:
             self.histograms[name].index_add_(0, value, valid.float())
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """Means by name, and lists of row counts under hist/. A collective."""
+        """Return means by name, and lists of row counts under hist/. A collective."""
         parts = [self.rows, torch.cat(self.curve), *self.histograms.values()]
         sizes = [part.numel() for part in parts]
         rows, curve, *histograms = reduce(torch.cat(parts)).cpu().split(sizes)
@@ -112,7 +112,7 @@ def run_batch(
     figures: SetFigures,
     end_step: Callable[[], None],
 ) -> Batch:
-    """All ACT steps on one batch; returns the outputs of the last one that `keys` names.
+    """Run all ACT steps on one batch; return those outputs of the last one that `keys` names.
 
     Rows that have halted keep their outputs. <name>_by_step is an output after each step, stacked
     in the second dimension. Besides the loss head's outputs there are row_nll (B,), the sum of a
@@ -153,7 +153,7 @@ def run_batch(
 
 
 def _of_step(name: str, preds: Batch, before: Batch, after: Batch, batch: Batch) -> Tensor | None:
-    """One output after a step, by name; before and after: the latents."""
+    """Return one output after a step, by name; before and after: the latents."""
     if name == "row_nll":
         return preds.get("unrefined_token_nll", preds["token_nll"]).sum(-1)
     if name == REASONING:
@@ -228,7 +228,7 @@ def run_all(
     save_outputs: Sequence[str],
     save_path: Path | None,
 ) -> dict[str, SetFigures]:
-    """Run every batch through the model, pass it to the evaluators, and save what is asked for."""
+    """Run every batch for figures and evaluators, and save `save_outputs`; return figures by set."""
     steps = 1 if model.model.takes_depth else depth
     dtype = model.model.config.dtype
     keys = guarded.begin() | set(save_outputs)
@@ -266,8 +266,8 @@ def save_predictions(saved: dict[str, list[Tensor]], folder: Path, rank: int) ->
 def create_evaluators(named: Sequence[Any], data: Data) -> list[Evaluator]:
     """Create the configured evaluators, on the first of the evaluated corpora.
 
-    Called before training, so that a faulty one is known before hours are spent. Without a test
-    split those that read its rows are left out.
+    Called before training, so that a faulty one fails before hours are spent. Without a test
+    split those that read its rows are skipped.
     """
     split = data.train if data.test is None else data.test
     made = [

@@ -1,4 +1,4 @@
-"""Grids solved exactly, also by a vote over several views of the same puzzle."""
+"""Count grids that are solved exactly, also by a vote over several views of a puzzle."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -15,18 +15,18 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class View:
-    """A way to look at a grid: cells in another order, digits under other names."""
+    """A view of a grid: cells in another order, digits under other names."""
 
     def __init__(self, cells: np.ndarray, names: np.ndarray):
         """cells: (S,) position that each position shows; names: (V,) what each id becomes."""
         self.cells, self.names = cells, names
 
     def show(self, rows: np.ndarray) -> np.ndarray:
-        """Grids (N, S) as they look in this view."""
+        """Return grids (N, S) in this view."""
         return self.names[rows[:, self.cells]]
 
     def undo(self, rows: np.ndarray) -> np.ndarray:
-        """Grids of this view (N, S) as they are."""
+        """Return the original grids (N, S) of those in this view."""
         return np.argsort(self.names)[rows][:, np.argsort(self.cells)]
 
 
@@ -82,7 +82,7 @@ class ExactMatchEvaluator:
         return [View(cells, names) for names in renamings for cells in self._geometry()]
 
     def _geometry(self) -> list[np.ndarray]:
-        """Orders of the cells, the first as they are."""
+        """Return the orders of the cells, the first unchanged."""
         length, config = self.metadata.seq_len, self.config
         if config.geometry == "none":
             return [np.arange(length)]
@@ -109,7 +109,7 @@ class ExactMatchEvaluator:
         self.figures: dict[str, float] = {}
 
     def update_batch(self, batch: Batch, preds: Batch) -> None:
-        """batch: inputs and labels (B, S) and others by row; preds (B, S), q_halt_logits (B,)."""
+        """Collect rows. batch: inputs, labels (B, S), others by row; preds: (B, S)."""
         valid = preds["valid"].cpu().numpy().astype(bool)
         row = {name: value.cpu().numpy()[valid] for name, value in batch.items()}
         row["preds"] = preds["preds"].cpu().numpy()[valid]
@@ -118,7 +118,7 @@ class ExactMatchEvaluator:
         self.rows.append(row)
 
     def examine(self, model: LanguageModel, group: Any) -> None:
-        """Answers in every view, and what most of them say."""
+        """Predict every view, and vote."""
         parts = [row for part in group.gather_objects(self.rows) for row in part]
         if not parts:
             return
@@ -142,14 +142,14 @@ class ExactMatchEvaluator:
     def result(
         self, save_path: str | None, rank: int, world_size: int, group: Any = None
     ) -> dict[str, float] | None:
-        """The figures, on rank 0."""
+        """Return the figures on rank 0, None elsewhere."""
         if rank != 0:
             return None
         return {f"{self.config.prefix}/{name}": value for name, value in self.figures.items()}
 
 
 def vote(answers: np.ndarray, sure: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """answers (views, N, S), sure (views, N), labels (N, S): figures of the votes."""
+    """Return the figures of the votes. answers: (views, N, S), sure: (views, N), labels: (N, S)."""
     first, two, agreement = [], [], []
     for row, label in enumerate(labels):
         scored = label != IGNORE_LABEL_ID

@@ -1,4 +1,4 @@
-r"""Tasks with answers to choose from, scored by how likely the model holds each.
+r"""Score tasks with choices by the probability that the model gives each of them.
 
     evaluators=[{name: tasks@MultipleChoiceEvaluator, path: arc.jsonl, delimiter: "\nAnswer: "}]
 
@@ -44,7 +44,7 @@ class Item(NamedTuple):
     group: str
 
     def solved(self) -> str:
-        """The whole text with its right answer, to show beforehand."""
+        """Return the text with its right answer, for use as a solved example."""
         context, continuation = self.pairs[self.answer or 0]
         return context + continuation
 
@@ -111,7 +111,7 @@ class MultipleChoiceEvaluator:
         self.begin_eval()
 
     def _solved_before(self, number: int, shots: Sequence[Item], own: bool) -> str:
-        """Solved examples to put before an item, drawn for it alone."""
+        """Return the solved examples before an item, drawn for it alone."""
         if not self.config.num_few_shot:
             return ""
         rng = np.random.default_rng((self.config.seed, number))
@@ -123,10 +123,10 @@ class MultipleChoiceEvaluator:
         self.figures: dict[str, float] = {}
 
     def update_batch(self, batch: Batch, preds: Batch) -> None:
-        """The rows of the corpus are of no interest here."""
+        """Ignore the rows of the corpus."""
 
     def examine(self, model: LanguageModel, group: Any) -> None:
-        """Scores every choice of every item."""
+        """Score every choice of every item."""
         requests = [
             model.encode_pair(shots + context, continuation)
             for shots, item in zip(self.shots, self.items, strict=True)
@@ -173,7 +173,7 @@ class MultipleChoiceEvaluator:
     def result(
         self, save_path: str | None, rank: int, world_size: int, group: Any = None
     ) -> dict[str, float] | None:
-        """The figures, on rank 0."""
+        """Return the figures on rank 0, None elsewhere."""
         if rank != 0:
             return None
         return {f"{self.place}/{name}": value for name, value in self.figures.items()}
@@ -189,7 +189,7 @@ def _accuracy(suffix: str, right: np.ndarray) -> dict[str, float]:
 
 
 def read_item(where: str, record: dict[str, Any], config: MultipleChoiceEvaluator.Config) -> Item:
-    """One example of a file; UserError that says what is wrong with it."""
+    """Return one example of a file; raise UserError that says what is wrong with it."""
     try:
         pairs, choices, answer = _pairs(record, config.delimiter)
         if not all(choice.strip() for choice in choices):
@@ -234,7 +234,7 @@ def _pairs(
 
 
 def _joined(context: str, delimiter: str, continuation: str) -> tuple[str, str]:
-    """Put the delimiter between two texts, less the spaces that one of them already has there."""
+    """Join two texts with the delimiter, without spaces that one of them already has there."""
     if continuation[:1].isspace() or (delimiter.isspace() and context[-1:].isspace()):
         delimiter = delimiter.rstrip(" \t")
     return context, delimiter + continuation
@@ -263,7 +263,7 @@ def _texts(record: dict[str, Any], key: str) -> list[str]:
 
 
 def _answer(record: dict[str, Any], choices: Sequence[str]) -> int:
-    """The place of the right choice, given as a number from 0, a label, a letter, or its text."""
+    """Return the index of the right choice, given as an index, a label, a letter, or its text."""
     key = next((key for key in ANSWER if key in record), ANSWER[0])
     value = _value(record, key)
     labels = record["choices"].get("label") if isinstance(record.get("choices"), dict) else None

@@ -1,4 +1,4 @@
-"""Perplexity of text: nats per token, bits per byte, by domain and by ACT step."""
+"""Report perplexity, nats per token and bits per byte, by domain and by ACT step."""
 
 import math
 from pathlib import Path
@@ -68,7 +68,7 @@ class PerplexityEvaluator:
     def result(
         self, save_path: str | None, rank: int, world_size: int, group: Any = None
     ) -> dict[str, float] | None:
-        """The figures on rank 0, None elsewhere. A collective where `group` is given."""
+        """Return the figures on rank 0, None elsewhere. A collective if `group` is given."""
         parts = [self.sums] if group is None else group.gather_objects(self.sums)
         if rank != 0:
             return None

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models import cost
 from models.inference.loading import build_model
-from scripts.plot_run import RunMetrics, draw
+from scripts.plot_run import draw
 from utils.checkpoint.format import Checkpoint, checkpoints_of
 from utils.config.key_values import run_command, split_key_values
 from utils.config.plugins import use_configured_plugins
@@ -31,6 +31,7 @@ from utils.config.schema import PositiveFloat
 from utils.config.values import assignment
 from utils.core.atomic import write_result
 from utils.core.errors import UserError
+from utils.monitoring.run_log import RunMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,7 +53,7 @@ class Options(BaseModel):
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run. FLOPs count what the model computes, not what the device could."""
+    """One finished run. FLOPs count what the model computes."""
 
     metrics: RunMetrics
     core_parameters: int
@@ -73,7 +74,7 @@ class Result:
 def train(
     experiment: str, folder: Path, seconds: float, overrides: Sequence[str], presets: Path | None
 ) -> None:
-    """Run pretrain.py once, printing the command so that it can be repeated by hand."""
+    """Run pretrain.py, and print its command so that it can be repeated by hand."""
     command = [
         sys.executable,
         str(ROOT / "pretrain.py"),
@@ -97,7 +98,7 @@ def train(
 
 
 def measure(folder: Path) -> Result:
-    """What a finished run was and what it cost, from its newest checkpoint and its metrics."""
+    """Return the result and cost of a finished run, from its newest checkpoint and its metrics."""
     opened = Checkpoint(checkpoints_of(folder)[-1])
     head, metadata = build_model(opened, device="meta")
     counted = cost.measure(head.model)
@@ -122,7 +123,7 @@ def measure(folder: Path) -> Result:
 
 
 def table(results: Sequence[Result]) -> str:
-    """A Markdown table, one column a run; the better figure is in bold."""
+    """Return a Markdown table, one column per run; the better figure is in bold."""
     rows: list[tuple[str, list[str]]] = [
         ("core parameters", [f"{r.core_parameters:,}" for r in results]),
         ("all parameters", [f"{r.parameters:,}" for r in results]),
@@ -157,7 +158,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _marked(values: Sequence[float | None], better: str) -> list[str]:
-    """Values as text, the best of them in bold."""
+    """Format values, the best of them in bold."""
     known = [value for value in values if value is not None]
     best = (min if better == "lower" else max)(known) if known else None
     return [
@@ -167,7 +168,7 @@ def _marked(values: Sequence[float | None], better: str) -> list[str]:
 
 
 def verdict(results: Sequence[Result]) -> str:
-    """One sentence: who is ahead, and by how much."""
+    """Return one sentence: which run is ahead, and by how much."""
     headline = results[0].metrics.headline
     found = [] if headline is None else [(r.metrics.last(headline.key), r) for r in results]
     scored = [(value, r.metrics.name) for value, r in found if value is not None]

@@ -25,7 +25,7 @@ NUM_PLAYS = 38
 
 
 def find_plays() -> dict[str, Path]:
-    """Files of the plays by name."""
+    """Return the files of the plays by name."""
     try:
         listed = files(PACKAGE) or []
     except PackageNotFoundError:
@@ -46,7 +46,7 @@ def find_plays() -> dict[str, Path]:
 
 
 def write_demo(output_dir: Path) -> None:
-    """Copy each play to its split's folder and say how much text that is."""
+    """Copy each play to its split's folder, and print how much text that is."""
     plays = find_plays()
     sizes = {"train": 0, "test": 0}
     with write_result(output_dir, f"--output-dir {output_dir}") as part:
@@ -64,7 +64,7 @@ def write_demo(output_dir: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
+    """Run the command; see the top of this file."""
     parser = command_parser("python scripts/demo_corpus.py", __doc__)
     parser.add_argument("--output-dir", type=Path, default=Path("data/demo"))
     args = parser.parse_args(argv)

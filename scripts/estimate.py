@@ -1,4 +1,4 @@
-r"""What a run would take, before it runs: parameters, FLOPs, memory, time and money.
+r"""Estimate a run before it starts: parameters, FLOPs, memory, time and money.
 
     python scripts/estimate.py arch=athena_trm_small hardware=h200
     python scripts/estimate.py arch=athena_trm_large hardware=a100 devices=8 tokens=1e10
@@ -83,14 +83,14 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
 
 
 def changed(overrides: Sequence[str], extra: Sequence[str]) -> list[str]:
-    """Overrides with those of `extra` in place of others of the same key."""
+    """Return overrides with those of `extra` in place of others of the same key."""
     replaced = {override.partition("=")[0].lstrip("+") for override in extra}
     kept = [o for o in overrides if o.partition("=")[0].lstrip("+") not in replaced]
     return [*kept, *extra]
 
 
 def rows_of(p: Plan) -> list[tuple[str, str]]:
-    """What is printed of a plan, as (name, value)."""
+    """Return the lines printed for a plan, as (name, value)."""
     c, rows = p.counted, p.config.global_batch_size
     steps = p.tokens * p.act_steps / (rows * c.seq_len)
     room = "fits" if p.fits else "DOES NOT FIT"
@@ -144,7 +144,7 @@ def assumptions(options: Options, p: Plan) -> str:
 
 
 def warnings_of(options: Options, overrides: Sequence[str], p: Plan) -> list[str]:
-    """What makes the plan impractical, each with settings that cost less and what they cost."""
+    """Return what makes the plan impractical, each with cheaper settings and their cost."""
     found = []
     carry = p.parts["carry"]
     if not p.fits:
@@ -235,7 +235,7 @@ def differing(overrides: Sequence[str], extra: Sequence[str], devices: int) -> l
 
 
 def compared(overrides: Sequence[str]) -> str:
-    """Runs training steps on this machine; a table of what they took beside the estimate."""
+    """Run training steps on this machine; return a table of measurements beside the estimate."""
     config = configure(overrides, 1)
     backend, _ = select_backend(config.device_type)
     device, free = backend.device.type, backend.available_memory()

@@ -115,7 +115,7 @@ def note(sentence: str) -> None:
 
 
 def load(options: Options) -> LanguageModel:
-    """The model, and what its user should know of it."""
+    """Load the model, and print notes on it."""
     use_plugins(options.plugins)
     backend, _ = select_backend(options.device_type)
     model = load_language_model(
@@ -139,7 +139,7 @@ def load(options: Options) -> LanguageModel:
 
 
 def check_cache(options: Options, model: LanguageModel, rows: int) -> None:
-    """States what the cache takes, and refuses what the device does not have."""
+    """Print the size of the cache; raise UserError if the device has too little memory."""
     if not options.cache:
         return
     need = model.cache_bytes(rows, options.cache_cycles)
@@ -162,7 +162,7 @@ def encode(model: LanguageModel, prompt: str) -> list[int]:
 
 
 def settings(options: Options) -> dict[str, Any]:
-    """Arguments of `LanguageModel.write`."""
+    """Return the arguments of `LanguageModel.write`."""
     return {
         "how": Sampling(**{name: getattr(options, name) for name in Sampling.model_fields}),
         "cached": options.cache,
@@ -172,7 +172,7 @@ def settings(options: Options) -> dict[str, Any]:
 
 
 def write_one(options: Options, model: LanguageModel, prompt: str) -> None:
-    """Shows the prompt, and its continuation as it comes."""
+    """Print the prompt, and its continuation as it is generated."""
     ids = encode(model, prompt)
     print(prompt, end="", flush=True)
     how = settings(options)
@@ -184,7 +184,7 @@ def write_one(options: Options, model: LanguageModel, prompt: str) -> None:
 
 
 def talk(options: Options, model: LanguageModel) -> None:
-    """A prompt, its continuation, the next prompt, until the input ends."""
+    """Read a prompt and print its continuation, until the input ends."""
     note("write the beginning of a text and press Enter; Ctrl-D ends")
     lines = input_lines()
     while True:
@@ -214,7 +214,7 @@ def input_lines() -> Iterator[bytes]:
 
 
 def prompts_of(path: Path) -> Iterator[str]:
-    """The prompts of a file, empty lines left out."""
+    """Yield the prompts of a file; skip empty lines."""
     try:
         source = find_source(str(path), "text", "prompts_file")
         if source.format == "parquet":
@@ -235,7 +235,7 @@ def prompts_of(path: Path) -> Iterator[str]:
 
 
 def write_many(options: Options, model: LanguageModel, prompts: list[str]) -> None:
-    """A JSON line {prompt, text, ended} for each, in order."""
+    """Print a JSON line {prompt, text, ended} for each prompt, in order."""
     ids = [encode(model, prompt) for prompt in prompts]
     numbers = iter(range(len(prompts)))
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
@@ -255,7 +255,7 @@ def write_many(options: Options, model: LanguageModel, prompts: list[str]) -> No
 
 
 def run(options: Options) -> None:
-    """Loads the model and continues what is asked."""
+    """Load the model, and continue the given prompts."""
     prompts = []
     if options.prompts_file is not None and not (prompts := list(prompts_of(options.prompts_file))):
         raise UserError(f"prompts_file={options.prompts_file} holds no prompt")

@@ -158,7 +158,7 @@ def run(args: Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
+    """Run the command; see the top of this file."""
     parser = command_parser("python scripts/gpu_check.py", __doc__)
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help="(default: all)")

@@ -1,4 +1,4 @@
-r"""EleutherAI's lm-evaluation-harness with Athena's models: its own command, which knows them too.
+r"""Run EleutherAI's lm-evaluation-harness on Athena's models: its own command, with one more model.
 
     pip install -r requirements-eval.txt
     python scripts/lm_eval_athena.py --model athena \
@@ -58,7 +58,7 @@ T = TypeVar("T")
 
 @register_model("athena")
 class AthenaLM(LM):
-    """A language model as the harness asks it; requests and results are its own."""
+    """A language model with the harness' interface."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class AthenaLM(LM):
         return f"{self.opened.folder}/tokenizer.json"
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results file says of the model."""
+        """Return what the results file records about the model."""
         model = self.model.model
         state = self.opened.json("state.json")
         return {
@@ -129,7 +129,7 @@ class AthenaLM(LM):
         raise UserError("Athena's models have no chat template: leave --apply_chat_template out")
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether it is the likeliest) of each request."""
+        """Return (log-probability of the continuation, whether it is the likeliest)."""
         found: list[tuple[float, bool]] = []
         for texts in _rounds([request.args for request in requests], self.round):
             for pair, score in zip(
@@ -140,7 +140,7 @@ class AthenaLM(LM):
         return found
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """White space at a context's end belongs to what follows, as in the harness' own models."""
+        """Move white space at a context's end to the continuation, as the harness does."""
         kept = context.rstrip() or context
         return self.model.encode_pair(kept, context[len(kept) :] + continuation)
 
@@ -167,7 +167,7 @@ class AthenaLM(LM):
         return totals
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """A continuation of each request's text, which ends before its stop strings."""
+        """Return a continuation of each request's text, which ends before its stop strings."""
         found = [""] * len(requests)
         for options, numbers in _alike(requests):
             stop, how = _sampling(options, self.max_gen_toks)
@@ -181,7 +181,7 @@ class AthenaLM(LM):
 
 
 def _alike(requests: Any) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """Numbers of the requests that share their options."""
+    """Yield the numbers of requests that share their options."""
 
     def options(number: int) -> str:
         return repr(sorted(requests[number].args[1].items()))
@@ -196,7 +196,7 @@ def _rounds(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def _backend(device: str) -> Backend:
-    """Of the harness' --device: cuda, cuda:1, cpu, mps, xla."""
+    """Return the backend for the harness' --device: cuda, cuda:1, cpu, mps, xla."""
     kind, _, number = device.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
         # the harness says cuda:0 where its user says nothing
@@ -213,7 +213,7 @@ def _backend(device: str) -> Backend:
 
 
 def _rows(batch_size: int | str) -> int:
-    """Of the harness' --batch_size, a number, or auto."""
+    """Return the rows for the harness' --batch_size, a number or auto."""
     if str(batch_size).partition(":")[0] == "auto":
         return 16
     if not str(batch_size).isdigit() or int(batch_size) < 1:
@@ -257,7 +257,7 @@ def _known(kwargs: dict[str, Any]) -> Sampling:
 
 
 def main(argv: Sequence[str] | None = None, evaluate: Callable[[], None] = cli_evaluate) -> None:
-    """The command; see the top of this file."""
+    """Run the command; see the top of this file."""
     if argv is not None:
         sys.argv[1:] = argv
     run_cli(evaluate)

@@ -7,126 +7,20 @@ Reads metrics.jsonl in each run's folder.
 """
 
 import argparse
-import json
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.core.console import run_cli
 from utils.core.errors import UserError
 from utils.monitoring.plotting import save_figure, with_slack
-
-METRICS = "metrics.jsonl"
-# What an evaluation is judged by: the first of these that a run has.
-HEADLINES = (
-    ("bits_per_byte", "bits per byte", "lower"),
-    ("exact_accuracy", "rows solved exactly, share", "higher"),
-    ("lm_loss", "loss, nats per label", "lower"),
-)
-
-
-@dataclass(frozen=True)
-class Headline:
-    """key: metric, such as eval/text/bits_per_byte. label: with its unit, for people."""
-
-    key: str
-    label: str
-    better: str
-    """lower | higher"""
-
-    def at_step(self, step: int) -> str:
-        """The same metric after one ACT step."""
-        place, _, name = self.key.rpartition("/")
-        return f"{place}/step_{step}/{name}"
-
-
-class RunMetrics:
-    """What a run logged, in the order of its optimizer steps."""
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.name = self.folder.resolve().name
-        self.records = read_records(self.folder)
-        self.headline = find_headline(self.records)
-
-    def series(self, key: str, against: str = "step") -> tuple[list[float], list[float]]:
-        """(values of `against`, values of `key`) where both were logged."""
-        points = [
-            (record[against], record[key])
-            for record in self.records
-            if record.get(key) is not None and record.get(against) is not None
-        ]
-        return [x for x, _ in points], [y for _, y in points]
-
-    def last(self, key: str) -> float | None:
-        values = self.series(key)[1]
-        return values[-1] if values else None
-
-    def by_act_step(self) -> dict[int, float]:
-        """The headline after each ACT step, at the last evaluation."""
-        if self.headline is None:
-            return {}
-        found: dict[int, float] = {}
-        step = 1
-        while (value := self.last(self.headline.at_step(step))) is not None:
-            found[step] = value
-            step += 1
-        return found
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; UserError where there is none.
-
-    A run that went on from an older checkpoint logged some steps twice: the later ones count. A
-    line that was cut off by a crash, or is just being written, is left out.
-    """
-    path = folder / METRICS
-    if not path.is_file():
-        below = ", ".join(str(found.parent) for found in sorted(folder.glob(f"*/{METRICS}"))[:5])
-        raise UserError(
-            f"{path} does not exist; name the folder of a run that was trained with logger=[jsonl]"
-            + (f"; below it there are {below}" if below else "")
-        )
-    records: list[dict[str, Any]] = []
-    for record in json_lines(path):
-        if not isinstance(record.get("step"), int):
-            continue
-        while records and records[-1]["step"] > record["step"]:
-            records.pop()
-        records.append(record)
-    if not records:
-        raise UserError(f"{path} holds no metrics yet; wait until log_interval steps are done")
-    return records
-
-
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; what is not one is left out."""
-    with path.open("rb") as file:
-        for line in file:
-            with suppress(ValueError):  # of JSON or of UTF-8
-                if isinstance(record := json.loads(line), dict):
-                    yield record
-
-
-def find_headline(records: Sequence[dict[str, Any]]) -> Headline | None:
-    """What the evaluations are judged by; None where there was none."""
-    keys = list(dict.fromkeys(key for record in records for key in record))
-    for name, label, better in HEADLINES:
-        pattern = re.compile(rf"eval/((budget|act)/)?[^/]+/{name}")
-        key = next((key for key in keys if pattern.fullmatch(key)), None)
-        if key is not None:
-            return Headline(key, label, better)
-    return None
+from utils.monitoring.run_log import RunMetrics
 
 
 def summary(run: RunMetrics) -> str:
-    """Where a run ended, in a few lines."""
+    """Return the last figures of a run, in a few lines."""
     lines = [f"{run.folder}: {run.records[-1]['step']:,} optimizer steps"]
     if (loss := run.last("train/lm_loss")) is not None:
         lines.append(f"  training loss        {loss:.4f} nats per token")
@@ -141,7 +35,7 @@ def summary(run: RunMetrics) -> str:
 
 
 def draw(runs: Sequence[RunMetrics], output: Path, setting: str | None = None) -> None:
-    """Six panels, one line a run in each; writes a PNG. setting: see `write_result`."""
+    """Draw six panels, one line per run in each, to a PNG. setting: see `write_result`."""
     try:
         import matplotlib
     except ImportError:
@@ -204,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
+    """Run the command; see the top of this file."""
     parser = argparse.ArgumentParser(
         prog="python scripts/plot_run.py", description="Draw the curves of one or more runs."
     )

@@ -1,4 +1,4 @@
-r"""One page about one or more runs: figures, curves, samples, config, and where the time went.
+r"""Write one page about one or more runs: figures, curves, samples, config, and times.
 
     python scripts/report.py checkpoints/athena/quickstart
     python scripts/report.py checkpoints/athena/one checkpoints/athena/two --output both.html
@@ -40,7 +40,7 @@ class Sample(NamedTuple):
 
 
 def open_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs, under names that tell them apart."""
+    """Return the runs, under different names."""
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"a run is named twice among {' '.join(map(str, folders))}; name each once")
     runs = [Run(folder, number) for number, folder in enumerate(folders)]
@@ -55,7 +55,7 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Labels and one text a run; what no run knows is left out."""
+    """Return labels with one text per run; facts that no run has are left out."""
     facts = [_facts(run) for run in runs]
     labels = dict.fromkeys(label for found in facts for label in found)
     return [(label, [found.get(label, "–") for found in facts]) for label in labels]
@@ -147,7 +147,7 @@ def _large(value: float) -> str:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """What a reader must know before the figures, a sentence each."""
+    """Return warnings to show above the figures, one sentence each."""
     said = []
     for run in runs:
         last = run.training[-1] if run.training else {}
@@ -169,7 +169,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str | None]]]:
-    """Keys whose values differ between the runs that have a config."""
+    """Return the keys whose values differ between the runs that have a config."""
     known = dict.fromkeys(key for run in runs for key in run.config if key not in OF_ITS_OWN)
     rows = [(key, [run.config.get(key) for run in runs]) for key in known]
     with_config = [i for i, run in enumerate(runs) if run.config]
@@ -177,7 +177,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str | None]]]:
 
 
 def samples(runs: Sequence[Run]) -> list[Sample]:
-    """Every prompt of the newest evaluations, with each run's text."""
+    """Return every prompt of the newest evaluations, with each run's text."""
     written = [(run, run.samples()) for run in runs]
     found = []
     for key in dict.fromkeys(key for _, texts in written for key in texts):
@@ -196,7 +196,7 @@ def _cut(text: str) -> str:
 
 
 def pictures(runs: Sequence[Run]) -> list[tuple[Run, str, str]]:
-    """Run, name and data URL of what evaluators drew last."""
+    """Return run, name and data URL of the evaluators' latest pictures."""
     found = []
     for run in runs:
         folder = run.evaluation_folder()
@@ -213,7 +213,7 @@ def pictures(runs: Sequence[Run]) -> list[tuple[Run, str, str]]:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The whole HTML file."""
+    """Return the whole HTML file."""
     caution = figures.not_comparable(runs)
     sections = {
         "depth": figures.depth_section(runs).drawn(),
@@ -273,7 +273,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
+    """Run the command; see the top of this file."""
     parser = command_parser("python scripts/report.py", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument(

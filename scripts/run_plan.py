@@ -1,4 +1,4 @@
-"""A run on given hardware: what its config comes to in memory, steps, time and money."""
+"""Plan a run on given hardware: its memory, steps, time and money."""
 
 import sys
 import time
@@ -60,7 +60,7 @@ HARDWARE = {
 
 
 class Options(BaseModel):
-    """The keys beside pretrain.py's."""
+    """The keys besides those of pretrain.py."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -108,12 +108,12 @@ class Plan:
 
     @property
     def passes(self) -> float:
-        """Layer passes for each trained token."""
+        """Return the layer passes for each trained token."""
         return self.counted.layer_passes * self.act_steps
 
 
 def configure(overrides: Sequence[str], ranks: int) -> PretrainConfig:
-    """The checked config; without a corpus, of sizes that are usual."""
+    """Return the checked config; without a corpus, with usual sizes."""
     keys, _ = split_config_dirs([*overrides])
     composed = apply_trained_config(compose_config([*overrides, "dry_run=true"]), keys)
     if not composed.data_paths:
@@ -123,7 +123,7 @@ def configure(overrides: Sequence[str], ranks: int) -> PretrainConfig:
 
 
 def plan(options: Options, overrides: Sequence[str], tokens: float | None = None) -> Plan:
-    """Counts one run; `tokens` overrules the options."""
+    """Plan one run; `tokens` overrides the options."""
     hardware = HARDWARE[options.hardware]
     devices = options.devices or hardware.devices
     config = configure(overrides, devices)
@@ -165,7 +165,7 @@ def plan(options: Options, overrides: Sequence[str], tokens: float | None = None
 
 
 def steps_of_an_example(config: PretrainConfig, arch: Any, data: Data | None) -> tuple[float, str]:
-    """Mean ACT steps that a training example takes, and what that rests on."""
+    """Return the mean ACT steps of a training example, and the assumption behind it."""
     most = getattr(arch, "halt_max_steps", 1)
     if most == 1:
         return 1.0, "there is one step"
@@ -196,7 +196,7 @@ def steps_of_an_example(config: PretrainConfig, arch: Any, data: Data | None) ->
 def budget(
     config: PretrainConfig, counted: cost.Cost, act_steps: float, data: Data | None
 ) -> float:
-    """Tokens of the run where none are asked for."""
+    """Return the tokens of the run if the options give none."""
     if config.max_steps is not None:
         return config.max_steps * config.global_batch_size * counted.seq_len / act_steps
     if data is not None:

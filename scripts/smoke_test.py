@@ -1,4 +1,4 @@
-r"""Does everything work here? Text to tokenizer to corpus to a trained, evaluated tiny model.
+r"""Check that everything works here, from text to a trained and evaluated tiny model.
 
     python scripts/smoke_test.py --run-training
     python scripts/smoke_test.py --run-training --dataset-name roneneldan/TinyStories
@@ -21,11 +21,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.demo_corpus import find_plays
-from scripts.plot_run import RunMetrics, summary
+from scripts.plot_run import summary
 from utils.config.values import assignment
 from utils.core.atomic import write_result
 from utils.core.console import run_cli
 from utils.core.errors import UserError
+from utils.monitoring.run_log import RunMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT_BYTES = 300_000
@@ -37,7 +38,7 @@ TRAINING = """
 
 
 def write_text(output_dir: Path, dataset_name: str | None) -> Path:
-    """A file of JSON lines with about TEXT_BYTES of text, from the first source that answers."""
+    """Write a file of JSON lines of about TEXT_BYTES, from the first source that is available."""
     sources = {
         "the demo corpus": plays,
         "the documentation of the Python standard library": standard_library,
@@ -57,7 +58,7 @@ def write_text(output_dir: Path, dataset_name: str | None) -> Path:
 
 
 class Unavailable(Exception):
-    """A source of text that is not there; the message says why in a few words."""
+    """A source of text is not available; the message says why in a few words."""
 
 
 def _write_lines(path: Path, texts: Iterator[str]) -> int:
@@ -79,7 +80,7 @@ def _write_lines(path: Path, texts: Iterator[str]) -> int:
 
 
 def downloaded(name: str) -> Iterator[str]:
-    """Texts of a data set, NAME or NAME:CONFIGURATION, through the `datasets` library."""
+    """Yield texts of a data set, NAME or NAME:CONFIGURATION, through the `datasets` library."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -101,7 +102,7 @@ def downloaded(name: str) -> Iterator[str]:
 
 
 def plays() -> Iterator[str]:
-    """Paragraphs of the demo corpus."""
+    """Yield the paragraphs of the demo corpus."""
     try:
         files = find_plays()
     except UserError as error:
@@ -111,7 +112,7 @@ def plays() -> Iterator[str]:
 
 
 def standard_library() -> Iterator[str]:
-    """Docstrings of the standard library: English text that is wherever Python is."""
+    """Yield docstrings of the standard library: English text that comes with Python."""
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -123,7 +124,7 @@ def standard_library() -> Iterator[str]:
 
 
 def call(*command: str | Path) -> None:
-    """Runs one of the project's own commands from the project's folder, and shows it."""
+    """Run one of the project's own commands in the project's folder, and print it."""
     words = [str(word) for word in command]
     print("+ python " + shlex.join(words), flush=True)
     status = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
@@ -167,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
+    """Run the command; see the top of this file."""
     parser = argparse.ArgumentParser(
         prog="python scripts/smoke_test.py",
         description="Text to tokenizer to corpus to a trained, evaluated tiny model.",

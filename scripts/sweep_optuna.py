@@ -1,4 +1,4 @@
-r"""Search settings with Optuna: each trial is a training run, and hopeless ones end early.
+r"""Search settings with Optuna: each trial is a training run, and poor ones stop early.
 
     pip install -r requirements-sweep.txt
     python scripts/sweep_optuna.py trials=20 data_paths="[data/my_corpus]" \
@@ -34,7 +34,6 @@ from hydra.errors import HydraException
 from pydantic import BaseModel, ConfigDict, Field
 
 from evaluators.loop import create_evaluators
-from scripts.plot_run import METRICS, RunMetrics, read_records
 from utils.checkpoint.run_config import apply_trained_config
 from utils.config.key_values import run_command, split_key_values
 from utils.config.load import PretrainConfig, compose_config, load_config
@@ -43,6 +42,7 @@ from utils.config.values import assignment, readable
 from utils.core.atomic import write_result
 from utils.core.errors import UserError
 from utils.corpus.data import open_data
+from utils.monitoring.run_log import METRICS, RunMetrics, read_records
 
 try:
     import optuna
@@ -80,7 +80,7 @@ GIVEN_BY_TRIALS = ("run_name", "checkpoint_path")
 
 
 def sweeps_and_fixed(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
-    """The keys that trials vary, and the other arguments as they are."""
+    """Return the keys that trials vary, and the other arguments unchanged."""
     try:
         texts = [readable(argument, sweep=True) for argument in arguments]
         overrides = OverridesParser.create().parse_overrides(texts)
@@ -99,7 +99,7 @@ def sweeps_and_fixed(arguments: Sequence[str]) -> tuple[list[Override], list[str
 
 
 def suggested(trial: optuna.Trial, override: Override) -> str:
-    """`key=value` with a value that the study wants to know about."""
+    """Return `key=value` with the value that the study suggests."""
     key, sweep = override.key_or_group, override.value()
     log = "log" in getattr(sweep, "tags", ())
     value: Any
@@ -120,7 +120,7 @@ def suggested(trial: optuna.Trial, override: Override) -> str:
 
 
 def check_sweep(override: Override) -> None:
-    """UserError for a sweep that holds no value, before anything is trained."""
+    """Raise UserError for a sweep without a value, before anything is trained."""
     try:
         suggested(optuna.create_study().ask(), override)
     except (ValueError, IndexError) as error:
@@ -156,7 +156,7 @@ class Search:
         self._check_evaluated()
 
     def _check_evaluated(self) -> None:
-        """UserError where a trial would end without a figure: not after it was trained."""
+        """Raise UserError if trials would end without a figure, before one is trained."""
         config = self._plausible()
         for name in ("lr_find", "dry_run", "eval_only"):
             if getattr(config, name):
@@ -240,7 +240,7 @@ class Search:
     def _evaluations(
         self, process: subprocess.Popen[bytes], run: Path
     ) -> Iterator[tuple[int, float | None]]:
-        """(step, figure) of each evaluation, as the run logs them; None: it was not finite."""
+        """Yield (step, figure) of each evaluation as the run logs it; None: it was not finite."""
         done = 0
         while True:
             running = process.poll() is None
@@ -277,7 +277,7 @@ class Search:
 
 
 def _ended(process: subprocess.Popen[bytes]) -> int:
-    """The exit status of a trial, which is told to leave if it still runs."""
+    """Stop a trial that is still running; return its exit status."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     try:
@@ -368,7 +368,7 @@ def write_trials(study: optuna.Study, args: Options) -> None:
 
 
 def print_trials(study: optuna.Study, args: Options) -> None:
-    """Prints the trials, best first."""
+    """Print the trials, best first."""
     trials = best_first(study)
     complete = [t for t in trials if t.state.name == "COMPLETE"]
     if not complete:

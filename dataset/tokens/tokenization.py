@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 from tokenizers import Tokenizer
 
-from dataset.common import byte_lengths, token_dtype, tokenizer_fault
+from dataset.common import byte_lengths, read_tokenizer, token_dtype
 from dataset.tokens.encoders import (
     CheckedEncoder,
     Encoder,
@@ -167,30 +167,19 @@ def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
         inside = path / "tokenizer.json"
         advice = f"pass {inside}" if inside.is_file() else "pass a file"
         raise UserError(f"--tokenizer-json {path} is a directory; {advice}.")
-    content = b""
-    try:
-        content = path.read_bytes()
-        description = orjson.loads(content)
-        description["truncation"] = None
-        description["padding"] = None
-        if description["model"].get("dropout") is not None:
-            description["model"]["dropout"] = None  # random; corpora must be reproducible
-        if isinstance(description["model"]["vocab"], dict):  # Unigram models have a list
-            _keep_ids(description)
-        return Tokenizer.from_str(orjson.dumps(description).decode()), description
-    except UserError as error:
-        raise UserError(f"--tokenizer-json {path}: {error}") from None
-    except OSError as error:
-        raise UserError(
-            f"cannot read --tokenizer-json {path}: {error.strerror or error}; "
-            "create one with dataset.train_tokenizer."
-        ) from error
-    except Exception as error:  # tokenizers raises bare Exception for a malformed file
-        fault = tokenizer_fault(content, error)
-        raise UserError(
-            f"--tokenizer-json {path} is not a valid tokenizer.json: {fault}; create one with "
-            "dataset.train_tokenizer."
-        ) from error
+    return read_tokenizer(
+        path, _normalize, "--tokenizer-json", "; create one with dataset.train_tokenizer."
+    )
+
+
+def _normalize(description: dict[str, Any]) -> None:
+    """Remove settings that would alter or truncate documents."""
+    description["truncation"] = None
+    description["padding"] = None
+    if description["model"].get("dropout") is not None:
+        description["model"]["dropout"] = None  # random; corpora must be reproducible
+    if isinstance(description["model"]["vocab"], dict):  # Unigram models have a list
+        _keep_ids(description)
 
 
 def _has_id_gaps(model: dict[str, Any]) -> bool:

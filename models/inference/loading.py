@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from dataset.common import DatasetMetadata
+from dataset.common import DatasetMetadata, read_tokenizer
 from dataset.tokens.tokenization import TextTokenizer
 from models.build import create_model, load_into, match_identifiers
 from models.inference.language_model import LanguageModel
@@ -92,7 +91,7 @@ def load_language_model(
 
 def open_tokenizer(path: Path, metadata: DatasetMetadata) -> TextTokenizer:
     """The tokenizer of a corpus, with the corpus' eos and pad."""
-    known = Tokenizer.from_str(path.read_text("utf-8"))
+    known, _ = read_tokenizer(path)
     eos = None if metadata.eos_id is None else known.id_to_token(metadata.eos_id)
     return TextTokenizer(path, eos, known.id_to_token(metadata.pad_id))
 

@@ -1,4 +1,4 @@
-r"""How long a checkpoint stops training, against copying it and against writing it.
+r"""Measure how long a checkpoint stops training, beside copying it and writing it.
 
     python scripts/benchmarks/checkpoint.py experiment=quickstart
     python scripts/benchmarks/checkpoint.py arch=athena_trm_medium global_batch_size=32 rounds=5

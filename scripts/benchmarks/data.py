@@ -1,4 +1,4 @@
-"""What building and streaming corpora costs, as ratios to references measured in the same run.
+"""Benchmark building and streaming corpora, as ratios to references measured in the same run.
 
     python scripts/benchmarks/data.py --input-files novels.jsonl.zst --tokenizer-json gpt2.json
 
@@ -47,7 +47,7 @@ LIBRARIES = ("huggingface", "gigatoken")
 
 @dataclasses.dataclass
 class Row:
-    """One line of the table; `holds` says whether the figure is what is asked for."""
+    """One line of the table; `holds`: whether the figure meets the target."""
 
     what: str
     figure: str
@@ -56,7 +56,7 @@ class Row:
 
 
 class Bench:
-    """The inputs, a scratch folder, and processes that are measured."""
+    """The inputs, a scratch folder, and the processes to measure."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.folder = folder
@@ -82,7 +82,7 @@ class Bench:
         return path
 
     def build(self, source: Path | list[Path], out: str, *options: str) -> dict[str, float]:
-        """Seconds, CPU-seconds, and peak memory in MB of a build in a process of its own."""
+        """Build in a process of its own; return seconds, CPU-seconds, and peak memory in MB."""
         shutil.rmtree(self.folder / out, ignore_errors=True)
         return self.run("build", self.build_options(source, out, *options))
 
@@ -94,7 +94,7 @@ class Bench:
         ]
 
     def tokenize(self, source: Path, library: str, workers: int) -> dict[str, float]:
-        """The same of nothing but tokenizing the same text, held in memory, in the same batches."""
+        """Tokenize the same text from memory, in the same batches; return the same figures."""
         return self.run("tokenize", [str(self.tokenizer_json), str(source), library, str(workers)])
 
     def run(self, task: str, arguments: list[str]) -> dict[str, float]:
@@ -106,7 +106,7 @@ class Bench:
 
 
 def measured(work: Callable[[], object]) -> dict[str, float]:
-    """Seconds and CPU-seconds of a call, and this process' peak memory in MB."""
+    """Return seconds and CPU-seconds of a call, and this process' peak memory in MB."""
     import resource
 
     started, cpu = time.perf_counter(), time.process_time()
@@ -119,7 +119,7 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
 
 
 def tokenize_task(tokenizer_json: str, source: str, library: str, workers: str) -> dict[str, float]:
-    """Nothing but loading the tokenizer and tokenizing; `prototype`: as the prototype did it."""
+    """Load the tokenizer and tokenize; `prototype`: as the prototype did it."""
     lines = Path(source).read_bytes().split(b"\n")[:-1]
     texts = [orjson.loads(line)["text"].encode() for line in lines]
     batches: list[list[bytes]] = [[]]
@@ -149,7 +149,7 @@ def tokenize_task(tokenizer_json: str, source: str, library: str, workers: str) 
 
 
 def speed_rows(bench: Bench) -> Iterable[Row]:
-    """Builds against pure tokenization and against the prototype."""
+    """Compare builds with pure tokenization and with the prototype."""
     runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(bench.rounds):
         taking_turns = {
@@ -203,7 +203,7 @@ def speed_rows(bench: Bench) -> Iterable[Row]:
 
 
 def memory_rows(bench: Bench) -> Iterable[Row]:
-    """Peak memory of a build, and of one with five times the input."""
+    """Measure the peak memory of a build, and of one with five times the input."""
     for library in LIBRARIES:
         options = ("--tokenizer-library", library, "--workers", "2")
         small = bench.build(bench.once, "memory", *options)["peak"]
@@ -217,7 +217,7 @@ def memory_rows(bench: Bench) -> Iterable[Row]:
 
 
 def short_document_rows(bench: Bench) -> Iterable[Row]:
-    """Half a million documents of twelve words, and three million."""
+    """Build half a million documents of twelve words, and three million."""
     chooser = random.Random(1)
     words = " ".join(bench.texts[:5]).split()
     runs = []
@@ -237,7 +237,7 @@ def short_document_rows(bench: Bench) -> Iterable[Row]:
 
 
 def long_document_rows(bench: Bench) -> Iterable[Row]:
-    """One document of about 20 M tokens against one of 5 M."""
+    """Build one document of about 20 M tokens, and one of 5 M."""
     everything = " ".join(bench.texts)
     while len(everything) < 84e6:
         everything += everything
@@ -259,7 +259,7 @@ def long_document_rows(bench: Bench) -> Iterable[Row]:
 
 
 def same_files(one: Path, other: Path) -> bool:
-    """Whether two corpora hold the same bytes, but for the report, which tells times."""
+    """Return whether two corpora hold the same bytes, apart from the report, which has times."""
     names = [
         {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
         for root in (one, other)
@@ -271,7 +271,7 @@ def same_files(one: Path, other: Path) -> bool:
 
 
 def identity_rows(bench: Bench, kills: int) -> Iterable[Row]:
-    """The same bytes from either library, any number of workers, and after kills."""
+    """Check for the same bytes from either library, any number of workers, and after kills."""
     options = {
         "hf": ("--workers", "2"),
         "hf1": ("--workers", "1"),
@@ -292,7 +292,7 @@ def identity_rows(bench: Bench, kills: int) -> Iterable[Row]:
 
 
 def killed_build(bench: Bench, kills: int) -> int:
-    """Kills a build at random moments until it has been killed that often; then lets it end."""
+    """Kill a build this many times at random moments, then let it finish; return the kills."""
     chooser = random.Random()
     options = ("--tokenizer-library", "gigatoken", "--resume", "--save-every", "0.05")
     command = [sys.executable, __file__, "--task", "build"]
@@ -316,7 +316,7 @@ def killed_build(bench: Bench, kills: int) -> int:
 
 
 def layout_rows(bench: Bench) -> Iterable[Row]:
-    """Bytes per token of the layout `stream`, and padding of best-fit rows."""
+    """Measure bytes per token of the layout `stream`, and padding of best-fit rows."""
     options = ("--tokenizer-library", "gigatoken")
     bench.build(bench.five, "stream", "--layout", "stream", *options)
     bench.build(bench.five, "npy", *options)
@@ -336,7 +336,7 @@ def layout_rows(bench: Bench) -> Iterable[Row]:
 
 
 def streaming_rows(bench: Bench) -> Iterable[Row]:
-    """Reading what was built, in both layouts and with several domains."""
+    """Read what was built, in both layouts and with several domains."""
     options = ("--tokenizer-library", "gigatoken")
     for layout in ("npy", "stream"):
         bench.build(bench.five, f"read_{layout}", "--layout", layout, *options)
@@ -391,7 +391,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """The command; see the top of this file."""
+    """Run the command; see the top of this file."""
     if sys.argv[1:2] == ["--task"]:
         task: Any = {
             "build": lambda *options: measured(lambda: build_corpus(options)),

@@ -1,4 +1,4 @@
-r"""What a cache of keys and values gives, and what sharing it costs.
+r"""Benchmark generation with a cache of keys and values, and the loss by sharing it.
 
     python scripts/benchmarks/generate.py checkpoint=checkpoints/athena/my_run \
         text_file=held_out.txt
@@ -52,7 +52,7 @@ def decoder(model: LanguageModel, rows: int, **options) -> Decoder:
 
 @torch.no_grad()
 def read(model: LanguageModel, texts: list[list[int]], prompt: int, **options) -> torch.Tensor:
-    """Logits (B, tokens after the prompt, V), token by token."""
+    """Return logits (B, tokens after the prompt, V), read token by token."""
     reader = decoder(model, len(texts), **options)
     found = [reader.begin([text[:prompt] for text in texts])]
     for n in range(prompt, len(texts[0]) - 1):
@@ -61,7 +61,7 @@ def read(model: LanguageModel, texts: list[list[int]], prompt: int, **options) -
 
 
 def nats(logits: torch.Tensor, texts: list[list[int]], prompt: int) -> float:
-    """Mean cost of the true tokens after the prompt."""
+    """Return the mean cost of the true tokens after the prompt."""
     labels = torch.tensor([text[prompt:] for text in texts])
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
 
@@ -74,7 +74,7 @@ def seconds(model: LanguageModel, prompts: list[list[int]], new: int, **options)
 
 
 def compare_speed(model: LanguageModel, texts: list[list[int]], prompt: int, rounds: int) -> None:
-    """A table of tokens per second, for one text and for all of them at once."""
+    """Print tokens per second, for one text and for all of them at once."""
     kinds: dict[str, dict[str, Any]] = {
         "computed again": {"cached": False},
         "kept": {},
@@ -100,7 +100,7 @@ def compare_speed(model: LanguageModel, texts: list[list[int]], prompt: int, rou
 def compare_probabilities(
     model: LanguageModel, precise: LanguageModel, texts: list[list[int]], prompt: int
 ) -> None:
-    """A table of what the true tokens cost, by outer cycles whose keys and values are kept.
+    """Print the cost of the true tokens by outer cycles whose keys and values are kept.
 
     precise: the model in float64, whose distance is that of the model's own rounding.
     """

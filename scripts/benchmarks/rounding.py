@@ -1,4 +1,4 @@
-"""How far rounding carries a recursion: float32 and bfloat16 against float64, by ACT step.
+"""Measure rounding in a recursion: float32 and bfloat16 against float64, by ACT step.
 
     python scripts/benchmarks/rounding.py arch=athena_trm_large arch.hidden_size=64 arch.num_heads=4
 
@@ -58,7 +58,7 @@ def rows(count: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def build(overrides: Sequence[str], dtype: str) -> tuple[PretrainConfig, ACTLossHead]:
-    """The model of a config in a precision; its first weights are the same in all of them."""
+    """Return a config and its model in a precision; initial weights are the same in all."""
     config = load_config(
         compose_config(
             ["data_paths=[unread]", f"global_batch_size={ROWS}", *overrides, "device_type=cpu",

@@ -1,4 +1,4 @@
-"""What reading a corpus for training costs, and whether it can be resumed anywhere.
+"""Benchmark reading a corpus for training, and check that it resumes anywhere.
 
 Part of data.py: each function measures one thing on corpora that were built before, and
 yields lines of its table as (what, figure, asked, whether it holds).
@@ -28,7 +28,7 @@ DRAWS = 10_000
 
 
 def stream_lines(npy: Path, stream: Path, domains: Path, rounds: int) -> Iterator[Line]:
-    """All lines, for a corpus in both layouts and one of several domains."""
+    """Yield all lines, for a corpus in both layouts and one of several domains."""
     yield from cold_lines(npy, stream, rounds)
     for layout, folder in (("npy", npy), ("stream", stream)):
         yield from warm_lines(layout, folder, rounds)
@@ -37,7 +37,7 @@ def stream_lines(npy: Path, stream: Path, domains: Path, rounds: int) -> Iterato
 
 
 def cold_lines(npy: Path, stream: Path, rounds: int) -> Iterator[Line]:
-    """Random batches off a cold disk, against the same rows of a plain int32 memory map."""
+    """Read random batches from a cold disk, and the same rows of a plain int32 memory map."""
     reference = _int32_copy(npy)
     plain = [np.load(path, mmap_mode="r") for path in reference]
     readers: dict[str, Callable[[np.ndarray], object]] = {
@@ -76,7 +76,7 @@ def cold_lines(npy: Path, stream: Path, rounds: int) -> Iterator[Line]:
 
 
 def _int32_copy(npy: Path) -> list[Path]:
-    """The corpus' inputs and labels as int32 arrays, as a plain program would store them."""
+    """Write the corpus' inputs and labels as plain int32 arrays; return their paths."""
     paths = []
     for name in ("inputs", "labels"):
         path = npy.parent / f"plain_{name}.npy"
@@ -93,7 +93,7 @@ def _drop_from_cache(path: Path) -> None:
 
 
 def _bytes_read() -> int:
-    """Bytes that this process has had read from disks."""
+    """Return the bytes that this process has read from disks."""
     fields = dict(
         line.split(": ") for line in Path("/proc/self/io").read_text("utf-8").splitlines()
     )
@@ -101,7 +101,7 @@ def _bytes_read() -> int:
 
 
 def warm_lines(layout: str, folder: Path, rounds: int) -> Iterator[Line]:
-    """Whole batches of one process, the files in memory."""
+    """Read whole batches in one process, with the files in memory."""
     corpora = Corpora([str(folder)], verify=False)
     size = BATCH_ROWS
     speeds = []
@@ -119,18 +119,18 @@ def warm_lines(layout: str, folder: Path, rounds: int) -> Iterator[Line]:
 
 
 def _halting(step: int, size: int) -> np.ndarray:
-    """Flags of a model that halts slots at random; a pure function of the step."""
+    """Return flags of a model that halts slots at random; a pure function of the step."""
     return np.random.default_rng([7, step]).random(size) < (1.0 if step == 0 else 0.3)
 
 
 def _global_batch(streams: list[TrainStream], step: int, size: int) -> Batch:
-    """The parts of all ranks, joined."""
+    """Return the parts of all ranks, joined."""
     parts = [(stream.next(step, _halting(step, size)) or [{}])[0] for stream in streams]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def resume_lines(folder: Path) -> Iterator[Line]:
-    """Resuming at random positions, with every world size and number of workers."""
+    """Resume at random positions, with every world size and number of workers."""
     corpora, size, steps = Corpora([str(folder)], verify=False), 64, 120
 
     def streams(world: int, workers: int) -> list[TrainStream]:
@@ -178,7 +178,7 @@ def resume_lines(folder: Path) -> Iterator[Line]:
 
 
 def epoch_lines(folder: Path) -> Iterator[Line]:
-    """An epoch of all rows; and the shares of weighted domains."""
+    """Check an epoch of all rows, and the shares of weighted domains."""
     corpora, size = Corpora([str(folder)], verify=False), 64
     found: Counter[bytes] = Counter()
     stream = TrainStream(corpora, global_batch_size=size, seed=5, epochs=1)

@@ -1,4 +1,4 @@
-"""Kernels against float64, and how long they take."""
+"""Compare kernels with float64, and time them."""
 
 from collections.abc import Callable
 from functools import partial

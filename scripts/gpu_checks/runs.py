@@ -1,6 +1,5 @@
 """Small runs to compare bit by bit or by their curves: corpora, overrides, results."""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from scripts.smoke_test import ROOT, call, write_text
 from utils.checkpoint.format import Checkpoint
 from utils.config.values import assignment
 from utils.core.errors import UserError
+from utils.monitoring.run_log import read_records
 
 # A model of seconds with everything a checkpoint must restore: rows that halt at different steps,
 # an identifier embedding, averages, and a stream of two corpora.
@@ -84,8 +84,7 @@ def run(way: Way, overrides: Sequence[str], folder: Path) -> Curve:
 
 def read_curve(folder: Path) -> Curve:
     """Read the result of a run of STEPS steps from its folder."""
-    text = (folder / "metrics.jsonl").read_text("utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = read_records(folder)
 
     def values(name: str) -> list[float]:
         return [line[name] for line in lines if name in line]

@@ -1,4 +1,4 @@
-"""What a part of the GPU check works with: its device, a folder, and where results go."""
+"""A session of the GPU check: device, folder, and where results go."""
 
 import traceback
 from collections.abc import Callable, Iterator

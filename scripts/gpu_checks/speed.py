@@ -1,4 +1,4 @@
-"""What the card gives, and what training and generating take of it."""
+"""Measure the card, and how much of it training and generation use."""
 
 import platform
 import statistics

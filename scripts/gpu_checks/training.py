@@ -1,4 +1,4 @@
-"""Parts that train: the same numbers as on the CPU, the same bits each time, one wait a step."""
+"""Check training: the CPU's numbers, the same bits each time, one wait per step."""
 
 import resource
 import statistics
@@ -27,12 +27,12 @@ from scripts.gpu_checks.runs import (
     run,
 )
 from scripts.gpu_checks.session import COMPILED, EAGER, Session
-from scripts.plot_run import RunMetrics
 from scripts.smoke_test import ROOT
 from scripts.training_step import make_step
 from utils.checkpoint.format import Checkpoint
 from utils.config.values import assignment
 from utils.core.errors import UserError
+from utils.monitoring.run_log import RunMetrics
 from utils.training.state import choose_kernels, create_train_state
 
 PLAYS = ROOT / "data" / "quickstart"

@@ -1,4 +1,4 @@
-"""Charts of a report: SVG drawn by matplotlib, whose colours a page's style sheet decides.
+"""Draw the charts of a report as SVG by matplotlib; the page's style sheet sets their colours.
 
 Each run has one colour, marker and dash in all charts. The drawing names colours by number, and the
 page says what they are, in light and in dark.
@@ -95,13 +95,13 @@ class Chart:
             self.stretch = max(1, -(-longest // MOST_POINTS))
 
     def draw(self, views: int) -> None:
-        """Draws as many of its views, the first axes first."""
+        """Draw this many of its views, the first axes first."""
         for axis in self.axes[:views]:
             if any(axis.key in line.x for line in self.lines):
                 self.views[axis.key], self.places[axis.key] = _svg(self, axis)
 
     def data(self) -> dict[str, Any]:
-        """What the page's script needs to read values off the drawing, to six digits."""
+        """Return what the page's script needs to show values, to six digits."""
         lines = []
         for line in self.lines:
             keep = extremes(line.y, self.stretch)
@@ -113,7 +113,7 @@ class Chart:
 
 
 def extremes(values: Sequence[float], stretch: int) -> list[int]:
-    """Places of the smallest and largest value of each stretch, and of the very first and last."""
+    """Return the indices of the extremes of each stretch, and of the first and last value."""
     if stretch <= 1:
         return list(range(len(values)))
     kept = {0, len(values) - 1}
@@ -134,12 +134,12 @@ def means(values: Sequence[float], stretch: int) -> list[float]:
 
 
 def marker(run: int) -> str:
-    """The sign that stands for a run in a legend."""
+    """Return the sign of a run in a legend."""
     return SIGNS[run % len(SIGNS)]
 
 
 def _svg(chart: Chart, axis: Axis) -> tuple[Markup, dict[str, Any]]:
-    """One view, and where its axes lie in it (units of the drawing, limits, scales)."""
+    """Return one view, and the position of its axes (units of the drawing, limits, scales)."""
     with rc_context(STYLE | {"svg.hashsalt": f"{chart.title} {axis.key}"}):
         figure = Figure(figsize=SIZE)
         figure.subplots_adjust(**MARGINS)
@@ -225,7 +225,7 @@ def _place(axes: Axes) -> dict[str, Any]:
 
 
 def _clean(figure: Figure) -> Markup:
-    """The drawing as a part of a page: the page's fonts and colours, short numbers, no waste."""
+    """Return the drawing as part of a page: its fonts and colours, and short numbers."""
     file = StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)

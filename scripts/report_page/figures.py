@@ -1,4 +1,4 @@
-"""The figures of runs side by side: tables and charts, of whatever was logged.
+"""Build tables and charts of whatever runs logged, side by side.
 
 A figure's name is the last part of its key, its place what lies before it: eval/text/bits_per_byte
 is `bits_per_byte` of `text`. Places below another that has figures of its own (domains, groups of
@@ -11,71 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from scripts.plot_run import HEADLINES
 from scripts.report_page.charts import Axis, Chart, Line
 from scripts.report_page.runs import STEPPED, Run, is_number
+from utils.monitoring.run_log import better, label_of, rank
 
-# Label and better direction, the most telling first; what is not here is shown by its own name.
-KNOWN: dict[str, tuple[str, str]] = {
-    **{name: (label, better) for name, label, better in HEADLINES},
-    "loss": ("loss, nats per label", "lower"),
-    "accuracy": ("accuracy, share", "higher"),
-    "accuracy_norm": ("length-normalised accuracy, share", "higher"),
-    "exact_match": ("exact matches, share", "higher"),
-    "cell_accuracy": ("cells right, share", "higher"),
-    "nats_per_token": ("nats per token", "lower"),
-    "perplexity": ("perplexity", "lower"),
-    "bleu": ("BLEU, 0 to 100", "higher"),
-    "chrf": ("chrF, 0 to 100", "higher"),
-    "rouge1": ("ROUGE-1, F-measure", "higher"),
-    "rouge2": ("ROUGE-2, F-measure", "higher"),
-    "rougeL": ("ROUGE-L, F-measure", "higher"),
-    "within_two": ("right among the two with most votes, share", "higher"),
-    "calibration_error": ("calibration error of the halting head", "lower"),
-    "brier": ("squared error of the halting head (Brier)", "lower"),
-    "q_halt_accuracy": ("halting head right, share", "higher"),
-    "share": ("rows that would halt here, share", ""),
-    "z_H_change": ("change of z_H, norm", ""),
-    "z_L_change": ("change of z_L, norm", ""),
-    "steps": ("ACT steps, mean", ""),
-    "grad_norm": ("gradient norm", ""),
-    "lr": ("learning rate", ""),
-    "puzzle_emb_lr": ("learning rate of identifiers", ""),
-    "tokens_per_s": ("new tokens per second", ""),
-    "token_steps_per_s": ("tokens × ACT steps per second", ""),
-    "flops_per_s": ("FLOP per second", ""),
-    "mfu": ("model FLOPs utilisation, share", ""),
-    "memory_bytes": ("memory, bytes", ""),
-    "z_H_norm": ("norm of z_H", ""),
-    "z_L_norm": ("norm of z_L", ""),
-    "q_halt_loss": ("loss of the halting head, nats", ""),
-    "nonfinite": ("updates skipped, not finite", ""),
-    "flops_per_token": ("FLOP per token", ""),
-    "ended": ("ended by the model itself, share", ""),
-    "agreement": ("views that agree, share", ""),
-    "chance": ("chance", ""),
-    "examples": ("examples", ""),
-    "rows": ("rows", ""),
-}
-RANK = {name: rank for rank, name in enumerate(KNOWN)}
 BOOKKEEPING = {"epoch", "progress", "examples", "tokens", "seconds", "eta_seconds"}
 FROM_ZERO = {"lr", "puzzle_emb_lr", "tokens_per_s", "token_steps_per_s", "flops_per_s", "mfu",
              "memory_bytes", "share", "nonfinite"}  # fmt: skip
 OPEN_CHARTS, MOST_CHARTS = 6, 24  # of a section: shown at once, and drawn at all
 SAME = {"nats_per_token": "bits_per_byte", "perplexity": "bits_per_byte"}  # says a curve again
-
-
-def label_of(name: str) -> str:
-    return KNOWN.get(name, (name.replace("_", " "), ""))[0]
-
-
-def better(name: str) -> str:
-    """lower | higher, or empty where neither is better."""
-    return KNOWN.get(name, ("", ""))[1]
-
-
-def rank(key: str) -> tuple[int, str]:
-    return RANK.get(key.rpartition("/")[2], len(RANK)), key
 
 
 # --- tables ----------------------------------------------------------------------------------
@@ -106,7 +50,7 @@ class Row:
 
 @dataclass
 class Group:
-    """The figures of one place, and its parts."""
+    """The figures of one place, and those of its parts."""
 
     place: str
     rows: list[Row]
@@ -114,7 +58,7 @@ class Group:
 
 
 def number(value: float) -> str:
-    """For people: whole numbers in full, others to about five digits."""
+    """Format whole numbers in full, others to about five digits."""
     if isinstance(value, int):
         return f"{value:,}"
     size = abs(value)
@@ -124,7 +68,7 @@ def number(value: float) -> str:
 
 
 def evaluation_groups(runs: Sequence[Run], mark: bool) -> list[Group]:
-    """The last evaluation of each run. mark: whether figures may be compared."""
+    """Return the figures of the last evaluations. mark: whether figures may be compared."""
     keys = dict.fromkeys(
         key.removeprefix("eval/")
         for run in runs
@@ -150,7 +94,7 @@ def evaluation_groups(runs: Sequence[Run], mark: bool) -> list[Group]:
 
 
 def _above(place: str) -> list[str]:
-    """The places that a place lies in, the outermost first."""
+    """Return the places that contain a place, the outermost first."""
     parts = place.split("/")
     return ["/".join(parts[:i]) for i in range(1, len(parts))]
 
@@ -173,7 +117,7 @@ def _row(runs: Sequence[Run], place: str, name: str, mark: bool) -> Row:
 
 
 def not_comparable(runs: Sequence[Run]) -> str:
-    """Why figures of the runs must not be held against each other; empty where they may."""
+    """Return why the runs' figures cannot be compared; empty if they can."""
     evaluated = [run for run in runs if run.last_evaluation]
     corpora = {
         run.config.get("data_paths_test", "[]").replace("[]", "") or run.config.get("data_paths")
@@ -202,13 +146,13 @@ TIME_UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
 def time_unit(runs: Sequence[Run]) -> tuple[str, float]:
-    """Name and seconds of the unit in which the longest run lasts more than five."""
+    """Return name and seconds of the unit of which the longest run lasts more than five."""
     longest = max((run.last("train/seconds") or 0.0 for run in runs), default=0.0)
     return next((unit for unit in TIME_UNITS if longest > 5 * unit[1]), TIME_UNITS[-1])
 
 
 def training_axes(runs: Sequence[Run]) -> list[Axis]:
-    """Along what a run is shown."""
+    """Return the axes along which a run is shown."""
     return [
         Axis("step", "optimizer step", integer=True, large=True),
         Axis("tokens", "tokens seen", large=True),
@@ -233,7 +177,7 @@ class Section:
         return self.charts[OPEN_CHARTS:]
 
     def add(self, chart: Chart, name: str) -> None:
-        """Takes a chart, unless all that it shows is one value, or an earlier chart shows it."""
+        """Add a chart, unless it shows only one value, or an earlier chart shows the same."""
         values = [value for line in chart.lines for value in line.y]
         if len(values) > len(chart.lines) and min(values) == max(values):
             self.constant.append((name, values[0]))
@@ -245,7 +189,7 @@ class Section:
             self.charts.append(chart)
 
     def drawn(self) -> "Section":
-        """Those that are shown at once along every axis, the others along the first."""
+        """Draw charts that are shown at once along every axis, others along the first."""
         for chart in self.first:
             chart.draw(len(chart.axes))
         for chart in self.folded:
@@ -254,7 +198,7 @@ class Section:
 
 
 def _equal(one: Chart, other: Chart) -> bool:
-    """Whether two charts show the same values under the same unit."""
+    """Return whether two charts show the same values in the same unit."""
     if one.label != other.label or [line.run for line in one.lines] != [
         line.run for line in other.lines
     ]:
@@ -277,7 +221,7 @@ def training_section(runs: Sequence[Run]) -> Section:
 
 
 def evaluation_section(runs: Sequence[Run]) -> Section:
-    """Figures that were evaluated more than once, over the course of training."""
+    """Chart the figures that were evaluated more than once, over the course of training."""
     section = Section()
     keys = _keys(runs, "eval/")
     for key in keys:
@@ -291,7 +235,7 @@ def evaluation_section(runs: Sequence[Run]) -> Section:
 
 
 def _keys(runs: Sequence[Run], prefix: str) -> list[str]:
-    """Of plain numbers below a prefix, the most telling first, wholes before their parts."""
+    """Return the keys of numbers below a prefix, the most telling first, wholes before parts."""
     keys = {
         key
         for run in runs
@@ -331,7 +275,7 @@ def _course(runs: Sequence[Run], key: str) -> list[Line]:
 
 
 def depth_section(runs: Sequence[Run]) -> Section:
-    """What more ACT steps buy, at the last evaluation; along FLOPs too where they are known."""
+    """Chart the last evaluation by ACT step, and by FLOPs if they are known."""
     section = Section()
     axes = [Axis("act", "ACT steps", integer=True),
             Axis("flops", "FLOP per token", large=True, log=True)]  # fmt: skip
@@ -355,14 +299,14 @@ def depth_section(runs: Sequence[Run]) -> Section:
 
 
 def _only_step(run: Run, place: str, name: str) -> dict[int, float]:
-    """The figure of a model that takes one step, and is logged without steps."""
+    """Return the figure of a model that takes one step, which is logged without steps."""
     stepped = any(found[0] == place for found in run.by_step)
     value = run.last_evaluation.get(f"eval/{place}/{name}")
     return {1: value} if is_number(value) and not stepped else {}
 
 
 def histogram_section(runs: Sequence[Run]) -> Section:
-    """Shares of rows by bin, at the last evaluation; those of two bins are figures of the table."""
+    """Chart shares of rows by bin, at the last evaluation; two bins are figures of the table."""
     section = Section()
     counts: dict[str, dict[int, list[int]]] = {}
     for run in runs:
@@ -390,5 +334,5 @@ def _title(name: str, place: str = "") -> str:
 
 
 def chart_data(*sections: Section) -> list[dict[str, Any]]:
-    """What the page's script knows of each chart, in the order of the page."""
+    """Return the data of each chart for the page's script, in the order of the page."""
     return [chart.data() for section in sections for chart in section.charts]

@@ -1,4 +1,4 @@
-"""What a run's folder holds: its log, config, samples, and how its time was spent."""
+"""Read a run's folder: its log, config, samples, and how its time was spent."""
 
 import json
 import math
@@ -13,11 +13,10 @@ import numpy as np
 import yaml
 
 from scripts.compare import Result, measure
-from scripts.plot_run import METRICS, RunMetrics, json_lines
 from utils.checkpoint.format import checkpoints_of
 from utils.core.errors import UserError
+from utils.monitoring.run_log import ABANDONED, METRICS, RunMetrics, json_lines
 
-ABANDONED = "metrics_abandoned.jsonl"
 STEPPED = re.compile(r"eval/(?P<place>.*)/step_(?P<step>\d+)/(?P<name>[^/]+)")
 
 
@@ -36,7 +35,7 @@ class Times:
 
 
 class Run(RunMetrics):
-    """One run: its position in the report and all that the report asks of its folder."""
+    """One run: its position in the report, and the contents of its folder."""
 
     def __init__(self, folder: Path, number: int):
         super().__init__(folder)
@@ -47,7 +46,7 @@ class Run(RunMetrics):
 
     @cached_property
     def config(self) -> dict[str, str]:
-        """Every key, dotted, with its value as YAML writes it; empty where there is no config."""
+        """Return every dotted key with its value as YAML writes it; empty without a config."""
         return dict(_flat(self._config_of_run()))
 
     def _config_of_run(self) -> dict[str, Any]:
@@ -59,7 +58,7 @@ class Run(RunMetrics):
 
     @cached_property
     def cost(self) -> Result | None:
-        """Parameters and FLOPs, counted from the newest checkpoint; None without a readable one."""
+        """Return parameters and FLOPs, from the newest checkpoint; None without a readable one."""
         if not checkpoints_of(self.folder):
             return None
         try:
@@ -69,7 +68,7 @@ class Run(RunMetrics):
 
     @cached_property
     def cut(self) -> bool:
-        """The last line of the log is not whole."""
+        """Return whether the last line of the log is incomplete."""
         with (self.folder / METRICS).open("rb") as file:
             file.seek(0, 2)
             size = file.tell()
@@ -78,7 +77,7 @@ class Run(RunMetrics):
 
     @cached_property
     def last_evaluation(self) -> dict[str, Any]:
-        """Every figure of the last evaluation, and its step; empty where there was none."""
+        """Return every figure of the last evaluation, and its step; empty without one."""
         newest = self.evaluations[-1]["step"] if self.evaluations else None
         found: dict[str, Any] = {}
         for record in self.evaluations:
@@ -88,7 +87,7 @@ class Run(RunMetrics):
 
     @cached_property
     def by_step(self) -> dict[tuple[str, str], dict[int, float]]:
-        """(place, figure) -> value after each ACT step, at the last evaluation."""
+        """Return (place, figure) -> value after each ACT step, at the last evaluation."""
         found: dict[tuple[str, str], dict[int, float]] = {}
         for key, value in self.last_evaluation.items():
             if (match := STEPPED.fullmatch(key)) and is_number(value):
@@ -97,14 +96,14 @@ class Run(RunMetrics):
         return {name: dict(sorted(curve.items())) for name, curve in found.items()}
 
     def values(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric, where it is a finite number."""
+        """Return steps and values of a metric, where it is a finite number."""
         if key not in self._values:
             pairs = [(r["step"], r[key]) for r in self.records if is_number(r.get(key))]
             self._values[key] = [step for step, _ in pairs], [value for _, value in pairs]
         return self._values[key]
 
     def along(self, key: str, steps: list[int]) -> list[float]:
-        """What train/<key> was at these steps, on a straight line between log lines."""
+        """Return train/<key> at these steps, interpolated between log lines."""
         known, values = self.values(f"train/{key}")
         return [float(v) for v in np.interp(steps, known, values)] if known else []
 
@@ -112,13 +111,13 @@ class Run(RunMetrics):
 
     @cached_property
     def abandoned(self) -> list[dict[str, Any]]:
-        """Lines of courses that were given up: steps which were trained again."""
+        """Return the log lines of steps that were trained again after a restart."""
         path = self.folder / ABANDONED
         return [r for r in json_lines(path) if "step" in r] if path.is_file() else []
 
     @cached_property
     def times(self) -> Times | None:
-        """Where the time went, as far as the log tells; None where it does not."""
+        """Return how the time was spent; None if the log does not say."""
         records = [r for r in self.records if "time" in r]
         if self.last("train/seconds") is None or not records:
             return None
@@ -149,7 +148,7 @@ class Run(RunMetrics):
     # --- files -----------------------------------------------------------------------------
 
     def evaluation_folder(self) -> Path | None:
-        """Where the newest evaluation that wrote something wrote it."""
+        """Return the folder of the newest evaluation that wrote files."""
         found = {}
         for path in self.folder.glob("evaluation_step_*"):
             number = path.name.removeprefix("evaluation_step_")
@@ -158,7 +157,7 @@ class Run(RunMetrics):
         return found[max(found)] if found else None
 
     def samples(self) -> dict[tuple[str, str], dict[str, str]]:
-        """(evaluator, prompt) -> text and perhaps reference, of the newest evaluation."""
+        """Return (evaluator, prompt) -> text and perhaps reference, of the newest evaluation."""
         folder = self.evaluation_folder()
         path = None if folder is None else folder / "samples.jsonl"
         if path is None or not path.is_file():
@@ -171,7 +170,7 @@ class Run(RunMetrics):
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Finite; a figure that was not is null in the log."""
+    """Return whether a logged value is a finite number; others are null in the log."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value)

@@ -137,7 +137,7 @@ def test_byte_lengths_of_a_metaspace_tokenizer(tmp_path):
 
 def test_byte_lengths_refuse_what_is_no_tokenizer(tmp_path):
     (tmp_path / "tok.json").write_text("{}", "utf-8")
-    with pytest.raises(UserError, match=r"tok\.json is not a tokenizer"):
+    with pytest.raises(UserError, match=r"tok\.json is not a valid tokenizer"):
         token_byte_lengths(tmp_path / "tok.json")
 
 

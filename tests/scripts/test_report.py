@@ -291,7 +291,7 @@ def test_long_logs_stay_small_and_keep_their_extremes(tmp_path):
     [
         (lambda path: path / "nowhere", "nowhere/metrics.jsonl does not exist"),
         (lambda path: path, "does not exist"),
-        (lambda path: write_run(path / "empty"), "holds no metrics yet"),
+        (lambda path: write_run(path / "empty"), "no metrics yet"),
         (lambda path: write_run(path / "alien", tail='[1]\n{"epoch": 1}\n\xff\n'), "no metrics"),
         (lambda path: write_run(path / "runs" / "x", training(1, 1.0, 1.0)).parent, "runs/x"),
     ],

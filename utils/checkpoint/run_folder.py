@@ -1,8 +1,9 @@
 """The directory of a run: name it, lock it against other processes, check that all ranks see it."""
 
 import fcntl
+import hashlib
 import os
-import random
+import secrets
 import socket
 import time
 from contextlib import suppress
@@ -12,7 +13,6 @@ from typing import TextIO
 from utils.backend import Backend
 from utils.config.schema import PretrainConfig
 from utils.core.errors import UserError
-from utils.core.functions import random_run_name
 
 LOCK = ".lock"
 LR_FIND = "lr_find"
@@ -30,7 +30,7 @@ class RunFolder:
 
     def __init__(self, config: PretrainConfig, backend: Backend):
         config.run_name = backend.broadcast_object(
-            config.run_name or _draw_name(backend.launch_number)
+            config.run_name or _make_name(backend.launch_number)
         )
         path = folder_of(config.checkpoint_path, config.project_name, config.run_name)
         assert path is not None
@@ -92,13 +92,16 @@ def folder_of(checkpoint_path: str | None, project_name: str, run_name: str | No
     return None
 
 
-def _draw_name(number: int) -> str:
-    """Draw a name; under torchrun from the id of the launch and the number of the run in it.
+def _make_name(number: int) -> str:
+    """Return a new name, such as 1126-0912-a3f1: month and day, hour and minute, a random part.
 
-    So a launcher that restarts its ranks finds the run again.
+    Under a launcher that restarts its workers, the name follows from the launch and the run's
+    number in a sweep, so that they find the run again.
     """
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return random_run_name(None if launch == "none" else random.Random(f"{launch} {number}"))
+    if launch == "none":
+        return time.strftime("%m%d-%H%M-") + secrets.token_hex(2)
+    return "run-" + hashlib.sha256(f"{launch} {number}".encode()).hexdigest()[:8]
 
 
 def _describe_process() -> str:

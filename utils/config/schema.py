@@ -334,7 +334,7 @@ class PretrainConfig(pydantic.BaseModel):
 
     # Checkpoints
     project_name: Text = key("athena", "directory of checkpoints, and project of loggers", "any")
-    run_name: Text | None = key(None, "name of the run; null: two random words", "any")
+    run_name: Text | None = key(None, "name of the run; null: date, time and a random part", "any")
     checkpoint_path: PathText | None = key(
         None, "directory of the run; null: checkpoints/<project_name>/<run_name>", "any"
     )

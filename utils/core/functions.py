@@ -1,4 +1,4 @@
-"""Look-up of plug-in classes by `module@Class`, and names for runs.
+"""Look up plug-in classes by `module@Class`.
 
 Architectures, losses, evaluators, optimizers and the like are named in the config as
 `module@Class`, with the module taken below one package, such as `models.` or `evaluators.`, or from
@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import inspect
 import os
-import random
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -40,24 +39,6 @@ _KINDS = {
     "class": _Kind(inspect.isclass, r"^class ([A-Za-z]\w*)"),
     "function": _Kind(inspect.isfunction, r"^def ([A-Za-z]\w*)"),
 }
-
-_ADJECTIVES = (
-    "amber ample azure bold brave brief bright brisk calm candid clever coral crimson curious "
-    "deft eager early earnest fair fleet fond gentle gilded glad golden grand hardy hazel honest "
-    "humble indigo jolly keen kind lively loyal lucid lunar mellow mild misty modest nimble noble "
-    "olive patient placid polar prime proud quiet rapid rosy royal rustic scarlet serene sharp "
-    "silent silver sleek smooth solar solid spry steady sturdy subtle sunny swift tawny tidy "
-    "tranquil upbeat valiant velvet violet vivid warm wise witty zesty"
-).split()
-_NOUNS = (
-    "albatross alpaca badger beaver bison bobcat caracal cheetah chinchilla condor coyote crane "
-    "cricket dolphin dragonfly eagle egret elk falcon ferret finch firefly fox gazelle gecko "
-    "gibbon heron hornbill ibex ibis iguana jackal jaguar kestrel kingfisher koala lark lemur "
-    "leopard lynx macaw magpie manatee marlin marmot marten meerkat mongoose moose narwhal newt "
-    "ocelot orca oriole osprey otter owl panther parrot pelican penguin petrel pheasant pika "
-    "plover puffin puma quail raven robin salmon seal serval sparrow stork swallow swan tapir "
-    "tern tiger toucan turtle vicuna walrus weasel wombat wren zebra"
-).split()
 
 
 def nearest(word: str, candidates: list[str], cutoff: float = 0.6) -> str | None:
@@ -210,16 +191,6 @@ def _load(identifier: str, prefix: str, kind: str) -> Any:
             + suggest(name, own)
         )
     return found
-
-
-def random_run_name(rng: random.Random | None = None) -> str:
-    """Two words such as `steady-otter`, from `rng`, or from the system's randomness.
-
-    The system's randomness is separate from the seed, so that two runs of one config get
-    different names.
-    """
-    rng = rng or random.SystemRandom()
-    return f"{rng.choice(_ADJECTIVES)}-{rng.choice(_NOUNS)}"
 
 
 def has_utf8_name(path: Path) -> bool:

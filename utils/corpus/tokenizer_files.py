@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataset.common import tokenizer_fault
+from dataset.common import read_tokenizer
 from utils.core.errors import UserError
 
 NAME = "tokenizer.json"
@@ -23,8 +23,6 @@ def check_tokenizers(data_paths: Sequence[str], vocab_size: int) -> Path | None:
             f"{without[0]} has no {NAME}, so it is unknown whether its tokens match those of "
             f"{files[0].parent}; copy the {NAME} that it was built with into it"
         )
-    from tokenizers import Tokenizer
-
     content = files[0].read_bytes()
     for other in files[1:]:
         if other.read_bytes() != content:
@@ -32,12 +30,8 @@ def check_tokenizers(data_paths: Sequence[str], vocab_size: int) -> Path | None:
                 f"{files[0]} and {other} differ; corpora that are trained on or evaluated "
                 "together must be built with the same tokenizer"
             )
-    try:
-        vocabulary = Tokenizer.from_buffer(content).get_vocab(with_added_tokens=True)
-    except Exception as error:  # tokenizers raises bare Exception for a malformed file
-        fault = tokenizer_fault(content, error)
-        raise UserError(f"{files[0]} is not a valid tokenizer.json: {fault}") from None
-    size = max(vocabulary.values()) + 1
+    tokenizer, _ = read_tokenizer(files[0])
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     if size != vocab_size:
         raise UserError(
             f"{files[0]} has {size} token ids, but the corpus was built for vocab_size "

@@ -4,7 +4,6 @@ After L. N. Smith, "Cyclical Learning Rates for Training Neural Networks" (arXiv
 section 3.3. The curve shows from where on the loss falls, and where the run would fall apart.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import numpy as np
 from utils.config.schema import LoggerConfig, LRFindConfig, PretrainConfig
 from utils.core.errors import UserError
 from utils.monitoring.plotting import save_figure
+from utils.monitoring.run_log import read_records
 from utils.training.schedule import Schedule
 from utils.training.state import TrainState
 
@@ -82,11 +82,8 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 def conclude(folder: Path, rule: LRFindConfig) -> str:
     """Read the log of a sweep, draw `lr_find.png` beside it, and return advice in one sentence."""
-    lines = [
-        json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    ]
     # a step whose update was skipped logs the rate of the one before it
-    points = [(rate_at(line["step"], rule), line["train/lm_loss"]) for line in lines]
+    points = [(rate_at(r["step"], rule), r["train/lm_loss"]) for r in read_records(folder)]
     rates, losses = np.array([p for p in points if None not in p], dtype=float).reshape(-1, 2).T
     found = analyze(rates, losses) if len(rates) else None
     picture = _draw_if_possible(folder / "lr_find.png", rates, losses, found)

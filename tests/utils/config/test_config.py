@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import random
 import re
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from utils.config.load import (
     load_config,
 )
 from utils.core.errors import UserError
-from utils.core.functions import load_class, random_run_name
+from utils.core.functions import load_class
 
 ROOT = Path(__file__).resolve().parents[3]
 DATA = "data_paths=[data/x]"
@@ -436,11 +435,3 @@ def test_a_missing_package_is_named_and_a_bug_is_not_hidden(tmp_path, monkeypatc
         load_class("needs@X", "evaluators.")
     with pytest.raises(ModuleNotFoundError, match="surely_not_there"):
         load_class("buggy@X", "evaluators.")
-
-
-def test_run_names_follow_their_generator_and_can_name_folders():
-    names = [random_run_name(random.Random(seed)) for seed in range(50)]
-    assert names == [random_run_name(random.Random(seed)) for seed in range(50)]
-    assert len(set(names)) > 40
-    assert all(re.fullmatch(r"[a-z]+-[a-z]+", name) for name in names)
-    assert random_run_name()

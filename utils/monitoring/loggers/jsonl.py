@@ -9,6 +9,7 @@ from typing import Any
 
 from utils.core.atomic import write_atomically
 from utils.core.console import notify
+from utils.monitoring.run_log import ABANDONED, METRICS
 
 
 class JSONLLogger:
@@ -19,9 +20,9 @@ class JSONLLogger:
     """
 
     def __init__(self, run: Path, config: dict[str, Any], step: int | None):
-        self.path = run / "metrics.jsonl"
+        self.path = run / METRICS
         if step is not None:
-            _cut_back(self.path, run / "metrics_abandoned.jsonl", step)
+            _cut_back(self.path, run / ABANDONED, step)
         self.file = self.path.open("a", buffering=1, encoding="utf-8")
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
