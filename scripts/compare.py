@@ -54,25 +54,25 @@ class Result:
     """Mean ACT steps of a training example."""
 
 
-def train(
-    experiment: str, folder: Path, seconds: float, overrides: Sequence[str], presets: Path | None
-) -> None:
-    """Run pretrain.py once, printing the command so that it can be repeated by hand."""
-    command = [
-        sys.executable,
-        str(ROOT / "pretrain.py"),
-        *([] if presets is None else ["--config-dir", str(presets)]),
+def training(args: argparse.Namespace, experiment: str, folder: Path) -> list[str]:
+    """Return the arguments of pretrain.py for one of the runs."""
+    return [
+        *([] if args.config_dir is None else ["--config-dir", str(args.config_dir)]),
         f"experiment={experiment}",
         assignment("checkpoint_path", folder),
         assignment("run_name", experiment),
-        f"max_seconds={seconds:g}",
+        f"max_seconds={args.seconds:g}",
         "max_steps=null",
         "epochs=null",
         "keep_checkpoints=1",
-        *overrides,
+        *args.overrides,
     ]
-    print("+ " + shlex.join(["python", "pretrain.py", *command[2:]]), flush=True)
-    status = subprocess.run(command).returncode
+
+
+def train(experiment: str, folder: Path, arguments: Sequence[str]) -> None:
+    """Run pretrain.py once, printing the command so that it can be repeated by hand."""
+    print("+ " + shlex.join(["python", "pretrain.py", *arguments]), flush=True)
+    status = subprocess.run([sys.executable, str(ROOT / "pretrain.py"), *arguments]).returncode
     if status:
         raise UserError(
             f"the run experiment={experiment} ended with status {status}; "
@@ -180,7 +180,8 @@ def run(args: argparse.Namespace) -> None:
     given = [o.partition("=")[2] for o in args.overrides if o.lstrip("+").startswith("plugins=")]
     use_configured_plugins({"plugins": given[-1] if given else []})
     for experiment in args.experiments:
-        train(experiment, folder / experiment, args.seconds, args.overrides, args.config_dir)
+        place = folder / experiment
+        train(experiment, place, training(args, experiment, place))
     results = [measure(folder / experiment) for experiment in args.experiments]
     report = f"{table(results)}\n\n{verdict(results)}\n"
     print(f"\n{report}")
@@ -191,8 +192,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {folder / 'compare.md'} and {folder / 'compare.png'}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see the top of this file."""
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("python scripts/compare.py", __doc__)
     add = parser.add_argument
     add("overrides", nargs="*", metavar="KEY=VALUE", help="keys of pretrain.py, for every run")
@@ -200,7 +200,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--experiments", nargs="+", default=EXPERIMENTS, help="presets to compare")
     add("--config-dir", type=Path, help="directory with presets of your own, beside config/")
     add("--output-dir", type=Path, help="(default: a new folder in checkpoints/compare)")
-    args = parser.parse_intermixed_args(argv)
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see the top of this file."""
+    args = parse_args(argv)
     run_cli(lambda: run(args))
 
 
