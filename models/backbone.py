@@ -116,9 +116,11 @@ class Backbone(nn.Module):
     """Token and identifier embeddings, positions, output head. Names are TRM's.
 
     masked_attention: the kernel of attention under a document mask; None: as `visible` decides.
+    block_type: what `make_block` makes.
     """
 
     masked_attention: Kernel | None = None
+    block_type: type[Block] = Block
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
@@ -150,8 +152,12 @@ class Backbone(nn.Module):
         )
 
     def make_block(self, mixer_size: int | None = None) -> Block:
+        """Return a new block of `block_type` with the sizes of the config.
+
+        mixer_size: P + S where an MLP mixes positions; None for attention.
+        """
         config = self.config
-        return Block(
+        return self.block_type(
             config.hidden_size,
             config.num_heads,
             config.key_value_heads,

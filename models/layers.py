@@ -210,9 +210,9 @@ def transposed(x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One transformer block: mixes positions (attention, or an MLP over them), then channels.
+    """One transformer block: mix positions (by attention, or an MLP over them), then channels.
 
-    `mixer_size` is P + S where an MLP mixes positions, else None.
+    mixer_size: P + S where an MLP mixes positions; None for attention.
     """
 
     def __init__(
@@ -234,17 +234,21 @@ class Block(nn.Module):
             self.self_attn = Attention(hidden_size, num_heads, num_key_value_heads)
         self.mlp = SwiGLU(hidden_size, expansion)
 
+    def norm(self, x: Tensor) -> Tensor:
+        """Normalise x (..., D), before or after each branch as `norm_type` says."""
+        return rms_norm(x, self.eps)
+
     def forward(self, x: Tensor, info: SequenceInfo) -> Tensor:
-        """x: (B, L, D). Returns (B, L, D)."""
+        """Mix positions, then channels. x: (B, L, D). Returns (B, L, D)."""
         if self.norm_type == "pre":
-            x = x + self._mix(rms_norm(x, self.eps), info)
-            return x + self.mlp(rms_norm(x, self.eps))
+            x = x + self._mix(self.norm(x), info)
+            return x + self.mlp(self.norm(x))
         if self.mixes_by_mlp:  # TRM normalises this sum over positions, not over channels
             x = transposed(x)
-            x = transposed(rms_norm(x + self.mlp_t(x), self.eps))
+            x = transposed(self.norm(x + self.mlp_t(x)))
         else:
-            x = rms_norm(x + self.self_attn(x, info), self.eps)
-        return rms_norm(x + self.mlp(x), self.eps)
+            x = self.norm(x + self.self_attn(x, info))
+        return self.norm(x + self.mlp(x))
 
     def _mix(self, x: Tensor, info: SequenceInfo) -> Tensor:
         if self.mixes_by_mlp:

@@ -71,25 +71,27 @@ class Result:
     """Mean ACT steps of a training example."""
 
 
-def train(
-    experiment: str, folder: Path, seconds: float, overrides: Sequence[str], presets: Path | None
-) -> None:
-    """Run pretrain.py, and print its command so that it can be repeated by hand."""
-    command = [
-        sys.executable,
-        str(ROOT / "pretrain.py"),
-        *([] if presets is None else ["--config-dir", str(presets)]),
+def training_arguments(
+    args: Options, overrides: Sequence[str], experiment: str, folder: Path
+) -> list[str]:
+    """Return the arguments of pretrain.py for one of the runs."""
+    return [
+        *([] if args.config_dir is None else ["--config-dir", str(args.config_dir)]),
         f"experiment={experiment}",
         assignment("checkpoint_path", folder),
         assignment("run_name", experiment),
-        f"max_seconds={seconds:g}",
+        f"max_seconds={args.seconds:g}",
         "max_steps=null",
         "epochs=null",
         "keep_checkpoints=1",
         *overrides,
     ]
-    print("+ " + shlex.join(["python", "pretrain.py", *command[2:]]), flush=True)
-    status = subprocess.run(command).returncode
+
+
+def train(experiment: str, folder: Path, arguments: Sequence[str]) -> None:
+    """Run pretrain.py once, printing the command so that it can be repeated by hand."""
+    print("+ " + shlex.join(["python", "pretrain.py", *arguments]), flush=True)
+    status = subprocess.run([sys.executable, str(ROOT / "pretrain.py"), *arguments]).returncode
     if status:
         raise UserError(
             f"the run experiment={experiment} ended with status {status}; "
@@ -184,8 +186,13 @@ def verdict(results: Sequence[Result]) -> str:
     )
 
 
+def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """Return the own keys, and the overrides that every run gets."""
+    return split_key_values(Options, arguments)
+
+
 def run(arguments: Sequence[str]) -> None:
-    args, overrides = split_key_values(Options, arguments)
+    args, overrides = parse(arguments)
     experiments = args.experiments.split(",")
     if len(experiments) < 2 or len(set(experiments)) < len(experiments):
         raise UserError(f"experiments={args.experiments}: name at least two, each once")
@@ -193,7 +200,8 @@ def run(arguments: Sequence[str]) -> None:
     use_configured_plugins({"plugins": given[-1] if given else []})
     folder = args.output_dir or Path("checkpoints/compare") / time.strftime("%Y-%m-%d_%H-%M-%S")
     for experiment in experiments:
-        train(experiment, folder / experiment, args.seconds, overrides, args.config_dir)
+        own = folder / experiment
+        train(experiment, own, training_arguments(args, overrides, experiment, own))
     results = [measure(folder / experiment) for experiment in experiments]
     report = f"{table(results)}\n\n{verdict(results)}\n"
     print(f"\n{report}")

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_extending import write_files
 from test_layout import LAYERS
 from training_tools import ROOT
 
@@ -29,6 +30,7 @@ DOCUMENTS = (
     "docs/further.md",
     "docs/performance.md",
     "docs/architecture.md",
+    "docs/extending.md",
 )
 PAGES = (*DOCUMENTS, "docs/results.md", "TPU_SETUP.md", "CHANGELOG.md")
 # Sizes for seconds on a CPU: what a command says, and what it is run with.
@@ -58,6 +60,9 @@ TRAINING = (
 ).split()
 SHORT = "global_batch_size=8 epochs=0.2 lr_warmup_steps=1".split()
 ELSEWHERE = {
+    "plugins=[ideas]": "tests/test_extending.py",
+    "--plugins ideas": "tests/test_extending.py",
+    "data/films": "tests/test_extending.py",
     "make": "test_the_makefile_has_every_target_that_is_shown",
     "--nnodes 2": "tests/test_launchers.py runs two nodes",
     "--rdzv-id": "tests/test_launchers.py runs two nodes",
@@ -191,7 +196,9 @@ def shown() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("document", "command"), shown(), ids=lambda text: text[:60])
-def test_every_command_can_be_read(document, command, monkeypatch):
+def test_every_command_can_be_read(document, command, monkeypatch, tmp_path):
+    write_files(tmp_path)  # presets and plug-ins that commands name
+    monkeypatch.chdir(tmp_path)
     words = shlex.split(command.partition(" > ")[0])
     if words[0] in ("make", "pip"):
         return  # the tests of targets and of requirements look at these

@@ -164,8 +164,16 @@ class DocumentReader:
 
     def _read_own_format(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
         """Yield the numbered documents of a format that `--format module@Class` names."""
-        reader = load_format(source.format)()
-        for number, text in enumerate(reader.documents(source, self._progress), 1):
+        texts = enumerate(load_format(source.format)().documents(source, self._progress), 1)
+        while True:
+            try:
+                number, text = next(texts)
+            except StopIteration:
+                return
+            except UserError:
+                raise
+            except ValueError as error:  # raised, it ends the file; yielded, only the record
+                raise UserError(f"{source}: {error}.") from error
             if number <= skip:
                 continue
             if isinstance(text, ValueError):

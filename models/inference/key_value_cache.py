@@ -56,8 +56,8 @@ class KeyValueCache:
         (B, M, used, K) each, of which a row's own positions count."""
         slot, self._calls = (self._part, self._calls), self._calls + 1
         if slot not in self.slots:
-            rows, heads, _, width = key.shape
-            shape = (rows, heads, self.positions, width)
+            batch, heads, _, width = key.shape
+            shape = (batch, heads, self.positions, width)
             self.slots[slot] = key.new_zeros(shape), value.new_zeros(shape)
         keys, values = self.slots[slot]
         if self.places is None:  # the first forward attends to itself

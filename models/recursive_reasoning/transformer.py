@@ -47,13 +47,14 @@ class TransformerInner(Backbone):
 class Transformer(Architecture):
     """See the module."""
 
-    Config = TransformerConfig
+    Config: type[TransformerConfig] = TransformerConfig
+    Inner: type[TransformerInner] = TransformerInner
     inner: TransformerInner
 
     def __init__(self, config_dict: dict):
         super().__init__()
-        self.config = TransformerConfig(**config_dict)
-        self.inner = TransformerInner(self.config).to(self.config.param_dtype)
+        self.config = self.Config(**config_dict)
+        self.inner = self.Inner(self.config).to(self.config.param_dtype)
 
     def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, Batch]:
         """Make one pass; every row halts. Outputs: readout (B, S, D)."""

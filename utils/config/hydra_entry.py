@@ -181,9 +181,11 @@ def _groups(folders: list[Path]) -> set[str]:
 
 def _check_plugins(cfg: DictConfig, overrides: list[str]) -> None:
     """Raise UserError where a preset names directories of code: those are the user's to choose."""
-    if cfg.get("plugins") and not any(re.match(r"\+*plugins=", given) for given in overrides):
+    if (named := cfg.get("plugins")) and not any(
+        re.match(r"\+*plugins=", given) for given in overrides
+    ):
         raise UserError(
-            f"a preset sets plugins={show(OmegaConf.to_container(cfg)['plugins'])}, which only the "
+            f"a preset sets plugins={show(list(named))}, which only the "
             "command line may: remove it there and give plugins=[...] with the command"
         )
 
@@ -420,8 +422,9 @@ def _arch_meanings(arch: Any) -> dict[str, str]:
 
 
 def _key_lines(cfg: DictConfig) -> Iterator[str]:
+    defaults: Any = OmegaConf.to_container(cfg)
     for name, field in PretrainConfig.model_fields.items():
-        default = "" if name == "arch" else f" = {_bare(OmegaConf.to_container(cfg)[name])}"
+        default = "" if name == "arch" else f" = {_bare(defaults[name])}"
         yield f"  {name + default:<34}  {field.description} [{_short(field.annotation)}]"
 
 
