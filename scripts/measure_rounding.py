@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from dataset.common import DatasetMetadata
+from models import cost
 from models.build import create_model
 from models.losses import ACTLossHead
 from utils.backend import select_backend
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.core.console import run_cli
+from utils.training.plan import build_untrained, plan_metadata
 from utils.training.schedule import warmup
 from utils.training.state import create_train_state
 
@@ -108,7 +110,8 @@ def measure(overrides: Sequence[str], updates: Sequence[int], steps: int) -> Non
     heads = {dtype: head for dtype, (_, head) in configs.items()}
     config, trained = configs["float32"]
     arch = trained.model.config
-    passes = arch.answer_passes(1)[0] if hasattr(arch, "answer_passes") else arch.num_layers
+    metadata, _ = plan_metadata(config.model_copy(update={"data_paths": []}))
+    passes = cost.measure(build_untrained(config.arch, metadata)).passes
     print(
         f"{passes} layer passes per ACT step, width {arch.hidden_size}, lr {config.lr:g} after "
         f"{config.lr_warmup_steps} updates of warm-up"

@@ -1,4 +1,4 @@
-"""What a real training step takes: the yardstick of the estimates in `models/cost.py`."""
+"""What a real training step takes: the yardstick of `utils/training/plan.py`."""
 
 import sys
 import time
@@ -24,7 +24,7 @@ from utils.training.state import TrainState
 def measured_step(
     config: PretrainConfig, micro_rows: int, backend: Backend
 ) -> tuple[dict[str, int], float]:
-    """Bytes of a real optimizer step at its worst moment, by the parts of `models.cost.memory`,
+    """Bytes of a real optimizer step at its worst moment, by the parts of a `MemoryPlan`,
     and the seconds of another step. Tokens are random, of `config.vocab_size` and `seq_len`."""
     device = backend.device.type
     if device not in ("cpu", "cuda"):

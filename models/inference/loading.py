@@ -205,14 +205,7 @@ def load_anchor(config: PretrainConfig, data: Data, backend: Backend) -> Anchor 
         KL_TO, path, config.load_weights, data.train.identifiers, data.tokenizer
     )
     assert opened is not None  # settle_anchor has seen a folder
-    saved = saved_arch(opened)
-    head, _ = build_model(
-        opened,
-        saved.get("halt_max_steps"),
-        refinement=0,
-        forward_dtype=usable_dtype(saved, backend),
-        metadata=data.train.metadata,
-    )
+    head = build_base(opened, data.train.metadata, backend)
     if config.arch.options.get("causal", True) and not head.model.config.causal:
         raise UserError(
             f"{KL_TO}={path} is not causal: it would see the tokens that this run's model "
@@ -225,6 +218,27 @@ def load_anchor(config: PretrainConfig, data: Data, backend: Backend) -> Anchor 
     cast_weights(head)
     head.model.inner.choose_attention(backend)
     return Anchor(head.model.to(backend.device), head.loss.softmax_logits)
+
+
+def build_base(
+    opened: Checkpoint,
+    metadata: DatasetMetadata,
+    backend: Backend | None = None,
+    *,
+    device: str = "cpu",
+) -> ACTLossHead:
+    """Build the model of a checkpoint as a base for corpora of `metadata`, its weights not yet
+    loaded."""
+    saved = saved_arch(opened)
+    head, _ = build_model(
+        opened,
+        saved.get("halt_max_steps"),
+        refinement=0,
+        forward_dtype=None if backend is None else usable_dtype(saved, backend),
+        device=device,
+        metadata=metadata,
+    )
+    return head
 
 
 def usable_dtype(arch: dict[str, Any], backend: Backend) -> str:

@@ -50,6 +50,9 @@ class Backend:
     capability: tuple[int, int] = (0, 0)
     """Compute capability of an NVIDIA GPU."""
     compiles_by_default = False
+    tries_sizes = False
+    """Whether `micro_batch_size=auto` is tried out: running out of memory raises here. A host swaps
+    or ends the process instead."""
     launch_number = 0
     """Runs of this process that were launched before this one."""
     _board_is_gone = False
@@ -300,6 +303,10 @@ class Backend:
             torch.compiler.reset()  # it stops compiling a function after some shapes
         with suppress(OSError):  # Linux: the peak that getrusage knows starts again
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def release_memory(self) -> None:
+        """Return what nothing uses any more to the device."""
+        gc.collect()
 
     def compiles(self, wanted: bool | Literal["auto"]) -> bool:
         """Return whether a model is compiled here; `auto`: where that is usual."""

@@ -28,6 +28,7 @@ which on Triton is supported by its makers."""
 
 class CUDABackend(Backend):
     name = "cuda"
+    tries_sizes = True
     collective = "nccl"
 
     def __init__(self) -> None:
@@ -95,6 +96,10 @@ class CUDABackend(Backend):
         super().forget_earlier_runs()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
+
+    def release_memory(self) -> None:
+        super().release_memory()
+        torch.cuda.empty_cache()
 
     def usable_dtype(self, name: str) -> str:
         return "float32" if name == "bfloat16" and self.capability < AMPERE else name

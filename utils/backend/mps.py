@@ -8,6 +8,7 @@ from utils.core.errors import UserError
 
 class MPSBackend(Backend):
     name = "mps"
+    tries_sizes = True
 
     def __init__(self) -> None:
         super().__init__()
