@@ -4,7 +4,8 @@ Shape letters: B rows, S tokens, P prefix positions, D hidden.
 """
 
 import inspect
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,14 @@ class Carry:
     current_data: Batch
     memory: dict[str, Tensor] = field(default_factory=dict)
     info: SequenceInfo | None = None
+
+
+OptionsKey = tuple[tuple[str, int], ...]
+
+
+def options_key(options: Mapping[str, int]) -> OptionsKey:
+    """Return step options in a form that can be looked up; `dict` turns it back."""
+    return tuple(sorted(options.items()))
 
 
 class Outputs(dict[str, Tensor]):
@@ -131,16 +140,19 @@ class Architecture(nn.Module):
         """Whether the depth is an option of the forward pass, named so, and not ACT steps."""
         return "depth" in inspect.signature(self.forward).parameters
 
-    def option_sets(self) -> list[dict[str, int]]:
-        """Return the sets of step options that a run can meet, found by asking along its progress;
-        a set that is rarer than one draw in some hundred may be missing."""
-        found: dict[tuple[tuple[str, int], ...], dict[str, int]] = {}
+    def option_sets(self) -> dict[OptionsKey, float]:
+        """Return the sets of step options that a run can meet, each with its share of the steps.
+
+        They are found by asking along a run's progress; a set that is rarer than one draw in some
+        hundred may be missing.
+        """
         rng = np.random.default_rng(0)
-        for progress in np.linspace(0, 1, 33):
-            for _ in range(16):
-                options = self.step_options(float(progress), rng)
-                found[tuple(sorted(options.items()))] = options
-        return list(found.values())
+        draws = [
+            options_key(self.step_options(progress, rng))
+            for progress in np.linspace(0, 1, 33).tolist()
+            for _ in range(16)
+        ]
+        return {key: count / len(draws) for key, count in Counter(draws).items()}
 
     def notes(self) -> list[str]:
         """Return sentences that a user should read at the start of a run. Default: none."""

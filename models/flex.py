@@ -13,7 +13,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Kernel = Literal["flex", "dense"]
+Kernel = Literal["flex", "dense", "unmasked"]
+"""`unmasked` ignores the borders of documents. Only tracing uses it: it takes the memory that flex
+attention takes, and fake tensors know it."""
 
 BLOCK = 128
 """Positions of a block."""

@@ -127,6 +127,8 @@ def visible(
     Returns (B, 1, P+S, P+S) bool, True where a query (third axis) may look at a key (last); for
     flex attention a BlockMask of the same content, which skips the blocks that nobody sees.
     """
+    if kernel == "unmasked":
+        return None
     owner = F.pad(document_starts, (prefix, 0), value=-1)
     if kernel == "flex" or (kernel is None and owner.is_cuda):
         return block_mask(owner, prefix, causal)

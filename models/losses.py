@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from dataset.common import IGNORE_LABEL_ID
-from models.base import Architecture, Batch, Carry
+from models.base import Architecture, Batch, Carry, OptionsKey, options_key
 from models.layers import at_least_float32
 from models.terms.base import LoadBase, Seen, Term
 from models.token_losses import LOSSES
@@ -54,7 +54,7 @@ class ACTLossHead(nn.Module):
         self.config = ACTLossConfig(loss_type=loss_type, **options)
         self.loss_type = LOSSES[loss_type]
         self.terms = create_terms(self.config.terms)  # not modules: they train nothing
-        self._unused: dict[tuple[tuple[str, int], ...], list[str]] = {}
+        self._unused: dict[OptionsKey, list[str]] = {}
 
     @property
     def active_terms(self) -> list[Term]:
@@ -65,6 +65,10 @@ class ACTLossHead(nn.Module):
         """Have every term load what it needs before training."""
         for term in self.terms:
             term.prepare(load_base, self.model.config)
+
+    def frozen_models(self) -> list[nn.Module]:
+        """Return the models that the terms run, such as the base of a divergence."""
+        return [model for term in self.terms for model in term.models()]
 
     def initial_carry(self, batch: Batch) -> Carry:
         """Return a carry in which every row is free, for batches of this one's shapes."""
@@ -174,7 +178,7 @@ class ACTLossHead(nn.Module):
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if any(is_shard(p) for p in trained.values()):
             return total  # FSDP needs no gradient of each; training fills them in
-        key = tuple(sorted(options.items()))
+        key = options_key(options)
         if key not in self._unused:
             used = _leaves(total)
             self._unused[key] = [name for name, p in trained.items() if id(p) not in used]

@@ -61,7 +61,7 @@ class Result:
     train_flops: float
     """Per token and optimizer step, in which every row takes one ACT step."""
     eval_flops: float
-    """Per token, all ACT steps of an evaluation together."""
+    """Per token, of an answer after all ACT steps of an evaluation."""
     seconds: float
     steps: int
     examples: int
@@ -103,7 +103,7 @@ def measure(folder: Path) -> Result:
     """Return the result and cost of a finished run, from its newest checkpoint and its metrics."""
     opened = Checkpoint(checkpoints_of(folder)[-1])
     head, metadata = build_model(opened, device="meta")
-    counted = cost.measure(head.model)
+    counted = cost.measure_mean(head)
     state = opened.json("state.json")
     step = state["counters"]["step"]
     metrics = RunMetrics(folder)
@@ -111,10 +111,10 @@ def measure(folder: Path) -> Result:
     taken = metrics.series("train/steps")[1]
     return Result(
         metrics=metrics,
-        core_parameters=counted.core_parameters,
-        parameters=counted.parameters,
+        core_parameters=counted.parameters.core,
+        parameters=counted.parameters.total,
         train_flops=counted.train_flops,
-        eval_flops=counted.evaluation_flops,
+        eval_flops=cost.evaluation_flops(head.model),
         seconds=state["counters"]["seconds"],
         steps=step,
         examples=state["stream"]["examples_entered"],

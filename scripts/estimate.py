@@ -22,7 +22,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of measure=true; before
 
 import torch
 
-from models import cost
+from models.cost import evaluation_flops
 from scripts.run_plan import HARDWARE, Options, Plan, configure, cpu_rate, plan
 from scripts.training_step import measured_step
 from utils.backend import select_backend
@@ -30,7 +30,8 @@ from utils.config.key_values import run_command, split_key_values
 from utils.config.load import PretrainConfig
 from utils.core.errors import UserError
 from utils.core.functions import nearest
-from utils.training.dry_run import format_bytes, format_count, format_flops, plan_model
+from utils.training.dry_run import format_bytes, format_count, format_flops
+from utils.training.plan import FILLED, MemoryPlan, plan_metadata
 
 LONG = 30 * 86400
 """Seconds of training that deserve a warning."""
@@ -95,22 +96,21 @@ def rows_of(p: Plan) -> list[tuple[str, str]]:
     steps = p.tokens * p.act_steps / (rows * c.seq_len)
     room = "fits" if p.fits else "DOES NOT FIT"
     return [
-        ("parameters", format_count(c.parameters)),
-        ("  core (blocks)", format_count(c.core_parameters)),
-        ("  embeddings", format_count(c.embedding_parameters)),
-        ("  heads", format_count(c.head_parameters)),
-        ("identifier embedding", format_count(c.identifier_parameters)),
-        ("layer passes per ACT step", f"{c.layer_passes} ({c.gradient_passes} with gradient)"),
+        ("parameters", format_count(c.parameters.total)),
+        ("  core", format_count(c.parameters.core)),
+        ("  embeddings", format_count(c.parameters.embeddings)),
+        ("  output head", format_count(c.parameters.head)),
+        ("identifier embedding", format_count(c.parameters.identifiers)),
+        ("layer passes per ACT step", f"{c.passes} ({c.gradient_passes} with gradient)"),
         ("ACT steps of an example", f"{p.act_steps:.1f} of {c.max_steps}"),
         ("FLOPs per token", ""),
         ("  training, an ACT step", format_flops(c.train_flops)),
         ("  training, all its steps", format_flops(c.train_flops * p.act_steps)),
-        ("  evaluation, an ACT step", format_flops(c.forward_flops)),
-        ("  evaluation, all its steps", format_flops(c.evaluation_flops)),
+        ("  evaluation, all its steps", format_flops(evaluation_flops(p.model))),
         ("memory of a device", f"{format_bytes(p.total)} of {format_bytes(p.memory)}: {room}"),
         *((f"  {name}", format_bytes(part)) for name, part in p.parts.items()),
         ("rows at once", f"{p.micro_rows} of {p.config.rows_per_rank(p.devices)}"),
-        ("checkpoint on disk", format_bytes(cost.checkpoint_bytes(p.model, p.config))),
+        ("checkpoint on disk", format_bytes(p.memory_plan.checkpoint_bytes())),
         ("tokens", f"{p.tokens:.3g}"),
         ("optimizer steps", f"{steps:,.0f}"),
         ("time", duration(p.seconds)),
@@ -149,7 +149,7 @@ def warnings_of(options: Options, overrides: Sequence[str], p: Plan) -> list[str
     carry = p.parts["carry"]
     if not p.fits:
         what = f"needs {format_bytes(p.total)} with {p.micro_rows} rows at once, but only " + (
-            f"{cost.FILLED:.0%} of {format_bytes(p.memory)} can be planned with"
+            f"{FILLED:.0%} of {format_bytes(p.memory)} can be planned with"
         )
         found.append(what + advice(options, overrides, p, SMALLER, "fits"))
     elif carry > 0.25 * p.memory:
@@ -174,9 +174,10 @@ def warnings_of(options: Options, overrides: Sequence[str], p: Plan) -> list[str
         what = f"{format_count(head)} parameters are a reasoning head that nothing trains"
         settings = (["arch.enable_reasoning_stream=auto"],)
         found.append(what + advice(options, overrides, p, settings, "parameters"))
-    outside = p.counted.parameters - p.counted.core_parameters
-    if outside > 0.6 * p.counted.parameters and not arch.tie_embeddings:
-        what = f"{outside / p.counted.parameters:.0%} of the parameters are embedding and head"
+    parameters = p.counted.parameters
+    outside = parameters.total - parameters.core
+    if outside > 0.6 * parameters.total and not arch.tie_embeddings:
+        what = f"{outside / parameters.total:.0%} of the parameters are embedding and head"
         settings = (["arch.tie_embeddings=true"],)
         found.append(what + advice(options, overrides, p, settings, "parameters"))
     return found
@@ -199,17 +200,17 @@ def advice(
             "fits": other.fits,
             "carry": other.parts["carry"] < p.parts["carry"],
             "seconds": other.seconds < 0.9 * p.seconds and (other.fits or not p.fits),
-            "parameters": other.counted.parameters < p.counted.parameters,
+            "parameters": size(other) < size(p),
         }[gain]
-        if better and other.counted.parameters <= p.counted.parameters:
+        if better and size(other) <= size(p):
             room = "" if other.fits else ", which does not fit"
-            counted = (other.total, other.counted.parameters, other.seconds)
+            counted = (other.total, size(other), other.seconds)
             if counted in helpful:
                 continue  # a preset may say no more than a single key before it
             named = " ".join(differing(overrides, extra, p.devices))
             helpful[counted] = (
                 f"\n    {named}: {format_bytes(other.total)}{room}, "
-                f"{format_count(other.counted.parameters)} parameters, {duration(other.seconds)}, "
+                f"{format_count(size(other))} parameters, {duration(other.seconds)}, "
                 f"{dollars(other.money)}"
             )
             if len(helpful) == SHOWN:
@@ -217,6 +218,10 @@ def advice(
     if not helpful:
         return "; no single preset here changes that: take more or larger devices, or fewer tokens"
     return "; with" + "".join(helpful.values())
+
+
+def size(p: Plan) -> int:
+    return p.counted.parameters.total
 
 
 def differing(overrides: Sequence[str], extra: Sequence[str], devices: int) -> list[str]:
@@ -239,18 +244,16 @@ def compared(overrides: Sequence[str]) -> str:
     config = configure(overrides, 1)
     backend, _ = select_backend(config.device_type)
     device, free = backend.device.type, backend.available_memory()
-    head, data = plan_model(config, 1)
-    micro_rows = config.micro_rows(1)
-    if micro_rows is None:
-        micro_rows = cost.fitting_rows(head.model, config, free, device=device)
-    parts = cost.memory(head.model, config, micro_rows=micro_rows, device=device)
+    metadata, _ = plan_metadata(config)
+    planned = MemoryPlan(config, metadata, device=device)
+    micro_rows = config.micro_rows(1) or planned.fitting_rows(free)
+    parts = planned.parts(micro_rows)
     if sum(parts.values()) > free:
         raise UserError(
             f"a step with {micro_rows} rows at once needs about "
             f"{format_bytes(sum(parts.values()))}, but {format_bytes(free)} are free here; give a "
             "smaller arch, global_batch_size or seq_len"
         )
-    metadata = head.model.config if data is None else data.train.metadata
     sizes = dict(vocab_size=metadata.vocab_size, seq_len=metadata.seq_len)
     found, seconds = measured_step(config.model_copy(update=sizes), micro_rows, backend)
     lines = [f"{'memory':<16}{'estimated':>12}{'measured':>12}{'ratio':>8}"]
@@ -259,8 +262,8 @@ def compared(overrides: Sequence[str]) -> str:
     for name, (guess, real) in both.items():
         ratio = f"{guess / real:.2f}" if real else ""
         lines.append(f"  {name:<14}{format_bytes(guess):>12}{format_bytes(real):>12}{ratio:>8}")
-    spent = cost.measure_run(head.model, config).row_train_flops * config.global_batch_size
-    dtype = head.model.config.forward_dtype
+    spent = planned.cost.row_train_flops * config.global_batch_size
+    dtype = planned.head.model.config.forward_dtype
     rate = cpu_rate(dtype) if device == "cpu" else backend.peak_flops(torch.bfloat16)
     share = f", utilisation={spent / seconds / rate:.2f}" if rate else ""
     lines.append(

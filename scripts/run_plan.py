@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from models import cost
+from models.base import Architecture
+from models.cost import Cost
 from utils.backend.cuda import BF16_PEAK
 from utils.backend.memory import free_host_memory
 from utils.checkpoint.run_config import apply_trained_config
@@ -24,7 +25,7 @@ from utils.config.schema import PositiveFloat, PositiveInt
 from utils.core.errors import UserError
 from utils.corpus.curriculum import scale_budgets
 from utils.corpus.data import Data
-from utils.training.dry_run import plan_model
+from utils.training.plan import FILLED, MemoryPlan, plan_metadata
 
 
 class Hardware(NamedTuple):
@@ -85,10 +86,10 @@ class Plan:
 
     name: str
     config: PretrainConfig
-    model: Any
+    memory_plan: MemoryPlan
     hardware: Hardware
     devices: int
-    counted: cost.Cost
+    counted: Cost
     micro_rows: int
     parts: dict[str, int]
     memory: float
@@ -99,17 +100,22 @@ class Plan:
     money: float
 
     @property
+    def model(self) -> Any:
+        """The architecture, without weights."""
+        return self.memory_plan.head.model
+
+    @property
     def total(self) -> int:
         return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
-        return self.total < cost.FILLED * self.memory
+        return self.total < FILLED * self.memory
 
     @property
     def passes(self) -> float:
         """Return the layer passes for each trained token."""
-        return self.counted.layer_passes * self.act_steps
+        return self.counted.passes * self.act_steps
 
 
 def configure(overrides: Sequence[str], ranks: int) -> PretrainConfig:
@@ -127,14 +133,15 @@ def plan(options: Options, overrides: Sequence[str], tokens: float | None = None
     hardware = HARDWARE[options.hardware]
     devices = options.devices or hardware.devices
     config = configure(overrides, devices)
-    head, data = plan_model(config, devices)
-    model, counted = head.model, cost.measure_run(head.model, config)
+    metadata, data = plan_metadata(config)
+    memory_plan = MemoryPlan(config, metadata, ranks=devices, device=hardware.device)
+    model = memory_plan.head.model
     memory = hardware.memory or host_memory()
-    sizes: dict[str, Any] = dict(ranks=devices, device=hardware.device)
     micro_rows = config.micro_rows(devices)
     if micro_rows is None:
-        micro_rows = cost.fitting_rows(model, config, int(memory), **sizes)
-    act_steps, assumed = steps_of_an_example(config, model.config, data)
+        micro_rows = memory_plan.fitting_rows(int(memory))
+    counted = memory_plan.cost
+    act_steps, assumed = steps_of_an_example(config, model, data)
     tokens = tokens or options.tokens or budget(config, counted, act_steps, data)
     dtype = model.config.forward_dtype
     rate = cpu_rate(dtype) if hardware.device == "cpu" else hardware.rates.get(dtype)
@@ -149,12 +156,12 @@ def plan(options: Options, overrides: Sequence[str], tokens: float | None = None
     return Plan(
         name=next((o.partition("=")[2] for o in overrides if o.startswith("arch=")), "the default"),
         config=config,
-        model=model,
+        memory_plan=memory_plan,
         hardware=hardware,
         devices=devices,
         counted=counted,
         micro_rows=micro_rows,
-        parts=cost.memory(model, config, micro_rows=micro_rows, **sizes),
+        parts=memory_plan.parts(micro_rows),
         memory=memory,
         act_steps=act_steps,
         assumed=assumed,
@@ -164,9 +171,11 @@ def plan(options: Options, overrides: Sequence[str], tokens: float | None = None
     )
 
 
-def steps_of_an_example(config: PretrainConfig, arch: Any, data: Data | None) -> tuple[float, str]:
-    """Return the mean ACT steps of a training example, and the assumption behind it."""
-    most = getattr(arch, "halt_max_steps", 1)
+def steps_of_an_example(
+    config: PretrainConfig, model: Architecture, data: Data | None
+) -> tuple[float, str]:
+    """Return the mean ACT steps that a training example takes, and what that rests on."""
+    most, arch = model.max_steps, model.config
     if most == 1:
         return 1.0, "there is one step"
     if config.feed == "present":
@@ -190,18 +199,41 @@ def steps_of_an_example(config: PretrainConfig, arch: Any, data: Data | None) ->
             [scale_budgets(whole, rule, at, lowest) for at in moments]
         ).tolist()
         why += ", growing by iteration_curriculum"
-    return cost.expected_steps(arch, budgets), why + ", and exploration"
+    return expected_steps(arch, budgets), why + ", and exploration"
 
 
-def budget(
-    config: PretrainConfig, counted: cost.Cost, act_steps: float, data: Data | None
-) -> float:
-    """Return the tokens of the run if the options give none."""
+def expected_steps(config: Any, budgets: Iterable[int]) -> float:
+    """Return the mean ACT steps of a training example, each of which ends with its budget.
+
+    A budget of 0 is none. The halting head is not foreseen. A row that explores at its k-th step
+    continues with the chance that the number drawn from 2..halt_max_steps is above k.
+    """
+    most = config.halt_max_steps
+    known: dict[int, float] = {}
+
+    def after(budget: int) -> float:
+        first = min(max(budget or most, config.force_min_steps, 1), most)
+        steps, reached = float(first), 1.0
+        for k in range(first, most):
+            reached *= config.halt_exploration_prob * (most - max(k, 1)) / (most - 1)
+            steps += reached
+        return steps
+
+    found = []
+    for budget in budgets:
+        if budget not in known:
+            known[budget] = after(budget)
+        found.append(known[budget])
+    return sum(found) / len(found)
+
+
+def budget(config: PretrainConfig, counted: Cost, act_steps: float, data: Data | None) -> float:
+    """Tokens of the run where none are asked for."""
     if config.max_steps is not None:
         return config.max_steps * config.global_batch_size * counted.seq_len / act_steps
     if data is not None:
         return data.train.num_rows * counted.seq_len * (config.epochs or 1)
-    return 20.0 * counted.parameters
+    return 20.0 * counted.parameters.total
 
 
 @cache

@@ -77,7 +77,7 @@ def make_step(
 def measured_step(
     config: PretrainConfig, micro_rows: int, backend: Backend
 ) -> tuple[dict[str, int], float]:
-    """Return the peak bytes of an optimizer step, by the parts of `models.cost.memory`, and the
+    """Return the peak bytes of an optimizer step, by the parts of a `MemoryPlan`, and the
     seconds of another step. Tokens are random, of `config.vocab_size` and `seq_len`."""
     device = backend.device.type
     if device not in ("cpu", "cuda"):

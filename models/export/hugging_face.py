@@ -121,12 +121,12 @@ def card(model: LanguageModel, dtype: torch.dtype, weights: str) -> str:
     opened = model.checkpoint
     assert opened is not None
     run = yaml.safe_load(opened.text("config.yaml"))
-    counted = cost.measure(model.model)
+    counted = cost.count_parameters(model.model)
     corpora = ", ".join(Path(path).name for path in run.get("data_paths", ()))
     domains = ", ".join(model.metadata.domains)
     trained = {
-        "parameters": f"{counted.parameters:,}, of which {counted.core_parameters:,} are no "
-        "embeddings",
+        "parameters": f"{counted.total:,}, of which {counted.core:,} are neither embeddings "
+        "nor the output head",
         "architecture": run["arch"]["name"],
         "ACT steps of a token": model.steps,
         "window": f"{model.window} tokens",

@@ -5,6 +5,7 @@ What scripts, evaluators and lm-evaluation-harness ask goes through here.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata
 from dataset.tokens.tokenization import TextTokenizer
 from models import cost
+from models.base import Architecture
 from models.inference.generation import Decoder, Written, batches_of, write
 from models.inference.key_value_cache import cache_bytes
 from models.inference.sampling import Sampling
@@ -95,11 +97,13 @@ class LanguageModel:
 
     def flops_per_token(self, steps: int) -> float:
         """Return the FLOPs of this many ACT steps and of the output head after the last of them."""
-        counted, block = cost.measure(self.model), cost.block_flops(self.config)
-        recursion = counted.layer_passes * block
-        refinement = cost.refinement_passes(self.config) * block
-        head = counted.row_forward_flops - recursion
-        return (steps * recursion + refinement + head) / counted.seq_len
+        return cost.evaluation_flops(self._untrained, steps)
+
+    @cached_property
+    def _untrained(self) -> Architecture:
+        """A model of the same kind on the meta device, to be traced."""
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return type(self.model)(self.config.model_dump())
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without special tokens."""

@@ -210,14 +210,7 @@ def base_loader(data: Data, backend: Backend) -> LoadBase:
     def load_base(key: str, path: str, which: str) -> ACTLossHead:
         weights, opened = fitting_weights(key, path, which, data.train.identifiers, data.tokenizer)
         assert opened is not None  # settle_bases has seen a directory
-        saved = saved_arch(opened)
-        head, _ = build_model(
-            opened,
-            saved.get("halt_max_steps"),
-            refinement=0,
-            forward_dtype=usable_dtype(saved, backend),
-            metadata=data.train.metadata,
-        )
+        head = build_base(opened, data.train.metadata, backend)
         try:
             load_into(head.model, weights)
         except UserError as error:
@@ -227,6 +220,27 @@ def base_loader(data: Data, backend: Backend) -> LoadBase:
         return head.to(backend.device)
 
     return load_base
+
+
+def build_base(
+    opened: Checkpoint,
+    metadata: DatasetMetadata,
+    backend: Backend | None = None,
+    *,
+    device: str = "cpu",
+) -> ACTLossHead:
+    """Build the model of a checkpoint as a base for corpora of `metadata`, its weights not yet
+    loaded."""
+    saved = saved_arch(opened)
+    head, _ = build_model(
+        opened,
+        saved.get("halt_max_steps"),
+        refinement=0,
+        forward_dtype=None if backend is None else usable_dtype(saved, backend),
+        device=device,
+        metadata=metadata,
+    )
+    return head
 
 
 def usable_dtype(arch: dict[str, Any], backend: Backend) -> str:

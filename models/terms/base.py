@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.base import Carry
 from models.token_losses import LossType
@@ -121,6 +121,10 @@ class Term:
 
     def prepare(self, load_base: LoadBase, arch: Any) -> None:
         """Load what it needs, once, before training. Default: nothing."""
+
+    def models(self) -> list[nn.Module]:
+        """Return the frozen models that it runs. Default: none."""
+        return []
 
     def begin(self, carry: Carry, most_steps: int) -> dict[str, Tensor]:
         """Return the memory of rows that a run starts or resumes with. Default: none.

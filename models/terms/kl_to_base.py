@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.base import Architecture, Batch, Carry
 from models.terms.base import LoadBase, Result, Seen, Term, TermConfig
@@ -66,6 +66,9 @@ class KLToBase(Term):
         """Take a model as the base. probabilities: its loss' map from logits to them."""
         self.base = base.requires_grad_(False).eval()
         self.base_probabilities = probabilities
+
+    def models(self) -> list[nn.Module]:
+        return [self.base]
 
     @property
     def steps(self) -> int:

@@ -21,14 +21,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from dataset.common import DatasetMetadata
+from models import cost
 from models.build import create_model
-from models.inference.key_value_cache import lay_out
 from models.losses import ACTLossHead
 from utils.backend import select_backend
 from utils.config.key_values import run_command, split_key_values
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.config.schema import PositiveInt
 from utils.core.errors import UserError
+from utils.training.plan import build_untrained, plan_metadata
 from utils.training.schedule import warmup
 from utils.training.state import create_train_state
 
@@ -112,7 +113,8 @@ def measure(overrides: Sequence[str], updates: Sequence[int], steps: int) -> Non
     heads = {dtype: head for dtype, (_, head) in configs.items()}
     config, trained = configs["float32"]
     arch = trained.model.config
-    passes = len(lay_out(trained.model.inner, steps=1).slots)
+    metadata, _ = plan_metadata(config.model_copy(update={"data_paths": []}))
+    passes = cost.measure_mean(build_untrained(config.arch, metadata)).passes
     print(
         f"{passes} layer passes per ACT step, width {arch.hidden_size}, lr {config.lr:g} after "
         f"{config.lr_warmup_steps} updates of warm-up"

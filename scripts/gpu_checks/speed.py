@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.profiler import profile, supported_activities
 
-from models import cost
 from models.inference.generation import Decoder
 from scripts.benchmarks import rounding
 from scripts.gpu_checks.session import Session
 from scripts.training_step import make_step
 from utils.config.load import PretrainConfig
 from utils.monitoring.profiling import costliest
+from utils.training.plan import MemoryPlan, plan_metadata
 
 _TEXT = "global_batch_size=16 vocab_size=32000 seq_len=2048"
 MODELS = {
@@ -100,14 +100,17 @@ def time_step(session: Session, name: str, config: PretrainConfig, peak: float) 
         step()
         if session.on_cuda:  # what compiling took is no part of a step
             torch.cuda.reset_peak_memory_stats()
-        seconds, model = median_seconds(session, step, 3), state.model.model
-        rate = cost.measure(model).row_train_flops * rows / seconds
+        seconds = median_seconds(session, step, 3)
+        kernel = state.model.model.inner.masked_attention
+        metadata, _ = plan_metadata(config.model_copy(update={"data_paths": []}))
+        plan = MemoryPlan(config, metadata, device=backend.device.type, kernel=kernel)
+        rate = plan.cost.row_train_flops * rows / seconds
         found.update(ms=seconds * 1e3, tflop_a_second=rate / 1e12, of_measured_peak=rate / peak)
         if nominal := backend.peak_flops(torch.bfloat16):
             found["of_nominal_peak"] = rate / nominal
         if session.on_cuda:
             used = torch.cuda.max_memory_allocated()
-            planned = sum(cost.memory(model, config, micro_rows=rows, device="cuda").values())
+            planned = plan.total(rows)
             # what is planned with must be enough
             found.update(passed=used < 1.05 * planned, gb=used / 1e9, estimated_gb=planned / 1e9)
         with profile(activities=supported_activities()) as profiler:

@@ -94,7 +94,8 @@ def looped(write_plugin):
 
 def test_the_sets_of_step_options_are_found(looped):
     sets = looped(SIZES | OPTIONS).option_sets()
-    assert sorted(options["depth"] for options in sets) == [1, 2, 3, 4]
+    assert sorted(dict(options)["depth"] for options in sets) == [1, 2, 3, 4]
+    assert sum(sets.values()) == pytest.approx(1)
 
 
 def test_a_weight_that_a_step_does_not_use_has_gradient_0(looped):

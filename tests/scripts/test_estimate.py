@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from models.cost import evaluation_flops
 from scripts import estimate
 from scripts.run_plan import Plan, plan
 from utils.core.errors import UserError
@@ -79,8 +80,11 @@ def test_what_changes_the_work_of_a_run_is_counted(text_run):
     tiny = ["arch=athena_trm_tiny", "vocab_size=300", "seq_len=64", "global_batch_size=8"]
     plain = planned(*tiny)
     near = planned(*tiny, "loss.kl_to=base", "loss.kl_weight=1")
-    base = plain.counted.forward_flops
-    assert near.counted.train_flops == pytest.approx(plain.counted.train_flops + base)
+    one, two = (evaluation_flops(plain.model, depth) for depth in (1, 2))
+    head = 2 * plain.model.config.hidden_size * 300
+    base = two - one + head  # a step of it, and its logits
+    added = near.counted.train_flops - plain.counted.train_flops
+    assert added == pytest.approx(base, rel=1e-3)
     growing = planned(*tiny, "iteration_curriculum={start: 0.5, until: 1}", "min_iterations=1")
     assert 1 < growing.act_steps < 0.85 * planned(*tiny, "min_iterations=1").act_steps
     assert planned(f"load_checkpoint={text_run}", *tiny[1:]).model.config.hidden_size == 32

@@ -43,6 +43,9 @@ class Backend:
     capability: tuple[int, int] = (0, 0)
     """Compute capability of an NVIDIA GPU."""
     compiles_by_default = False
+    tries_sizes = False
+    """Whether `micro_batch_size=auto` is tried out: running out of memory raises here. A host swaps
+    or ends the process instead."""
     launch_number = 0
     """Number of runs that this process launched before this one."""
 
@@ -92,9 +95,13 @@ class Backend:
         """Return arguments of `init_process_group`."""
         return {"backend": "gloo"}
 
+    def release_memory(self) -> None:
+        """Return memory that nothing uses any more to the device."""
+        gc.collect()
+
     def forget_earlier_runs(self) -> None:
         """Drop compiled programs and other state of earlier runs of a sweep in this process."""
-        gc.collect()
+        self.release_memory()
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # it stops compiling a function after some shapes
         with suppress(OSError):  # on Linux this resets the peak that getrusage reports

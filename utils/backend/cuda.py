@@ -28,6 +28,7 @@ class CUDABackend(Backend):
     """One NVIDIA GPU."""
 
     name = "cuda"
+    tries_sizes = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,8 +87,11 @@ class CUDABackend(Backend):
 
     def forget_earlier_runs(self) -> None:
         super().forget_earlier_runs()
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
+
+    def release_memory(self) -> None:
+        super().release_memory()
+        torch.cuda.empty_cache()
 
     def usable_dtype(self, name: str) -> str:
         return "float32" if name == "bfloat16" and self.capability < AMPERE else name

@@ -10,6 +10,7 @@ class MPSBackend(Backend):
     """The GPU of an Apple computer."""
 
     name = "mps"
+    tries_sizes = True
 
     def __init__(self) -> None:
         super().__init__()

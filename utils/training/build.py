@@ -5,16 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dataset.tokens.tokenization import TextTokenizer
 from evaluators.interface import Evaluator
 from evaluators.loop import create_evaluators
-from models import cost
+from models.base import OptionsKey
 from models.build import create_model, load_into
 from models.inference.loading import base_loader, fitting_weights, open_tokenizer
 from models.losses import ACTLossHead, create_terms
 from sequence_dataset import TrainStream
 from utils.backend import Backend
-from utils.backend.memory import explain_out_of_memory
+from utils.backend.memory import explain_out_of_memory, ran_out_of_memory
 from utils.checkpoint.format import Checkpoint
 from utils.config.saved import config_yaml, dump_config
 from utils.config.schema import PretrainConfig
@@ -28,6 +30,7 @@ from utils.monitoring.profiling import StepProfiler
 from utils.monitoring.watchdog import Watchdog
 from utils.training.log import TrainingLog
 from utils.training.lr_finder import Sweep
+from utils.training.plan import MemoryPlan, count_present_bytes, count_train_flops
 from utils.training.resume import prepare_resume, restore
 from utils.training.save import Saver
 from utils.training.schedule import Schedule
@@ -93,9 +96,12 @@ def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path
     resumed = prepare_resume(config, folder, backend)
     model, counters = build_model(config, backend, data, resumed)
     rows = config.rows_per_rank(backend.world_size)
-    micro_batches = rows // choose_micro_batch_rows(config, backend, model, resumed)
+    micro_rows, plan = choose_micro_batch_rows(config, backend, model, data, resumed)
     model.to(backend.device)
     state = create_train_state(config, model, backend=backend)
+    if plan is not None and backend.tries_sizes and config.parallel != "fsdp":
+        micro_rows = try_rows(plan, state, backend, micro_rows)
+    micro_batches = rows // micro_rows
     stream = create_stream(config, model, data, backend, micro_batches)
     if backend.is_main and data.test is not None:
         for note in model.model.notes():
@@ -217,13 +223,17 @@ def create_log(
 ) -> TrainingLog:
     """Create the log of training metrics, which knows what a token costs."""
     peak = backend.peak_flops(model.model.config.dtype)
+    flops: dict[OptionsKey, float] = {}
+    if backend.is_main and not config.eval_only:
+        with backend.one_rank_at_a_time():
+            flops = count_train_flops(config.arch, data.train.metadata)
     return TrainingLog(
         loggers,
         backend,
         schedule,
         row_tokens=data.train.metadata.seq_len,
         rows=config.global_batch_size,
-        flops_per_token=cost.step_flops(model),
+        flops=flops,
         peak_flops=None if peak is None else peak * backend.world_size,
     )
 
@@ -249,19 +259,92 @@ def check_early_stopping(
 
 
 def choose_micro_batch_rows(
-    config: PretrainConfig, backend: Backend, model: ACTLossHead, resumed: Checkpoint | None
-) -> int:
+    config: PretrainConfig,
+    backend: Backend,
+    model: ACTLossHead,
+    data: Data,
+    resumed: Checkpoint | None,
+) -> tuple[int, MemoryPlan | None]:
     """Return how many rows a rank computes at once: as configured, as before, or as many as the
-    memory of every rank allows. A collective."""
-    ranks, device = backend.world_size, backend.device
+    memory of every rank allows. A collective.
+
+    Returns with it the plan that the number follows from, if it does.
+    """
+    ranks, device = backend.world_size, backend.device.type
     rows = config.rows_per_rank(ranks)
     known = config.micro_rows(ranks) or backend.broadcast_object(read_micro_rows(resumed, rows))
     if known is not None:
-        return known
-    # the plan counts these too
-    free = backend.available_memory() + cost.count_present_bytes(model, device.type)
-    own = cost.fitting_rows(model.model, config, free, ranks=ranks, device=device.type)
-    return min(backend.gather_objects(own))  # each divides the rows of a rank
+        return known, None
+    with backend.one_rank_at_a_time():
+        plan = MemoryPlan(
+            config,
+            data.train.metadata,
+            ranks=ranks,
+            device=device,
+            kernel=getattr(model.model.inner, "masked_attention", None),
+            reasoning_width=data.train.reasoning_width,
+        )
+        # the plan counts what is there already, too
+        own = plan.fitting_rows(backend.available_memory() + count_present_bytes(model, device))
+    return min(backend.gather_objects(own)), plan  # each divides the rows of a rank
+
+
+def try_rows(plan: MemoryPlan, state: TrainState, backend: Backend, planned: int) -> int:
+    """Return the rows at once, at most `planned`, with which every rank can take a step. A
+    collective.
+
+    Runs one forward and backward pass without collectives, next to as much memory as a run keeps;
+    nothing changes but what is compiled. Raises UserError if memory does not even suffice for one
+    row.
+    """
+    own = planned
+    while own and not _fits(plan, state, backend, own):
+        smaller = max((n for n in range(1, own // 2 + 1) if plan.rows % n == 0), default=0)
+        if smaller:
+            where = f"rank {backend.rank}" if backend.world_size > 1 else "this device"
+            notify(
+                f"note: {where} ran out of memory in a trial of {own} rows at once; {smaller} are "
+                f"tried instead (micro_batch_size={smaller} would skip the trial)"
+            )
+        own = smaller
+    if not (least := min(backend.gather_objects(own))):
+        raise MemoryError  # explained by `build_run`
+    return least
+
+
+def _fits(plan: MemoryPlan, state: TrainState, backend: Backend, rows: int) -> bool:
+    """Return whether a forward and a backward pass of this many rows work."""
+    model, parts = state.model, plan.parts(rows)
+    present = count_present_bytes(model, backend.device.type)
+    present += sum(part.nbytes for part in state.ema.shadow.values()) if state.ema else 0
+    lasting = sum(parts.values()) - parts["activations"] - parts["gradients"] - present
+
+    def run() -> None:
+        kept = torch.empty(max(0, lasting), dtype=torch.uint8, device=backend.device)
+        if plan.ranks == 1 and rows < plan.rows:  # earlier micro-batches have left gradients
+            for parameter in state.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        batch = backend.to_device(plan.make_batch(rows))
+        carry = model.initial_carry(batch)
+        _, loss, *_ = model(return_keys=(), carry=carry, batch=batch, **plan.largest_options)
+        if loss.requires_grad:
+            loss.backward()
+        backend.to_host(loss.detach())  # waits for the device
+        del kept
+
+    on_cuda = [backend.device] if backend.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=on_cuda):
+            run()
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        return False
+    finally:
+        for optimizer in state.optimizers:
+            optimizer.zero_grad()
+        backend.release_memory()
+    return True
 
 
 def read_micro_rows(resumed: Checkpoint | None, rows: int) -> int | None:

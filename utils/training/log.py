@@ -4,12 +4,13 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
+from models.base import OptionsKey, options_key
 from utils.backend import Backend
 from utils.core.console import LINE_SECONDS
 from utils.monitoring.loggers import Loggers
@@ -23,7 +24,7 @@ class TrainingLog:
     Args:
         row_tokens: tokens of a row.
         rows: rows of a step, over all ranks.
-        flops_per_token: of one step, forward and backward.
+        flops: per token of one step, forward and backward, by step options.
         peak_flops: FLOP/s of all devices together; None if unknown.
     """
 
@@ -35,12 +36,13 @@ class TrainingLog:
         *,
         row_tokens: int,
         rows: int,
-        flops_per_token: float,
+        flops: Mapping[OptionsKey, float],
         peak_flops: float | None,
     ):
         self.loggers, self.backend, self.schedule = loggers, backend, schedule
         self.row_tokens, self.step_tokens = row_tokens, row_tokens * rows
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.flops, self.peak_flops = flops, peak_flops
+        self.interval_flops = 0.0
         self.sums = MetricSums()
         self.options: Counter[str] = Counter()
         self.option_steps = 0
@@ -72,6 +74,9 @@ class TrainingLog:
         self.sums.add(metrics)
         self.options.update(options)
         self.option_steps += 1
+        # options met later than any that were counted cost about as much as the costliest
+        known = self.flops.get(options_key(options), max(self.flops.values(), default=0.0))
+        self.interval_flops += known * self.step_tokens
         self.bar.update(self.schedule.progress(state) - self.bar.n)
 
     def write(self, state: Any) -> None:
@@ -79,13 +84,14 @@ class TrainingLog:
         values = self.sums.read(self.backend.sum)
         values |= {name: total / self.option_steps for name, total in self.options.items()}
         self.options, self.option_steps = Counter(), 0
+        interval_flops, self.interval_flops = self.interval_flops, 0.0
         if not self.backend.is_main or not values:
             return
         stream, done = self.schedule.stream, self.schedule.progress(state)
         now = (state.seconds, state.step, stream.examples_entered)
         seconds, steps, entered = (a - b for a, b in zip(now, self._last, strict=True))
         self._last, seconds = now, max(seconds, 1e-9)
-        flops = self.flops_per_token * self.step_tokens * steps / seconds
+        flops = interval_flops / seconds
         metrics: dict[str, Any] = {f"train/{k}": v for k, v in values.items()} | {
             "train/epoch": stream.epoch,
             "train/progress": done,

@@ -41,7 +41,7 @@ def make(options: dict, dtype: str = "float32") -> ACTLossHead:
 
 
 def steps_of(head: ACTLossHead) -> int:
-    return getattr(head.model.config, "max_eval_steps", 1)
+    return head.model.eval_depth()
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ import torch
 import torch._dynamo
 from training_tools import make_config
 
-from models import cost
 from models.build import create_model
 from models.flex import raise_recompile_limit
 from models.inference.loading import base_loader
@@ -21,6 +20,7 @@ from utils.backend.triton import missing_for_triton
 from utils.core.errors import UserError
 from utils.corpus.data import open_data
 from utils.training.build import choose_micro_batch_rows
+from utils.training.plan import FILLED, MemoryPlan, count_present_bytes
 from utils.training.resume import choose_dtype
 from utils.training.state import choose_kernels
 
@@ -155,9 +155,11 @@ class Roomy(CPUBackend):
 
 def test_the_rank_with_the_least_memory_decides(text_corpus):
     config = make_config(text_corpus)
-    model = create_model(config.arch, open_data(config).train.metadata, batch_size=8)
-    assert choose_micro_batch_rows(config, Roomy(1 << 40), model, None) == 8
-    assert choose_micro_batch_rows(config, Roomy(1 << 40, others=(2, 4)), model, None) == 2
+    data = open_data(config)
+    model = create_model(config.arch, data.train.metadata, batch_size=8)
+    assert choose_micro_batch_rows(config, Roomy(1 << 40), model, data, None)[0] == 8
+    others = Roomy(1 << 40, others=(2, 4))
+    assert choose_micro_batch_rows(config, others, model, data, None)[0] == 2
 
 
 def test_what_lies_on_the_device_is_planned_once(text_corpus, text_run):
@@ -168,13 +170,13 @@ def test_what_lies_on_the_device_is_planned_once(text_corpus, text_run):
     model = create_model(config.arch, data.train.metadata, batch_size=8)
     model.prepare(base_loader(data, CPUBackend()))
     base = next(term for term in model.terms if term.name == "kl").base
-    parts = cost.memory(model.model, config, micro_rows=8, device="cpu")
+    planned = MemoryPlan(config, data.train.metadata, device="cpu").total(8)
     there = [*model.parameters(), *model.buffers()]
     there += [*base.parameters(), *base.buffers()]
     # room for the whole plan, less what is there already
-    free = round(sum(parts.values()) / cost.FILLED * 1.001) - sum(t.nbytes for t in there)
-    assert choose_micro_batch_rows(config, Roomy(free), model, None) == 8
-    assert cost.count_present_bytes(model, "cuda") == 0
+    free = round(planned / FILLED * 1.001) - sum(t.nbytes for t in there)
+    assert choose_micro_batch_rows(config, Roomy(free), model, data, None)[0] == 8
+    assert count_present_bytes(model, "cuda") == 0
 
 
 def test_the_cache_of_the_allocator_counts_as_free(monkeypatch):
