@@ -5,7 +5,7 @@ counts the pairs of positions that a causal mask leaves; borders of documents ar
 Nothing here knows an architecture: whatever a step or an answer runs is counted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.base import Architecture, Carry
+from models.flex import Kernel
 from models.layers import CastedEmbedding
 from models.losses import ACTLossHead
 from models.sparse_embedding import sparse_embeddings
@@ -78,7 +79,7 @@ def count_parameters(model: Architecture) -> Parameters:
     )
 
 
-def _elements(modules: list[nn.Module]) -> int:
+def _elements(modules: Sequence[nn.Module]) -> int:
     return sum({p: p.numel() for module in modules for p in module.parameters()}.values())
 
 
@@ -126,10 +127,10 @@ def evaluation_flops(model: Architecture, depth: int | None = None) -> float:
 
 
 @contextmanager
-def trace(module: nn.Module, kernel: str | None = "unmasked") -> Iterator[Tracer]:
+def trace(module: nn.Module, kernel: Kernel = "unmasked") -> Iterator[Tracer]:
     """Trace what runs inside the block. The tensors of `module`, a model or its loss head, become
     fake. kernel: of attention under a document mask."""
-    model = getattr(module, "model", module)
+    model: Any = getattr(module, "model", module)
     anchor = getattr(module, "anchor", None)
     tracer = Tracer(causal=config_of(model).causal)
     models = [model] if anchor is None else [model, anchor.model]
@@ -162,5 +163,6 @@ def batch_shapes(
     """
     tokens = ["inputs", "labels", *(["document_starts"] if documents else [])]
     numbers = ["puzzle_identifiers", "iteration_targets", "explore"]
-    shapes = dict.fromkeys(tokens, (rows, config.seq_len)) | dict.fromkeys(numbers, (rows,))
+    shapes: dict[str, tuple[int, ...]] = {name: (rows, config.seq_len) for name in tokens}
+    shapes |= {name: (rows,) for name in numbers}
     return shapes | ({"reasoning_labels": (rows, reasoning_width)} if reasoning_width else {})

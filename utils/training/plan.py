@@ -116,7 +116,7 @@ class MemoryPlan:
         self.config, self.ranks, self.device = config, ranks, device
         self.rows = config.rows_per_rank(ranks)
         self.head = build_untrained(config.arch, metadata)
-        self._kinds = {
+        self._kinds: dict[str, Any] = {
             "documents": metadata.eos_id is not None,
             "reasoning_width": reasoning_width,
         }
