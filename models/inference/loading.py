@@ -136,7 +136,7 @@ def build_model(
     refinement: passes after them; None: as configured. metadata: of another corpus to use it on.
     """
     saved = saved_arch(opened)
-    saved |= _depth(saved, steps, refinement)
+    saved |= depth_options(saved, steps, refinement)
     if forward_dtype is not None:
         saved["forward_dtype"] = forward_dtype
     arch, gone = read_arch(saved)
@@ -249,8 +249,10 @@ def usable_dtype(arch: dict[str, Any], backend: Backend) -> str:
     return backend.usable_dtype(arch.get("forward_dtype", fields["forward_dtype"].default))
 
 
-def _depth(arch: dict[str, Any], steps: int | None, refinement: int | None) -> dict[str, Any]:
-    """Options of the architecture that make every row and token run the same number of steps."""
+def depth_options(
+    arch: dict[str, Any], steps: int | None, refinement: int | None
+) -> dict[str, Any]:
+    """Return options of the architecture that make all rows and tokens run as many steps."""
     architecture: Any = load_class(arch["name"])
     fields = architecture.Config.model_fields
     if "eval_halting" not in fields:

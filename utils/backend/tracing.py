@@ -158,8 +158,8 @@ class Tracer(TorchDispatchMode):
 
         with torch.no_grad():
             for part in module.modules():
-                tensors: Any
-                for tensors in (part._parameters, part._buffers):
+                held: list[Any] = [part._parameters, part._buffers]
+                for tensors in held:
                     for name, tensor in tensors.items():
                         if tensor is not None:
                             tensors[name] = fake(tensor)

@@ -23,7 +23,7 @@ from models.cost import (
     trace,
 )
 from models.flex import Kernel, attention_kernel
-from models.inference.loading import build_base, cast_weights
+from models.inference.loading import build_base, cast_weights, depth_options
 from models.losses import ACTLossHead
 from utils.backend.tracing import Replica, Untraceable
 from utils.checkpoint.format import Checkpoint, checkpoint_in
@@ -46,7 +46,11 @@ def build_untrained(arch: ArchConfig, metadata: DatasetMetadata) -> ACTLossHead:
         try:
             base = build_base(Checkpoint(checkpoint_in(Path(path))), metadata, device="meta")
         except UserError:
-            base = create_model(arch, metadata, batch_size=1, device="meta")
+            whole = arch.model_dump()
+            fixed = depth_options(whole, whole.get("halt_max_steps"), refinement=0)
+            base = create_model(
+                ArchConfig.model_validate(whole | fixed), metadata, batch_size=1, device="meta"
+            )
         cast_weights(base)
         return base
 
