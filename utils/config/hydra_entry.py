@@ -145,7 +145,8 @@ def _groups(folders: list[Path]) -> set[str]:
     return {
         path.relative_to(folder).as_posix()
         for folder in folders
-        for path in folder.rglob("*/")
+        for pattern in ("*", "*/*")
+        for path in folder.glob(pattern)
         if path.is_dir()
     }
 
