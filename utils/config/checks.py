@@ -1,7 +1,7 @@
-"""Cross-checks: values that are fine one by one and clash together.
+"""Check values that are valid one by one but clash with each other.
 
-Each check names the keys that it reads. One of them being wrong already, the check is left
-out, so that a user never reads a complaint about a value that they did not give.
+Each check names the keys that it reads and is skipped if one of them is invalid, so that a user
+never reads a complaint about a value that they did not give.
 """
 
 import os
@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.config.errors import did_you_mean
+from utils.config.errors import did_you_mean, show
 from utils.config.schema import PretrainConfig
 
 
 @dataclass
 class Context:
-    """What the checks look at.
+    """What the checks read.
 
-    arch: the options of the architecture, their defaults filled in; empty where it is at fault
-    itself. optimizer: the class that is named, None if not found.
+    arch: options of the architecture with their defaults; empty if they are invalid.
+    optimizer: the class that the config names; None if there is none.
     """
 
     config: PretrainConfig
@@ -43,7 +43,7 @@ def _reads(*keys: str) -> Callable[[Check], Check]:
 
 
 def clashes(context: Context, faulty: set[str]) -> list[str]:
-    """One sentence for each clash; faulty: top-level keys that are wrong already."""
+    """Return one sentence for each clash. faulty: top-level keys that are invalid."""
     return [
         line for keys, check in _CHECKS if not faulty.intersection(keys) for line in check(context)
     ]
@@ -53,7 +53,7 @@ def clashes(context: Context, faulty: set[str]) -> list[str]:
 
 
 def _nearby(rows: int, divisor: int) -> str:
-    """The multiples of `divisor` around `rows`."""
+    """Return the multiples of `divisor` around `rows`, for a message."""
     below = rows // divisor * divisor
     return f"{below} or {below + divisor}" if below else str(divisor)
 
@@ -97,18 +97,18 @@ def _eval_batch(c: Context) -> Iterator[str]:
 def _parallel(c: Context) -> Iterator[str]:
     if c.config.parallel == "fsdp" and not getattr(c.optimizer, "takes_shards", True):
         yield (
-            "parallel=fsdp leaves each rank a part of every matrix and optimizer="
-            f"{c.config.optimizer.name} needs whole ones: use parallel=ddp, or adam_atan2 or adamw"
+            f"parallel=fsdp shards every matrix, but optimizer={c.config.optimizer.name} needs "
+            "whole ones: use parallel=ddp, or adam_atan2 or adamw"
         )
     if c.config.parallel == "fsdp" and c.config.device_type in ("xla", "tpu", "mps"):
         yield (
             f"parallel=fsdp does not run on device_type={c.config.device_type}: use parallel=ddp, "
-            "or cuda or cpu"
+            "or device_type=cuda or cpu"
         )
 
 
 def divided_by_ranks(context: Context) -> list[str]:
-    """Of the clashes, those that depend on the number of ranks."""
+    """Return the clashes that depend on the number of ranks."""
     return [*_global_batch(context), *_eval_batch(context)]
 
 
@@ -121,7 +121,7 @@ def _data(c: Context) -> Iterator[str]:
     if config.data_paths:
         return
     if not config.dry_run:
-        yield "data_paths is empty: name at least one corpus folder, data_paths=[data/my_corpus]"
+        yield "data_paths is empty: name at least one corpus directory, data_paths=[data/my_corpus]"
         return
     lacking = [key for key in ("vocab_size", "seq_len") if getattr(config, key) is None]
     if lacking:
@@ -160,8 +160,8 @@ def _iteration_curriculum(c: Context) -> Iterator[str]:
         return
     if c.config.epochs is None and c.config.max_steps is None:
         yield (
-            "iteration_curriculum follows epochs or max_steps, which are both null (max_seconds "
-            "would make every run another one): give one of the two"
+            "iteration_curriculum follows epochs or max_steps, which are both null (following "
+            "max_seconds, no two runs would be alike): give one of the two"
         )
     if c.config.max_seconds is not None:
         yield (
@@ -170,8 +170,8 @@ def _iteration_curriculum(c: Context) -> Iterator[str]:
         )
     if c.arch and "halt_max_steps" not in c.arch:
         yield (
-            f"iteration_curriculum lets budgets of ACT steps grow, but {c.config.arch.name} has "
-            "one step: use null"
+            f"iteration_curriculum increases budgets of ACT steps, but {c.config.arch.name} takes "
+            "one step only: use null"
         )
 
 
@@ -230,7 +230,8 @@ def _lr_find(c: Context) -> Iterator[str]:
         )
     if config.lr == 0 or config.freeze_weights:
         yield (
-            "lr_find sweeps lr, which has no part in this run: give lr above 0 and "
+            f"lr_find sweeps lr, but nothing is trained with it (lr={config.lr:g}, "
+            f"freeze_weights={show(config.freeze_weights)}): give lr above 0 and "
             "freeze_weights=false"
         )
 
@@ -240,7 +241,7 @@ def _lr_find(c: Context) -> Iterator[str]:
 
 @_reads("load_checkpoint", "checkpoint_path")
 def _paths_given(c: Context) -> Iterator[str]:
-    for key in ("load_checkpoint", "checkpoint_path"):  # as by a variable that is not set
+    for key in ("load_checkpoint", "checkpoint_path"):  # such as an unset variable
         if (path := getattr(c.config, key)) is not None and not path.strip():
             yield f"{key} is empty: give a path, or null for none"
 
@@ -263,7 +264,7 @@ def _eval_only(c: Context) -> Iterator[str]:
     if not config.eval_only:
         return
     if config.dry_run:
-        yield "eval_only=true and dry_run=true exclude each other: give one of the two"
+        yield "eval_only=true and dry_run=true cannot be combined: give one of the two"
     known_run = config.run_name is not None or config.checkpoint_path is not None
     resumes = config.resume != "none" and (config.resume != "auto" or known_run)
     if config.load_checkpoint is None and not resumes:
@@ -278,7 +279,7 @@ def _folder_names(c: Context) -> Iterator[str]:
     for key in ("project_name", "run_name"):
         name = getattr(c.config, key)
         if name is not None and not re.fullmatch(r"[^\s./\\][^/\\\0\n]*", name):
-            yield f"{key}={name!r} cannot name a folder: use letters, digits, '-', '_' and '.'"
+            yield f"{key}={name!r} cannot name a directory: use letters, digits, '-', '_' and '.'"
 
 
 @_reads("resume_allow")
@@ -303,7 +304,7 @@ def _freeze_weights(c: Context) -> Iterator[str]:
 
 
 def config_warnings(config: PretrainConfig) -> list[str]:
-    """Sentences on values that are allowed and rarely meant; the caller prints them."""
+    """Return warnings about values that are valid but rarely intended, for the caller to print."""
     lines = []
     if config.max_steps is not None and 0 < config.max_steps <= config.lr_warmup_steps:
         lines.append(

@@ -1,6 +1,6 @@
-"""One clear sentence for each thing that can be wrong with a configuration.
+"""Describe what is wrong with a configuration: one sentence for each mistake.
 
-Turns pydantic's errors into lines that name the key, the value at fault and the way out.
+Converts pydantic's errors to lines that name the key, the value at fault and what to do.
 """
 
 import inspect
@@ -15,12 +15,12 @@ from utils.core.functions import form, nearest, short_names
 
 
 def to_int(value: Any) -> Any:
-    """`1e6` is a float in YAML, but a number of steps all the same."""
+    """Convert a whole float to int: `1e6` steps is a float in YAML."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def to_float(value: Any) -> Any:
-    """`1e-3` is text for YAML 1.1 readers, which want `1.0e-3`."""
+    """Convert text to float where possible: `1e-3` is text in YAML 1.1, which wants `1.0e-3`."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -29,7 +29,7 @@ def to_float(value: Any) -> Any:
     return value
 
 
-# Names that other frameworks use for the same thing, and that spelling alone does not find.
+# Names that other frameworks use for a key and that are not similar to its own.
 _SYNONYMS = {
     "learning_rate": "lr",
     "min_lr": "lr_min_ratio",
@@ -58,11 +58,11 @@ _BOUNDS = {
 
 
 def did_you_mean(path: str, siblings: Iterable[str], everywhere: Iterable[str]) -> str:
-    """Advice for the unknown key `path`, `a.b.c`.
+    """Return advice for the unknown key `path`, as `a.b.c`.
 
-    siblings: valid full keys of the same level. everywhere: all valid full keys. The same name
-    at another level comes first (`hidden_size` for `arch.hidden_size`), then the likeliest typo
-    of this level, then of any.
+    siblings: valid full keys of the same level. everywhere: all valid full keys. The same name at
+    another level is preferred (`arch.hidden_size` for `hidden_size`), then the most similar key of
+    this level, then of any level.
     """
     word = path.rpartition(".")[2]
     siblings, everywhere = list(siblings), list(everywhere)
@@ -81,7 +81,7 @@ def did_you_mean(path: str, siblings: Iterable[str], everywhere: Iterable[str]) 
 
 
 def expected(annotation: Any) -> str:
-    """What a value of this type looks like, for people: `a whole number or null`."""
+    """Describe the values of a type, for messages: `a whole number or null`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return expected(arguments[0])
@@ -113,7 +113,7 @@ def expected(annotation: Any) -> str:
 
 
 def branches(annotation: Any) -> list[Any]:
-    """The types that an annotation allows, with Annotated and unions taken apart."""
+    """Return the types that an annotation allows, without Annotated and unions."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return branches(arguments[0])
@@ -123,9 +123,10 @@ def branches(annotation: Any) -> list[Any]:
 
 
 def _locate(model: type[pydantic.BaseModel], loc: tuple) -> tuple[tuple, Any, type | None]:
-    """Follow an error's location: (the part that names keys, its type, the model that owns it).
+    """Follow an error's location and return the part that names keys, its type, and the model that
+    declares it.
 
-    The rest of a location names the branch of a union, which no user has ever written.
+    The rest of a location names the branch of a union, which means nothing to a user.
     """
     annotation: Any = model
     owner: type | None = model
@@ -177,7 +178,7 @@ def _wrong_type(path: str, annotation: Any, value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as its user would write it in YAML, on one line."""
+    """Return a value as a user would write it in YAML, on one line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -196,9 +197,9 @@ def problems_of(
     prefix: str = "",
     everywhere: Iterable[str] = (),
 ) -> list[str]:
-    """The lines for all that `error` says about `data`, a value of `model` that stands at `prefix`.
+    """Return a line for each mistake that `error` reports in `data`, a value of `model`.
 
-    everywhere: all valid keys of the configuration, in full, for unknown keys.
+    prefix: full key of `data`. everywhere: all valid full keys, for unknown ones.
     """
     everywhere = list(everywhere)
     lines: dict[tuple, str] = {}  # by location: a union reports each of its branches
@@ -242,9 +243,9 @@ def _missing_hint(path: str, annotation: Any) -> str:
 
 
 def coerced(model: type[pydantic.BaseModel], data: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` with numbers in the form that their fields want: `1e3` steps, a rate of `"1e-3"`.
+    """Return `data` with numbers converted to the types of their fields: `1e3` steps, `"1e-3"`.
 
-    The one leniency before a strict check, the same as in the project's own schema.
+    Strict checks accept no other conversion, here and in the training config.
     """
     result = dict(data)
     for name, value in data.items():
@@ -260,10 +261,9 @@ def coerced(model: type[pydantic.BaseModel], data: Mapping[str, Any]) -> dict[st
 def clashes_within(
     model: type[pydantic.BaseModel], data: Mapping[str, Any], faulty: set[str]
 ) -> list[str]:
-    """What the model's own validators say of `data`, each of them asked.
+    """Return the errors of all model validators on `data`, except those that name a faulty field.
 
-    pydantic asks them only where every field is fine, and stops at the first that complains.
-    faulty: fields that are wrong; what is said about them is left out.
+    pydantic runs them only if every field is valid, and stops at the first error.
     """
     values = {k: v for k, v in data.items() if k in model.model_fields and k not in faulty}
     required = {name for name, field in model.model_fields.items() if field.is_required()}

@@ -1,9 +1,9 @@
-"""Hydra, with the sentences that a user of Athena should read.
+"""Run Hydra, with errors of one sentence.
 
-Hydra answers a typo with a stack of exceptions and stops at the first. So overrides of single
-keys are handed to it as `++key=value`, which it always accepts, and `load_config` then reports
-every unknown key at once; `run_name=x` and `+run_name=x` become the same thing on the way.
-What Hydra still refuses (a preset that does not exist, broken grammar) is put into one sentence.
+Hydra stops at the first unknown key, with a stack of exceptions. So single keys are passed to it as
+`++key=value`, which it always accepts, and `load_config` then reports every unknown key at once;
+`run_name=x` and `+run_name=x` therefore mean the same. What Hydra still refuses (an unknown preset,
+an override that it cannot parse) ends in one sentence.
 """
 
 import functools
@@ -29,7 +29,7 @@ from utils.config.schema import ArchConfig, LossTermConfig, PretrainConfig
 from utils.config.values import hydra_override
 from utils.core.console import check_decoded, guarded_output
 from utils.core.errors import UserError
-from utils.core.functions import load_class, load_named, nearest
+from utils.core.functions import load_class, load_named, nearest, suggest
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 CONFIG_NAME = "cfg_pretrain"
@@ -38,38 +38,19 @@ SWEEPS = Path("checkpoints/sweeps")  # as hydra.sweep.dir says
 ConfigStore.instance().store(
     "schema", {k: f.default for k, f in PretrainConfig.model_fields.items() if k != "arch"}
 )
-_HYDRA_VERSION = "1.3"  # the behaviour asked of Hydra; from 1.2 on it keeps the working directory
+_HYDRA_VERSION = "1.3"  # since 1.2 Hydra keeps the working directory
 
 _ASSIGNMENT = re.compile(
     r"(?P<plus>\+{0,2})(?P<key>[A-Za-z_]\w*([./]\w+)*)=(?P<value>.*)", re.DOTALL
 )
-# Hydra's flags; those with True are followed by a value.
-_FLAGS = {
-    "--help": False,
-    "-h": False,
-    "--hydra-help": False,
-    "--version": False,
-    "--cfg": True,
-    "-c": True,
-    "--resolve": False,
-    "--package": True,
-    "-p": True,
-    "--run": False,
-    "-r": False,
-    "--multirun": False,
-    "-m": False,
-    "--shell-completion": False,
-    "-sc": False,
-    "--config-path": True,
-    "-cp": True,
-    "--config-name": True,
-    "-cn": True,
-    "--config-dir": True,
-    "-cd": True,
-    "--experimental-rerun": True,
-    "--info": False,
-    "-i": False,
-}
+_VALUE_FLAGS = frozenset(  # of Hydra, followed by a value
+    "--cfg -c --package -p --config-path -cp --config-name -cn --config-dir -cd "
+    "--experimental-rerun".split()
+)
+_FLAGS = _VALUE_FLAGS.union(
+    "--help -h --hydra-help --version --resolve --run -r --multirun -m --shell-completion -sc "
+    "--info -i".split()
+)
 
 
 def compose_config(overrides: list[str], config_name: str = CONFIG_NAME) -> DictConfig:
@@ -97,9 +78,9 @@ def compose_config(overrides: list[str], config_name: str = CONFIG_NAME) -> Dict
 
 
 def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
-    """Make `fn(cfg)` a command: `fn` decorated is called without arguments and reads sys.argv.
+    """Decorate `fn(cfg)` as a command that takes no arguments and reads sys.argv.
 
-    A UserError, from the command line or from `fn`, ends in its sentence and exit status 2;
+    A UserError, of the command line or of `fn`, is printed as one sentence and exits with status 2;
     any other exception keeps its traceback.
     """
 
@@ -112,7 +93,7 @@ def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
             if any(flag in arguments for flag in ("--help", "-h")):
                 print(help_text(Path(sys.argv[0]).name))
                 return None
-            return _run_hydra(_ending_in_a_sentence(fn, arguments), arguments)
+            return _run_hydra(_print_user_errors(fn, arguments), arguments)
         except UserError as error:
             _end(str(error))
         except (HydraException, OmegaConfBaseException) as error:
@@ -124,10 +105,10 @@ def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
     return main
 
 
-def _ending_in_a_sentence(
+def _print_user_errors(
     fn: Callable[[DictConfig], Any], arguments: list[str]
 ) -> Callable[[DictConfig], Any]:
-    """Return `fn` with its UserErrors turned into an exit before Hydra announces them."""
+    """Wrap `fn` to exit on a UserError before Hydra reports it."""
 
     @functools.wraps(fn)
     def task(cfg: DictConfig) -> Any:
@@ -143,7 +124,7 @@ def _ending_in_a_sentence(
 def _run_hydra(fn: Callable[[DictConfig], Any], arguments: list[str]) -> Any:
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [argv[0], *arguments]
-    # Asks Hydra to let exceptions through instead of printing its own view of them and exiting.
+    # lets exceptions through; Hydra would print its own report and exit
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         decorate = hydra.main(
@@ -159,8 +140,8 @@ def _run_hydra(fn: Callable[[DictConfig], Any], arguments: list[str]) -> Any:
 def _end(sentence: str) -> NoReturn:
     """Print `sentence` and exit with status 2."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        # All ranks of a node make the same mistake. Rank 0 tells it; the launcher ends the
-        # others as soon as one exits, so give rank 0 the time to speak.
+        # all ranks of a node fail in the same way, and the launcher stops the others as soon as one
+        # exits: give rank 0 the time to print
         time.sleep(3)
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -174,7 +155,8 @@ def _groups(folders: list[Path]) -> set[str]:
     return {
         path.relative_to(folder).as_posix()
         for folder in folders
-        for path in folder.rglob("*/")
+        for pattern in ("*", "*/*")
+        for path in folder.glob(pattern)
         if path.is_dir()
     }
 
@@ -213,10 +195,9 @@ def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:
 
 
 def _arguments(argv: list[str]) -> list[str]:
-    """Flags first, then overrides in a form that Hydra accepts.
+    """Return flags, then overrides in a form that Hydra accepts.
 
-    Raises UserError for a flag that does not exist, because argparse would answer it with a
-    page of Hydra's usage.
+    Raises UserError for an unknown flag, for which argparse would print a page of Hydra's usage.
     """
     flags, overrides, folders = [], [], [CONFIG_DIR]
     tokens = iter(argv)
@@ -228,7 +209,7 @@ def _arguments(argv: list[str]) -> list[str]:
         if flag not in _FLAGS:
             raise UserError(_unknown_flag(flag, value))
         flags.append(token)
-        if _FLAGS[flag] and not value:
+        if flag in _VALUE_FLAGS and not value:
             value = next(tokens, "")
             flags.append(value)
         if flag in ("--config-dir", "-cd", "--config-path", "-cp"):
@@ -244,26 +225,27 @@ def _arguments(argv: list[str]) -> list[str]:
 
 
 def _record_elsewhere() -> list[str]:
-    """Put Hydra's record of a sweep into a temporary folder where its usual one cannot be made."""
+    """Return overrides that put Hydra's record of a sweep into a temporary directory, if its usual
+    one cannot be written."""
     try:
         SWEEPS.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=SWEEPS).close()
         return []
     except OSError as error:
-        reason = f"{SWEEPS.absolute()} cannot be written ({error.strerror or error})"
+        reason = f"cannot write to {SWEEPS.absolute()} ({error.strerror or error})"
     try:
         folder = tempfile.mkdtemp(prefix="sweep_")
     except OSError as error:
         raise UserError(
-            f"{reason}, nor a temporary folder ({error.strerror or error}); name one for Hydra's "
-            "record of the sweep with hydra.sweep.dir=<folder>"
+            f"{reason} or to a temporary directory ({error.strerror or error}); name a directory "
+            "for Hydra's record of the sweep: hydra.sweep.dir=<directory>"
         ) from None
     print(f"note: {reason}; Hydra's record of the sweep is in {folder}", file=sys.stderr)
     return [f"hydra.sweep.dir={folder}"]
 
 
 def _refuse_unknown(overrides: list[str], groups: set[str]) -> None:
-    """For --cfg, which prints the config without a check of it."""
+    """Raise UserError for an unknown key. For --cfg, which prints the config unchecked."""
     keys = list(PretrainConfig.model_fields)
     for match in filter(None, map(_ASSIGNMENT.fullmatch, overrides)):
         key = _full(match["key"]).split(".")[0]
@@ -274,29 +256,27 @@ def _refuse_unknown(overrides: list[str], groups: set[str]) -> None:
 def _unknown_flag(flag: str, value: str) -> str:
     key = flag.lstrip("-").replace("-", "_")
     if key.split(".")[0] in PretrainConfig.model_fields:
-        return f"unknown flag '{flag}': keys are given without dashes, {key}={value or '<value>'}"
-    near = nearest(flag, [name for name in _FLAGS if name.startswith("--")])
-    advice = f"did you mean '{near}'?" if near else "keys are given without dashes, key=value"
-    return f"unknown flag '{flag}': {advice}"
+        return f"unknown flag '{flag}': write keys without dashes, {key}={value or '<value>'}"
+    return f"unknown flag '{flag}': {suggest(flag, sorted(_FLAGS, key=len, reverse=True))}"
 
 
 def _full(key: str) -> str:
-    """`loss.kl_to` is short for `arch.loss.kl_to`."""
+    """Return the full name of a key: `loss.kl_to` is short for `arch.loss.kl_to`."""
     return f"arch.{key}" if key.startswith("loss.") else key
 
 
 def _normalised(overrides: list[str], groups: set[str], sweep: bool) -> list[str]:
-    """`key=value`, `+key=value` -> `++key=value`; `+group=preset` -> `group=preset`.
+    """Return overrides in the forms that Hydra accepts, `++key=value` and `group=preset`.
 
-    Values of keys are put into Hydra's grammar where they are not.
-    `group=null` is dropped: it is the default, which Hydra cannot be told again.
+    Values of keys are converted to Hydra's grammar. `group=null` is dropped: it is the default of
+    that group, which Hydra refuses to set again.
     """
     found = []
     for override in overrides:
         match = _ASSIGNMENT.fullmatch(override)
         key = _full(match["key"]) if match else ""
         if match is None or key.startswith("hydra.") or ("/" in key and key not in groups):
-            found.append(override)  # hydra/..., ~key, group@package: Hydra's own
+            found.append(override)  # Hydra's own: hydra/..., ~key, group@package
         elif key not in groups:
             found.append(hydra_override(key, match["value"], sweep))
         elif match["value"] == "null" and key in ("arch", "recipe"):
@@ -310,67 +290,27 @@ def _normalised(overrides: list[str], groups: set[str], sweep: bool) -> list[str
 
 
 def explain(error: BaseException) -> str:
-    """One sentence for an exception of Hydra or OmegaConf."""
-    if isinstance(error, MissingConfigException):
-        return _explain_missing(error)
+    """Return one sentence for an exception of Hydra or OmegaConf."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, preset = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
+        near, presets = nearest(preset, list(error.options)), ", ".join(sorted(error.options))
+        advice = f"did you mean '{group}={near}'? " if near else ""
+        return f"there is no preset '{group}={preset}': {advice}Presets: {presets}"
     if isinstance(error, OverrideParseException):
-        return _explain_grammar(error)
-    cause = error.__cause__
-    text = str(error).strip() or str(cause or "").strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        return f"the config cannot be composed ({type(error).__name__})"
-    ambiguous = re.match(r"Ambiguous value for argument '\+*(.*?)=(.*)'", lines[0])
-    if ambiguous:
-        key, value = ambiguous.groups()
-        return f"{key}={value} is ambiguous: write a list as '{key}=[{value}]', or add -m to sweep"
-    sweep = re.match(r"Sweep parameters '\+*(.*)' requires --multirun", lines[0])
-    if sweep:
-        return f"'{sweep[1]}' is a sweep: add -m, or quote the value"
-    override = re.match(r"Could not override '\+*(.*?)'", lines[0])
-    if override and override[1].startswith("hydra."):
-        return f"Hydra has no key '{override[1]}': --cfg hydra lists its keys"
-    if override:
-        groups = ", ".join(sorted(_groups([CONFIG_DIR])))
-        return f"there is no config group '{override[1]}': there are {groups}"
-    return lines[0]
-
-
-def _explain_missing(error: MissingConfigException) -> str:
-    name = (error.missing_cfg_file or "").removesuffix(".yaml")
-    group, _, preset = name.rpartition("/")
-    if not group:
-        if not name:
-            return str(error).splitlines()[0]
-        configs = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
-        return f"there is no config '{name}': there are {', '.join(configs)}"
-    presets = sorted(error.options or _presets(group))
-    if not presets:
-        groups = sorted(_groups([CONFIG_DIR]))
-        return f"there is no config group '{group}': there are {', '.join(groups)}"
-    near = nearest(preset, presets)
-    advice = f"did you mean '{group}={near}'? " if near else ""
-    return f"there is no preset '{group}={preset}': {advice}Presets: {', '.join(presets)}"
-
-
-def _explain_grammar(error: OverrideParseException) -> str:
-    override = re.sub(r"^\++", "", error.override)
-    if "=" not in override:
+        key, sign, _ = error.override.lstrip("+").partition("=")
+        if not sign:
+            return f"cannot read '{key}': write key=value without spaces around '='"
         return (
-            f"cannot read '{override}': overrides are key=value, without spaces around '='; "
-            "put quotes around a value with spaces"
+            f"cannot read '{key}={error.override.partition('=')[2]}': write a list without spaces, "
+            f"'{key}=[a,b]', and quote other values, '{key}=\"...\"'"
         )
-    key, _, value = override.partition("=")
-    for opening, closing in ("[]", "{}"):
-        if value.startswith(opening) and not value.endswith(closing):
-            return (
-                f"cannot read '{override}': the '{opening}' has no '{closing}'; write it without "
-                f"spaces, or in quotes: '{key}={opening}...{closing}'"
-            )
-    return (
-        f"cannot read '{override}': the value of {key} breaks Hydra's grammar; quote it as "
-        f"'{key}=\"{value}\"', and write lists as '{key}=[a,b]'"
-    )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, MissingConfigException):  # the others are Hydra's search path
+        lines = lines[:1]
+    sentence = re.sub(r"'\++", "'", "; ".join(line.rstrip(".") for line in lines))
+    if sentence.startswith("Could not override") and "hydra." not in sentence:
+        sentence += f"; the config groups are {', '.join(sorted(_groups([CONFIG_DIR])))}"
+    return sentence or f"the config cannot be composed ({type(error).__name__})"
 
 
 # --- help -----------------------------------------------------------------------------------
@@ -381,7 +321,7 @@ def _presets(group: str) -> list[str]:
 
 
 def help_text(program: str = "pretrain.py") -> str:
-    """What `--help` prints: usage, the groups with their presets, every key with its default."""
+    """Return what `--help` prints: usage, groups with their presets, every key with its default."""
     lines = [
         "Pretrain a recursive-reasoning language model.",
         "",
@@ -401,12 +341,12 @@ def help_text(program: str = "pretrain.py") -> str:
         f"  {f'{key} = {_bare(value)}':<46}  {meanings.get(key, '')}".rstrip()
         for key, value in _flat("arch", arch)
     ]
-    lines += ["", "-m runs a sweep (lr=1e-4,2e-4), --cfg job prints the config and ends."]
+    lines += ["", "-m runs a sweep (lr=1e-4,2e-4); --cfg job prints the config and exits."]
     return "\n".join(lines)
 
 
 def _arch_meanings(arch: Any) -> dict[str, str]:
-    """What each option of the composed architecture and its loss does, by full key."""
+    """Return the description of each option of the architecture and its loss, by full key."""
     found = {}
     terms = arch["loss"].get("terms", {})
     configs = {

@@ -1,4 +1,4 @@
-"""Read commands whose arguments are key=value, as those of pretrain.py, and print their --help."""
+"""Read commands whose arguments are key=value, and print their --help."""
 
 import sys
 from collections.abc import Callable, Container, Sequence
@@ -16,10 +16,10 @@ Options = TypeVar("Options", bound=BaseModel)
 def parse_key_values(
     model: type[Options], arguments: Sequence[str], verbatim: Container[str] = ()
 ) -> Options:
-    """Return the arguments as `model`; raise UserError that lists everything wrong with them.
+    """Return the arguments as `model`.
 
-    Values are taken as they are, never as YAML, so that a text may hold colons and brackets; null
-    stands for no value, except for the keys in `verbatim`.
+    Values are taken literally, not as YAML, so that a text may contain colons and brackets; null
+    means no value, except for the keys in `verbatim`. Raises UserError that lists every mistake.
     """
     given: dict[str, Any] = {}
     for argument in arguments:
@@ -94,14 +94,14 @@ def _utf8(key: str, value: str) -> str:
     try:
         return value.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeDecodeError as error:
-        fault = f"byte 0x{error.object[error.start]:02x} at place {error.start + 1:,}"
+        fault = f"byte 0x{error.object[error.start]:02x} at position {error.start + 1:,}"
     except UnicodeEncodeError as error:
         fault = f"character {value[error.start]!a}"
     raise UserError(f"{key} is not valid UTF-8 ({fault}); set the terminal's encoding to UTF-8")
 
 
 def key_value_help(model: type[BaseModel], description: str | None) -> str:
-    """Return the text of --help; required keys come first."""
+    """Return what --help prints; required keys come first."""
     lines = [description or "", "keys (key=value), with their defaults:"]
     fields = sorted(model.model_fields.items(), key=lambda item: not item[1].is_required())
     for name, field in fields:

@@ -1,7 +1,7 @@
-"""From overrides to one checked configuration; the public face of the configuration code.
+"""Compose and check the configuration: the public interface of this package.
 
-`load_config` collects every problem before it raises, because a user who mistyped three keys
-wants one list, not three runs. Nothing here touches a device or opens data.
+`load_config` collects every problem before it raises, so that a user with three mistakes reads one
+list. Nothing here uses a device or opens data.
 """
 
 import copy
@@ -53,11 +53,11 @@ __all__ = [
 
 
 def load_config(cfg: DictConfig | Mapping[str, Any], world_size: int = 1) -> PretrainConfig:
-    """Check a composed config whole and return it typed.
+    """Check a composed config and return it typed.
 
-    world_size: ranks of the run, for the keys that must divide by it.
-    Raises UserError that lists every problem: unknown keys with the nearest valid one, wrong
-    types, values out of range, clashes.
+    world_size: number of ranks, which batch sizes must be multiples of. Raises UserError that lists
+    every problem: unknown keys with the nearest valid one, wrong types, values out of range, values
+    that clash.
     """
     raw = _plain(cfg)
     use_configured_plugins(raw)
@@ -87,10 +87,9 @@ def load_config(cfg: DictConfig | Mapping[str, Any], world_size: int = 1) -> Pre
 
 
 def check_ranks(config: PretrainConfig, world_size: int) -> None:
-    """Raise UserError if the batches cannot be split over that many ranks.
+    """Raise UserError if the batches cannot be split over this number of ranks.
 
-    `load_config` has checked the number known before launch; under PyTorch/XLA the
-    replicas alone know it.
+    `load_config` checks the number known before launch; under PyTorch/XLA only replicas know it.
     """
     problems = divided_by_ranks(Context(config, world_size))
     if problems:
@@ -107,7 +106,7 @@ def _listing(problems: list[str]) -> str:
 
 
 def _plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """The config as dicts and lists, its interpolations resolved."""
+    """Return the config as dicts and lists, with interpolations resolved."""
     if not isinstance(cfg, DictConfig):
         return copy.deepcopy(dict(cfg))
     try:
@@ -139,7 +138,7 @@ def _with_terms(raw: dict[str, Any]) -> dict[str, Any]:
 def _validate_schema(
     raw: dict[str, Any], everywhere: list[str]
 ) -> tuple[PretrainConfig, list[str], set[str]]:
-    """(config, problems, top-level keys at fault); those keys hold defaults in the config."""
+    """Return the config, its problems, and the top-level keys at fault, which hold defaults."""
     try:
         return PretrainConfig.model_validate(raw), [], set()
     except pydantic.ValidationError as error:
@@ -151,10 +150,10 @@ def _validate_schema(
 
 
 class _ComponentCheck:
-    """The options of one `module@Class` in the config, checked by that class."""
+    """Checks the options of one `module@Class` in the config by what that class declares."""
 
     def __init__(self, where: str, given: str | Mapping[str, Any], kind: type[Component]):
-        self.where, self.kind = where, kind  # where: the key that it stands at, e.g. arch.loss
+        self.where, self.kind = where, kind  # where: its full key, such as arch.loss
         options = {"name": given} if isinstance(given, str) else given
         self.options = {k: v for k, v in options.items() if k not in ("name", "loss")}
         self.placeholders: dict[str, Any] = {}
@@ -171,7 +170,7 @@ class _ComponentCheck:
             self.placeholders = {k: v for k, v in PLACEHOLDERS.items() if k in model.model_fields}
 
     def keys(self) -> list[str]:
-        """The full names of the options that the class takes."""
+        """Return the full names of the options that the class accepts."""
         if self.problem is not None:
             return []
         if self.model is not None:
@@ -183,7 +182,7 @@ class _ComponentCheck:
     def check(
         self, raw: Mapping[str, Any], everywhere: list[str]
     ) -> tuple[list[str], dict[str, Any]]:
-        """(problems, options with their defaults filled in), or (problems, {})."""
+        """Return problems, and the options with their defaults, or {} if they are not valid."""
         if self.problem is not None:
             return [self.problem], {}
         if self.model is None:
@@ -214,7 +213,7 @@ class _ComponentCheck:
         return list(dict.fromkeys(lines)), {}
 
     def _arguments(self) -> list[str] | None:
-        """Names of the constructor's own options; None where it takes any."""
+        """Return the names of the constructor's own options; None if it accepts any."""
         parameters = list(inspect.signature(self.plugin).parameters.values())
         if any(p.kind is p.VAR_KEYWORD for p in parameters):
             return None
@@ -234,7 +233,7 @@ class _ComponentCheck:
 
 
 def _components(raw: Mapping[str, Any]) -> Iterator[_ComponentCheck]:
-    """The components that the config names; those without a name are the schema's to report."""
+    """Yield the components that the config names; the schema reports those without a name."""
 
     def named(where: str, given: Any, kind: type[Component]) -> Iterator[_ComponentCheck]:
         name = given.get("name") if isinstance(given, Mapping) else given

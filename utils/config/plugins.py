@@ -43,7 +43,7 @@ def load_plugin(named: Component) -> Any:
 
 
 def options_model(plugin: Any, kind: type[Component]) -> type[pydantic.BaseModel] | None:
-    """Return the declaration of a plug-in's options; None where its constructor takes them."""
+    """Return the model that declares a plug-in's options; None if its constructor takes them."""
     declared = getattr(plugin, "Config", None)
     if inspect.isfunction(plugin):
         third = list(inspect.signature(plugin).parameters)[2:3]
@@ -56,7 +56,7 @@ def options_model(plugin: Any, kind: type[Component]) -> type[pydantic.BaseModel
 def read_options(named: Component, **given: Any) -> Any:
     """Return the options of a component that was checked, with defaults, as its plug-in declares.
 
-    given: values that come from other keys. Where nothing is declared: a dict, as configured.
+    given: values that come from other keys. If the plug-in declares none: a dict, as configured.
     """
     model = options_model(load_plugin(named), type(named))
     if model is None:

@@ -1,4 +1,4 @@
-"""The config as a checkpoint keeps it: written whole, and read by later versions of Athena.
+"""Write the config to a checkpoint with every default, and read those of earlier versions.
 
 Each key declares whether it may differ when a run is resumed: `on_resume` in its
 `json_schema_extra` is "any" or "fixed"; without it, `resume_allow` decides. A key that is newer
@@ -48,7 +48,7 @@ def config_yaml(config: PretrainConfig) -> str:
 
 
 def read_arch(saved: Mapping[str, Any]) -> tuple[ArchConfig, list[str]]:
-    """Return a saved architecture with its loss, and the names of its options that are gone.
+    """Return a saved architecture with its loss, and the names of options that no longer exist.
 
     saved: the key `arch` of a saved config.
     """
@@ -84,7 +84,7 @@ def check_plugins_given(saved: Mapping[str, Any], source: Path) -> None:
 
 
 def read_config(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the values that a saved config has for today's keys, and the keys that are gone."""
+    """Return a saved config's values of the keys that exist now, and the keys that do not."""
     known = PretrainConfig.model_fields
     values, gone = _complete(saved, known)
     values["arch"], gone_of_arch = _complete_arch(saved["arch"])
@@ -104,10 +104,10 @@ def is_valid(key: str, value: Any) -> bool:
 def changed_keys(
     config: PretrainConfig, saved: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
-    """Return the keys that keep a run from being resumed, each with its old and new value, and the
-    saved keys that no longer exist.
+    """Return the keys that prevent a resume, each with its old and new value, and the saved keys
+    that no longer exist.
 
-    What may differ, by its declaration or by `resume_allow`, is left out.
+    Keys that may differ, by their declaration or by `resume_allow`, are not included.
     """
     old, gone = read_config(saved)
     rules = _resume_rules(config)
@@ -117,7 +117,7 @@ def changed_keys(
     for key in sorted(before.keys() | now.keys()):
         names = {key, key.split(".")[0]}
         if names & changed.keys():
-            continue  # options of a plug-in that is another one
+            continue  # options of a plug-in that was replaced
         given = {rules.get(name) for name in names}
         allowed = "any" in given or (names & set(config.resume_allow) and "fixed" not in given)
         if before.get(key) != now.get(key) and not allowed:
@@ -126,7 +126,7 @@ def changed_keys(
 
 
 def is_fixed(config: PretrainConfig, key: str) -> bool:
-    """Return whether no `resume_allow` lets this key differ."""
+    """Return whether this key can never differ on resume, not even by `resume_allow`."""
     rules = _resume_rules(config)
     return "fixed" in {rules.get(name) for name in (key, key.split(".")[0])}
 
@@ -148,7 +148,7 @@ def _resume_rules(config: PretrainConfig) -> dict[str, str]:
 
 
 def _complete_arch(arch: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return an architecture and its loss with their defaults, and the options that are gone."""
+    """Return an architecture and its loss with their defaults, and options that no longer exist."""
     if arch.get("L_layers", 0) is None:  # format 2: as many layers as inner cycles
         arch = {**arch, "L_layers": arch["L_cycles"]}
     loss = gather_terms(arch["loss"])
@@ -171,7 +171,7 @@ def _complete_arch(arch: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _complete_plugins(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return a config with the options of optimizer and schedule beside their names, as keys
-    `optimizer.option`, defaults included; and the options that are gone."""
+    `optimizer.option`, defaults included; and the options that no longer exist."""
     found, gone = dict(values), []
     for key, kind in _PLUGINS.items():
         given = {"name": values[key]} if isinstance(values[key], str) else values[key]
@@ -206,7 +206,7 @@ def _options_of(name: str, kind: type[Component] = ArchConfig) -> dict[str, Fiel
     """Return the options that the plug-in of this name declares and a config may set."""
     try:
         declared = options_model(load_plugin(kind.model_construct(name=name)), kind)
-    except UserError:  # its module is gone: that is said where the class is needed
+    except UserError:  # its module no longer exists: reported where the class is needed
         return {}
     fields = declared.model_fields if declared else {}
     return {name: field for name, field in fields.items() if name not in PLACEHOLDERS}

@@ -1,9 +1,9 @@
-"""Values on the command line, written in Hydra's grammar where a user did not.
+"""Convert values of the command line to Hydra's grammar.
 
-Keys of text (paths and names) take it as it is written: `data_paths=[/x/books (1),C:\\new=old]`. A
-comma separates, and so do spaces around it; quotes around a text protect both. `${...}` is an
-interpolation only where it names a key of the config or a resolver such as `oc.env`. All other
-values are Hydra's, and a part of them that its grammar lacks (other alphabets, `=`, `(`) is quoted.
+Keys of text (paths and names) take values literally: `data_paths=[/x/books (1),C:\\new=old]`. A
+comma separates values, and spaces around it are dropped; quotes around a text keep both. `${...}`
+is an interpolation only if it names a key of the config or a resolver such as `oc.env`. All other
+values follow Hydra's grammar; what it does not cover (other alphabets, `=`, `(`) is quoted.
 """
 
 import re
@@ -33,8 +33,8 @@ _PAIRS = {"(": ")", "[": "]", "{": "}"}
 def hydra_value(key: str, value: str, sweep: bool = False) -> str:
     """Return the `value` of `key=value` in Hydra's grammar.
 
-    sweep: whether commas outside of brackets and quotes separate the values of a sweep.
-    Raises UserError for such a comma elsewhere.
+    sweep: whether commas outside of brackets and quotes separate the values of a sweep; if not,
+    such a comma raises UserError.
     """
     kind = _kind(key)
     if kind is None or (_FUNCTION.match(value) and value.rstrip().endswith(")")):
@@ -131,7 +131,7 @@ def _split(text: str, nested: bool = False) -> list[str]:
 
 
 def _written_list(text: str) -> str:
-    """A list of texts; left to Hydra, which has a message, where it is none."""
+    """Return a list of texts; unchanged if it is not one, for Hydra to report."""
     text = text.strip()
     parts = [part.strip() for part in _split(text[1:-1])]
     if not text.endswith("]") or not all(parts):
@@ -140,7 +140,7 @@ def _written_list(text: str) -> str:
 
 
 def _written(text: str) -> str:
-    """One text, quoted if Hydra would not read it as it stands."""
+    """Return one text, quoted if Hydra would read it as something else."""
     if _QUOTED.fullmatch(text):
         found = _parsed(text)
         value = found.value() if found else None
@@ -194,7 +194,7 @@ def _refers(text: str, start: int) -> bool:
 
 
 def _repaired(text: str) -> str | None:
-    """The value with what Hydra cannot read in quotes; None where its brackets do not close."""
+    """Return the value with what Hydra cannot read in quotes; None if a bracket is not closed."""
     try:
         found, at = _items(text, 0, "")
     except IndexError:
@@ -203,7 +203,7 @@ def _repaired(text: str) -> str | None:
 
 
 def _items(text: str, at: int, end: str) -> tuple[list[str], int]:
-    """Elements up to the bracket `end`, or the end of the text, and where that is."""
+    """Return the elements up to the bracket `end`, or the end of the text, and its position."""
     found = []
     while True:
         element, at = _pair(text, at) if end == "}" else _element(text, at, f",{end}")
@@ -216,7 +216,7 @@ def _items(text: str, at: int, end: str) -> tuple[list[str], int]:
 
 
 def _pair(text: str, at: int) -> tuple[str, int]:
-    """`key: value` of a dict, and where it ends; nothing for an empty dict."""
+    """Return `key: value` of a dict and the position of its end; `` for an empty dict."""
     quoted = _QUOTED.match(text, at)
     if quoted and text[quoted.end()] == ":":
         found = _parsed(quoted[1])
@@ -233,7 +233,7 @@ def _pair(text: str, at: int) -> tuple[str, int]:
 
 
 def _element(text: str, at: int, ends: str) -> tuple[str, int]:
-    """A list, a dict, a quoted or a bare value, and where it ends."""
+    """Return a list, a dict, a quoted or a bare value, and the position of its end."""
     start = at
     while at < len(text) and text[at] == " ":
         at += 1
@@ -262,7 +262,7 @@ def _element(text: str, at: int, ends: str) -> tuple[str, int]:
 
 
 def _key(text: str) -> str:
-    """A key in letters that Hydra's grammar has for keys, the others as their numbers."""
+    """Return a key with every character that Hydra's grammar lacks in keys as its code point."""
     if _PLAIN_KEY.fullmatch(text):
         return text
     return "".join(c if _PLAIN_KEY.fullmatch(c) else f"\\U{ord(c):08x}" for c in text)
