@@ -178,7 +178,7 @@ def _check_plugins(cfg: DictConfig, overrides: list[str]) -> None:
     """Raise UserError where a preset names directories of code: those are the user's to choose."""
     if cfg.get("plugins") and not any(re.match(r"\+*plugins=", given) for given in overrides):
         raise UserError(
-            f"a preset sets plugins={show(OmegaConf.to_container(cfg)['plugins'])}, which only the "
+            f"a preset sets plugins={show(list(cfg.plugins))}, which only the "
             "command line may: remove it there and give plugins=[...] with the command"
         )
 
