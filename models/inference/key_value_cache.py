@@ -71,7 +71,7 @@ class KeyValueCache:
 
 @torch.no_grad()
 def lay_out(inner: Any, steps: int, cycles: int | None = None) -> KeyValueCache:
-    """Return the cache of a text of one position, read by `inner` of an architecture at this depth."""
+    """Return the cache of a text of one position, read by an `inner` at this depth."""
     config, device = inner.config, inner.embed_tokens.embedding_weight.device
     cache = KeyValueCache(1, cycles)
     cache.begin(None, 1)
