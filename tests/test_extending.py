@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from training_tools import ROOT, metrics_of
 
 from dataset.build_corpus_dataset import main as build_corpus
 from models.build import create_model
+from models.layers import SequenceInfo
 from pretrain import train
 from scripts import compare, estimate, generate
 from utils.backend.cpu import CPUBackend
@@ -135,7 +137,13 @@ def test_the_norm_is_used_in_both_architectures(home):
         words = ["--config-dir", "presets", f"experiment={experiment}", "plugins=[ideas]"]
         config = load_config(compose_config([*words, "data_paths=[data/mine]"]))
         metadata = open_data(config).train.metadata
-        model = create_model(config.arch, metadata, batch_size=8, device="meta").model
+        model = create_model(config.arch, metadata, batch_size=8).model
+        for block in model.blocks():  # a norm that gives zeros: nothing passes but the residual
+            torch.nn.init.zeros_(block.scale)
+            x = torch.randn(1, 5, config.arch.options["hidden_size"])
+            left = x if block.norm_type == "pre" else torch.zeros_like(x)
+            info = SequenceInfo(None, None, None, causal=True)
+            assert torch.equal(block(x, info), left)
         assert all(type(block).__name__ == "TanhBlock" for block in model.blocks())
         assert any(name.endswith(".scale") for name, _ in model.named_parameters())
 

@@ -4,14 +4,16 @@ Its latents, its weights and its options have names that nothing else has, so th
 name of AthenaTRM's instead of the contract of `models/base.py` fails here.
 """
 
+import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from training_tools import contents, finish, start
+from training_tools import ROOT, altered, contents, finish, start
 
 from models.inference.loading import build_model, load_language_model
 from pretrain import train
@@ -245,3 +247,40 @@ def test_transformers_loads_its_export(run, plugins, home, tmp_path, capsys):
     export_hf.main([f"checkpoint={run}", plugins, f"output={tmp_path / 'exported'}"])
     assert "logits are off by at most" in capsys.readouterr().out
     assert (tmp_path / "exported" / "salt.py").is_file()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_handed_the_config_finds_it(home, text_corpus, tmp_path):
+    """As those that PyTorch/XLA spawns, which compose nothing."""
+    config = load_config(compose_config(given(home, text_corpus, tmp_path, "max_steps=1")))
+    (tmp_path / "config").write_bytes(pickle.dumps(config))
+    code = (
+        "import pickle, sys; from pathlib import Path; from pretrain import train\n"
+        "from utils.backend.cpu import CPUBackend\n"
+        "sys.exit(train(CPUBackend(), pickle.loads(Path(sys.argv[1]).read_bytes())))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "config")],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "step_1").is_dir()
+
+
+@pytest.mark.slow
+def test_the_harness_takes_its_directory(run, home):
+    harness = pytest.importorskip("scripts.lm_eval_athena")
+    model = harness.AthenaLM(checkpoint=str(run), plugins=str(home / "ideas"), device="cpu")
+    assert type(model.model.model).__name__ == "Tide"
+
+
+def test_an_evaluator_of_the_checkpoint_s_is_missed_too(home, run, text_corpus, tmp_path):
+    """`eval_only=true` takes the evaluators from the checkpoint, and may find the rest."""
+    path = altered(run, tmp_path / "step_6", evaluators=["swell@Swell"],
+                   arch={"name": "losses@Nothing", "loss": {}})  # fmt: skip
+    keys = [f"load_checkpoint={path}", "eval_only=true", "arch=athena_trm_tiny"]
+    with pytest.raises(UserError) as raised:
+        apply_trained_config(compose_config(keys), keys)
+    assert "swell@Swell" in str(raised.value) and str(home / "ideas") in str(raised.value)

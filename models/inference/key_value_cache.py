@@ -8,10 +8,11 @@ earlier ones as their last cycles left them, which is an approximation.
 No formula counts the passes: the first forward lays out a slot for each call of an attention.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from models.backbone import Backbone
 from models.layers import SequenceInfo
 
 _BEFORE, _AFTER = -1, -2  # parts of a forward outside of the recursion
@@ -56,8 +57,7 @@ class KeyValueCache:
         (B, M, used, K) each, of which a row's own positions count."""
         slot, self._calls = (self._part, self._calls), self._calls + 1
         if slot not in self.slots:
-            batch, heads, _, width = key.shape
-            shape = (batch, heads, self.positions, width)
+            shape = (*key.shape[:2], self.positions, key.shape[3])
             self.slots[slot] = key.new_zeros(shape), value.new_zeros(shape)
         keys, values = self.slots[slot]
         if self.places is None:  # the first forward attends to itself
@@ -70,8 +70,8 @@ class KeyValueCache:
 
 
 @torch.no_grad()
-def lay_out(inner: Backbone, steps: int, cycles: int | None = None) -> KeyValueCache:
-    """Return the cache of a text of one position, read by `inner` at this depth."""
+def lay_out(inner: Any, steps: int, cycles: int | None = None) -> KeyValueCache:
+    """Return the cache of a text of one position, read by an `inner` at this depth."""
     config, device = inner.config, inner.embed_tokens.embedding_weight.device
     cache = KeyValueCache(1, cycles)
     cache.begin(None, 1)
@@ -82,7 +82,7 @@ def lay_out(inner: Backbone, steps: int, cycles: int | None = None) -> KeyValueC
 
 
 def cache_bytes(
-    inner: Backbone, rows: int, positions: int, steps: int, cycles: int | None = None
+    inner: Any, rows: int, positions: int, steps: int, cycles: int | None = None
 ) -> int:
     """Return the bytes of a cache for `rows` texts of `positions` positions, prefix included."""
     slots = lay_out(inner, steps, cycles).slots.values()

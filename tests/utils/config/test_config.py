@@ -397,6 +397,23 @@ def test_rare_values_are_warned_about():
     assert config_warnings(load("checkpoint_interval=null", "checkpoint_every_eval=false"))
 
 
+def test_plugins_come_from_the_command_line_alone(tmp_path):
+    """A preset from somebody else chooses no code."""
+    (tmp_path / "experiment").mkdir()
+    preset = tmp_path / "experiment" / "theirs.yaml"
+    preset.write_text(f"# @package _global_\nplugins: ['{tmp_path}']\n", "utf-8")
+    given = ["--config-dir", str(tmp_path), "experiment=theirs"]
+    with pytest.raises(UserError, match=r"plugins=.*command line"):
+        compose_config(given)
+    assert load_config(
+        compose_config([*given, f"plugins={tmp_path}", "data_paths=[x]"])
+    ).plugins == [str(tmp_path)]
+    with pytest.raises(UserError, match=r"plugins=.*nowhere"):
+        load_config(compose_config([f"plugins=[{tmp_path / 'nowhere'}]", "data_paths=[x]"]))
+    with pytest.raises(UserError, match="nowhere is not a directory"):
+        compose_config(["--config-dir", str(tmp_path / "nowhere")])
+
+
 # --- look-up of classes ----------------------------------------------------------------------
 
 
