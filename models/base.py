@@ -77,6 +77,8 @@ class Architecture(nn.Module):
     config: Any
     inner: Backbone
     max_steps: int = 1
+    min_steps: int = 1
+    """Training steps that a row takes at least."""
     row_depth: str | None = None
     """Prefix of an evaluation's figures where each row has a depth of its own: act, budget."""
 
@@ -134,6 +136,11 @@ class Architecture(nn.Module):
             arrays by name, (rows,) each.
         """
         return {}
+
+    def expected_steps(self, budget: int) -> float:
+        """Return the mean training steps of an example with this iteration budget, 0 for none; for
+        estimates of a run's length. Default: `max_steps`."""
+        return float(self.max_steps)
 
     @property
     def takes_depth(self) -> bool:

@@ -168,12 +168,6 @@ def warnings_of(options: Options, overrides: Sequence[str], p: Plan) -> list[str
         )
         found.append(what + advice(options, overrides, p, CHEAPER, "seconds"))
     arch = p.model.config
-    unused = getattr(arch, "enable_reasoning_stream", False) is True
-    if unused and not p.config.arch.loss.options.get("reasoning_loss_weight"):
-        head = arch.hidden_size * arch.reasoning_vocab_size
-        what = f"{format_count(head)} parameters are a reasoning head that nothing trains"
-        settings = (["arch.enable_reasoning_stream=auto"],)
-        found.append(what + advice(options, overrides, p, settings, "parameters"))
     parameters = p.counted.parameters
     outside = parameters.total - parameters.core
     if outside > 0.6 * parameters.total and not arch.tie_embeddings:

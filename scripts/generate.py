@@ -131,10 +131,8 @@ def load(options: Options) -> LanguageModel:
     blank = model.identifier == model.metadata.blank_identifier_id
     if options.identifier is None and blank and names and model.config.puzzle_emb_ndim:
         note(f"no identifier is given, so the blank one is used; there are {', '.join(names[:5])}")
-    refinement = getattr(model.config, "post_refinement_steps", 0)
-    if refinement and not model.config.post_refinement_train:
-        note(f"the text is shaped by refinement passes that were never trained ({refinement} after "
-             "the last step, as in evaluation; arch.post_refinement_train=false)")  # fmt: skip
+    for sentence in model.model.notes():
+        note(sentence)
     return model
 
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -175,7 +175,7 @@ def steps_of_an_example(
     config: PretrainConfig, model: Architecture, data: Data | None
 ) -> tuple[float, str]:
     """Return the mean ACT steps that a training example takes, and what that rests on."""
-    most, arch = model.max_steps, model.config
+    most = model.max_steps
     if most == 1:
         return 1.0, "there is one step"
     if config.feed == "present":
@@ -183,48 +183,24 @@ def steps_of_an_example(
     least = config.min_iterations or 4
     if data is None:
         budgets = [*range(min(least, most), most + 1)]
-        why = f"budgets even between {budgets[0]} and halt_max_steps={most}"
+        why = f"budgets even between {budgets[0]} and {most} steps"
     elif data.train.has_targets:
         rows = np.linspace(0, data.train.num_rows - 1, min(data.train.num_rows, 4096)).astype(int)
         found = data.train.rows(rows)["iteration_targets"]
         budgets = [max(b, config.min_iterations or 0) if b else 0 for b in found.tolist()]
-        why = f"the corpus' iteration_targets, up to halt_max_steps={most}"
+        why = f"the corpus' iteration_targets, up to {most} steps"
     else:
         return float(most), "the corpus has no budgets, and the halting head is not foreseen"
     if (rule := config.iteration_curriculum) is not None:
         whole = np.array([min(b or most, most) for b in budgets])
-        lowest = max(1, arch.force_min_steps, config.min_iterations or 1)
+        lowest = max(1, model.min_steps, config.min_iterations or 1)
         moments = [(i + 0.5) / 20 for i in range(20)]
         budgets = np.concatenate(
             [scale_budgets(whole, rule, at, lowest) for at in moments]
         ).tolist()
         why += ", growing by iteration_curriculum"
-    return expected_steps(arch, budgets), why + ", and exploration"
-
-
-def expected_steps(config: Any, budgets: Iterable[int]) -> float:
-    """Return the mean ACT steps of a training example, each of which ends with its budget.
-
-    A budget of 0 is none. The halting head is not foreseen. A row that explores at its k-th step
-    continues with the chance that the number drawn from 2..halt_max_steps is above k.
-    """
-    most = config.halt_max_steps
-    known: dict[int, float] = {}
-
-    def after(budget: int) -> float:
-        first = min(max(budget or most, config.force_min_steps, 1), most)
-        steps, reached = float(first), 1.0
-        for k in range(first, most):
-            reached *= config.halt_exploration_prob * (most - max(k, 1)) / (most - 1)
-            steps += reached
-        return steps
-
-    found = []
-    for budget in budgets:
-        if budget not in known:
-            known[budget] = after(budget)
-        found.append(known[budget])
-    return sum(found) / len(found)
+    steps = {budget: model.expected_steps(budget) for budget in set(budgets)}
+    return sum(steps[b] for b in budgets) / len(budgets), why + ", and exploration"
 
 
 def budget(config: PretrainConfig, counted: Cost, act_steps: float, data: Data | None) -> float:

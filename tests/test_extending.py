@@ -91,7 +91,7 @@ def small(words: list[str]) -> list[str]:
 
 def test_the_page_shows_a_file_for_every_kind_of_plugin():
     assert {Path(name).stem for name in files() if name.endswith(".py")} >= set(
-        "echo tanh_norm lion stairs table halves subtitles".split()
+        "echo looped tanh_norm entropy lion stairs table halves subtitles".split()
     )
     assert len(commands("pretrain.py")) >= 7 and len(commands("scripts/compare.py")) >= 6
 
@@ -108,6 +108,11 @@ def test_every_training_runs(home, words):
         generate.main([*again, "prompt=abc"])
         assert metrics_of(home / "run", "train/echo_norm")
         assert metrics_of(home / "run", "eval/text/step_4/bits_per_byte")
+    if config.arch.name == "looped@Looped":
+        assert len(set(metrics_of(home / "run", "train/depth"))) > 1
+        assert metrics_of(home / "run", "eval/all/depth_16/lm_loss")
+    if "entropy@Entropy" in config.arch.loss.options["terms"]:
+        assert metrics_of(home / "run", "train/entropy")[0] > 1
     if config.lr_schedule.name == "stairs@stairs":
         assert len(set(metrics_of(home / "run", "train/lr"))) > 2
     if any(logger.name == "table@Table" for logger in config.logger):

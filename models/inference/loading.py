@@ -234,7 +234,6 @@ def build_base(
     saved = saved_arch(opened)
     head, _ = build_model(
         opened,
-        saved.get("halt_max_steps"),
         refinement=0,
         forward_dtype=None if backend is None else usable_dtype(saved, backend),
         device=device,

@@ -206,6 +206,24 @@ class AthenaTRM(Architecture):
     def max_steps(self) -> int:  # type: ignore[override]
         return self.config.halt_max_steps
 
+    @property
+    def min_steps(self) -> int:  # type: ignore[override]
+        return self.config.force_min_steps
+
+    def expected_steps(self, budget: int) -> float:
+        """See `Architecture`. The halting head is not foreseen.
+
+        A row that explores at its k-th step continues with the chance that the number drawn from
+        2..halt_max_steps is above k.
+        """
+        most = self.max_steps
+        first = min(max(budget or most, self.min_steps, 1), most)
+        steps, reached = float(first), 1.0
+        for k in range(first, most):
+            reached *= self.config.halt_exploration_prob * (most - max(k, 1)) / (most - 1)
+            steps += reached
+        return steps
+
     def eval_depth(self, progress: float = 1.0) -> int:
         return self.config.max_eval_steps
 

@@ -9,6 +9,7 @@ from models.inference.loading import load_language_model
 from models.losses import ACTLossHead
 from utils.checkpoint.format import checkpoints_of
 from utils.config.load import compose_config, load_config
+from utils.core.errors import UserError
 from utils.core.functions import load_class
 
 LOOPED = '''
@@ -142,3 +143,11 @@ def test_the_answer_at_the_evaluation_s_depth_is_the_evaluation(preset):
         info = model.inner.sequence_info(batch)
         answer = model.inner.answer(model.inner.embed(batch), info, model.eval_depth())
     torch.testing.assert_close(model.inner.logits(answer), outputs["logits"], rtol=0, atol=1e-5)
+
+
+def test_budgets_that_an_architecture_cannot_have_are_refused(text_corpus, run_training):
+    with pytest.raises(UserError, match=r"min_iterations=50 .* 4 steps"):
+        run_training(text_corpus, "run", "max_steps=1", "min_iterations=50")
+    with pytest.raises(UserError, match=r"iteration_curriculum .* one step"):
+        run_training(text_corpus, "run", "max_steps=1", "arch.halt_max_steps=1",
+                     "iteration_curriculum={start: 0.5}")  # fmt: skip

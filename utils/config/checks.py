@@ -147,14 +147,7 @@ def _paths_once(c: Context) -> Iterator[str]:
             yield f"{key} names '{path}' twice{also}: to weigh a corpus, use domain_weights"
 
 
-@_reads("min_iterations")
-def _min_iterations(c: Context) -> Iterator[str]:
-    least, most = c.config.min_iterations, c.arch.get("halt_max_steps")
-    if least is not None and most is not None and least > most:
-        yield f"min_iterations {least} is more than arch.halt_max_steps {most}: lower it"
-
-
-@_reads("iteration_curriculum", "epochs", "max_steps", "max_seconds", "lr_find", "arch")
+@_reads("iteration_curriculum", "epochs", "max_steps", "max_seconds", "lr_find")
 def _iteration_curriculum(c: Context) -> Iterator[str]:
     if c.config.iteration_curriculum is None or c.config.lr_find:
         return
@@ -167,11 +160,6 @@ def _iteration_curriculum(c: Context) -> Iterator[str]:
         yield (
             "iteration_curriculum does not follow max_seconds, which may end the run while budgets "
             "are small: give max_seconds=null with epochs or max_steps"
-        )
-    if c.arch and "halt_max_steps" not in c.arch:
-        yield (
-            f"iteration_curriculum increases budgets of ACT steps, but {c.config.arch.name} takes "
-            "one step only: use null"
         )
 
 

@@ -199,13 +199,25 @@ def load_pretrained(
 def create_stream(
     config: PretrainConfig, model: ACTLossHead, data: Data, backend: Backend, micro_batches: int
 ) -> TrainStream:
-    """Create the stream of training batches of this replica."""
+    """Create the stream of training batches of this replica.
+
+    Raises UserError where the config asks for budgets that the architecture cannot have.
+    """
     architecture = model.model
+    least, most = config.min_iterations, architecture.max_steps
+    name = config.arch.name
+    if least is not None and least > most > 1:
+        raise UserError(f"min_iterations={least} is more than the {most} steps of {name}: lower it")
+    if config.iteration_curriculum is not None and most == 1 and not config.lr_find:
+        raise UserError(
+            f"iteration_curriculum increases budgets of ACT steps, but {name} takes one step only: "
+            "use null"
+        )
     return TrainStream.from_config(
         data.train,
         config,
         architecture.max_steps,
-        least_iterations=getattr(architecture.config, "force_min_steps", 1),
+        least_iterations=architecture.min_steps,
         row_options=architecture.row_options,
         rank=backend.rank,
         world_size=backend.world_size,

@@ -47,7 +47,7 @@ def build_untrained(arch: ArchConfig, metadata: DatasetMetadata) -> ACTLossHead:
             base = build_base(Checkpoint(checkpoint_in(Path(path))), metadata, device="meta")
         except UserError:
             whole = arch.model_dump()
-            fixed = depth_options(whole, whole.get("halt_max_steps"), refinement=0)
+            fixed = depth_options(whole, None, refinement=0)
             base = create_model(
                 ArchConfig.model_validate(whole | fixed), metadata, batch_size=1, device="meta"
             )

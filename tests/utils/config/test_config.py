@@ -323,7 +323,6 @@ def test_wrong_values_are_named_with_what_is_expected(override, needed):
         (["run_name=a/b"], ["run_name='a/b'"]),
         (["run_name=.."], ["run_name='..'"]),
         (["resume_allow=[lrr]"], ["'lrr'", "'lr'"]),
-        (["min_iterations=50"], ["min_iterations 50", "arch.halt_max_steps 48"]),
         (
             ["freeze_weights=true", "arch.puzzle_emb_ndim=0"],
             ["freeze_weights", "arch.puzzle_emb_ndim is 0"],
