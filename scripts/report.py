@@ -68,7 +68,7 @@ def _facts(run: Run) -> dict[str, str]:
     found["architecture"] = config.get("arch.name", "").partition("@")[2]
     if cost is not None:
         found["parameters"] = (
-            f"{_large(cost.parameters)}, {_large(cost.core_parameters)} of them in blocks"
+            f"{_large(cost.parameters)}, {_large(cost.core_parameters)} of them core"
         )
         found["training cost"] = f"{_large(cost.train_flops)}FLOP per token and ACT step"
         found["training cost, total"] = f"{_large(cost.flops)}FLOP"

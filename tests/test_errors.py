@@ -234,7 +234,7 @@ def test_dry_run_counts_the_large_preset(capsys):
     printed = capsys.readouterr().out
     core, heads = (
         float(re.search(rf"^  {part} +([\d.]+) M", printed, re.MULTILINE)[1])
-        for part in (r"core \(blocks\)", "heads")
+        for part in ("core", "output head")
     )
     assert 250 <= core <= 330
     assert heads == pytest.approx(2304 * 32000 / 1e6, rel=1e-3)

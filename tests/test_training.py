@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from seeds import draw_rng
+from torch._subclasses.fake_tensor import FakeTensor
 from training_tools import IDENTIFIERS, TEXT, contents, finish, make_config, metrics_of, start
 
 from models.losses import ACTLossHead
@@ -62,7 +63,8 @@ def test_an_infinite_gradient_of_one_identifier_changes_none(
 
     def overflowing(self, ids):
         rows = real(self, ids)
-        calls.append(rows)
+        if not isinstance(rows, FakeTensor):  # of a trace, which counts FLOPs
+            calls.append(rows)
         if len(calls) == 2:
             rows.register_hook(
                 lambda gradient: gradient.index_fill(0, torch.tensor([0]), torch.inf)

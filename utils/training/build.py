@@ -17,6 +17,7 @@ from models.losses import ACTLossHead, create_terms
 from sequence_dataset import TrainStream
 from utils.backend import Backend
 from utils.backend.memory import explain_out_of_memory, ran_out_of_memory
+from utils.backend.tracing import Untraceable
 from utils.checkpoint.format import Checkpoint
 from utils.config.saved import config_yaml, dump_config
 from utils.config.schema import PretrainConfig
@@ -297,7 +298,16 @@ def choose_micro_batch_rows(
             reasoning_width=data.train.reasoning_width,
         )
         # the plan counts what is there already, too
-        own = plan.fitting_rows(backend.available_memory() + count_present_bytes(model, device))
+        free = backend.available_memory() + count_present_bytes(model, device)
+        try:
+            own = plan.fitting_rows(free)
+        except Untraceable as error:
+            if backend.is_main:
+                notify(
+                    f"note: micro_batch_size=auto takes all {rows} rows of a rank at once, because "
+                    f"{error}; give micro_batch_size=<rows> if memory runs out"
+                )
+            return rows, None
     return min(backend.gather_objects(own)), plan  # each divides the rows of a rank
 
 

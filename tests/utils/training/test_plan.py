@@ -9,6 +9,7 @@ from training_tools import IDENTIFIERS, TINY, finish, make_config, metrics_of, s
 
 from models.build import create_model
 from models.inference.loading import base_loader
+from models.recursive_reasoning.athena_trm import AthenaTRM
 from pretrain import train
 from scripts.training_step import measured_step
 from utils.backend.cpu import CPUBackend
@@ -181,6 +182,21 @@ def test_a_given_size_and_that_of_a_resumed_run_are_not_tried(tmp_path, puzzle_c
     assert (given.trials, first.trials, resumed.trials) == (0, 3, 0)
     folder = checkpoints_of(tmp_path / "True")[-1]
     assert json.loads((folder / "state.json").read_text("utf-8"))["micro_rows"] == 2
+
+
+def test_a_model_that_cannot_be_traced_trains(tmp_path, puzzle_corpus, monkeypatch, capsys):
+    """Its shapes depend on values, which is right on a CPU and a GPU."""
+    real = AthenaTRM.admit
+
+    def admit(self, carry, batch):
+        carry.halted[carry.halted.nonzero()] = True
+        return real(self, carry, batch)
+
+    monkeypatch.setattr(AthenaTRM, "admit", admit)
+    with pytest.warns(UserWarning, match="FLOPs"):
+        assert len(train_on(CPUBackend(), tmp_path, puzzle_corpus, "arch.H_cycles=1")) == 3
+    printed = "".join(capsys.readouterr())
+    assert "nonzero" in printed and "micro_batch_size=" in printed
 
 
 TRIAL = """
