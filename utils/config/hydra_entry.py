@@ -332,10 +332,10 @@ def help_text(program: str = "pretrain.py") -> str:
     ]
     for group in sorted(_groups([CONFIG_DIR])):
         lines.append(f"  {group:<11} {', '.join(_presets(group))}")
-    cfg = compose_config([])
-    lines += ["", "keys (key=value), with their defaults:", *_key_lines(cfg)]
+    defaults: Any = OmegaConf.to_container(compose_config([]), resolve=True)
+    lines += ["", "keys (key=value), with their defaults:", *_key_lines(defaults)]
     lines += ["", "options of the default architecture (arch.<option>=value):"]
-    arch = OmegaConf.to_container(cfg.arch, resolve=True)
+    arch = defaults["arch"]
     meanings = _arch_meanings(arch)
     lines += [
         f"  {f'{key} = {_bare(value)}':<46}  {meanings.get(key, '')}".rstrip()
@@ -361,8 +361,7 @@ def _arch_meanings(arch: Any) -> dict[str, str]:
     return found
 
 
-def _key_lines(cfg: DictConfig) -> Iterator[str]:
-    defaults: Any = OmegaConf.to_container(cfg)
+def _key_lines(defaults: dict[str, Any]) -> Iterator[str]:
     for name, field in PretrainConfig.model_fields.items():
         default = "" if name == "arch" else f" = {_bare(defaults[name])}"
         yield f"  {name + default:<34}  {field.description} [{_short(field.annotation)}]"

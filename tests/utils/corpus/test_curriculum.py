@@ -104,7 +104,7 @@ def test_a_curriculum_without_effect_is_refused(text_corpus, tmp_path, run_train
     with pytest.raises(UserError, match="does not follow max_seconds"):
         make_config(text_corpus, rule, "max_seconds=9")
     decoder = ["arch=transformer", "arch.loss.loss_type=softmax_cross_entropy"]
-    with pytest.raises(UserError, match="has one step"):
+    with pytest.raises(UserError, match="Transformer takes one step"):
         load_config(compose_config([*decoder, f"data_paths=[{text_corpus}]", rule]))
     write_corpus(tmp_path / "c", 20, arrays={"iteration_targets": None})
     with pytest.raises(UserError, match=r"iteration_targets\.npy"):
