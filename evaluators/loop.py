@@ -207,7 +207,7 @@ def run_all(
     save_outputs: Sequence[str],
     save_path: Path | None,
 ) -> dict[str, SetFigures]:
-    """Run every batch for figures and evaluators, and save `save_outputs`; return figures by set."""
+    """Run every batch for figures and evaluators, save `save_outputs`; return figures by set."""
     max_steps = model.model.eval_steps
     keys = guarded.begin() | set(save_outputs)
     sets: dict[str, SetFigures] = {}

@@ -71,7 +71,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
         if near and "." not in key and not nearest(key, list(PretrainConfig.model_fields)):
             raise UserError(f"unknown key '{key}': did you mean '{near}'?")
     if options.hardware not in HARDWARE:
-        near = nearest(options.hardware, list(HARDWARE), cutoff=0.8)  # a b200 is no h200
+        near = nearest(options.hardware, list(HARDWARE), cutoff=0.8)  # a b200 is not an h200
         advice = f"did you mean '{near}'? " if near else ""
         raise UserError(
             f"hardware={options.hardware} is unknown; {advice}there are {', '.join(HARDWARE)}"
@@ -187,7 +187,7 @@ def advice(
     recursive = hasattr(p.model.config, "H_cycles")
     for extra in settings:
         if not recursive and any(setting.startswith("arch=") for setting in extra):
-            continue  # another architecture is no cheaper setting of this one
+            continue  # another architecture is not a cheaper setting of this one
         try:
             other = plan(options, changed(overrides, extra), tokens=p.tokens)
         except UserError:  # clashes with what was given

@@ -4,9 +4,9 @@ r"""Check Athena on this machine's GPU: its numbers, restarts, speed and memory.
     python scripts/gpu_check.py curve resume --output results.jsonl
     python scripts/gpu_check.py --tiny
 
-Runs each part in a process of its own, in the order of --list, and ends one that takes longer than
-its limit. Each result is printed and appended to a file of JSON lines as soon as it is known;
-`passed` is null for a measurement. Ends with status 1 if a check failed. Needs no network.
+Runs each part in its own process, in the order of --list, and stops one that exceeds its limit.
+Each result is printed and appended to a file of JSON lines as soon as it is known; `passed` is null
+for a measurement. Ends with status 1 if a check failed. Needs no network.
 """
 
 import importlib

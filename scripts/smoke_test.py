@@ -50,7 +50,7 @@ def write_text(output_dir: Path, dataset_name: str | None) -> Path:
         try:
             size = _write_lines(path, texts())
         except Unavailable as reason:
-            print(f"{name} cannot be had ({reason}); falling back to the next source")
+            print(f"{name} is not available ({reason}); trying the next source")
             continue
         print(f"text: {size:,} bytes of {name}, in {path}")
         return path
@@ -75,7 +75,7 @@ def _write_lines(path: Path, texts: Iterator[str]) -> int:
             if size >= TEXT_BYTES:
                 break
         if not size:
-            raise Unavailable("it holds no text")
+            raise Unavailable("it contains no text")
     return size
 
 
@@ -160,9 +160,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"the loss did not fall ({losses[0]:.3f} to {losses[-1]:.3f}); see {folder}"
         )
-    print(f"\nall of it works: the loss fell from {losses[0]:.3f} to {losses[-1]:.3f} nats")
+    print(f"\neverything works: the loss fell from {losses[0]:.3f} to {losses[-1]:.3f} nats")
     print(summary(metrics))
-    print(f"corpus in {corpus}, checkpoints and metrics in {folder}; read on with\n"
+    print(f"corpus in {corpus}, checkpoints and metrics in {folder}; continue with\n"
           f"  python scripts/generate.py checkpoint={folder} prompt='The '\n"
           f"  python scripts/plot_run.py {folder}")  # fmt: skip
 

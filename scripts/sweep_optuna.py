@@ -123,7 +123,7 @@ def check_sweep(override: Override) -> None:
     try:
         suggested(optuna.create_study().ask(), override)
     except (ValueError, IndexError) as error:
-        raise UserError(f"{override.input_line} holds no value to try: {error}") from None
+        raise UserError(f"{override.input_line} contains no value to try: {error}") from None
 
 
 class Search:
@@ -138,11 +138,11 @@ class Search:
         except ValueError as error:
             raise UserError(f"launcher={args.launcher}: {error}") from None
         if shutil.which(self.command[0]) is None:
-            raise UserError(f"launcher={args.launcher}: there is no such command")
+            raise UserError(f"launcher={args.launcher}: command not found")
         self.varied, self.fixed = sweeps_and_fixed(overrides)
         self.began = False
         """Some trial came so far that it logged."""
-        self.said = {
+        self.settings = {
             "keys": [str(o.input_line) for o in self.varied] + self.fixed,
             "metric": self.metric,
             "direction": args.direction,
@@ -156,7 +156,7 @@ class Search:
         config = self._plausible()
         for name in ("lr_find", "dry_run", "eval_only"):
             if getattr(config, name):
-                raise UserError(f"{name}={getattr(config, name)} trains no trial: leave it out")
+                raise UserError(f"{name}={getattr(config, name)} trains nothing; remove it")
         loggers = [logger.name for logger in config.logger]
         if "jsonl" not in loggers:
             raise UserError(
@@ -312,14 +312,14 @@ def _optimize(search: Search, args: Options) -> optuna.Study:
     )
     over = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     done = len(study.get_trials(deepcopy=False, states=over))
-    before = study.user_attrs.get("search", search.said)
-    changed = [key for key in before if before[key] != search.said[key]]
+    before = study.user_attrs.get("search", search.settings)
+    changed = [key for key in before if before[key] != search.settings[key]]
     if changed and (done or "direction" in changed):  # else there is nothing to continue
         raise UserError(
             f"{args.folder} holds a search with other {' and '.join(changed)} "
             f"({'; '.join(str(before[key]) for key in changed)}): give those, or another folder="
         )
-    study.set_user_attr("search", search.said)
+    study.set_user_attr("search", search.settings)
     if done:
         print(f"continuing {args.folder}: {done} of {args.trials} trials are there")
     try:
@@ -368,7 +368,7 @@ def print_trials(study: optuna.Study, args: Options) -> None:
     trials = best_first(study)
     complete = [t for t in trials if t.state.name == "COMPLETE"]
     if not complete:
-        raise UserError(f"no trial was finished; what they said is in {args.folder}/trial_*.log")
+        raise UserError(f"no trial finished; their output is in {args.folder}/trial_*.log")
     for t in trials[:10]:
         value = f"{t.value:.4f}" if t.value is not None else t.state.name.lower()
         print(f"  trial {t.number:<4} {value:<10} {_keys(t)}")
