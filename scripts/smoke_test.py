@@ -24,7 +24,7 @@ from scripts.demo_corpus import find_plays
 from scripts.plot_run import summary
 from utils.config.values import assignment
 from utils.core.atomic import write_result
-from utils.core.console import run_cli
+from utils.core.console import command_parser, run_cli
 from utils.core.errors import UserError
 from utils.monitoring.run_log import RunMetrics
 
@@ -169,17 +169,9 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see the top of this file."""
-    parser = argparse.ArgumentParser(
-        prog="python scripts/smoke_test.py",
-        description="Text to tokenizer to corpus to a trained, evaluated tiny model.",
-    )
+    parser = command_parser("python scripts/smoke_test.py", __doc__)
     add = parser.add_argument
-    add(
-        "--run-training",
-        action="store_true",
-        help="train and evaluate (seconds); without it, only the text "
-        "is looked up and the corpus built",
-    )
+    add("--run-training", action="store_true", help="train and evaluate the model, in seconds")
     add("--dataset-name", metavar="NAME[:CONFIG]", help="data set to download (default: none)")
     add("--tokenizer-json", type=Path, metavar="FILE", help="(default: one is trained)")
     add("--output-dir", type=Path, default=Path("data/smoke"), help="(default: data/smoke)")

@@ -156,7 +156,7 @@ class Search:
         config = self._plausible()
         for name in ("lr_find", "dry_run", "eval_only"):
             if getattr(config, name):
-                raise UserError(f"{name}={getattr(config, name)} trains nothing; remove it")
+                raise UserError(f"{name} trains nothing; remove it")
         loggers = [logger.name for logger in config.logger]
         if "jsonl" not in loggers:
             raise UserError(

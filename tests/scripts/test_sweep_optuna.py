@@ -91,7 +91,7 @@ def test_a_trial_that_blows_up_is_one_trial(text_corpus, tmp_path, capsys):
         (["lr=interval(1,"], "at input 'interval(1,'"),
         (["run_name=a,b"], "run_name is each trial's own: use folder="),
         (["lr=1,2", "logger=[tensorboard]"], "keeps no metrics.jsonl"),
-        (["lr=1,2", "lr_find=true"], "lr_find=True"),
+        (["lr=1,2", "lr_find=true"], "lr_find"),
         (["lrr=1,2"], "unknown key 'lrr': did you mean 'lr'?"),
     ],
 )
