@@ -23,7 +23,7 @@ import torch
 
 from models import cost
 from scripts.run_plan import HARDWARE, Options, Plan, configure, cpu_rate, plan
-from scripts.training_step import measured_step
+from scripts.training_step import measure_step
 from utils.backend import select_backend
 from utils.config.key_values import run_command, split_key_values
 from utils.config.load import PretrainConfig
@@ -249,7 +249,7 @@ def compared(overrides: Sequence[str]) -> str:
         )
     metadata = head.model.config if data is None else data.train.metadata
     sizes = dict(vocab_size=metadata.vocab_size, seq_len=metadata.seq_len)
-    found, seconds = measured_step(config.model_copy(update=sizes), micro_rows, backend)
+    found, seconds = measure_step(config.model_copy(update=sizes), micro_rows, backend)
     lines = [f"{'memory':<16}{'estimated':>12}{'measured':>12}{'ratio':>8}"]
     both = {name: (parts[name], found[name]) for name in parts}
     both["total"] = sum(parts.values()), sum(found.values())

@@ -216,10 +216,10 @@ def page(runs: Sequence[Run]) -> str:
     """Return the whole HTML file."""
     caution = figures.not_comparable(runs)
     sections = {
-        "depth": figures.depth_section(runs).drawn(),
-        "evaluated": figures.evaluation_section(runs).drawn(),
-        "training": figures.training_section(runs).drawn(),
-        "histograms": figures.histogram_section(runs).drawn(),
+        "depth": figures.depth_section(runs).draw(),
+        "evaluated": figures.evaluation_section(runs).draw(),
+        "training": figures.training_section(runs).draw(),
+        "histograms": figures.histogram_section(runs).draw(),
     }
     shown = samples(runs)
     drawn = pictures(runs)

@@ -44,7 +44,7 @@ def write_text(output_dir: Path, dataset_name: str | None) -> Path:
         "the documentation of the Python standard library": standard_library,
     }
     if dataset_name is not None:
-        sources = {f"the data set {dataset_name}": lambda: downloaded(dataset_name)} | sources
+        sources = {f"the data set {dataset_name}": lambda: download(dataset_name)} | sources
     path = output_dir / "text.jsonl"
     for name, texts in sources.items():
         try:
@@ -79,7 +79,7 @@ def _write_lines(path: Path, texts: Iterator[str]) -> int:
     return size
 
 
-def downloaded(name: str) -> Iterator[str]:
+def download(name: str) -> Iterator[str]:
     """Yield texts of a data set, NAME or NAME:CONFIGURATION, through the `datasets` library."""
     try:
         from datasets import load_dataset

@@ -97,17 +97,17 @@ def sweeps_and_fixed(arguments: Sequence[str]) -> tuple[list[Override], list[str
     return varied, [str(o.input_line) for o in overrides if not o.is_sweep_override()]
 
 
-def suggested(trial: optuna.Trial, override: Override) -> str:
+def suggest(trial: optuna.Trial, override: Override) -> str:
     """Return `key=value` with the value that the study suggests."""
     key, sweep = override.key_or_group, override.value()
     log = "log" in getattr(sweep, "tags", ())
     value: Any
     if isinstance(sweep, IntervalSweep):
         assert sweep.start is not None and sweep.end is not None
-        suggest: Any = trial.suggest_float
+        choose: Any = trial.suggest_float
         if isinstance(sweep.start, int) and isinstance(sweep.end, int):
-            suggest = trial.suggest_int
-        value = suggest(key, sweep.start, sweep.end, log=log)
+            choose = trial.suggest_int
+        value = choose(key, sweep.start, sweep.end, log=log)
     elif isinstance(sweep, RangeSweep) and all(
         isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step)
     ):
@@ -121,7 +121,7 @@ def suggested(trial: optuna.Trial, override: Override) -> str:
 def check_sweep(override: Override) -> None:
     """Raise UserError for a sweep without a value, before anything is trained."""
     try:
-        suggested(optuna.create_study().ask(), override)
+        suggest(optuna.create_study().ask(), override)
     except (ValueError, IndexError) as error:
         raise UserError(f"{override.input_line} contains no value to try: {error}") from None
 
@@ -178,7 +178,7 @@ class Search:
         for _ in range(8):
             ask = study.ask()
             try:
-                return self._config([suggested(ask, override) for override in self.varied])
+                return self._config([suggest(ask, override) for override in self.varied])
             except UserError as error:
                 mistake = error
         raise mistake
@@ -189,7 +189,7 @@ class Search:
 
     def objective(self, trial: optuna.Trial) -> float:
         run = self.folder / f"trial_{trial.number}"
-        chosen = [suggested(trial, override) for override in self.varied]
+        chosen = [suggest(trial, override) for override in self.varied]
         print(f"trial {trial.number}: {' '.join(chosen)}", flush=True)
         try:
             self._config(chosen)
@@ -215,7 +215,7 @@ class Search:
                         print(f"  step {step}: {figure:.4f}, ended early", flush=True)
                         raise optuna.TrialPruned
             finally:
-                status = _ended(process)
+                status = _stop(process)
         self.began |= (run / METRICS).is_file() and (run / METRICS).stat().st_size > 0
         if status not in (0, 3) and not self.began:  # a mistake that every trial would repeat
             raise UserError(_last_line(log.name))
@@ -272,7 +272,7 @@ class Search:
             yield record["step"], record[self.metric]
 
 
-def _ended(process: subprocess.Popen[bytes]) -> int:
+def _stop(process: subprocess.Popen[bytes]) -> int:
     """Stop a trial that is still running; return its exit status."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)

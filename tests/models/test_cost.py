@@ -14,7 +14,7 @@ from models.recursive_reasoning.athena_trm import AthenaTRM
 from models.recursive_reasoning.hier6 import Hier6
 from models.recursive_reasoning.single_z import SingleZ
 from models.recursive_reasoning.transformer import Transformer
-from scripts.training_step import measured_step
+from scripts.training_step import measure_step
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint.format import Checkpoint, checkpoints_of
 from utils.config.load import compose_config, load_config
@@ -162,7 +162,7 @@ def test_memory_is_what_a_step_allocates(name):
     overrides = [f"{key}={value}" for key, value in given.items()]
     config = load_config(compose_config([*overrides, "dry_run=true", "device_type=cpu"]))
     micro_rows = config.micro_rows(1)
-    found, _ = measured_step(config, micro_rows, CPUBackend())
+    found, _ = measure_step(config, micro_rows, CPUBackend())
     head, _ = plan_model(config, 1)
     parts = cost.memory(head.model, config, micro_rows=micro_rows, device="cpu")
     total = sum(found.values())

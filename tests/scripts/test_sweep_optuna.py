@@ -12,7 +12,7 @@ pytest.importorskip("optuna")
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.trial import FixedTrial
 
-from scripts.sweep_optuna import main, suggested
+from scripts.sweep_optuna import main, suggest
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def trials_of(folder):
 )
 def test_sweeps_are_those_of_hydra(sweep, value, given):
     (override,) = OverridesParser.create().parse_overrides([sweep])
-    assert suggested(FixedTrial({override.key_or_group: value}), override) == given
+    assert suggest(FixedTrial({override.key_or_group: value}), override) == given
 
 
 def test_a_search_finds_and_goes_on(text_corpus, tmp_path, capsys):
