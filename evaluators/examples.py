@@ -20,9 +20,9 @@ def read_json_lines(path: str, option: str = "path") -> list[tuple[str, dict[str
         try:
             records.append((where, parse_json_object(line, number)))
         except ValueError as error:
-            raise UserError(f"{where}: no JSON object: {error}") from None
+            raise UserError(f"{where}: not a JSON object: {error}") from None
     if not records:
-        raise UserError(f"{option}={path} holds no example")
+        raise UserError(f"{option}={path} contains no example")
     return records
 
 

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -17,11 +17,11 @@ from evaluators.interface import Batch
 from models.inference.generation import Written
 from models.inference.language_model import LanguageModel
 from models.inference.sampling import Sampling
+from utils.config.schema import PositiveInt
 from utils.core.atomic import write_atomically
 from utils.core.console import notify
 from utils.core.errors import UserError
 
-PositiveInt = Annotated[int, Field(ge=1)]
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]
 
 
@@ -78,7 +78,7 @@ class GenerationEvaluator:
                 self.pattern = re.compile(config.answer_pattern)
             except re.error as error:
                 raise UserError(
-                    f"answer_pattern={config.answer_pattern!r} is no regular expression: {error}"
+                    f"answer_pattern={config.answer_pattern!r} is not a regular expression: {error}"
                 ) from None
         self.score = None if config.score_function is None else load_function(config.score_function)
         self.lines = [] if config.path is None else read_json_lines(config.path)

@@ -84,7 +84,7 @@ class Guarded:
         except Interrupted:
             return None  # raised again when every rank has left the evaluator
         except PeerFailed:
-            self.faults[place] = ""  # the other rank tells
+            self.faults[place] = ""  # the other rank reports it
             return None
         except UserError as error:
             self.faults[place] = str(error)
@@ -137,7 +137,7 @@ class Guarded:
         for place, fault in sorted(self.faults.items()):
             if backend.is_main:
                 name = type(self.evaluators[place]).__name__
-                why = fault or "its ranks did not gather the same number of times"
+                why = fault or "its ranks called gather_objects a different number of times"
                 notify(f"warning: evaluator {name} failed, its figures are missing: {why}")
         sound = (found for place, found in enumerate(figures) if place not in self.faults)
         found = {name: value for of_one in sound for name, value in of_one.items()}

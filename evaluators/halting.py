@@ -1,7 +1,7 @@
 """Report quality and cost of each ACT step, and how well the halting head predicts it.
 
 The halting head reads the whole row, later tokens included: where a row would halt by it describes
-the head, and is no way to score text.
+the head, but cannot be used to score text.
 """
 
 from pathlib import Path

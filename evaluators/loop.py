@@ -228,7 +228,7 @@ def run_all(
     save_outputs: Sequence[str],
     save_path: Path | None,
 ) -> dict[str, SetFigures]:
-    """Run every batch, for evaluators too, and save `save_outputs`; return figures by set."""
+    """Run every batch for figures and evaluators, save `save_outputs`; return figures by set."""
     steps = 1 if model.model.takes_depth else depth
     dtype = model.model.config.dtype
     keys = guarded.begin() | set(save_outputs)

@@ -1,7 +1,7 @@
 """Count grids that are solved exactly, also by a vote over several views of a puzzle."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,9 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata
 from evaluators.interface import Batch
 from models.inference.language_model import LanguageModel
+from utils.config.schema import PositiveInt
 from utils.core.errors import UserError
-
-PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class View:
@@ -90,7 +89,7 @@ class ExactMatchEvaluator:
         height, width = config.grid if config.grid and len(config.grid) == 2 else (side, side)
         fits = height * width <= length if config.grid else side * side == length
         if not fits or (config.grid is not None and len(config.grid) != 2):
-            raise UserError(f"grid={config.grid} is no grid of the {length} cells of a row; give "
+            raise UserError(f"grid={config.grid} does not fit the {length} cells of a row; give "
                             "grid=[rows, columns]")  # fmt: skip
         if config.geometry == "dihedral" and height != width:
             raise UserError(

@@ -2,7 +2,7 @@ r"""Score tasks with choices by the probability that the model gives each of the
 
     evaluators=[{name: tasks@MultipleChoiceEvaluator, path: arc.jsonl, delimiter: "\nAnswer: "}]
 
-The file's keys tell its kind:
+The kind of task follows from the file's keys:
 
     question (or query), choices, answer (or gold)   which choice is likeliest after the question
     context_options, continuation, answer            after which context the continuation is
@@ -15,7 +15,7 @@ import math
 import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,11 +24,11 @@ from dataset.common import DatasetMetadata
 from evaluators.examples import pick_evenly, read_json_lines
 from evaluators.interface import Batch
 from models.inference.language_model import LanguageModel
+from utils.config.schema import PositiveInt
 from utils.core.errors import UserError
 
 QUESTION = ("question", "query")
 ANSWER = ("answer", "gold", "label", "answerKey")
-PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class Item(NamedTuple):
@@ -103,7 +103,7 @@ class MultipleChoiceEvaluator:
         if config.num_few_shot and any(not context for context, _ in self.items[0].pairs):
             raise UserError(
                 f"num_few_shot={config.num_few_shot} means nothing for {config.path}, whose texts "
-                "have no question before them; leave it out"
+                "have no question before them; remove it"
             )
         chosen = pick_evenly(len(self.items), config.limit)
         self.shots = [self._solved_before(i, shots, own) for i in chosen]
@@ -249,7 +249,7 @@ def _value(record: dict[str, Any], key: str) -> Any:
 def _text(record: dict[str, Any], key: str) -> str:
     value = _value(record, key)
     if not isinstance(value, str):
-        raise UserError(f"key {key!r} holds {value!r}, which is no text")
+        raise UserError(f"key {key!r} holds {value!r}, which is not a text")
     return value
 
 
@@ -258,7 +258,7 @@ def _texts(record: dict[str, Any], key: str) -> list[str]:
     if isinstance(value, dict) and "text" in value:  # {"text": [...], "label": ["A", ...]}
         value = value["text"]
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(v, str) for v in value):
-        raise UserError(f"key {key!r} holds {value!r}, which is no list of two texts or more")
+        raise UserError(f"key {key!r} holds {value!r}, which is not a list of two or more texts")
     return value
 
 

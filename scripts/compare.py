@@ -143,7 +143,7 @@ def table(results: Sequence[Result]) -> str:
     headline = results[0].metrics.headline
     if headline is not None:
         values = [r.metrics.last(headline.key) for r in results]
-        rows.append((f"{headline.label}, held out", _marked(values, headline.better)))
+        rows.append((f"{headline.label}, held out", _mark_best(values, headline.better)))
         curves = [r.metrics.by_act_step() for r in results]
         for step in sorted(set().union(*curves)):
             shown = [curve.get(step) for curve in curves]
@@ -159,7 +159,7 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in padded)
 
 
-def _marked(values: Sequence[float | None], better: str) -> list[str]:
+def _mark_best(values: Sequence[float | None], better: str) -> list[str]:
     """Format values, the best of them in bold."""
     known = [value for value in values if value is not None]
     best = (min if better == "lower" else max)(known) if known else None

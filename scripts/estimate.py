@@ -24,7 +24,7 @@ import torch
 
 from models.cost import evaluation_flops
 from scripts.run_plan import HARDWARE, Options, Plan, configure, cpu_rate, plan
-from scripts.training_step import measured_step
+from scripts.training_step import measure_step
 from utils.backend import select_backend
 from utils.config.key_values import run_command, split_key_values
 from utils.config.load import PretrainConfig
@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     if options.config_dir is not None:
         overrides = ["--config-dir", str(options.config_dir), *overrides]
     if options.hardware not in HARDWARE:
-        near = nearest(options.hardware, list(HARDWARE), cutoff=0.8)  # a b200 is no h200
+        near = nearest(options.hardware, list(HARDWARE), cutoff=0.8)  # a b200 is not an h200
         advice = f"did you mean '{near}'? " if near else ""
         raise UserError(
             f"hardware={options.hardware} is unknown; {advice}there are {', '.join(HARDWARE)}"
@@ -185,7 +185,7 @@ def advice(
     recursive = hasattr(p.model.config, "H_cycles")
     for extra in settings:
         if not recursive and any(setting.startswith("arch=") for setting in extra):
-            continue  # another architecture is no cheaper setting of this one
+            continue  # another architecture is not a cheaper setting of this one
         try:
             other = plan(options, changed(overrides, extra), tokens=p.tokens)
         except UserError:  # clashes with what was given
@@ -249,7 +249,7 @@ def compared(overrides: Sequence[str]) -> str:
             "smaller arch, global_batch_size or seq_len"
         )
     sizes = dict(vocab_size=metadata.vocab_size, seq_len=metadata.seq_len)
-    found, seconds = measured_step(config.model_copy(update=sizes), micro_rows, backend)
+    found, seconds = measure_step(config.model_copy(update=sizes), micro_rows, backend)
     lines = [f"{'memory':<16}{'estimated':>12}{'measured':>12}{'ratio':>8}"]
     both = {name: (parts[name], found[name]) for name in parts}
     both["total"] = sum(parts.values()), sum(found.values())

@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str]) -> Options:
     if options.format == "trm":
         for name in ("dtype", "steps", "post_refinement_steps", "identifier"):
             if getattr(options, name) is not None:
-                raise UserError(f"{name} has no place in TRM's file: leave it out with format=trm")
+                raise UserError(f"{name} cannot be set with format=trm; remove it")
     return options
 
 
@@ -87,14 +87,14 @@ def export_hf(options: Options) -> None:
             off = try_out(model, part)
             found = f"as transformers loads it, its logits are off by at most {off:.1e}"
         except NotTried as reason:
-            found = f"note: the folder was not tried out: {reason}"
+            found = f"note: the folder was not tested: {reason}"
     print(f"wrote {options.output}\n{found}")
 
 
 def export_trm(options: Options) -> None:
     values, opened = load_weights(options.checkpoint, options.weights)
     if opened is None:
-        raise UserError(f"checkpoint={options.checkpoint} is a file of TRM's already")
+        raise UserError(f"checkpoint={options.checkpoint} is already in TRM's format")
     head, _ = build_model(opened)
     load_into(head.model, values)
     trm.write_file(head.model, options.output)

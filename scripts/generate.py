@@ -87,7 +87,7 @@ class Options(Sampling):
                 return orjson.loads(value)
             except orjson.JSONDecodeError as error:
                 raise ValueError(
-                    f'is no JSON list such as ["\\n\\n", "THE END"] ({error})'
+                    f'is not a JSON list such as ["\\n\\n", "THE END"] ({error})'
                 ) from None
         return [value.replace("\\n", "\n").replace("\\t", "\t")]
 
@@ -143,13 +143,13 @@ def check_cache(options: Options, model: LanguageModel, rows: int) -> None:
     need = model.cache_bytes(rows, options.cache_cycles)
     free = model.backend.available_memory()
     texts = f"{rows} texts" if rows > 1 else "a text"
-    told = f"keys and values of {texts} take {need / 1e6:,.1f} MB"
+    size = f"keys and values of {texts} take {need / 1e6:,.1f} MB"
     if need > free:
         raise UserError(
-            f"{told}, but {free / 1e6:,.0f} MB are free; take fewer texts at once (batch_size), "
+            f"{size}, but {free / 1e6:,.0f} MB are free; take fewer texts at once (batch_size), "
             "fewer steps, cache_cycles=1 (an approximation), or cache=false (slow)"
         )
-    note(told)
+    note(size)
 
 
 def encode(model: LanguageModel, prompt: str) -> list[int]:
@@ -256,7 +256,7 @@ def run(options: Options) -> None:
     """Load the model, and continue the given prompts."""
     prompts = []
     if options.prompts_file is not None and not (prompts := list(prompts_of(options.prompts_file))):
-        raise UserError(f"prompts_file={options.prompts_file} holds no prompt")
+        raise UserError(f"prompts_file={options.prompts_file} contains no prompt")
     model = load(options)
     check_cache(options, model, min(options.batch_size, len(prompts)) if prompts else 1)
     if prompts:

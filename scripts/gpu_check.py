@@ -4,9 +4,9 @@ r"""Check Athena on this machine's GPU: its numbers, restarts, speed and memory.
     python scripts/gpu_check.py curve resume --output results.jsonl
     python scripts/gpu_check.py --tiny
 
-Runs each part in a process of its own, in the order of --list, and ends one that takes longer than
-its limit. Each result is printed and appended to a file of JSON lines as soon as it is known;
-`passed` is null for a measurement. Ends with status 1 if a check failed. Needs no network.
+Runs each part in its own process, in the order of --list, and stops one that exceeds its limit.
+Each result is printed and appended to a file of JSON lines as soon as it is known; `passed` is null
+for a measurement. Ends with status 1 if a check failed. Needs no network.
 """
 
 import importlib
@@ -54,17 +54,19 @@ def load(part: str) -> Callable[[Any], None]:
     return getattr(importlib.import_module(f"scripts.gpu_checks.{module}"), function)
 
 
-def readable(record: dict[str, Any]) -> str:
+def format_result(record: dict[str, Any]) -> str:
     """Return a result as a line, with its table below if it has one."""
     sign = {True: "PASS", False: "FAIL", None: "    "}[record["passed"]]
-    values = [f"{k.replace('_', ' ')} {shown(v)}" for k, v in record.items() if k not in _NOT_SHOWN]
+    values = [
+        f"{k.replace('_', ' ')} {format_value(v)}" for k, v in record.items() if k not in _NOT_SHOWN
+    ]
     line = f"{sign}  {record['part']}: {record['check']}: {', '.join(values)}"
     return line + ("\n" + record["text"] if "text" in record else "")
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     if isinstance(value, list):
-        return " ".join(map(shown, value))
+        return " ".join(map(format_value, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -144,7 +146,7 @@ def run(args: Namespace) -> int:
 
         def write(record: dict[str, Any]) -> None:
             print(json.dumps(record), file=file)
-            print(readable(record), flush=True)
+            print(format_result(record), flush=True)
 
         for part in (part for part in PARTS if part in (args.parts or PARTS)):
             if not run_part(part, limits[part], work, args.tiny, write):

@@ -9,8 +9,7 @@ newest), weights (ema | raw), steps (ACT steps per token), post_refinement_steps
 max_gen_toks (tokens of a continuation where the task does not say), and plugins (the directory of
 the model's own classes; several with : between them). Probabilities are those of the
 model's own loss. Before a text that has nothing before it stands a line break, because no label in
-training follows an end-of-document token. With --use_cache FILE an interrupted evaluation goes on
-where it was.
+training follows an end-of-document token. With --use_cache FILE an interrupted evaluation resumes.
 """
 
 import os
@@ -200,7 +199,7 @@ def _backend(device: str) -> Backend:
     kind, _, number = device.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
         # the harness says cuda:0 where its user says nothing
-        print(f"note: there is no CUDA device for {device}; another is taken", file=sys.stderr)
+        print(f"note: no CUDA device for {device}; using another device", file=sys.stderr)
         kind = "auto"
     elif kind == "cuda" and number:
         if not number.isdigit() or int(number) >= torch.cuda.device_count():
@@ -243,7 +242,7 @@ def _sampling(options: dict[str, Any], most_tokens: int) -> tuple[list[str], Sam
 def _known(kwargs: dict[str, Any]) -> Sampling:
     sample = kwargs.pop("do_sample", False)
     if kwargs.pop("num_beams", 1) != 1:
-        raise UserError("generation_kwargs: num_beams must be 1, there is no beam search here")
+        raise UserError("generation_kwargs: num_beams must be 1: beam search is not supported")
     chosen = {key: kwargs.pop(key) for key in PASSED_ON if key in kwargs}
     new = kwargs.pop("max_gen_toks")
     if kwargs:

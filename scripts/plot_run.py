@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.core.console import run_cli
+from utils.core.console import command_parser, run_cli
 from utils.core.errors import UserError
 from utils.monitoring.plotting import save_figure, with_slack
 from utils.monitoring.run_log import RunMetrics
@@ -99,9 +99,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see the top of this file."""
-    parser = argparse.ArgumentParser(
-        prog="python scripts/plot_run.py", description="Draw the curves of one or more runs."
-    )
+    parser = command_parser("python scripts/plot_run.py", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument(
         "--output", type=Path, metavar="PNG", help="(default: curves.png in the first run's folder)"

@@ -148,21 +148,21 @@ def _large(value: float) -> str:
 
 def notes(runs: Sequence[Run]) -> list[str]:
     """Return warnings to show above the figures, one sentence each."""
-    said = []
+    found = []
     for run in runs:
         last = run.training[-1] if run.training else {}
         if skipped := last.get("train/nonfinite"):
-            said.append(f"{run.name}: {skipped:,} updates were skipped, not finite.")
+            found.append(f"{run.name}: {skipped:,} updates were skipped, not finite.")
         if failed := run.last_evaluation.get("eval/evaluators_failed"):
-            said.append(f"{run.name}: {failed} evaluator{'s' * (failed > 1)} failed in the last "
-                        "evaluation; the figures are missing.")  # fmt: skip
+            found.append(f"{run.name}: {failed} evaluator{'s' * (failed > 1)} failed in the last "
+                         "evaluation; the figures are missing.")  # fmt: skip
         if run.abandoned:
-            said.append(f"{run.name}: went on from an older checkpoint; {len(run.abandoned)} log "
-                        "lines of steps that were trained again are left out.")  # fmt: skip
+            found.append(f"{run.name}: resumed from an older checkpoint; {len(run.abandoned)} log "
+                         "lines of steps that were trained again are omitted.")  # fmt: skip
         if run.cut:
-            said.append(f"{run.name}: the last line of its log is not whole and is left out; the "
-                        "run is under way, or was cut off.")  # fmt: skip
-    return said
+            found.append(f"{run.name}: the last line of its log is incomplete and omitted; the run "
+                         "is in progress, or was interrupted.")  # fmt: skip
+    return found
 
 
 # --- config, samples, pictures -----------------------------------------------------------------
@@ -216,10 +216,10 @@ def page(runs: Sequence[Run]) -> str:
     """Return the whole HTML file."""
     caution = figures.not_comparable(runs)
     sections = {
-        "depth": figures.depth_section(runs).drawn(),
-        "evaluated": figures.evaluation_section(runs).drawn(),
-        "training": figures.training_section(runs).drawn(),
-        "histograms": figures.histogram_section(runs).drawn(),
+        "depth": figures.depth_section(runs).draw(),
+        "evaluated": figures.evaluation_section(runs).draw(),
+        "training": figures.training_section(runs).draw(),
+        "histograms": figures.histogram_section(runs).draw(),
     }
     shown = samples(runs)
     drawn = pictures(runs)

@@ -44,7 +44,7 @@ class Hardware(NamedTuple):
 # Rates and memory: data sheets. Prices: typical on demand, early 2026; they change, so give price=.
 # Utilisation: an assumption on GPUs and TPUs; half of what plain decoders reach with tuned kernels,
 # because the recursion runs many small operations. On two busy CPU cores 0.05 and 0.13 were
-# measured. measure=true tells yours.
+# measured. measure=true measures yours.
 HARDWARE = {
     "h200": Hardware("NVIDIA H200", "cuda", 1, 141e9,
                      {"bfloat16": BF16_PEAK["H200"], "float32": 67e12}, 3.5, 0.25),
@@ -179,7 +179,7 @@ def steps_of_an_example(
     if most == 1:
         return 1.0, "there is one step"
     if config.feed == "present":
-        return 1.0, "feed=present draws new rows for every step; those that come to held slots wait"
+        return 1.0, "feed=present draws new rows for every step; those for held slots wait"
     least = config.min_iterations or 4
     if data is None:
         budgets = [*range(min(least, most), most + 1)]

@@ -24,7 +24,7 @@ from scripts.demo_corpus import find_plays
 from scripts.plot_run import summary
 from utils.config.values import assignment
 from utils.core.atomic import write_result
-from utils.core.console import run_cli
+from utils.core.console import command_parser, run_cli
 from utils.core.errors import UserError
 from utils.monitoring.run_log import RunMetrics
 
@@ -44,13 +44,13 @@ def write_text(output_dir: Path, dataset_name: str | None) -> Path:
         "the documentation of the Python standard library": standard_library,
     }
     if dataset_name is not None:
-        sources = {f"the data set {dataset_name}": lambda: downloaded(dataset_name)} | sources
+        sources = {f"the data set {dataset_name}": lambda: download(dataset_name)} | sources
     path = output_dir / "text.jsonl"
     for name, texts in sources.items():
         try:
             size = _write_lines(path, texts())
         except Unavailable as reason:
-            print(f"{name} cannot be had ({reason}); falling back to the next source")
+            print(f"{name} is not available ({reason}); trying the next source")
             continue
         print(f"text: {size:,} bytes of {name}, in {path}")
         return path
@@ -75,11 +75,11 @@ def _write_lines(path: Path, texts: Iterator[str]) -> int:
             if size >= TEXT_BYTES:
                 break
         if not size:
-            raise Unavailable("it holds no text")
+            raise Unavailable("it contains no text")
     return size
 
 
-def downloaded(name: str) -> Iterator[str]:
+def download(name: str) -> Iterator[str]:
     """Yield texts of a data set, NAME or NAME:CONFIGURATION, through the `datasets` library."""
     try:
         from datasets import load_dataset
@@ -160,26 +160,18 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"the loss did not fall ({losses[0]:.3f} to {losses[-1]:.3f}); see {folder}"
         )
-    print(f"\nall of it works: the loss fell from {losses[0]:.3f} to {losses[-1]:.3f} nats")
+    print(f"\neverything works: the loss fell from {losses[0]:.3f} to {losses[-1]:.3f} nats")
     print(summary(metrics))
-    print(f"corpus in {corpus}, checkpoints and metrics in {folder}; read on with\n"
+    print(f"corpus in {corpus}, checkpoints and metrics in {folder}; continue with\n"
           f"  python scripts/generate.py checkpoint={folder} prompt='The '\n"
           f"  python scripts/plot_run.py {folder}")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see the top of this file."""
-    parser = argparse.ArgumentParser(
-        prog="python scripts/smoke_test.py",
-        description="Text to tokenizer to corpus to a trained, evaluated tiny model.",
-    )
+    parser = command_parser("python scripts/smoke_test.py", __doc__)
     add = parser.add_argument
-    add(
-        "--run-training",
-        action="store_true",
-        help="train and evaluate (seconds); without it, only the text "
-        "is looked up and the corpus built",
-    )
+    add("--run-training", action="store_true", help="train and evaluate the model, in seconds")
     add("--dataset-name", metavar="NAME[:CONFIG]", help="data set to download (default: none)")
     add("--tokenizer-json", type=Path, metavar="FILE", help="(default: one is trained)")
     add("--output-dir", type=Path, default=Path("data/smoke"), help="(default: data/smoke)")

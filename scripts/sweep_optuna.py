@@ -98,17 +98,17 @@ def sweeps_and_fixed(arguments: Sequence[str]) -> tuple[list[Override], list[str
     return varied, [str(o.input_line) for o in overrides if not o.is_sweep_override()]
 
 
-def suggested(trial: optuna.Trial, override: Override) -> str:
+def suggest(trial: optuna.Trial, override: Override) -> str:
     """Return `key=value` with the value that the study suggests."""
     key, sweep = override.key_or_group, override.value()
     log = "log" in getattr(sweep, "tags", ())
     value: Any
     if isinstance(sweep, IntervalSweep):
         assert sweep.start is not None and sweep.end is not None
-        suggest: Any = trial.suggest_float
+        choose: Any = trial.suggest_float
         if isinstance(sweep.start, int) and isinstance(sweep.end, int):
-            suggest = trial.suggest_int
-        value = suggest(key, sweep.start, sweep.end, log=log)
+            choose = trial.suggest_int
+        value = choose(key, sweep.start, sweep.end, log=log)
     elif isinstance(sweep, RangeSweep) and all(
         isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step)
     ):
@@ -122,9 +122,9 @@ def suggested(trial: optuna.Trial, override: Override) -> str:
 def check_sweep(override: Override) -> None:
     """Raise UserError for a sweep without a value, before anything is trained."""
     try:
-        suggested(optuna.create_study().ask(), override)
+        suggest(optuna.create_study().ask(), override)
     except (ValueError, IndexError) as error:
-        raise UserError(f"{override.input_line} holds no value to try: {error}") from None
+        raise UserError(f"{override.input_line} contains no value to try: {error}") from None
 
 
 class Search:
@@ -140,13 +140,13 @@ class Search:
         except ValueError as error:
             raise UserError(f"launcher={args.launcher}: {error}") from None
         if shutil.which(self.command[0]) is None:
-            raise UserError(f"launcher={args.launcher}: there is no such command")
+            raise UserError(f"launcher={args.launcher}: command not found")
         if args.config_dir is not None:
             self.presets = ["--config-dir", str(args.config_dir)]
         self.varied, self.fixed = sweeps_and_fixed(overrides)
         self.began = False
         """Some trial came so far that it logged."""
-        self.said = {
+        self.settings = {
             "keys": [str(o.input_line) for o in self.varied] + self.fixed,
             "metric": self.metric,
             "direction": args.direction,
@@ -160,7 +160,7 @@ class Search:
         config = self._plausible()
         for name in ("lr_find", "dry_run", "eval_only"):
             if getattr(config, name):
-                raise UserError(f"{name}={getattr(config, name)} trains no trial: leave it out")
+                raise UserError(f"{name} trains nothing; remove it")
         loggers = [logger.name for logger in config.logger]
         if "jsonl" not in loggers:
             raise UserError(
@@ -182,7 +182,7 @@ class Search:
         for _ in range(8):
             ask = study.ask()
             try:
-                return self._config([suggested(ask, override) for override in self.varied])
+                return self._config([suggest(ask, override) for override in self.varied])
             except UserError as error:
                 mistake = error
         raise mistake
@@ -193,7 +193,7 @@ class Search:
 
     def objective(self, trial: optuna.Trial) -> float:
         run = self.folder / f"trial_{trial.number}"
-        chosen = [suggested(trial, override) for override in self.varied]
+        chosen = [suggest(trial, override) for override in self.varied]
         print(f"trial {trial.number}: {' '.join(chosen)}", flush=True)
         try:
             self._config(chosen)
@@ -219,7 +219,7 @@ class Search:
                         print(f"  step {step}: {figure:.4f}, ended early", flush=True)
                         raise optuna.TrialPruned
             finally:
-                status = _ended(process)
+                status = _stop(process)
         self.began |= (run / METRICS).is_file() and (run / METRICS).stat().st_size > 0
         if status not in (0, 3) and not self.began:  # a mistake that every trial would repeat
             raise UserError(_last_line(log.name))
@@ -276,7 +276,7 @@ class Search:
             yield record["step"], record[self.metric]
 
 
-def _ended(process: subprocess.Popen[bytes]) -> int:
+def _stop(process: subprocess.Popen[bytes]) -> int:
     """Stop a trial that is still running; return its exit status."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
@@ -316,14 +316,14 @@ def _optimize(search: Search, args: Options) -> optuna.Study:
     )
     over = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     done = len(study.get_trials(deepcopy=False, states=over))
-    before = study.user_attrs.get("search", search.said)
-    changed = [key for key in before if before[key] != search.said[key]]
+    before = study.user_attrs.get("search", search.settings)
+    changed = [key for key in before if before[key] != search.settings[key]]
     if changed and (done or "direction" in changed):  # else there is nothing to continue
         raise UserError(
             f"{args.folder} holds a search with other {' and '.join(changed)} "
             f"({'; '.join(str(before[key]) for key in changed)}): give those, or another folder="
         )
-    study.set_user_attr("search", search.said)
+    study.set_user_attr("search", search.settings)
     if done:
         print(f"continuing {args.folder}: {done} of {args.trials} trials are there")
     try:
@@ -372,7 +372,7 @@ def print_trials(study: optuna.Study, args: Options) -> None:
     trials = best_first(study)
     complete = [t for t in trials if t.state.name == "COMPLETE"]
     if not complete:
-        raise UserError(f"no trial was finished; what they said is in {args.folder}/trial_*.log")
+        raise UserError(f"no trial finished; their output is in {args.folder}/trial_*.log")
     for t in trials[:10]:
         value = f"{t.value:.4f}" if t.value is not None else t.state.name.lower()
         print(f"  trial {t.number:<4} {value:<10} {_keys(t)}")

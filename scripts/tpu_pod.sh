@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Athena on every worker of a TPU pod, through gcloud; TPU_SETUP.md tells what must be there first.
+# Athena on every worker of a TPU pod, through gcloud; TPU_SETUP.md lists what must exist first.
 set -euo pipefail
 
 usage() {
@@ -10,9 +10,9 @@ commands, on all workers at once:
   setup              send the last commit of this checkout, install requirements-tpu.txt
   check              ask every worker for its TPU; each prints TPU and the cores of the whole pod
   run KEY=VALUE ...  start `pretrain.py device_type=tpu KEY=VALUE ...` in the background
-  logs               show what worker 0 wrote, and go on until Ctrl-C (the run does not end by it)
+  logs               show what worker 0 wrote, and follow it until Ctrl-C (the run continues)
   status             say on which workers a run is alive
-  stop               SIGTERM: the run saves a checkpoint and ends; the same `run` goes on later
+  stop               SIGTERM: the run saves a checkpoint and ends; the same `run` resumes later
   kill               end it at once, for a run that hangs
 
 options:

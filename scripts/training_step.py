@@ -74,7 +74,7 @@ def make_step(
     return step, state
 
 
-def measured_step(
+def measure_step(
     config: PretrainConfig, micro_rows: int, backend: Backend
 ) -> tuple[dict[str, int], float]:
     """Return the peak bytes of an optimizer step, by the parts of a `MemoryPlan`, and the
@@ -86,7 +86,7 @@ def measured_step(
         )
     step, state = make_step(config, backend, micro_rows)
     step()  # the optimizer allocates its moments
-    parts, latents, data = held(state)
+    parts, latents, data = count_held(state)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -94,7 +94,7 @@ def measured_step(
     else:
         # The profiler misses the release of what was allocated before it started. In the second
         # of two steps it has seen the allocation of all that is released.
-        peak = sum(parts.values()) + highest(lambda: (step(), step()))
+        peak = sum(parts.values()) + measure_peak(lambda: (step(), step()))
     begun = time.perf_counter()
     step()
     seconds = time.perf_counter() - begun
@@ -104,7 +104,7 @@ def measured_step(
     return found | {"activations": peak - sum(found.values())}, seconds
 
 
-def held(state: TrainState) -> tuple[dict[str, int], int, int]:
+def count_held(state: TrainState) -> tuple[dict[str, int], int, int]:
     """Return the bytes kept between steps by part, those of latents, and those of rows' data."""
     moments = (v for o in state.optimizers for s in o.state.values() for v in s.values())
     parts = {
@@ -129,7 +129,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def highest(fn: Callable[[], Any]) -> int:
+def measure_peak(fn: Callable[[], Any]) -> int:
     """Return the peak bytes that `fn` allocates on the CPU, temporaries of kernels included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         fn()

@@ -38,10 +38,6 @@ from scripts.benchmarks.stream import stream_lines
 from utils.core.console import command_parser, run_cli
 from utils.core.errors import UserError
 
-PROTOTYPE_RATE = 1.8
-"""MB of text per CPU-second that the builder before this one reached, on two cores like these."""
-PROTOTYPE_CALL = 1.85
-"""… and that its call of the tokenizer alone, `encode_batch`, reached on the same machine."""
 LIBRARIES = ("huggingface", "gigatoken")
 
 
@@ -119,7 +115,7 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
 
 
 def tokenize_task(tokenizer_json: str, source: str, library: str, workers: str) -> dict[str, float]:
-    """Load the tokenizer and tokenize; `prototype`: as the prototype did it."""
+    """Load the tokenizer and tokenize, as a process of its own."""
     lines = Path(source).read_bytes().split(b"\n")[:-1]
     texts = [orjson.loads(line)["text"].encode() for line in lines]
     batches: list[list[bytes]] = [[]]
@@ -133,38 +129,34 @@ def tokenize_task(tokenizer_json: str, source: str, library: str, workers: str) 
     decoded = [[text.decode() for text in batch] for batch in batches]
 
     def work() -> None:
-        name = "huggingface" if library == "prototype" else library
-        tokenizer = TextTokenizer(Path(tokenizer_json), workers=int(workers), library=name)
+        tokenizer = TextTokenizer(Path(tokenizer_json), workers=int(workers), library=library)
         if library == "gigatoken":
             encoder = tokenizer.encoder._fast._tokenizer  # type: ignore[attr-defined]
             for batch in filter(None, batches):
                 encoder.encode_batch(batch, parallel=int(workers) > 1)
             return
-        hf = tokenizer.tokenizer
-        encode = hf.encode_batch if library == "prototype" else hf.encode_batch_fast
         for batch_texts in decoded:
-            encode(batch_texts, add_special_tokens=False)
+            tokenizer.tokenizer.encode_batch_fast(batch_texts, add_special_tokens=False)
 
     return measured(work)
 
 
 def speed_rows(bench: Bench) -> Iterable[Row]:
-    """Compare builds with pure tokenization and with the prototype."""
+    """Compare builds with pure tokenization."""
     runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(bench.rounds):
-        taking_turns = {
-            "prototype": bench.tokenize(bench.once, "prototype", 1),
+        alternating = {
             "pure huggingface": bench.tokenize(bench.once, "huggingface", 2),
             "huggingface": bench.build(bench.once, "speed", "--workers", "2"),
         }
         fast = ("--tokenizer-library", "gigatoken", "--workers", "1")
-        taking_turns |= {
+        alternating |= {
             "pure gigatoken": bench.tokenize(bench.once, "gigatoken", 1),
             "gigatoken": bench.build(bench.once, "speed", *fast),
             "pure gigatoken, 5 times the input": bench.tokenize(bench.five, "gigatoken", 1),
             "gigatoken, 5 times the input": bench.build(bench.five, "speed", *fast),
         }
-        for name, run in taking_turns.items():
+        for name, run in alternating.items():
             runs.setdefault(name, []).append(run)
 
     def rate(name: str, unit: str) -> float:
@@ -182,23 +174,6 @@ def speed_rows(bench: Bench) -> Iterable[Row]:
             f"{wall / pure:.2f} ({wall:.1f} / {pure:.1f} MB/s)",
             f">= {least:.2f}",
             wall / pure >= least,
-        )
-    # The prototype's rate is of another hour. Nearly all of its time was its call of the tokenizer,
-    # which was measured then and is measured here: its rate today follows.
-    today = PROTOTYPE_RATE * rate("prototype", "cpu") / PROTOTYPE_CALL
-    for library, unit, name, times in (
-        ("huggingface", "cpu", "per CPU-second", 1.4),
-        ("huggingface", "seconds", "wall, 2 workers", 2.4),
-        ("gigatoken", "cpu", "per CPU-second", 35.0),
-        ("gigatoken, 5 times the input", "cpu", "per CPU-second", 35.0),
-    ):
-        found = rate(library, unit)
-        yield Row(
-            f"build / prototype, {library}, {name}",
-            f"{found / today:.1f} x ({found:.1f} / {today:.2f} MB/s; its {PROTOTYPE_RATE} of then: "
-            f"{found / PROTOTYPE_RATE:.1f} x)",
-            f">= {times} x",
-            found / today >= times,
         )
 
 

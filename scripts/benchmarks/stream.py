@@ -22,7 +22,7 @@ Line = tuple[str, str, str, bool]
 
 BATCH_ROWS = 64
 COLD_BATCHES = (
-    4  # before the cache is emptied again, or what a map dragged in would serve later ones
+    4  # before the cache is emptied again, because a map's readahead would serve later batches
 )
 DRAWS = 10_000
 

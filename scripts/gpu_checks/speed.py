@@ -98,7 +98,7 @@ def time_step(session: Session, name: str, config: PretrainConfig, peak: float) 
         step()
         found["build_and_first_step_s"] = time.perf_counter() - begun
         step()
-        if session.on_cuda:  # what compiling took is no part of a step
+        if session.on_cuda:  # the memory of compiling does not count
             torch.cuda.reset_peak_memory_stats()
         seconds = median_seconds(session, step, 3)
         kernel = state.model.model.inner.masked_attention

@@ -188,7 +188,7 @@ class Section:
         else:
             self.charts.append(chart)
 
-    def drawn(self) -> "Section":
+    def draw(self) -> "Section":
         """Draw charts that are shown at once along every axis, others along the first."""
         for chart in self.first:
             chart.draw(len(chart.axes))

@@ -398,7 +398,7 @@ def test_refusals(text_run, tmp_path, capsys, monkeypatch):
     both_ways = altered(text_run, tmp_path / "both_ways", arch={"causal": False})
     assert "not causal" in fails(capsys, f"checkpoint={both_ways}", there)
     assert "arch.causal=True" in fails(capsys, here, there, "format=trm")
-    assert "leave it out" in fails(capsys, here, there, "format=trm", "steps=3")
+    assert "steps" in fails(capsys, here, there, "format=trm", "steps=3")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     assert "requirements-export.txt" in fails(capsys, here, there)
     assert not (tmp_path / "new").exists()

@@ -213,7 +213,7 @@ def test_hostile_text_stays_text_and_nothing_is_fetched(runs, tmp_path):
 def test_a_run_that_has_hardly_begun(tmp_path, tail):
     run = write_run(tmp_path / "young", training(2, 1.0, 100.0), tail=tail)
     page = page_of(run)
-    assert ("not whole" in page.text) == bool(tail)
+    assert ("incomplete" in page.text) == bool(tail)
     assert page.chart("Loss")["lines"][0]["y"] == [1.5]
     assert "No evaluation was logged yet" in page.text
 

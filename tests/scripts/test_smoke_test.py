@@ -55,14 +55,14 @@ def test_falls_back_to_the_standard_library(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smoke_test, "find_plays", no_plays)
     path = smoke_test.write_text(tmp_path, None)
     assert sum(map(len, texts_in(path))) > 100_000
-    assert "falling back" in capsys.readouterr().out
+    assert "the next source" in capsys.readouterr().out
 
 
 def test_a_data_set_that_cannot_be_had_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     smoke_test.write_text(tmp_path, "some/data")
     out = capsys.readouterr().out
-    assert "the data set some/data cannot be had (the package datasets is not installed)" in out
+    assert "some/data" in out and "the package datasets is not installed" in out
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from models.build import create_model
 from models.inference.loading import base_loader
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from pretrain import train
-from scripts.training_step import measured_step
+from scripts.training_step import measure_step
 from utils.backend.cpu import CPUBackend
 from utils.checkpoint.format import Checkpoint, checkpoints_of
 from utils.config.load import PretrainConfig, compose_config, load_config
@@ -54,7 +54,7 @@ def test_memory_is_what_a_step_allocates(name):
     """Part by part; what is too small to matter may be further off."""
     config = planned_config(*STEPS[name])
     micro_rows = config.micro_rows(1)
-    found, _ = measured_step(config, micro_rows, CPUBackend())
+    found, _ = measure_step(config, micro_rows, CPUBackend())
     parts = MemoryPlan(config, plan_metadata(config)[0], device="cpu").parts(micro_rows)
     total = sum(found.values())
     assert sum(parts.values()) == pytest.approx(total, rel=0.02)
@@ -203,7 +203,7 @@ TRIAL = """
 import sys
 import torch
 from pretrain import train
-from scripts.training_step import measured_step
+from scripts.training_step import measure_step
 from utils.backend.cpu import CPUBackend
 from utils.config.load import compose_config, load_config
 
