@@ -55,10 +55,10 @@ def load_language_model(
         folder = Path(path).parent
         advice = str(folder) if (folder / MANIFEST).is_file() else "a run or a step_<n> in one"
         raise UserError(
-            f"checkpoint={path} is a file, but a checkpoint is a directory; name {advice}"
+            f"checkpoint={path} is a file, but a checkpoint is a folder; name {advice}"
         )
     if not Path(path).is_dir():
-        raise UserError(f"checkpoint={path} is not a directory; {missing_advice(Path(path))}")
+        raise UserError(f"checkpoint={path} is not a folder; {missing_advice(Path(path))}")
     backend = backend or CPUBackend()
     values, opened = load_weights(path, weights)
     assert opened is not None
