@@ -1,4 +1,7 @@
-"""What every language model here shares: embeddings in, blocks, logits out, and one config."""
+"""What all architectures share: embeddings, blocks, output head, and their options.
+
+Shape letters: B rows, S tokens, P prefix positions, L = P + S, D hidden, V vocabulary.
+"""
 
 import math
 from typing import Any, Literal
@@ -49,7 +52,7 @@ class BackboneConfig(BaseModel):
     puzzle_emb_len: int = Field(
         0,
         ge=0,
-        description="prefix positions it is spread over; 0: ceil(ndim / hidden_size)",
+        description="prefix positions that it fills; 0: ceil(ndim / hidden_size)",
         json_schema_extra={"on_resume": "fixed"},  # held rows have this many positions
     )
     forward_dtype: Literal["bfloat16", "float32", "float64"] = Field(
@@ -66,7 +69,7 @@ class BackboneConfig(BaseModel):
 
     @property
     def param_dtype(self) -> torch.dtype:
-        """Master weights are float32; float64 forwards (tests, parity) keep float64 weights."""
+        """Return the dtype of master weights: float32, or float64 for float64 activations."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
@@ -79,7 +82,7 @@ class BackboneConfig(BaseModel):
 
     @property
     def prefix_len(self) -> int:
-        """P: positions that the identifier embedding takes in front of the tokens."""
+        """Return P, the positions that the identifier embedding takes before the tokens."""
         if self.puzzle_emb_ndim == 0:
             return 0
         return self.puzzle_emb_len or math.ceil(self.puzzle_emb_ndim / self.hidden_size)
@@ -100,8 +103,8 @@ class BackboneConfig(BaseModel):
         if self.num_heads % self.key_value_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of "
-                f"num_key_value_heads={self.key_value_heads}; each key head serves equally many "
-                "query heads"
+                f"num_key_value_heads={self.key_value_heads}; every key head must serve "
+                "the same number of query heads"
             )
         if self.prefix_len * self.hidden_size < self.puzzle_emb_ndim:
             raise ValueError(
@@ -142,7 +145,7 @@ class Backbone(nn.Module):
             self.embed_pos = CastedEmbedding(positions, width, std, config.dtype)
 
     def make_rotary(self) -> RotaryEmbedding:
-        """Of all positions that a row can have."""
+        """Return the rotary factors of all positions of a row."""
         config = self.config
         return RotaryEmbedding(
             config.head_size,
@@ -176,8 +179,8 @@ class Backbone(nn.Module):
     def choose_attention(self, backend: Any, *, trial: bool = True) -> str | None:
         """Set the kernel of attention under a document mask to one that works on `backend`.
 
-        trial: run it once, where nothing speaks against it.
-        Returns why it is not flex attention on a device that has it.
+        trial: run flex attention once before choosing it.
+        Returns why flex attention was not chosen on a device that has it; None otherwise.
         """
         config = self.config
         if not config.document_mask:
@@ -196,19 +199,21 @@ class Backbone(nn.Module):
         return reason
 
     def positions(self, data: Batch) -> Tensor:
-        """Position of each prefix and token, (B or 1, P+S): each document restarts at P."""
+        """Return the position of each prefix and token, (B or 1, P+S); documents restart at P."""
         prefix, length = self.config.prefix_len, data["inputs"].shape[1]
         plain = torch.arange(prefix + length, device=data["inputs"].device).unsqueeze(0)
         if not self.masks_documents(data):
             return plain
-        # padding "starts" behind the row; nothing reads it, any position will do
+        # padding "starts" after the row; nothing attends to it, so any position will do
         starts = F.pad(data["document_starts"], (prefix, 0))
         return torch.where(plain < prefix, plain, (plain - starts).clamp_min(prefix))
 
     def masks_documents(self, data: Batch) -> bool:
+        """Return whether attention stays within the documents of packed rows."""
         return self.config.document_mask and "document_starts" in data
 
     def sequence_info(self, data: Batch) -> SequenceInfo:
+        """Return rotary factors and mask of a batch."""
         cos, sin = self.rotation(self.positions(data))
         mask = None
         if self.masks_documents(data):
@@ -217,48 +222,51 @@ class Backbone(nn.Module):
         return SequenceInfo(cos, sin, mask, self.config.causal)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Rotary factors of positions (B or 1, L), where there are any."""
+        """Return the rotary factors of positions (B or 1, L); (None, None) without them."""
         if self.config.pos_encodings != "rope":
             return None, None
         return self.rotary_emb(positions)
 
     def embed(self, data: Batch) -> Tensor:
-        """inputs (B, S), puzzle_identifiers (B,) -> sqrt(D) times the embedding, (B, P+S, D)."""
+        """Return sqrt(D) times the embedding, (B, P+S, D).
+
+        data: inputs (B, S) and, if P > 0, puzzle_identifiers (B,).
+        """
         embedding = self.embed_tokens(data["inputs"])
         if self.config.prefix_len > 0:
             embedding = self.add_prefix(embedding, data["puzzle_identifiers"])
         return self.add_positions(embedding, self.positions(data))
 
     def add_prefix(self, embedding: Tensor, identifiers: Tensor) -> Tensor:
-        """Embedded tokens (B, S, D) behind their identifiers (B,), (B, P+S, D)."""
+        """Prepend embedded identifiers (B,) to embedded tokens (B, S, D). Returns (B, P+S, D)."""
         prefix, width = self.config.prefix_len, self.config.hidden_size
         identifier = self.puzzle_emb(identifiers)
         identifier = F.pad(identifier, (0, prefix * width - identifier.shape[-1]))
         return torch.cat((identifier.view(-1, prefix, width), embedding), dim=1)
 
     def add_positions(self, embedding: Tensor, positions: Tensor) -> Tensor:
-        """Scaled embeddings (B, L, D), with learned positions (B or 1, L) where there are any."""
+        """Scale embeddings (B, L, D), after adding learned positions (B or 1, L) if configured."""
         if self.config.pos_encodings == "learned":
             # the sum of two embeddings keeps the variance of one
             embedding = math.sqrt(0.5) * (embedding + self.embed_pos(positions))
         return self.embed_scale * embedding
 
     def logits(self, z: Tensor) -> Tensor:
-        """z: (B, P+S, D). Returns (B, S, V); the prefix predicts nothing."""
+        """Apply the output head to tokens only. z: (B, P+S, D). Returns (B, S, V)."""
         return self.predict(z[:, self.config.prefix_len :])
 
     def predict(self, z: Tensor) -> Tensor:
-        """z: (..., D) of any positions. Returns (..., V)."""
+        """Apply the output head. z: (..., D). Returns (..., V)."""
         if self.config.tie_embeddings:
             return F.linear(z, self.embed_tokens.embedding_weight.to(z.dtype))
         return self.lm_head(z)
 
 
 def real_tokens(data: Batch) -> Tensor | None:
-    """Return (B, S) bool, False on padding; None where the batch does not tell.
+    """Return (B, S) bool, False on padding; None if the batch does not mark padding.
 
-    Padding is marked by a document start behind the row. Rows of one text each give its `lengths`
-    (B,) instead: a causal model needs no mask then, because padding follows the text.
+    Padding has a document start after the end of the row. A batch of single texts has `lengths`
+    (B,) instead: padding follows the text, so a causal model needs no mask.
     """
     if "lengths" in data:
         places = torch.arange(data["inputs"].shape[1], device=data["inputs"].device)
@@ -268,7 +276,7 @@ def real_tokens(data: Batch) -> Tensor | None:
 
 
 def mean_over(z: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of z (B, S, D) over positions where mask (B, S) holds, in at least float32."""
+    """Return the mean of z (B, S, D) where mask (B, S) is true, (B, D), in at least float32."""
     wide = at_least_float32(z)
     if mask is None:
         return wide.mean(1)

@@ -101,9 +101,10 @@ def load_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
 def match_identifiers(
     weights: dict[str, Tensor], old: Sequence[str] | None, new: Sequence[str]
 ) -> None:
-    """Give each identifier of the new corpora its old row by name, the others the mean row.
+    """Reorder identifier embeddings by name; identifiers without an old row get the mean row.
 
-    Without names (TRM's files) rows stay as they are if their number does, else all take the mean.
+    old, new: names by row. Without old names (TRM's files) rows stay as they are if their number
+    matches; otherwise all become the mean.
     """
     name = "inner.puzzle_emb.weights"
     if name not in weights:

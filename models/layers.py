@@ -42,27 +42,36 @@ class SequenceInfo(NamedTuple):
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 if it is that already."""
+    """Return `x` in float32, or in float64 if it is already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def maybe_any(mask: Tensor) -> bool:
-    """Whether any element is set; True without a look on XLA, where programs must not depend on
-    data, and a look would run all that was noted so far."""
+    """Return whether any element is true; on XLA always True.
+
+    Reading the value there would execute the graph so far, and programs must not depend on data.
+    """
     return mask.device.type == "xla" or bool(mask.any())
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """RMS norm without weights over the last dimension, computed in at least float32."""
+    """Normalise x (..., D) by its root mean square (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+    Without weights; computed in at least float32. eps: added to the mean square.
+    """
     return F.rms_norm(at_least_float32(x), (x.shape[-1],), eps=eps).to(x.dtype)
 
 
 def round_up(value: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is at least `value`."""
     return -(value // -multiple) * multiple
 
 
 class CastedLinear(nn.Module):
-    """A linear map whose master weights keep their precision and follow the input's dtype."""
+    """Apply a linear map to (..., in_features), casting the weights to the dtype of the input.
+
+    The parameters keep their own precision.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
@@ -76,7 +85,7 @@ class CastedLinear(nn.Module):
 
 
 class CastedEmbedding(nn.Module):
-    """A table of vectors; rows are looked up first, then cast to `dtype`."""
+    """Look up rows of an embedding table, and cast them to `dtype`."""
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, init_std: float, dtype: torch.dtype
@@ -110,7 +119,10 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x (B, L, N, K) by the angles of its positions, in the precision of `cos`."""
+    """Rotate x (B, L, N, K) by the angles of its positions, in the precision of `cos`.
+
+    cos, sin: (B or 1, L, 1, K).
+    """
     wide = x.to(cos.dtype)
     first, second = wide.chunk(2, dim=-1)
     return torch.addcmul(wide * cos, torch.cat((-second, first), dim=-1), sin).to(x.dtype)
@@ -119,13 +131,13 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def visible(
     document_starts: Tensor, prefix: int, causal: bool, kernel: Kernel | None = None
 ) -> Any:
-    """The attention mask of rows that hold several documents.
+    """Return the attention mask of rows that hold several documents.
 
-    document_starts: (B, S) integers, equal for tokens of one document. Prefix positions are seen
-    by all and see only each other, so that nothing crosses a border through them. kernel: what
-    attends under the mask; None: flex attention on CUDA.
-    Returns (B, 1, P+S, P+S) bool, True where a query (third axis) may look at a key (last); for
-    flex attention a BlockMask of the same content, which skips the blocks that nobody sees.
+    document_starts: (B, S) integers, equal for tokens of one document. All positions see the
+    prefix, which sees only itself, so that nothing passes between documents through it. kernel:
+    which attention uses the mask; None: flex attention on CUDA.
+    Returns (B, 1, P+S, P+S) bool, True where a query (third axis) may attend to a key (last axis);
+    for flex attention an equivalent BlockMask, which skips blocks that no query sees.
     """
     if kernel == "unmasked":
         return None
@@ -140,10 +152,10 @@ def visible(
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
-    """query (B, N, L, K), key and value (B, M, L, K) -> (B, N, L, K); N is a multiple of M.
+    """Attend: query (B, N, L, K), key and value (B, M, L, K) -> (B, N, L, K); N is a multiple of M.
 
-    Grouped keys and values are repeated in memory only where CUDA's fused kernels need it: under
-    a dense mask, where the alternative is to make all scores.
+    Keys and values of a group are repeated in memory only for CUDA under a dense mask, where the
+    fused kernels need it and the alternative would materialise all scores.
     """
     if info.mask is not None and not isinstance(info.mask, Tensor):
         return flex_attend(query, key, value, info.mask)
@@ -172,7 +184,7 @@ class Attention(nn.Module):
         self.o_proj = CastedLinear(num_heads * self.head_dim, hidden_size)
 
     def forward(self, x: Tensor, info: SequenceInfo) -> Tensor:
-        """x: (B, L, D). Returns (B, L, D)."""
+        """Attend over positions. x: (B, L, D). Returns (B, L, D)."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # B, L, N + 2M, K
         rotated = self.num_heads + self.num_key_value_heads
         query_key, value = heads.split((rotated, self.num_key_value_heads), dim=2)
@@ -205,8 +217,10 @@ class SwiGLU(nn.Module):
 
 
 def transposed(x: Tensor) -> Tensor:
-    """(B, L, D) as (B, D, L). Copied in bfloat16, where products with a transposed operand copy it
-    anyway, batch by batch, each time again; float32 products take it as it lies."""
+    """Transpose (B, L, D) to (B, D, L).
+
+    Copied in bfloat16, where each product with a transposed operand would copy it anyway.
+    """
     x = x.transpose(1, 2)
     return x.contiguous() if x.dtype == torch.bfloat16 else x
 

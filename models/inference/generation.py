@@ -39,9 +39,10 @@ class Decoder:
         cached: bool = True,
         cache_cycles: int | None = None,
     ):
-        """identifiers: (B,) rows of the identifier embedding, on the model's device.
+        """Prepare to continue B texts.
 
-        cached=False computes every token of the window again for each new one. cache_cycles: see
+        identifiers: (B,) rows of the identifier embedding, on the model's device. cached: False
+        recomputes the whole window for each new token. cache_cycles: see
         `models/inference/key_value_cache.py`.
         """
         self.head, self.inner, self.steps = head, head.model.inner, steps
@@ -55,14 +56,15 @@ class Decoder:
 
     @torch.no_grad()
     def begin(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """Texts of at least a token; logits (B, V), whose softmax is the model's probability."""
+        """Read texts of at least one token; return logits (B, V), whose softmax is the model's
+        probability."""
         self.texts = [list(text) for text in texts]
         self.first = [max(0, len(text) - self.config.seq_len) for text in texts]
         return self._read_windows()
 
     @torch.no_grad()
     def extend(self, tokens: Sequence[int]) -> Tensor:
-        """One more token for each text; logits (B, V) after it."""
+        """Append one token to each text; return the logits (B, V) after it."""
         for text, token in zip(self.texts, tokens, strict=True):
             text.append(token)
         full = False
@@ -87,12 +89,12 @@ class Decoder:
         return self._logits(inner.answer(x, info, self.steps)[:, 0])
 
     def _read_windows(self) -> Tensor:
-        """Computes the windows of all texts, and keeps what later tokens need of them."""
+        """Compute the windows of all texts, filling the cache."""
         windows = [text[first:] for text, first in zip(self.texts, self.first, strict=True)]
         length, prefix = max(map(len, windows)), self.config.prefix_len
         inputs = np.zeros((len(windows), length), dtype=np.int64)
         for row, window in zip(inputs, windows, strict=True):
-            row[: len(window)] = window  # what follows is seen by no token of the text
+            row[: len(window)] = window  # tokens of the text do not see the padding after it
         batch = {
             "inputs": torch.from_numpy(inputs).to(self.device),
             "puzzle_identifiers": self.identifiers,
@@ -157,8 +159,10 @@ def draw(
 
 
 class Written(NamedTuple):
-    """A finished continuation: its ids without eos, its text, and whether the model or a stop
-    string ended it (not the limit)."""
+    """A finished continuation.
+
+    ids: without eos. ended: whether the model or a stop string ended it, not the limit.
+    """
 
     ids: list[int]
     text: str
@@ -166,13 +170,13 @@ class Written(NamedTuple):
 
 
 class Writer:
-    """One text as it grows: turns ids into text, in pieces that can be shown at once.
+    """Decode one continuation id by id, in pieces that can be shown immediately.
 
-    All pieces together are what decoding prompt and continuation at once adds to the prompt.
-    Held back is what later ids may change: the bytes of an unfinished character, a run of byte
-    tokens (a decoder replaces all of it for one wrong byte), and what may be the beginning of a
-    stop string; the text ends before the first stop string in it. Bytes that form no character are
-    U+FFFD in the end. A character that the prompt's last bytes only begin belongs to the text.
+    The pieces add up to what decoding prompt and continuation together adds to the prompt. Text
+    that later ids may change is held back: the bytes of an incomplete character, a run of byte
+    tokens (a decoder replaces all of it if one byte is wrong), and a possible start of a stop
+    string. The text ends before its first stop string. Bytes that form no character become U+FFFD.
+    A character that starts in the last bytes of the prompt is part of the continuation.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
@@ -188,7 +192,7 @@ class Writer:
         self._final = 0
 
     def add(self, token: int) -> str:
-        """Takes one id; the text that can be shown now."""
+        """Add one id; return the text that can be shown now."""
         self.ids.append(token)
         self._recent.append(token)
         whole = self._decode(self._recent)
@@ -204,7 +208,7 @@ class Writer:
         return self._show(len(self.text) - self._doubtful())
 
     def finish(self) -> str:
-        """The rest of the text, where nothing more comes."""
+        """Return the rest of the text after the last id."""
         self._end_at_stop(len(self.text))
         return self._show(len(self.text))
 
@@ -228,7 +232,7 @@ class Writer:
             self.text, self.ended = self.text[: min(places)], True
 
     def _doubtful(self) -> int:
-        """Characters at the end of the text with which a stop string begins."""
+        """Return how many characters at the end of the text may start a stop string."""
         lengths = (n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n]))
         return max(lengths, default=0)
 
@@ -251,12 +255,10 @@ def write(
     rows: Sequence[int] | None = None,
     show: Callable[[int, str], None] = lambda row, piece: None,
 ) -> list[Written]:
-    """Continues each prompt (ids, at least one) until eos, a stop string or the limit.
+    """Continue each prompt (ids, at least one) until eos, a stop string or the limit.
 
-    A row's draws depend on `how.seed` and on its number in `rows` (default: its place) alone, not
-    on its neighbours.
-    show(row, piece) is called with new text as it comes, and with an empty one for a token that
-    shows nothing yet.
+    The draws of a row depend only on `how.seed` and its number in `rows` (default: its place), not
+    on other rows. show(row, piece) is called for every token with the new text, which may be empty.
     """
     writers = [Writer(tokenizer, prompt, stop) for prompt in prompts]
     generators = [_generator(how.seed, row) for row in rows or range(len(prompts))]

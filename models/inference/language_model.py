@@ -1,6 +1,6 @@
-"""A trained model and its tokenizer as one thing to ask: how likely is a text, what comes next.
+"""A trained model with its tokenizer, which scores and continues texts.
 
-What scripts, evaluators and lm-evaluation-harness ask goes through here.
+Scripts, evaluators and lm-evaluation-harness use this one interface.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,8 +29,10 @@ from utils.core.functions import suggest
 
 
 class Score(NamedTuple):
-    """Of a continuation: nats (the negative sum of its log-probabilities), and whether each of its
-    tokens was the likeliest."""
+    """The score of a continuation.
+
+    nats: negative sum of its log-probabilities. greedy: whether each token was the likeliest.
+    """
 
     nats: float
     greedy: bool
@@ -39,9 +41,9 @@ class Score(NamedTuple):
 class LanguageModel:
     """A model in its loss head, in evaluation mode, with its tokenizer and identifiers.
 
-    `score`, `write_all` and `predict` are collectives: all ranks give the same requests in the same
-    order, share the work, and get all results. `identifier` names a row of the identifier
-    embedding; None: the only one, else the blank one.
+    `score`, `write_all` and `predict` are collectives, in which every rank passes the same
+    requests, computes a share of the batches, and gets all results. `identifier` names a row of
+    the identifier embedding; None: the only one, else the blank one.
 
     steps: ACT steps of every token. window: the most tokens that the model sees.
     """
@@ -61,10 +63,13 @@ class LanguageModel:
         checkpoint: Checkpoint | None = None,
         depth: int | None = None,
     ):
-        """rows: texts of a whole window that are computed at once. identifier: see
-        `identifier_index`. gather: the ranks' way to exchange results. between: called by all ranks
-        before each round of batches. checkpoint: where it was loaded from. depth: ACT
-        steps or loops of every token; None: those of an evaluation at the end of training."""
+        """Wrap `head`.
+
+        rows: texts of a whole window per batch. identifier: see `identifier_index`. gather:
+        exchanges results between ranks; None: the backend's. between: called by all ranks before
+        each round of batches. checkpoint: where the model was loaded from. depth: ACT steps or
+        loops of every token; None: those of an evaluation at the end of training.
+        """
         self.head, self.metadata, self.identifiers = head, metadata, list(identifiers)
         self._tokenizer, self.backend = tokenizer, backend or CPUBackend()
         self.rows, self.between, self.checkpoint = rows, between, checkpoint
@@ -77,7 +82,7 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> TextTokenizer:
-        """Raises UserError for a model that cannot read or continue a text."""
+        """Return the tokenizer. Raises UserError if the model cannot score or continue a text."""
         if self._tokenizer is None:
             raise UserError("the corpus has no tokenizer.json: its model was not trained on text")
         if not self.config.causal:
@@ -106,24 +111,24 @@ class LanguageModel:
             return type(self.model)(self.config.model_dump())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, without special tokens."""
+        """Return the token ids of a text, without special tokens."""
         return self.tokenizer.encode([text])[0].tolist() if text else []
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def opening(self) -> list[int]:
-        """What stands before a text that has nothing before it: a line break.
+        """Return the context of a text that has none: a line break.
 
-        No label in training follows an eos, so the model has never learned what comes after one.
+        No label in training follows an eos, so the model never learned what comes after one.
         """
         return self.encode("\n") or [self.metadata.eos_id or 0]
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of a context, never empty, and of what continues it.
+        """Return the ids of a context, never empty, and of its continuation.
 
-        The whole is tokenized at once, and spaces at the context's end belong to what follows, so
-        that words get the tokens which they have in running text.
+        Both are tokenized together, and spaces at the end of the context are moved to the
+        continuation, so that words get the tokens that they have in running text.
         """
         stripped = context.rstrip(" ")
         continuation = context[len(stripped) :] + continuation
@@ -139,9 +144,11 @@ class LanguageModel:
         pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
         identifier: str | None = None,
     ) -> list[Score]:
-        """For each (context, continuation), ids of at least one token each, how likely the model
-        holds the continuation. Of what is longer than the window the last part counts as context;
-        a continuation longer than it is scored in parts."""
+        """Score the continuation of each (context, continuation), ids of at least one token each.
+
+        Only the last part of a context longer than the window is used; a continuation longer than
+        the window is scored in parts.
+        """
         named = self._index(identifier)
         parts = [(n, *part) for n, pair in enumerate(pairs) for part in self._in_windows(*pair)]
         lengths = [
@@ -161,8 +168,8 @@ class LanguageModel:
     def _in_windows(
         self, context: Sequence[int], after: Sequence[int]
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """The pair cut into parts of at most the window, every token of `after` in one of them;
-        later parts keep half a window as context."""
+        """Split the pair into parts of at most the window, with each token of `after` in one of
+        them; later parts keep half a window as context."""
         if not context or not after:
             raise ValueError("a context and a continuation of at least one token each are needed")
         ids, begin = [*context, *after], len(context)
@@ -178,7 +185,7 @@ class LanguageModel:
     def _score_batch(
         self, pairs: list[tuple[list[int], list[int]]], identifier: int
     ) -> list[tuple[float, bool]]:
-        """The last input token is the one before the last scored one."""
+        """Return (nats, greedy) of each pair; the last input token precedes the last scored one."""
         length = max(len(context) + len(after) - 1 for context, after in pairs)
         shape = (self.rows, self.window) if self._one_shape else (len(pairs), length)
         inputs = np.full(shape, self.metadata.pad_id, dtype=np.int32)
@@ -203,11 +210,11 @@ class LanguageModel:
 
     @property
     def _one_shape(self) -> bool:
-        """XLA compiles a program for every shape, which takes minutes for a real model."""
+        """Whether batches must have one shape: XLA compiles a program for each, in minutes."""
         return self.device.type == "xla"
 
     def _last_step(self, batch: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-        """Outputs of the loss head after all ACT steps."""
+        """Return the outputs of the loss head after the last ACT step."""
         carry = self.head.initial_carry(batch)
         options = {"depth": self.steps} if self.model.takes_depth else {}
         for _ in range(1 if self.model.takes_depth else self.steps):
@@ -216,8 +223,10 @@ class LanguageModel:
         return found
 
     def predict(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """For rows (N, S) of `inputs`, with the corpus' other entries by row, the likeliest ids
-        (N, S), and how sure the halting head is of each row, its logit (N,)."""
+        """Return the likeliest ids (N, S) of rows, and the logit of the halting head (N,).
+
+        batch: `inputs` (N, S), with the corpus' other entries by row.
+        """
         rows = len(batch["inputs"])
         nothing = np.zeros((rows, self.window), dtype=np.int32)
         arrays = {"labels": nothing} | dict(batch)
@@ -240,7 +249,7 @@ class LanguageModel:
     # --- what comes next -----------------------------------------------------------------------
 
     def never_written(self) -> list[int]:
-        """Ids that no text holds: padding, and numbers to which the tokenizer gives no token."""
+        """Return the ids that occur in no text: padding, and those without a token."""
         tokenizer = self.tokenizer.tokenizer
         empty = [i for i in range(self.metadata.vocab_size) if tokenizer.id_to_token(i) is None]
         return [self.metadata.pad_id, *empty]
@@ -260,11 +269,11 @@ class LanguageModel:
         cache_cycles: int | None = None,
         **options: Any,
     ) -> list[Written]:
-        """Continues all prompts at once, on this rank; `options` go to `generation.write`."""
+        """Continue all prompts at once, on this rank. options: those of `generation.write`."""
         if self._one_shape:
             raise UserError(
-                "texts are not written on XLA, which would compile a program for each length; "
-                "write them from a checkpoint with device_type=cpu or cuda"
+                "text cannot be generated on XLA, which would compile a program for each length; "
+                "generate it from a checkpoint with device_type=cpu or cuda"
             )
         named = self._index(identifier)
         identifiers = torch.full((len(prompts),), named, device=self.device)
@@ -289,15 +298,14 @@ class LanguageModel:
         stop: Sequence[str] = (),
         identifier: str | None = None,
     ) -> list[Written]:
-        """Continues each prompt; how many are computed at once has no influence on a text, whose
-        draws are those of its place in the list."""
+        """Continue each prompt. A text depends on its place in the list, not on the batch size."""
         found: dict[int, Written] = {}
 
         def compute(batch: list[int]) -> list[Written]:
             texts = [prompts[i] for i in batch]
             return self.write(texts, how, identifier=identifier, stop=stop, rows=batch)
 
-        # each takes the memory of a window, however short it is when it begins
+        # each takes the memory of a window, even if it starts short
         for i, written in self._shared([self.window] * len(prompts), compute):
             found[i] = written
         return [found[i] for i in range(len(prompts))]
@@ -335,7 +343,7 @@ class LanguageModel:
 
 
 def identifier_index(language_model: LanguageModel, name: str | None) -> int:
-    """Row of the identifier embedding that `name` asks for; None: the only one, else the blank."""
+    """Return the row of the identifier embedding by name; None: the only one, else the blank."""
     names, blank = language_model.identifiers, language_model.metadata.blank_identifier_id
     if language_model.config.puzzle_emb_ndim == 0:
         if name is not None:

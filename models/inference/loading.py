@@ -1,4 +1,4 @@
-"""Language models from checkpoints, and from a run that is under way."""
+"""Load language models and weights from checkpoints."""
 
 import inspect
 import warnings
@@ -45,13 +45,13 @@ def load_language_model(
     cast: bool = True,
     **options: Any,
 ) -> LanguageModel:
-    """The model of a checkpoint folder, or of the newest in a run's folder.
+    """Load the model of a checkpoint, or of the newest checkpoint of a run.
 
-    weights: ema or raw. steps: ACT steps of every token; None: as in evaluation. refinement: passes
-    after them; None: as configured. forward_dtype: of activations; None: as trained,
-    or float32 for bfloat16 on a device without it. cast: see `cast_weights`. `options` are those of
-    `LanguageModel`.
-    Raises UserError where there is no such model, or where it cannot continue a text.
+    path: directory of either. weights: ema or raw. steps: ACT steps of every token; None: as in
+    evaluation. refinement: passes after them; None: as configured. forward_dtype: of activations;
+    None: as trained, or float32 instead of bfloat16 on a device without it. cast: see
+    `cast_weights`. options: those of `LanguageModel`.
+    Raises UserError if there is no such model, or if it cannot continue a text.
     """
     if Path(path).is_file():
         folder = Path(path).parent
@@ -90,16 +90,16 @@ def load_language_model(
 
 
 def open_tokenizer(path: Path, metadata: DatasetMetadata) -> TextTokenizer:
-    """The tokenizer of a corpus, with the corpus' eos and pad."""
+    """Return the tokenizer of a corpus, with the corpus' eos and pad."""
     known, _ = read_tokenizer(path)
     eos = None if metadata.eos_id is None else known.id_to_token(metadata.eos_id)
     return TextTokenizer(path, eos, known.id_to_token(metadata.pad_id))
 
 
 def cast_weights(head: ACTLossHead) -> None:
-    """Keeps the weights of linear maps in the dtype that they are cast to in every forward.
+    """Convert the weights of linear maps to the dtype that every forward casts them to.
 
-    The numbers stay the same; a model that only reads need not cast them again for each token.
+    Results stay the same; a model that is not trained need not cast them for each token.
     """
     config: Any = head.model.config
     for name, module in head.model.named_modules():
@@ -157,9 +157,9 @@ def fitting_weights(
     identifiers: Sequence[str],
     tokenizer: Path | None,
 ) -> tuple[dict[str, Tensor], Checkpoint | None]:
-    """As `checkpoint.load_weights`, with a row for each of the corpora's identifiers.
+    """Load weights as `checkpoint.load_weights` does, with a row for every corpus identifier.
 
-    UserError, in which `key` names the path, where they were trained with another tokenizer.
+    Raises UserError, naming `key` and its path, if they were trained with another tokenizer.
     """
     weights, opened = load_weights(path, which)
     old = None

@@ -1,4 +1,4 @@
-"""How the next token of a text is chosen, as scripts and evaluators are told."""
+"""How the next token of a text is chosen: the options of scripts and evaluators."""
 
 from typing import Annotated
 
@@ -10,28 +10,33 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class Sampling(BaseModel):
-    """How the next token is chosen. Names, meanings and their order are those of `transformers`."""
+    """Options of sampling, with the names, meanings and order of application of `transformers`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_new_tokens: PositiveInt = Field(default=200, description="tokens at most; eos ends earlier")
+    max_new_tokens: PositiveInt = Field(
+        default=200, description="tokens at most; eos ends it earlier"
+    )
     temperature: float = Field(
         default=0.8,
         ge=0,
         allow_inf_nan=False,
-        description="below 1 plainer; 0: the likeliest token",
+        description="below 1: less random; 0: the likeliest token",
     )
     top_k: PositiveInt | None = Field(
-        default=None, description="draw among the likeliest k; null: all"
+        default=None, description="sample from the k likeliest tokens; null: all"
     )
     top_p: float | None = Field(
-        default=None, gt=0, le=1, description="draw among the likeliest of this joint probability"
+        default=None,
+        gt=0,
+        le=1,
+        description="sample from the likeliest tokens with this total probability",
     )
     repetition_penalty: float = Field(
         default=1.0,
         gt=0,
         allow_inf_nan=False,
-        description="above 1: what the text has is less likely",
+        description="above 1: tokens already in the text become less likely",
     )
     seed: int = Field(
         default=0, ge=0, le=LARGEST_SEED, description="the same seed gives the same text"
