@@ -29,6 +29,7 @@ from utils.core.console import warnings_as_notes
 from utils.core.errors import UserError
 from utils.core.plugins import use_plugins
 from utils.corpus.data import open_data
+from utils.corpus.order import STEP_OPTIONS, step_rng
 from utils.monitoring.metrics import Metric, added
 from utils.training import lr_finder, messages
 from utils.training.build import Run, build_run
@@ -217,8 +218,7 @@ def draw_step_options(run: Run) -> dict[str, int]:
     """Return what the architecture chooses for the next step; the same on every rank, and whenever
     the step is repeated."""
     step = run.state.step + 1
-    # the row options' generator counts from 0
-    rng = np.random.Generator(np.random.Philox(key=(run.config.seed, step), counter=(0, 0, 0, 1)))
+    rng = step_rng(run.config.seed, step, STEP_OPTIONS)
     return run.state.model.model.step_options(run.state.progress, rng)
 
 

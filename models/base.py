@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from models.backbone import Backbone, BackboneConfig, Batch
 from models.layers import CastedEmbedding, SequenceInfo
 
-# Drawn for every step: a row that is held must not keep its first draw.
-PER_STEP_KEYS = frozenset({"explore"})
-
 
 @dataclass
 class Carry:
@@ -168,14 +165,14 @@ class Architecture(nn.Module):
     def initial_carry(self, batch: Batch) -> Carry:
         """Return a carry in which every row is free, for batches of this one's shapes."""
         rows, device = len(batch["inputs"]), batch["inputs"].device
+        # a row that is held must not keep what was drawn for its first step
+        drawn = self.row_options(0.0, np.random.default_rng(0), 1)
         return Carry(
             latents=self.empty_latents(batch),
             steps=torch.zeros(rows, dtype=torch.int32, device=device),
             halted=torch.ones(rows, dtype=torch.bool, device=device),
             current_data={
-                name: torch.zeros_like(value)
-                for name, value in batch.items()
-                if name not in PER_STEP_KEYS
+                name: torch.zeros_like(value) for name, value in batch.items() if name not in drawn
             },
         )
 

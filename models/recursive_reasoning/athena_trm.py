@@ -311,9 +311,9 @@ class AthenaTRM(Architecture):
         never = torch.zeros_like(steps, dtype=torch.bool)
         spent = steps >= data["iteration_targets"] if "iteration_targets" in data else never
         if self.training:
-            if explore is None:
-                explore = draw_exploration(steps, config)
-            wants = (says | spent) & (steps >= config.force_min_steps) & (steps >= explore)
+            wants = (says | spent) & (steps >= config.force_min_steps)
+            if explore is not None:
+                wants &= steps >= explore
         else:
             wants = {"act": says, "budget": spent}.get(config.eval_halting, never)
         return wants | (
@@ -343,12 +343,3 @@ class AthenaTRM(Architecture):
         halt, proceed = self.inner.halt_logits(z[self.inner.streams[0]], data)
         last = carry.steps >= self.config.halt_max_steps
         return torch.sigmoid(torch.where(last, halt, torch.maximum(halt, proceed)))
-
-
-def draw_exploration(steps: Tensor, config: AthenaTRMConfig) -> Tensor:
-    """Minimum steps demanded of each row, drawn here when the batch does not bring them, (B,)."""
-    if config.halt_exploration_prob == 0 or config.halt_max_steps < 2:
-        return torch.zeros_like(steps)
-    demanded = torch.randint_like(steps, 2, config.halt_max_steps + 1)
-    explores = torch.rand(steps.shape, device=steps.device) < config.halt_exploration_prob
-    return torch.where(explores, demanded, 0)

@@ -77,7 +77,8 @@ def test_expected_steps_are_those_of_the_halting_rule():
     model.train()
     while running.any():
         steps += running
-        halts = model.halts(steps, q, q, {"iteration_targets": targets}, None)
+        drawn = model.row_options(0.0, draw_rng(), len(budgets))["explore"]
+        halts = model.halts(steps, q, q, {"iteration_targets": targets}, torch.from_numpy(drawn))
         running &= ~halts
     expected = [model.expected_steps(budget) for budget in budgets.tolist()]
     assert sum(expected) / len(expected) == pytest.approx(steps.float().mean().item(), rel=0.01)

@@ -16,7 +16,7 @@ from utils.corpus.corpora import Corpora
 from utils.corpus.permutation import QuotaSchedule, hash64, permute
 
 # One number per use of the seed, so that no two draws share randomness.
-ORDER, PUZZLE, RELABEL, ROW_OPTIONS = 1, 2, 3, 4
+ORDER, PUZZLE, RELABEL, ROW_OPTIONS, STEP_OPTIONS = 1, 2, 3, 4, 5
 
 _AT_ONCE = 1024  # places drawn together, because the arithmetic is vectorized
 
