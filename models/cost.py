@@ -94,7 +94,7 @@ def measure(head: ACTLossHead) -> dict[OptionsKey, Cost]:
     Raises Untraceable where a shape depends on values.
     """
     with trace(head) as tracer:
-        batch = make_fake_batch(head.model, rows=1)
+        batch = make_fake_batch(head.model, rows=1, widths=further_widths(head))
         carry = head.initial_carry(batch)
         return {
             options: take_step(tracer, head, carry, batch, options)
@@ -174,21 +174,26 @@ def trace(module: Architecture | ACTLossHead, kernel: Kernel = "unmasked") -> It
 
 
 def make_batch(
-    model: Architecture, rows: int, *, documents: bool = True, reasoning_width: int = 0
+    model: Architecture, rows: int, *, documents: bool = True, widths: Mapping[str, int] = {}
 ) -> dict[str, np.ndarray]:
     """Return a training batch of zeros, on the host.
 
-    documents: rows hold several documents. reasoning_width: labels of a row's reasoning stream.
+    documents: rows hold several documents. widths: numbers of a row in further arrays, by name.
     """
     length = model.config.seq_len
     tokens = ["inputs", "labels", *(["document_starts"] if documents else [])]
-    shapes = dict.fromkeys(tokens, (rows, length))
-    if reasoning_width:
-        shapes["reasoning_labels"] = rows, reasoning_width
-    batch = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
+    numbers = dict.fromkeys(tokens, length) | dict(widths)
+    batch: dict[str, np.ndarray] = {
+        name: np.zeros((rows, width), np.int32) for name, width in numbers.items()
+    }
     for name in ("puzzle_identifiers", "iteration_targets"):
         batch[name] = np.zeros(rows, np.int32)
     return batch | model.row_options(0.0, np.random.default_rng(0), rows)
+
+
+def further_widths(head: ACTLossHead) -> dict[str, int]:
+    """Return the arrays that the loss terms need of the data, as wide as a row."""
+    return {name: head.model.config.seq_len for term in head.terms for name in term.needs_data}
 
 
 def make_fake_batch(model: Architecture, rows: int, **kinds: Any) -> dict[str, Tensor]:

@@ -168,7 +168,9 @@ def read_arguments(program: str, words: list[str], monkeypatch) -> None:
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
     options = getattr(module, "Options", None)
     if hasattr(module, "split_key_values"):
-        _, overrides = split_key_values(options, words)
+        own, overrides = split_key_values(options, words)
+        if (presets := getattr(own, "config_dir", None)) is not None:
+            overrides = ["--config-dir", str(presets), *overrides]
         if program == "scripts/sweep_optuna.py":
             _, overrides = module.sweeps_and_fixed(overrides)
         return read_config(["data_paths=[x]", *overrides])

@@ -438,10 +438,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(text_corpus, run_trainin
     whole = run_training(text_corpus, "whole", *options)
     trained, real_batch, real_save = threading.Event(), pretrain.train_batch, writer.save_tensors
 
-    def train_batch(run, batches):
+    def train_batch(run, *args):
         if run.state.step == 3:
             trained.set()
-        return real_batch(run, batches)
+        return real_batch(run, *args)
 
     def save(value, path):
         if ".step_2." in str(path):

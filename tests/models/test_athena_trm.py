@@ -246,21 +246,6 @@ def test_a_held_row_keeps_all_its_own_data():
     assert carry.steps.tolist() == [3, 1, 1]
 
 
-def test_exploration_is_redrawn_each_step_and_spans_its_range():
-    model = athena(halt_exploration_prob=1.0, halt_max_steps=4).train()
-    q_says(model, True)
-    counts = [0] * 5
-    batch = random_batch()
-    for _ in range(60):
-        for steps in steps_until_halt(model, batch):
-            counts[steps] += 1
-    # at step 2 a draw of 2 halts (1/3), at step 3 one of 2 or 3 (2/3 of the rest)
-    shares = [count / sum(counts) for count in counts]
-    assert shares[0] == shares[1] == 0
-    for share, expected in zip(shares[2:], (1 / 3, 4 / 9, 2 / 9), strict=True):
-        assert abs(share - expected) < 0.15
-
-
 def test_the_number_of_evaluation_steps_does_not_tell_the_future():
     """By default no row stops before another, whatever q or the budgets say."""
     model, batch = athena().eval(), random_batch(targets=True)

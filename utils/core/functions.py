@@ -96,12 +96,13 @@ def _written_below(prefix: str, kind: str) -> list[str]:
     files = plugin_modules()
     for root in map(Path, package.__path__):
         for module in _modules_below(prefix):
-            files.setdefault(module, root.joinpath(*module.split(".")).with_suffix(".py"))
+            source = root.joinpath(*module.split(".")).with_suffix(".py")
+            if source.is_file():
+                files.setdefault(module, source)
     found = []
     for module, source in files.items():
-        if source.is_file():
-            names = re.findall(_KINDS[kind].pattern, source.read_text("utf-8"), re.M)
-            found += [f"{module}@{name}" for name in names]
+        names = re.findall(_KINDS[kind].pattern, source.read_text("utf-8"), re.M)
+        found += [f"{module}@{name}" for name in names]
     return found
 
 

@@ -15,6 +15,7 @@ from models.base import OptionsKey
 from models.build import create_model
 from models.cost import (
     Cost,
+    further_widths,
     make_batch,
     make_fake_batch,
     mean_cost,
@@ -121,7 +122,8 @@ class MemoryPlan:
         self.head = build_untrained(config.arch, metadata)
         self._kinds: dict[str, Any] = {
             "documents": metadata.eos_id is not None,
-            "reasoning_width": reasoning_width,
+            "widths": further_widths(self.head)
+            | ({"reasoning_labels": reasoning_width} if reasoning_width else {}),
         }
         arch = self.head.model.config
         kernel = kernel or attention_kernel(device, arch.dtype, arch.head_size).kernel

@@ -11,7 +11,6 @@ from training_tools import contents, make_config, metrics_of
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from sequence_dataset import Corpora
 from tests.stream_tools import assert_same, halting, real_rows, run, stream_of, write_corpus
-from utils.config.load import compose_config, load_config
 from utils.config.schema import IterationCurriculumConfig
 from utils.core.errors import UserError
 
@@ -103,9 +102,6 @@ def test_a_curriculum_without_effect_is_refused(text_corpus, tmp_path, run_train
         make_config(text_corpus, rule, "epochs=null", "max_seconds=9")
     with pytest.raises(UserError, match="does not follow max_seconds"):
         make_config(text_corpus, rule, "max_seconds=9")
-    decoder = ["arch=transformer", "arch.loss.loss_type=softmax_cross_entropy"]
-    with pytest.raises(UserError, match="Transformer takes one step"):
-        load_config(compose_config([*decoder, f"data_paths=[{text_corpus}]", rule]))
     write_corpus(tmp_path / "c", 20, arrays={"iteration_targets": None})
     with pytest.raises(UserError, match=r"iteration_targets\.npy"):
         run_training(tmp_path / "c", "run", rule, "max_steps=1")

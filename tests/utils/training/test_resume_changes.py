@@ -95,8 +95,8 @@ def finished_rows(monkeypatch) -> Counter:
     counts: Counter[tuple[int, ...]] = Counter()
     real = pretrain.train_batch
 
-    def train_batch(run, batches):
-        found = real(run, batches)
+    def train_batch(run, *args):
+        found = real(run, *args)
         for carry in run.state.carries:
             rows = carry.current_data["inputs"][carry.halted]
             counts.update(tuple(row) for row in rows.tolist() if any(row))  # not of empty slots
@@ -143,8 +143,8 @@ import pretrain
 
 path, real = sys.argv.pop(1), pretrain.train_batch
 
-def train_batch(run, batches):
-    found = real(run, batches)
+def train_batch(run, *args):
+    found = real(run, *args)
     with open(f"{path}.{os.environ['RANK']}", "a", encoding="utf-8") as file:
         for carry in run.state.carries:
             for row in carry.current_data["inputs"][carry.halted].tolist():
