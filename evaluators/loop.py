@@ -181,7 +181,7 @@ def evaluate(
     depth: int | None = None,
     depths: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """<set>/<metric>, <set>/step_<k>/<metric>, <set>/hist/<metric> (row counts) and each
+    """Return <set>/<metric>, <set>/step_<k>/<metric>, <set>/hist/<metric> (row counts) and each
     evaluator's figures; the same on all ranks.
 
     depth: ACT steps or loops of every row; None: those of the trained model. depths: further ones,

@@ -17,7 +17,7 @@ class View:
     """A view of a grid: cells in another order, digits under other names."""
 
     def __init__(self, cells: np.ndarray, names: np.ndarray):
-        """cells: (S,) position that each position shows; names: (V,) what each id becomes."""
+        """Keep cells (S,), the position that each shows, and names (V,), what each id becomes."""
         self.cells, self.names = cells, names
 
     def show(self, rows: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ class PerplexityEvaluator:
         self.sums: dict[str, np.ndarray] = {}  # name -> nats, tokens, bytes
 
     def update_batch(self, batch: dict[str, Tensor], preds: dict[str, Tensor]) -> None:
-        """batch: labels (B, S), domain_ids (B,), and scored_bytes (B,) where ids do not tell the
+        """Add a batch: labels (B, S), domain_ids (B,), scored_bytes (B,) where ids do not tell the
         bytes of text. preds: token_nll (B, S) in nats, and where there are any
         unrefined_token_nll (B, S), row_nll_by_step (B, steps)."""
         labels = batch["labels"].cpu().numpy()

@@ -103,7 +103,7 @@ def measure(head: ACTLossHead) -> dict[OptionsKey, Cost]:
 
 
 def measure_mean(head: ACTLossHead) -> Cost:
-    """As `measure`, of the mean step of a run."""
+    """Count the mean step of a run; as `measure` otherwise."""
     return mean_cost(head.model, measure(head))
 
 
@@ -197,6 +197,6 @@ def further_widths(head: ACTLossHead) -> dict[str, int]:
 
 
 def make_fake_batch(model: Architecture, rows: int, **kinds: Any) -> dict[str, Tensor]:
-    """As `make_batch`, as tensors; inside a trace they are fake."""
+    """Return `make_batch` as tensors; inside a trace they are fake."""
     batch = make_batch(model, rows, **kinds)
     return {name: torch.from_numpy(array).clone() for name, array in batch.items()}

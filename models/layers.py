@@ -114,7 +114,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin_cached", angles.sin().to(dtype), persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: (B or 1, L) integers. Returns two tensors (B or 1, L, 1, K)."""
+        """Return cosine and sine, (B or 1, L, 1, K) each, of integer positions (B or 1, L)."""
         return self.cos_cached[positions].unsqueeze(-2), self.sin_cached[positions].unsqueeze(-2)
 
 

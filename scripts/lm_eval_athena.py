@@ -221,7 +221,7 @@ def _rows(batch_size: int | str) -> int:
 
 
 def _sampling(options: dict[str, Any], most_tokens: int) -> tuple[list[str], Sampling]:
-    """The harness' options of a continuation as stop strings and ours; UserError for what is wrong
+    """Return the harness' options as stop strings and ours; raise UserError for what is wrong
     or not known here."""
     try:
         kwargs = dict(normalize_gen_kwargs(options, most_tokens))

@@ -204,7 +204,7 @@ def steps_of_an_example(
 
 
 def budget(config: PretrainConfig, counted: Cost, act_steps: float, data: Data | None) -> float:
-    """Tokens of the run where none are asked for."""
+    """Return the tokens of the run if the options give none."""
     if config.max_steps is not None:
         return config.max_steps * config.global_batch_size * counted.seq_len / act_steps
     if data is not None:

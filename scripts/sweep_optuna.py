@@ -175,8 +175,10 @@ class Search:
             )
 
     def _plausible(self) -> PretrainConfig:
-        """A config that a trial may have. UserError if eight draws find none: a value that goes
-        with no other fails its own trials only."""
+        """Return a config that a trial may have.
+
+        Raises UserError if eight draws find none: a value that fits no other fails its own trials.
+        """
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         mistake = UserError("")
         for _ in range(8):

@@ -74,6 +74,31 @@ def test_functions_are_verbs():
     assert not found
 
 
+# How a docstring begins that says what a function is, and not what it does.
+NOUNS = frozenset(
+    "A The An What Whether Of As How All Each One Every In Where Which Who Not Only If For To That "
+    "On By From It No Its Like This Those Several Two Called With Without When At".split()
+)
+
+
+def test_docstrings_of_functions_begin_with_a_verb():
+    found = []
+    for path in sources():
+        tree = ast.parse(path.read_text("utf-8") if path.suffix == ".py" else "")
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef) or is_property(node):
+                continue
+            word = (ast.get_docstring(node) or "Do").split()[0].strip(".,:;`'(")
+            if word in NOUNS or not word[:1].isupper():
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {word}")
+    assert not found
+
+
+def is_property(function: ast.FunctionDef) -> bool:
+    names = {getattr(d, "id", getattr(d, "attr", "")) for d in function.decorator_list}
+    return bool(names & {"property", "cached_property"})
+
+
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_documents_are_plain_english(page):
     found = avoidable(page.read_text("utf-8"))

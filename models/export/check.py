@@ -143,8 +143,8 @@ def _wrong_ways_to_generate(exported: Any, pad_id: int) -> str:
 
 
 def _follows(exported: Any, texts: list[Tensor], written: Tensor, found: Tensor) -> bool:
-    """Whether the logits (B, n, V) of the tokens written after each text are those of a forward
-    pass over the whole."""
+    """Return whether the logits (B, n, V) of the tokens written after each text are those of a
+    forward pass over the whole."""
     if written.shape[1] == 0 or found.shape[:2] != written.shape:
         return False
     for text, tokens, logits in zip(texts, written, found, strict=True):

@@ -52,7 +52,7 @@ def _json(value: Any) -> str:
 
 
 def _tensors(model: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """By Athena's names, which are TRM's. A tied output head is no tensor of its own."""
+    """Return tensors by Athena's names, which are TRM's; a tied output head is none of its own."""
     return {
         name: value.to(dtype).contiguous()
         for name, value in model.model.state_dict().items()
@@ -96,7 +96,7 @@ def generation_config(model: LanguageModel) -> dict[str, Any]:
 
 
 def tokenizer_of(model: LanguageModel) -> dict[str, Any]:
-    """As the corpus was built: whatever else it does, no special token is added to a text."""
+    """Return the tokenizer as the corpus was built: it adds no special token to a text."""
     description = orjson.loads(model.tokenizer.tokenizer.to_str())
     if len(model.tokenizer.tokenizer.encode("a").ids) != len(model.encode("a")):
         description["post_processor"] = None

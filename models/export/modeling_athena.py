@@ -43,7 +43,7 @@ class RecursionCache(DynamicCache):
         return max(0, super().get_seq_length(layer_idx) - self.prefix)
 
     def begin(self) -> None:
-        """To be called before each forward."""
+        """Prepare for a forward; call it before each."""
         self.passes = 0
 
     def begin_cycle(self) -> None:
@@ -83,7 +83,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """The constructors have done it, but `from_pretrained` drops what no file holds."""
+        """Restore what no file holds: the constructors set it, but `from_pretrained` drops it."""
         if isinstance(module, RotaryEmbedding):
             with torch.device(module.cos_cached.device):
                 fresh = self.inner.make_rotary()
@@ -92,7 +92,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """`generate` leaves the cache to `forward`."""
+        """Return False: `generate` leaves the cache to `forward`."""
         return False
 
     def get_input_embeddings(self) -> torch.nn.Module:
@@ -119,7 +119,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         cache: RecursionCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """input_ids (B, S), of which the first tokens may be in the cache already and left out.
+        """Run input_ids (B, S), of which the first tokens may be in the cache already and left out.
 
         attention_mask (B, tokens in the cache + S): 0 on padding, on either side; each row's text
         begins at the first position. labels (B, S): usually input_ids; the loss is the mean nats of
@@ -221,7 +221,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
     def _validate_generated_length(
         self, generation_config: Any, input_ids_length: int, *args: Any
     ) -> None:
-        """Has generation end where the window does, instead of in an error of `forward`."""
+        """End generation where the window does, instead of in an error of `forward`."""
         window = self.config.max_position_embeddings
         self._check_window(input_ids_length + 1)
         if generation_config.max_length > window:

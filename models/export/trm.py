@@ -27,8 +27,8 @@ _UNNAMED = {"rope_theta": 10000.0, "rms_norm_eps": 1e-5}  # TRM's presets leave 
 
 
 def write_file(model: nn.Module, file: Path) -> None:
-    """Weights in float32 and the initial states in the forward dtype, named as in the compiled loss
-    head. Raises UserError where TRM has no such network."""
+    """Write weights in float32 and the initial states in the forward dtype, named as in the
+    compiled loss head. Raises UserError where TRM has no such network."""
     config: Any = model.config
     _check(model)
     state = {}
@@ -41,7 +41,7 @@ def write_file(model: nn.Module, file: Path) -> None:
 
 
 def options(config: Any) -> str:
-    """What TRM's command line has to say for the same network."""
+    """Return what TRM's command line has to say for the same network."""
     values = {name: getattr(config, name) for name in _NAMED}
     values["puzzle_emb_len"] = config.prefix_len
     said = [f"arch.{name}={value}" for name, value in values.items()]

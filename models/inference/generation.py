@@ -287,14 +287,14 @@ def write(
 
 
 def _generator(seed: int, row: int) -> torch.Generator:
-    """Of one row; row 0 of a seed is what the seed alone gives."""
+    """Return the generator of a row; row 0 of a seed is what the seed alone gives."""
     mixed = seed if row == 0 else int(np.random.SeedSequence((seed, row)).generate_state(1)[0])
     return torch.Generator().manual_seed(mixed)
 
 
 def batches_of(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Numbers of items in batches of at most `tokens` with their padding (or of one item), those of
-    like length together."""
+    """Yield numbers of items in batches of at most `tokens` with their padding (or of one item),
+    those of similar length together."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if batch and (len(batch) + 1) * lengths[i] > tokens:

@@ -52,7 +52,7 @@ def product_rate(session: Session, dtype: torch.dtype = torch.bfloat16) -> float
 
 
 def check_environment(session: Session) -> None:
-    """Versions, and the ceilings of the card."""
+    """Report versions, and the ceilings of the card."""
     with session.check("versions") as found:
         found.update(python=platform.python_version(), torch=torch.__version__)
         if session.on_cuda:

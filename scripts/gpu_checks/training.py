@@ -110,7 +110,7 @@ def check_compile(session: Session) -> None:
 
 
 def check_deterministic(session: Session) -> None:
-    """The same five steps three times: the same bits."""
+    """Take the same five steps three times and expect the same bits."""
     session.backend.set_deterministic(True)
     sizes = ["global_batch_size=8", "vocab_size=300", f"seq_len={32 if session.tiny else 512}"]
     small = [*SMALL, *sizes, "arch.forward_dtype=bfloat16"]
@@ -135,7 +135,7 @@ def check_deterministic(session: Session) -> None:
 
 
 def check_waits(session: Session) -> None:
-    """A step waits once for the device, by torch's own count."""
+    """Expect a step to wait once for the device, by torch's own count."""
     given = [session.corpora(), *TINY, "log_interval=100", "checkpoint_interval=null"]
     names = session.ways() | {
         "two micro-batches, Muon, trained refinement": (

@@ -247,8 +247,8 @@ def _keys(runs: Sequence[Run], prefix: str) -> list[str]:
 
 
 def _says_more(key: str, keys: Sequence[str]) -> bool:
-    """Whether a figure gets a chart: not the same one in other units, and of a part only the most
-    telling."""
+    """Return whether a figure gets a chart: not the same one in other units, and of a part only the
+    most telling."""
     place, _, name = key.rpartition("/")
     if not better(name) or f"{place}/{SAME.get(name, '')}" in keys:
         return False

@@ -67,7 +67,7 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(self, *, causal: bool):
-        """causal: position t attends to positions up to t, also where the mask does not say so."""
+        """Start at zero. causal: position t attends up to t only, whatever the mask says."""
         super().__init__()
         self.causal = causal
         self.flops = self.recomputed = 0

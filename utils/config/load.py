@@ -128,7 +128,7 @@ def _plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_terms(raw: dict[str, Any]) -> dict[str, Any]:
-    """The config with the terms of its loss gathered in `arch.loss.terms`."""
+    """Return the config with the terms of its loss gathered in `arch.loss.terms`."""
     arch = raw.get("arch")
     if isinstance(arch, Mapping) and isinstance(loss := arch.get("loss"), Mapping):
         return raw | {"arch": dict(arch) | {"loss": gather_terms(loss)}}

@@ -33,7 +33,7 @@ PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
 
 
 def _as_list(value: Any) -> Any:
-    """One directory may be given without brackets; key=value programs give a list as text."""
+    """Read one directory without brackets, or a list as text from key=value programs."""
     if not isinstance(value, str):
         return value
     return [part.strip() for part in value.strip("[]").split(",") if part.strip()]

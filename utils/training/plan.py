@@ -73,7 +73,7 @@ def count_train_flops(arch: ArchConfig, metadata: DatasetMetadata) -> dict[Optio
 
 @lru_cache(maxsize=32)
 def _train_flops(arch: str, metadata: str) -> dict[OptionsKey, float]:
-    """As `count_train_flops`, of JSON texts: the runs of a sweep are often of one model."""
+    """Count from JSON texts, which can be cached: runs of a sweep often share a model."""
     head = build_untrained(
         ArchConfig.model_validate_json(arch), DatasetMetadata.model_validate_json(metadata)
     )
