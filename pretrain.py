@@ -171,8 +171,9 @@ def train_batch(
     if not state.carries:
         state.carries = [state.model.initial_carry(batch) for batch in moved]
         backend.end_step()  # to XLA they are data now, not constants: no program of their own
-    if backend.needs_rehearsal(state.step_model) and not state.rehearsed:
-        state.rehearse(moved[0], backend.backward)
+    if not state.rehearsed:
+        with run.clock.paused():
+            rehearse(run, moved[0])
     totals, finite = accumulate_gradients(run, moved, options)
     backend.reduce_gradients(state.optimizers)
     norm = state.clip_gradients(run.config.grad_clip_norm)
@@ -192,6 +193,18 @@ def train_batch(
     for optimizer in state.optimizers:
         optimizer.zero_grad()
     return totals, flags
+
+
+def rehearse(run: Run, batch: dict[str, Tensor]) -> None:
+    """Run what must run once before the first step counts: a backward pass where the backend asks
+    for it, and every set of step options where they are compiled."""
+    state, backend = run.state, run.backend
+    state.rehearsed = True
+    sets = list(state.model.model.option_sets())
+    compiled = len(sets) > 1 and backend.compiles(run.config.compile)
+    if compiled or backend.needs_rehearsal(state.step_model):
+        for options in sets if compiled else sets[:1]:
+            state.rehearse(batch, dict(options), backend.backward)
 
 
 def accumulate_gradients(

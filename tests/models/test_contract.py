@@ -7,10 +7,12 @@ from training_tools import ROOT, contents, metrics_of
 
 from models.inference.loading import load_language_model
 from models.losses import ACTLossHead
+from utils.backend.cpu import CPUBackend
 from utils.checkpoint.format import checkpoints_of
 from utils.config.load import compose_config, load_config
 from utils.core.errors import UserError
 from utils.core.functions import load_class
+from utils.training.state import TrainState
 
 LOOPED = '''
 """A loop over the middle blocks, its depth drawn for each batch."""
@@ -151,3 +153,26 @@ def test_budgets_that_an_architecture_cannot_have_are_refused(text_corpus, run_t
     with pytest.raises(UserError, match=r"iteration_curriculum .* one step"):
         run_training(text_corpus, "run", "max_steps=1", "arch.halt_max_steps=1",
                      "iteration_curriculum={start: 0.5}")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_set_of_options_is_compiled_before_the_first_step(
+    looped, text_corpus, run_training, monkeypatch
+):
+    """Its gradients are dropped: the losses are those of a run that is not compiled."""
+    if CPUBackend().cannot_compile():
+        pytest.skip("there is no C++ compiler")
+    seen: list[dict[str, int]] = []
+    real = TrainState.rehearse
+
+    def rehearse(self, batch, options, backward):
+        seen.append(options)
+        real(self, batch, options, backward)
+
+    monkeypatch.setattr(TrainState, "rehearse", rehearse)
+    plain = run_training(text_corpus, "plain", *RUN, "max_steps=4")
+    assert seen == []
+    compiled = run_training(text_corpus, "compiled", *RUN, "max_steps=4", "compile=true")
+    assert sorted(options["depth"] for options in seen) == [1, 2, 3, 4]
+    losses = metrics_of(plain, "train/lm_loss")
+    assert metrics_of(compiled, "train/lm_loss") == pytest.approx(losses, rel=1e-9)

@@ -200,13 +200,14 @@ class TrainState:
             yield
             release(self.model)
 
-    def rehearse(self, batch: dict[str, Tensor], backward: Callable[[Tensor], None]) -> None:
-        """Run a backward pass and drop its gradients, see `Backend.needs_rehearsal`."""
-        _, loss, *_ = self.step_model(return_keys=(), carry=self.carries[0], batch=batch)
+    def rehearse(
+        self, batch: dict[str, Tensor], options: dict[str, int], backward: Callable[[Tensor], None]
+    ) -> None:
+        """Run a forward and a backward pass with these step options and drop the gradients."""
+        _, loss, *_ = self.step_model(return_keys=(), carry=self.carries[0], batch=batch, **options)
         backward(loss)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        self.rehearsed = True
 
     def tensors(self, keep: bool = True) -> dict[str, Any]:
         """Copy the tensors that a checkpoint stores once to the host, unsharded.
