@@ -96,7 +96,14 @@ def test_the_page_shows_a_file_for_every_kind_of_plugin():
     assert len(commands("pretrain.py")) >= 7 and len(commands("scripts/compare.py")) >= 6
 
 
-@pytest.mark.parametrize("words", commands("pretrain.py"), ids=lambda words: shlex.join(words)[:60])
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words, marks=pytest.mark.slow) if "experiment=looped" in words else words
+        for words in commands("pretrain.py")
+    ],
+    ids=lambda words: shlex.join(words)[:60],
+)
 def test_every_training_runs(home, words):
     if "dry_run=true" in words:
         assert load_config(compose_config(words)).dry_run

@@ -96,6 +96,7 @@ def test_a_corpus_brings_its_sizes_and_budgets(text_corpus, capsys):
     assert "iteration_targets" in printed(capsys, *given)
 
 
+@pytest.mark.slow
 def test_what_changes_the_work_of_a_run_is_counted(text_run):
     """The base of kl_to, budgets that grow, the architecture of the checkpoint it starts from."""
 
@@ -116,6 +117,7 @@ def test_what_changes_the_work_of_a_run_is_counted(text_run):
     assert planned(f"load_checkpoint={text_run}", *tiny[1:]).model.config.hidden_size == 32
 
 
+@pytest.mark.slow
 def test_presets_side_by_side(capsys):
     out = printed(capsys, "arch=athena_trm_tiny,transformer", "hardware=h200")
     assert re.search(r"^layer passes per ACT step +12 .* 5 ", out, re.M)

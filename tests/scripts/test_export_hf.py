@@ -455,6 +455,7 @@ def test_a_file_of_trm_s_computes_what_trm_computes_and_goes_back(path, tmp_path
         assert torch.equal(value, before[name].to(value.dtype))
 
 
+@pytest.mark.slow
 def test_a_puzzle_model_goes_to_trm_and_comes_back(puzzle_corpus, run_training, tmp_path):
     options = "arch=trm arch.hidden_size=32 arch.num_heads=2 arch.puzzle_emb_len=2 max_steps=2"
     options += " arch.halt_max_steps=2 arch.loss.loss_type=stablemax_cross_entropy"

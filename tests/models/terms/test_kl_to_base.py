@@ -137,6 +137,7 @@ def test_a_run_stays_near_the_checkpoint_that_it_began_near(text_corpus, run_tra
         run_training(text_corpus, "tuned", *RUN, "max_steps=8", further, *near(base / "step_4"))
 
 
+@pytest.mark.slow
 def test_a_run_begins_at_its_base_and_the_weight_keeps_it_near(text_corpus, run_training):
     base = run_training(text_corpus, "base", *RUN, "max_steps=20", "arch.eval_halting=fixed",
                         "arch.eval_steps=1")  # fmt: skip
@@ -175,6 +176,7 @@ def test_a_run_near_a_base_goes_on_bit_for_bit(text_corpus, run_training):
     assert metrics_of(whole, "train/kl_loss")[7:] == metrics_of(parts, "train/kl_loss")
 
 
+@pytest.mark.slow
 def test_another_base_may_be_allowed_on_the_way(text_corpus, run_training):
     base = run_training(text_corpus, "base", *RUN, "max_steps=2", "keep_checkpoints=null",
                         "checkpoint_interval=1")  # fmt: skip

@@ -43,7 +43,7 @@ STEPS = {
 }  # fmt: skip
 
 
-QUICK = ("athena, bfloat16", "decoder, at once", "softmax", "muon", "near a base")
+QUICK = ("athena, bfloat16", "muon", "near a base")
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,7 @@ def test_what_lasts_is_divided_by_the_ranks_of_fsdp():
     assert half.checkpoint_bytes() == pytest.approx(whole.checkpoint_bytes(), rel=0.001)
 
 
+@pytest.mark.slow
 def test_the_base_is_that_of_its_checkpoint(text_run, text_corpus):
     """The base of kl_to may be of another kind than the run's model."""
     near = [f"arch.loss.kl_to={text_run}", "arch.loss.kl_weight=0.5", "global_batch_size=8"]
