@@ -223,7 +223,6 @@ def accumulate_gradients(
             backend.backward(loss / run.config.global_batch_size)
         finite &= torch.isfinite(loss.detach())
         totals = added(totals, metrics)
-    state.fill_missing_gradients()
     return totals, finite
 
 

@@ -94,10 +94,14 @@ class _Feed:
     def __init__(self, source: Source, size: int, slots: slice):
         self.source, self._size, self._slots = source, size, slots
         self.position, self.examples_entered = Position(), 0
+        self._steps = 0
+        self._other_sizes = (0, 0)  # steps, and their rows, before global_batch_size changed
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "global_batch_size": self._size,
+            "steps": self._steps,
+            "other_sizes": list(self._other_sizes),
             "position": self.position.entered,
             "offset": self.position.offset,
             "examples_entered": self.examples_entered,
@@ -107,6 +111,11 @@ class _Feed:
         self.position = Position(int(state["position"]), int(state["offset"]))
         self.source.restart(self.position)
         self.examples_entered = int(state["examples_entered"])
+        self._steps = int(state.get("steps", 0))
+        steps, rows = state.get("other_sizes", (0, 0))
+        if (size := state["global_batch_size"]) != self._size:
+            steps, rows = self._steps, rows + (self._steps - steps) * size
+        self._other_sizes = (steps, rows)
 
     def _take(self, count: int) -> Examples:
         """Take the next examples; fewer than `count` only at the end of the order."""
@@ -152,6 +161,7 @@ class ConsumeFeed(_Feed):
         return self._held[:, 0] >= 0
 
     def next(self, halted: np.ndarray) -> list[Part] | None:
+        self._steps += 1
         parts, freed = [], np.flatnonzero(halted)
         self._held[freed, 0] = -1
         if len(self._again):
@@ -197,8 +207,7 @@ class PresentFeed(_Feed):
         # Example i enters slot i, so only this rank's rows are read.
         source = open_source(order, read, workers, chunk=size, ahead=size * workers, keep=slots)
         super().__init__(source, size, slots)
-        self._rows, self._steps = rows, 0
-        self._other_sizes = (0, 0)  # steps, and their rows, before global_batch_size changed
+        self._rows = rows
 
     @property
     def total_steps(self) -> int:  # type: ignore[override]
@@ -217,18 +226,6 @@ class PresentFeed(_Feed):
         self.examples_entered += int(halted.sum())
         self._take(self._size)
         return [self._select_rank_rows(np.arange(self._size))]
-
-    def state_dict(self) -> dict[str, Any]:
-        other_sizes = list(self._other_sizes)
-        return super().state_dict() | dict(steps=self._steps, other_sizes=other_sizes)
-
-    def load_state_dict(self, state: Mapping[str, Any], *, restart_held: bool) -> None:
-        super().load_state_dict(state, restart_held=restart_held)
-        self._steps = int(state["steps"])
-        steps, rows = state.get("other_sizes", (0, 0))
-        if (size := state["global_batch_size"]) != self._size:
-            steps, rows = self._steps, rows + (self._steps - steps) * size
-        self._other_sizes = (steps, rows)
 
 
 class TrainStream:

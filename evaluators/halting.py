@@ -106,7 +106,8 @@ class HaltingEvaluator:
 
     def examine(self, model: LanguageModel, group: Any) -> None:
         """Read the cost of each step from the model."""
-        self.flops = [model.flops_per_token(step + 1) for step in range(model.steps)]
+        depths = [model.steps] if model.model.takes_depth else range(1, model.steps + 1)
+        self.flops = [model.flops_per_token(depth) for depth in depths]
 
     def result(
         self, save_path: str | None, rank: int, world_size: int, group: Any = None

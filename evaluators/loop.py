@@ -211,7 +211,7 @@ def evaluate(
         model.train(was_training)
     if (prefix := model.model.row_depth) is not None:
         results = {
-            name if name == FAILURES else f"{prefix}/{name}": value
+            name if name == FAILURES or "/depth_" in name else f"{prefix}/{name}": value
             for name, value in results.items()
         }
     return results

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from models.backbone import Backbone
 from models.base import Architecture, Carry, OptionsKey
 from models.flex import Kernel
-from models.layers import CastedEmbedding
 from models.losses import ACTLossHead
 from models.sparse_embedding import sparse_embeddings
 from utils.backend.tracing import Tracer
@@ -70,8 +69,8 @@ COUNTS = ("passes", "gradient_passes", "row_train_flops", "row_recomputed_flops"
 
 def count_parameters(model: Architecture) -> Parameters:
     """Count the parameters of a model on any device."""
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | CastedEmbedding)]
-    embeddings = _elements(tables)
+    tables = model.embeddings()
+    embeddings = sum(p.numel() for name, p in model.named_parameters() if name in tables)
     head = _elements([model.inner.lm_head]) if hasattr(model.inner, "lm_head") else 0
     identifiers = sum(embedding.weights.numel() for embedding in sparse_embeddings(model))
     return Parameters(

@@ -13,7 +13,6 @@ from models.base import Architecture, Batch, Carry, OptionsKey, options_key
 from models.layers import at_least_float32
 from models.terms.base import LoadBase, Seen, Term
 from models.token_losses import LOSSES
-from utils.backend.state import is_shard
 from utils.config.plugins import load_plugin, read_options
 from utils.config.schema import LossTermConfig
 from utils.core.errors import UserError
@@ -54,12 +53,12 @@ class ACTLossHead(nn.Module):
         self.config = ACTLossConfig(loss_type=loss_type, **options)
         self.loss_type = LOSSES[loss_type]
         self.terms = create_terms(self.config.terms)  # not modules: they train nothing
-        self._unused: dict[OptionsKey, list[str]] = {}
+        self._unused: dict[tuple[OptionsKey, frozenset[str]], list[str]] = {}
 
     @property
     def active_terms(self) -> list[Term]:
         """Return the terms of this mode, training or evaluation."""
-        return [term for term in self.terms if self.training or not term.training_only]
+        return [t for t in self.terms if t.ready and (self.training or not t.training_only)]
 
     def prepare(self, load_base: LoadBase) -> None:
         """Have every term load what it needs before training."""
@@ -130,7 +129,8 @@ class ACTLossHead(nn.Module):
             if result.loss is not None:
                 rows = torch.where(seen.valid, result.loss, 0)
                 total = total + term.config.weight * rows.sum()
-            metrics |= result.metrics
+            for name, metric in result.metrics.items():  # a term may be there twice
+                metrics[name if name not in metrics else f"{term.name}_{name}"] = metric
             memory |= {f"{term.name}/{name}": v.detach() for name, v in result.memory.items()}
             found |= result.outputs
         if "unrefined_token_nll" in return_keys and "unrefined_logits" in outputs:
@@ -173,12 +173,10 @@ class ACTLossHead(nn.Module):
         Such a parameter has gradient 0 then: with none at all DDP would raise, and weight decay
         would skip it. Which they are is looked up once for each set of options.
         """
-        if not total.requires_grad:
+        if not (self.training and total.requires_grad):
             return total
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if any(is_shard(p) for p in trained.values()):
-            return total  # FSDP needs no gradient of each; training fills them in
-        key = options_key(options)
+        key = options_key(options), frozenset(trained)
         if key not in self._unused:
             used = _leaves(total)
             self._unused[key] = [name for name, p in trained.items() if id(p) not in used]

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dataset.common import DatasetMetadata
 from models.build import create_model
+from models.cost import further_widths
 from models.inference.loading import cast_weights
 from models.losses import ACTLossHead
 from models.terms.kl_to_base import KLToBase
@@ -54,12 +55,17 @@ def make_step(
         )
         for part in tokens.split(micro_rows)
     ]
+    for batch in batches:
+        for name, width in further_widths(model).items():
+            batch[name] = torch.zeros_like(batch["inputs"][:, :width])
     state.carries = [model.initial_carry(batch) for batch in batches]
+    # of the step that computes most, as far as the numbers tell
+    options = dict(max(model.model.option_sets(), key=lambda key: sum(n for _, n in key)))
 
     def step() -> None:
         moved = [{key: value.clone() for key, value in batch.items()} for batch in batches]
         for i, batch in enumerate(moved):  # new tensors, as from a stream
-            carry, loss, *_ = model(return_keys=(), carry=state.carries[i], batch=batch)
+            carry, loss, *_ = model(return_keys=(), carry=state.carries[i], batch=batch, **options)
             state.carries[i] = carry
             (loss / rows).backward()
         state.clip_gradients(config.grad_clip_norm)

@@ -1,6 +1,5 @@
 """Load language models and weights from checkpoints."""
 
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -80,10 +79,8 @@ def load_language_model(
     head.model.inner.choose_attention(backend, trial=False)
     tokenizer = open_tokenizer(opened.folder / "tokenizer.json", metadata)
     names = opened.json("identifiers.json")
-    depth = None
-    if head.model.takes_depth:
-        progress = opened.json("state.json")["counters"].get("progress", 1.0)
-        depth = steps or head.model.eval_depth(progress)
+    progress = opened.json("state.json")["counters"].get("progress", 1.0)
+    depth = steps or head.model.eval_depth(progress)
     return LanguageModel(
         head, metadata, names, tokenizer, backend, checkpoint=opened, depth=depth, **options
     )
@@ -147,7 +144,11 @@ def build_model(
             stacklevel=2,
         )
     metadata = metadata or DatasetMetadata.model_validate_json(opened.text("dataset.json"))
-    return create_model(arch, metadata, batch_size=1, device=device), metadata
+    head = create_model(arch, metadata, batch_size=1, device=device)
+    one = head.model.max_steps == head.model.eval_depth() == 1 and not head.model.takes_depth
+    if one and steps not in (None, 1):
+        raise UserError(f"steps={steps}, but {arch.name} has one step: leave it out")
+    return head, metadata
 
 
 def fitting_weights(
@@ -252,13 +253,10 @@ def depth_options(
     arch: dict[str, Any], steps: int | None, refinement: int | None
 ) -> dict[str, Any]:
     """Return options of the architecture that make all rows and tokens run as many steps."""
-    architecture: Any = load_class(arch["name"])
-    fields = architecture.Config.model_fields
+    fields = load_class(arch["name"]).Config.model_fields  # type: ignore[attr-defined]
     if "eval_halting" not in fields:
-        loops = "depth" in inspect.signature(architecture.forward).parameters
-        for name, value in (("steps", None if loops else steps), ("refinement", refinement)):
-            if value not in (None, 1 if name == "steps" else 0):
-                raise UserError(f"{name}={value}, but {arch['name']} has one step: leave it out")
+        if refinement:
+            raise UserError(f"refinement={refinement}, but {arch['name']} has none: leave it out")
         return {}
     found: dict[str, Any] = {}
     if steps is not None:

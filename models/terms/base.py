@@ -101,7 +101,8 @@ class Term:
     needs: ClassVar[frozenset[str]] = frozenset()
     """Outputs of the architecture that it reads, without which it cannot work."""
     needs_data: ClassVar[frozenset[str]] = frozenset()
-    """Arrays per token that the corpus must have, such as `reasoning_labels`."""
+    """Arrays per token that the corpus must have; the one that a corpus can have is
+    `reasoning_labels`."""
     arch_options: ClassVar[Mapping[str, Any]] = {}
     """Options that the architecture must have for it; they take the place of `auto`."""
     training_only: ClassVar[bool] = False
@@ -121,6 +122,11 @@ class Term:
 
     def prepare(self, load_base: LoadBase, arch: Any) -> None:
         """Load what it needs, once, before training. Default: nothing."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has what it needs; the head skips it until then. Default: always."""
+        return True
 
     def models(self) -> list[nn.Module]:
         """Return the frozen models that it runs. Default: none."""

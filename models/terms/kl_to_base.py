@@ -42,8 +42,12 @@ class KLToBase(Term):
     saves_memory = False
     flat_keys = {"kl_to": "base", "kl_weight": "weight"}
 
-    base: Architecture
+    base: Any = None  # an Architecture, once there is one
     base_probabilities: SoftmaxLogits
+
+    @property
+    def ready(self) -> bool:
+        return self.base is not None
 
     def prepare(self, load_base: LoadBase, arch: Any) -> None:
         key = f"arch.loss.terms.{self.name}.base"
@@ -68,7 +72,7 @@ class KLToBase(Term):
         self.base_probabilities = probabilities
 
     def models(self) -> list[nn.Module]:
-        return [self.base]
+        return [self.base] if self.ready else []
 
     @property
     def steps(self) -> int:
@@ -97,8 +101,10 @@ class KLToBase(Term):
         Rows without any start; rows that have had all steps of the base keep their latents. The
         data are the rows' own.
         """
-        waiting = (done == 0) | (done >= self.steps)
-        carry, outputs = self.base(Carry(z, done, waiting, data), data)
+        options = {"depth": self.base.eval_depth()} if self.base.takes_depth else {}
+        carry, outputs = self.base(
+            Carry(z, done, (done == 0) | (done >= self.steps), data), data, **options
+        )
         return carry.latents, outputs["logits"]
 
 

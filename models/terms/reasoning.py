@@ -13,6 +13,7 @@ class Reasoning(Term):
 
     needs = frozenset({"reasoning_logits"})
     needs_data = frozenset({"reasoning_labels"})
+    training_only = True
     arch_options = {"enable_reasoning_stream": True}
     flat_keys = {"reasoning_loss_weight": "weight"}
 

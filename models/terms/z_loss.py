@@ -1,5 +1,6 @@
 """z-loss: keep the logits' normalizer near 1."""
 
+from pydantic import Field
 from torch import Tensor
 
 from models.terms.base import Result, Seen, Term, TermConfig
@@ -9,7 +10,7 @@ from models.token_losses import by_tokens
 class ZLossConfig(TermConfig):
     """Options of `ZLoss`."""
 
-    weight: float = 1e-4
+    weight: float = Field(1e-4, ge=0, allow_inf_nan=False, description="factor on log² Z")
 
 
 class ZLoss(Term):

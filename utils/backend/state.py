@@ -136,8 +136,3 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str
 def scalar(value: Tensor) -> Tensor:
     """Return a norm over sharded gradients as a plain tensor, the same on all ranks."""
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def is_shard(parameter: Tensor) -> bool:
-    """Return whether this rank holds a part of the parameter alone."""
-    return isinstance(parameter, DTensor)

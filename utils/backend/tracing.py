@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 from utils.backend.cpu import CPUBackend
-from utils.core.errors import UserError
+from utils.core.errors import UserError, first_line
 
 aten = torch.ops.aten
 # Fused attention on a CPU, which torch's own counter does not know: products of the size of all
@@ -90,6 +90,12 @@ class Tracer(TorchDispatchMode):
                 f"the model cannot be traced without running it: {error} depends on the values of "
                 "a tensor; replace it by an operation of a fixed shape, such as torch.where"
             ) from None
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            # what fails for real as well fails again in the first step, with its own message
+            raise Untraceable(
+                f"the model cannot be traced without running it: {type(error).__name__}: "
+                f"{first_line(error)}"
+            ) from error
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is aten._local_scalar_dense.default:

@@ -47,6 +47,8 @@ def apply_trained_config(cfg: DictConfig, overrides: Sequence[str] | None = None
     file = source / "config.yaml"
     if overrides is None:
         overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    # scripts pass on what was written; Hydra's own list has whole names
+    overrides = [re.sub(r"^([+~]*)loss\.", r"\1arch.loss.", override) for override in overrides]
     named = {re.split("[/=]", override.lstrip("+~"))[0] for override in overrides}
     if not file.is_file() or named & {"experiment", "debug"}:
         return cfg

@@ -78,17 +78,27 @@ def gather_terms(loss: Mapping[str, Any]) -> dict[str, Any]:
         return found
     if "terms" not in getattr(known, "model_fields", {}):
         return found
-    terms = found.get("terms")
-    terms = {"halting": {}} | (dict(terms) if isinstance(terms, Mapping) else {})
+    explicit = found.get("terms") or {}
+    if not isinstance(explicit, Mapping):
+        return found  # reported with its type
+    terms: dict[str, Any] = {"halting": {}} | dict(explicit)
     for name in short_names(LossTermConfig.PREFIX):
         flat = load_plugin(LossTermConfig.model_construct(name=name)).flat_keys
         given = {option: found.pop(key) for key, option in flat.items() if key in found}
-        if given and given.get("weight", 1) not in (0, None):
-            terms[name] = {**(terms.get(name) or {}), **given}
-        elif "weight" in given and all(not value for value in given.values()):
-            terms.pop(name, None)
-        elif given:  # incomplete, such as a base without a weight
-            terms[name] = {k: v for k, v in given.items() if v}
+        if not given:
+            continue
+        absent = "weight" in given and all(not value for value in given.values())
+        if (absent and explicit.get(name)) or (name in explicit and explicit[name] is None):
+            keys = ", ".join(f"arch.loss.{key}" for key in flat)
+            raise UserError(
+                f"arch.loss.terms.{name}={explicit[name]} clashes with an older key for the same "
+                f"({keys}): leave one of them out"
+            )
+        if absent:
+            continue
+        # a base whose weight is 0 lacks one
+        own = {k: v for k, v in given.items() if v is not None and (k != "weight" or v)}
+        terms[name] = {**(terms.get(name) or {}), **own}
     return found | {"terms": terms}
 
 

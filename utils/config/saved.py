@@ -115,7 +115,8 @@ def changed_keys(
     before, now = _flatten(old), _flatten(_complete_plugins(dump_config(config))[0])
     changed: dict[str, tuple[Any, Any]] = {}
     for key in sorted(before.keys() | now.keys()):
-        names = {key, key.split(".")[0]}
+        parts = key.split(".")
+        names = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
         if names & changed.keys():
             continue  # options of a plug-in that was replaced
         given = {rules.get(name) for name in names}

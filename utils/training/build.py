@@ -100,7 +100,8 @@ def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path
     micro_rows, plan = choose_micro_batch_rows(config, backend, model, data, resumed)
     model.to(backend.device)
     state = create_train_state(config, model, backend=backend)
-    if plan is not None and backend.tries_sizes and config.parallel != "fsdp":
+    tries = backend.tries_sizes and config.parallel != "fsdp" and not config.eval_only
+    if plan is not None and tries:
         micro_rows = try_rows(plan, state, backend, micro_rows)
     micro_batches = rows // micro_rows
     stream = create_stream(config, model, data, backend, micro_batches)

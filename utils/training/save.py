@@ -49,7 +49,7 @@ class Saver:
         }
         # Read now: they may be changed or deleted while the run is in progress.
         self.files = {name: text.encode() for name, text in texts.items()}
-        for name, path in source_files(state.model.modules()).items():
+        for name, path in source_files([*state.model.modules(), *state.model.terms]).items():
             self.files[f"source/{name}"] = path.read_bytes()
         if tokenizer is not None:
             self.files[tokenizer.name] = tokenizer.read_bytes()

@@ -112,13 +112,6 @@ class TrainState:
             for o in self.optimizers
         }
 
-    def fill_missing_gradients(self) -> None:
-        """Give a gradient of 0 to sharded parameters that the step did not use: else their decay
-        would differ from one rank's."""
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-
     def clip_gradients(self, max_norm: float | None) -> Tensor | None:
         """Clip the gradients to `max_norm`, if there is one; return their norm before that."""
         if not self.parameters:
