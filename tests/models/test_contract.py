@@ -179,3 +179,16 @@ def test_every_set_of_options_is_compiled_before_the_first_step(
     assert sorted(options["depth"] for options in seen) == [1, 2, 3, 4]
     losses = metrics_of(plain, "train/lm_loss")
     assert metrics_of(compiled, "train/lm_loss") == pytest.approx(losses, rel=1e-9)
+
+
+def test_a_model_that_cannot_be_traced_trains_all_the_same(looped, text_corpus, run_training):
+    real = looped.forward
+
+    def forward(self, carry, batch, depth):
+        assert torch.equal(carry.halted, carry.halted.clone())  # asks for values
+        return real(self, carry, batch, depth)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="FLOPs"):
+        patch.setattr(looped, "forward", forward)
+        run = run_training(text_corpus, "run", *RUN, "max_steps=1", "eval_depths=[]")
+    assert metrics_of(run, "train/flops_per_s") == [0]

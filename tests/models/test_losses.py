@@ -187,3 +187,15 @@ def test_halt_targets(halt_target, targets):
     _, _, metrics, _, _ = replay({"target": halt_target, "plateau_threshold": 0.01}, last)
     expected = bce(3.0, targets[0]) + bce(-2.0, targets[1])
     assert metrics["q_halt_loss"][0].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_terms_that_lack_something_are_left_out_of_an_evaluation():
+    """A base is loaded for training alone, and scored texts bring no reasoning labels."""
+    terms = {"kl": {"base": "nowhere", "weight": 1.0}, "reasoning": {}}
+    plain, loss = (replay(training=False, **given)[1] for given in ({}, terms))
+    assert plain == loss
+
+
+def test_a_term_that_is_there_twice_has_two_metrics():
+    _, _, metrics, _, _ = replay(z_loss={}, more={"name": "z_loss", "weight": 0.5})
+    assert metrics["z_loss"][0] == metrics["more_z_loss"][0]

@@ -451,3 +451,22 @@ def test_a_missing_package_is_named_and_a_bug_is_not_hidden(tmp_path, monkeypatc
         load_class("needs@X", "evaluators.")
     with pytest.raises(ModuleNotFoundError, match="surely_not_there"):
         load_class("buggy@X", "evaluators.")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["loss.terms.halting=null", "loss.halt_target=budget"],
+        ["loss.terms.label_smoothing.weight=0.3", "loss.label_smoothing=0"],
+    ],
+)
+def test_older_keys_of_the_loss_that_clash_with_its_terms_are_refused(overrides):
+    with pytest.raises(UserError, match=r"arch\.loss\.terms\.\w+=.* clashes"):
+        load_config(compose_config([*overrides, "data_paths=[x]"]))
+
+
+def test_a_term_s_options_are_checked():
+    with pytest.raises(UserError, match=r"z_loss\.weight must be at least 0.*, got -1"):
+        load_config(compose_config(["loss.terms.z_loss.weight=-1", "data_paths=[x]"]))
+    with pytest.raises(UserError, match=r"arch\.loss\.terms"):
+        load_config(compose_config(["arch.loss.terms=7", "data_paths=[x]"]))
