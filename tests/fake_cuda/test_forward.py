@@ -63,7 +63,8 @@ def two_steps(head: ACTLossHead) -> None:
     for _ in range(2):
         keys = ("preds", "token_nll", "logits")
         carry, loss, metrics, found, done = head(return_keys=keys, carry=carry, batch=batch(CUDA))
-        tensors = {"loss": loss, "all halted": done, **metrics, **found}
+        sums = {f"{name} {i}": t for name, pair in metrics.items() for i, t in enumerate(pair)}
+        tensors = {"loss": loss, "all halted": done, **sums, **found}
         assert {name for name, t in tensors.items() if t.device != CUDA} == set()
         assert found["preds"].shape == (ROWS, LENGTH)
     assert {z.device for z in (*carry.latents.values(), carry.halted)} == {CUDA}
