@@ -105,7 +105,7 @@ def test_it_needs_no_cache_of_the_user(checkpoint, tmp_path):
             env=os.environ | {"HOME": nowhere, "HF_HOME": nowhere, "OMP_NUM_THREADS": "1"} | more,
         encoding="utf-8")  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert ("was not tried out" in done.stdout) == bool(more)
+        assert ("was not tested" in done.stdout) == bool(more)
         assert (output / "model.safetensors").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "not tried", "tried"]
 

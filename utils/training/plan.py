@@ -243,7 +243,10 @@ class MemoryPlan:
 
     def _create_state(self) -> TrainState:
         """Return a state that has taken a step: with gradients, moments and averages."""
-        whole = self.config.model_copy(update={"parallel": "ddp"})
+        named = self.config.optimizer
+        if named.options.get("fused"):  # a kernel of the device, which fake tensors do not have
+            named = named.model_copy(update={"fused": False})
+        whole = self.config.model_copy(update={"parallel": "ddp", "optimizer": named})
         state = create_train_state(whole, self.head, backend=Replica())
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
