@@ -161,7 +161,9 @@ class MemoryPlan:
         sizes = [n for n in range(1, self.rows + 1) if self.rows % n == 0]
         if len(sizes) == 1 or not self.fits(1, free):
             return 1
-        low, high = 0, len(sizes)  # sizes[low] fits, sizes[high] does not
+        # n rows at once take at most n times what one takes, which needs no trace
+        sure = sum(n * self.total(1) < FILLED * free for n in sizes)
+        low, high = max(0, sure - 1), len(sizes)  # sizes[low] fits, sizes[high] does not
         tried = 1
         while high - low > 1:
             # where the line through what is known meets the limit; memory grows nearly evenly
