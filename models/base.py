@@ -158,6 +158,17 @@ class Architecture(nn.Module):
         ]
         return {key: count / len(draws) for key, count in Counter(draws).items()}
 
+    @classmethod
+    def fix_depth(
+        cls, options: Mapping[str, Any], steps: int | None, refinement: int | None
+    ) -> dict[str, Any]:
+        """Return the changes to `options` of the `Config` that make every row of an evaluation
+        run equally deep. Default: none; depth does not depend on the row.
+
+        steps: ACT steps; None: as configured. refinement: passes after them; None: as configured.
+        """
+        return {}
+
     def notes(self) -> list[str]:
         """Return sentences that a user should read at the start of a run. Default: none."""
         return []

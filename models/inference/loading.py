@@ -133,7 +133,10 @@ def build_model(
     refinement: passes after them; None: as configured. metadata: of another corpus to use it on.
     """
     saved = saved_arch(opened)
-    saved |= depth_options(saved, steps, refinement)
+    changes = fix_depth(saved, steps, refinement)
+    if refinement and not changes:
+        raise UserError(f"refinement={refinement}, but {saved['name']} has none: leave it out")
+    saved |= changes
     if forward_dtype is not None:
         saved["forward_dtype"] = forward_dtype
     arch, gone = read_arch(saved)
@@ -249,18 +252,6 @@ def usable_dtype(arch: dict[str, Any], backend: Backend) -> str:
     return backend.usable_dtype(arch.get("forward_dtype", fields["forward_dtype"].default))
 
 
-def depth_options(
-    arch: dict[str, Any], steps: int | None, refinement: int | None
-) -> dict[str, Any]:
-    """Return options of the architecture that make all rows and tokens run as many steps."""
-    fields = load_class(arch["name"]).Config.model_fields  # type: ignore[attr-defined]
-    if "eval_halting" not in fields:
-        if refinement:
-            raise UserError(f"refinement={refinement}, but {arch['name']} has none: leave it out")
-        return {}
-    found: dict[str, Any] = {}
-    if steps is not None:
-        found = {"eval_halting": "fixed", "eval_steps": steps}
-    elif arch.get("eval_halting") != "fixed":
-        found = {"eval_halting": "max"}
-    return found if refinement is None else found | {"post_refinement_steps": refinement}
+def fix_depth(arch: dict[str, Any], steps: int | None, refinement: int | None) -> dict[str, Any]:
+    """Return `Architecture.fix_depth` of the options of an architecture, its name among them."""
+    return load_class(arch["name"]).fix_depth(arch, steps, refinement)  # type: ignore[attr-defined]

@@ -6,8 +6,9 @@ z_H carries the answer, z_L the working state. After Tiny Recursive Models (Joli
 Shape letters: B rows, S tokens, P prefix positions, D hidden, V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -248,6 +249,17 @@ class AthenaTRM(Architecture):
         explores = (coin >> np.uint64(11)) * 2.0**-53 < chance
         demanded = np.where(explores, 2 + steps % np.uint64(most - 1), 0)
         return {"explore": demanded.astype(np.int32)}
+
+    @classmethod
+    def fix_depth(
+        cls, options: Mapping[str, Any], steps: int | None, refinement: int | None
+    ) -> dict[str, Any]:
+        changes: dict[str, Any] = {}
+        if steps is not None:
+            changes = {"eval_halting": "fixed", "eval_steps": steps}
+        elif options.get("eval_halting") != "fixed":
+            changes = {"eval_halting": "max"}
+        return changes if refinement is None else changes | {"post_refinement_steps": refinement}
 
     def notes(self) -> list[str]:
         if not self.config.post_refinement_steps or self.config.post_refinement_train:

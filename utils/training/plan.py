@@ -24,7 +24,7 @@ from models.cost import (
     trace,
 )
 from models.flex import Kernel, attention_kernel
-from models.inference.loading import build_base, cast_weights, depth_options
+from models.inference.loading import build_base, cast_weights, fix_depth
 from models.losses import ACTLossHead
 from utils.backend.tracing import Replica, Untraceable
 from utils.checkpoint.format import Checkpoint, checkpoint_in
@@ -48,7 +48,7 @@ def build_untrained(arch: ArchConfig, metadata: DatasetMetadata) -> ACTLossHead:
             base = build_base(Checkpoint(checkpoint_in(Path(path))), metadata, device="meta")
         except UserError:
             whole = arch.model_dump()
-            fixed = depth_options(whole, None, refinement=0)
+            fixed = fix_depth(whole, None, refinement=0)
             base = create_model(
                 ArchConfig.model_validate(whole | fixed), metadata, batch_size=1, device="meta"
             )
