@@ -255,6 +255,16 @@ class Backbone(nn.Module):
         """Apply the output head to tokens only. z: (B, P+S, D). Returns (B, S, V)."""
         return self.predict(z[:, self.config.prefix_len :])
 
+    @property
+    def output_weight(self) -> Tensor | None:
+        """Return the matrix of the output head, (V, D); None if a subclass has another head."""
+        if type(self).predict is not Backbone.predict:
+            return None
+        if self.config.tie_embeddings:
+            return self.embed_tokens.embedding_weight
+        plain = type(self.lm_head) is CastedLinear and self.lm_head.bias is None
+        return self.lm_head.weight if plain else None
+
     def predict(self, z: Tensor) -> Tensor:
         """Apply the output head. z: (..., D). Returns (..., V)."""
         if self.config.tie_embeddings:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from dataset.common import IGNORE_LABEL_ID
-from models.base import Architecture, Batch, Carry, OptionsKey, options_key
+from models.base import Architecture, Batch, Carry, OptionsKey, Outputs, options_key
 from models.layers import at_least_float32
-from models.terms.base import LoadBase, Seen, Term
+from models.linear_loss import LinearLoss, linear_loss
+from models.terms.base import LoadBase, Seen, Term, TokenTerm
 from models.token_losses import LOSSES
 from utils.config.plugins import load_plugin, read_options
 from utils.config.schema import LossTermConfig
@@ -46,6 +48,11 @@ class ACTLossHead(nn.Module):
     """
 
     Config = ACTLossConfig
+    fused = True
+    """Whether output head and token loss run as one, without the logits of a whole batch, where
+    nothing else reads these."""
+    compiled = False
+    """Whether that loss runs through torch.compile."""
 
     def __init__(self, model: Architecture, loss_type: str, **options: Any):
         super().__init__()
@@ -107,22 +114,22 @@ class ACTLossHead(nn.Module):
         carry, outputs = self.model(carry=carry, batch=batch, **options)
         data = carry.current_data
         labels = data["labels"]
-        mask = labels != IGNORE_LABEL_ID
-        scored = self.score(outputs["logits"], labels)
+        scored, total, token_values = self._score(outputs, labels, return_keys)
         seen = Seen(
             outputs=outputs,
             data=data,
             carry=carry,
             memory={},
-            mask=mask,
+            mask=scored["mask"],
             valid=scored["valid"],
-            row_loss=scored["row_loss"],
+            row_loss=scored["row_loss"].detach(),
             exact=scored["row_exact"],
             loss_type=self.loss_type,
             training=self.training,
+            token_values=token_values,
         )
         found = dict(outputs) | scored | {"steps": carry.steps}
-        total, metrics = seen.row_loss.sum(), _metrics(seen, found["row_accuracy"])
+        metrics = _metrics(seen, found["row_accuracy"])
         memory: Batch = {}
         for term in self.active_terms:
             result = self._ask(term, seen)
@@ -135,23 +142,71 @@ class ACTLossHead(nn.Module):
             found |= result.outputs
         if "unrefined_token_nll" in return_keys and "unrefined_logits" in outputs:
             found["unrefined_token_nll"] = self.loss_type.cross_entropy(
-                outputs["unrefined_logits"], labels, valid_mask=mask
+                outputs["unrefined_logits"], labels, valid_mask=seen.mask
             )
         kept = {k: (found | data)[k].detach() for k in return_keys if k in found or k in data}
         carry = replace(carry, memory=memory)
         return carry, self._use_all(total, options), metrics, kept, carry.halted.all()
 
+    def _score(
+        self, outputs: Batch, labels: Tensor, return_keys: Sequence[str]
+    ) -> tuple[Batch, Tensor, dict[str, Tensor]]:
+        """Compare a step's outputs with labels (B, S).
+
+        Returns figures as `score` does, the token loss summed over rows, and the values of the
+        terms that it includes, (B, S) by name.
+        """
+        terms = [term for term in self.active_terms if isinstance(term, TokenTerm)]
+        others = [term for term in self.active_terms if term not in terms]
+        asked = set(return_keys).union(*(term.needs for term in others))
+        fusible = self.fused and "readout" in outputs and "logits" not in asked
+        weight = self.model.inner.output_weight if fusible else None
+        if weight is None:
+            scored = self.score(outputs["logits"], labels)
+            return scored, scored["row_loss"].sum(), {}
+        found = self._score_readout(outputs["readout"], weight, labels, terms)
+        values = {
+            term.name: value.view_as(labels) for term, value in zip(terms, found.terms, strict=True)
+        }
+        return self._rows(found.preds, found.nll, labels), found.total, values
+
+    def _score_readout(
+        self, readout: Tensor, weight: Tensor, labels: Tensor, terms: Sequence[TokenTerm]
+    ) -> LinearLoss:
+        """Compare what the output head reads, (B, S, D), with labels (B, S)."""
+        mask = labels != IGNORE_LABEL_ID
+        wide = torch.promote_types(readout.dtype, torch.float32)
+        scale = mask.to(wide) / mask.sum(-1, keepdim=True).clamp_min(1)
+        return linear_loss(
+            readout.flatten(0, 1),
+            weight,
+            torch.where(mask, labels, 0).long().flatten(),
+            scale.flatten(),
+            self.loss_type,
+            terms=[
+                (term.config.weight, partial(term.of_tokens, loss_type=self.loss_type))
+                for term in terms
+            ],
+            compiled=self.compiled,
+        )
+
     def score(self, logits: Tensor, labels: Tensor) -> Batch:
         """Compare logits (B, S, V) with labels (B, S): preds and token_nll (B, S), and per row (B,)
         valid, row_loss, row_accuracy, row_exact."""
         mask = labels != IGNORE_LABEL_ID
-        counts = mask.sum(-1)
-        with torch.no_grad():
-            preds = logits.argmax(-1)
-            correct = (mask & (preds == labels)).sum(-1)
         token_nll = self.loss_type.cross_entropy(logits, labels, valid_mask=mask)
+        return self._rows(logits.argmax(-1), token_nll, labels)
+
+    def _rows(self, preds: Tensor, token_nll: Tensor, labels: Tensor) -> Batch:
+        """Return figures of rows. preds, token_nll: in the order of labels (B, S)."""
+        mask = labels != IGNORE_LABEL_ID
+        counts = mask.sum(-1)
         divisor = counts.clamp_min(1)
+        preds = preds.view_as(labels)
+        token_nll = torch.where(mask, token_nll.view_as(labels), 0)
+        correct = (mask & (preds == labels)).sum(-1)
         return {
+            "mask": mask,
             "preds": preds,
             "token_nll": token_nll,
             "valid": counts > 0,
@@ -165,7 +220,9 @@ class ACTLossHead(nn.Module):
         """Compare a batch's labels with the answer at this depth from the start; as `score`."""
         inner = self.model.inner
         answer = inner.answer(inner.embed(batch), inner.sequence_info(batch), depth)
-        return self.score(inner.logits(answer), batch["labels"])
+        readout = answer[:, self.model.config.prefix_len :]
+        outputs = Outputs(inner.predict, readout=readout)
+        return self._score(outputs, batch["labels"], ())[0]
 
     def _use_all(self, total: Tensor, options: Mapping[str, int]) -> Tensor:
         """Return the loss with 0 times every trained parameter that the step does not use.
@@ -185,7 +242,8 @@ class ACTLossHead(nn.Module):
         return total
 
     def _ask(self, term: Term, seen: Seen) -> Any:
-        if lacking := sorted(term.needs - seen.outputs.keys()):
+        given = {"logits", *seen.outputs} if "readout" in seen.outputs else set(seen.outputs)
+        if lacking := sorted(term.needs - given):
             raise UserError(
                 f"arch.loss.terms.{term.name} reads {', '.join(lacking)}, which "
                 f"{type(self.model).__name__} does not give; it gives {', '.join(seen.outputs)}"

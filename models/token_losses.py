@@ -110,16 +110,59 @@ def softmax_cross_entropy(
     return _cross_entropy(_softmax_nll, logits, labels, ignore_index, valid_mask)
 
 
+Rows = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+"""(logits (T, V), labels (T,), scale (T,), graded) -> loss and argmax, (T,) each. If `graded`, the
+gradient of Σ scale · loss takes the place of the logits."""
+
+
+def _stablemax_rows(
+    logits: Tensor, labels: Tensor, scale: Tensor, graded: bool
+) -> tuple[Tensor, Tensor]:
+    """See `Rows`; the maths is that of `_StablemaxNLL`."""
+    preds, at = logits.argmax(-1), labels.unsqueeze(-1)
+    x = at_least_float32(logits)
+    positive, grown = x >= 0, x.abs() + 1
+    slope = grown.reciprocal()
+    total = torch.where(positive, grown, slope).sum(-1)
+    label_logit = _pick(x, labels)
+    if graded:
+        factor, label_slope = scale / total, _pick(slope, labels)
+        label_grad = factor * torch.where(label_logit < 0, label_slope.square(), 1)
+        logits.copy_(torch.where(positive, 1, slope.square()) * factor.unsqueeze(-1))
+        label_grad = (label_grad - scale * label_slope).to(logits.dtype)
+        logits.scatter_(-1, at, label_grad.unsqueeze(-1))
+    return total.log() - log_stable_s(label_logit), preds
+
+
+def _softmax_rows(
+    logits: Tensor, labels: Tensor, scale: Tensor, graded: bool
+) -> tuple[Tensor, Tensor]:
+    """See `Rows`."""
+    preds, at = logits.argmax(-1), labels.unsqueeze(-1)
+    x = at_least_float32(logits)
+    label_logit, most = _pick(x, labels), x.amax(-1)
+    grown = (x - most.unsqueeze(-1)).exp()
+    total = grown.sum(-1)
+    nll = total.log() + (most - label_logit)  # the difference first: large logits cancel
+    if graded:
+        logits.copy_(grown * (scale / total).unsqueeze(-1))
+        label_grad = (scale * torch.expm1(-nll)).to(logits.dtype)
+        logits.scatter_(-1, at, label_grad.unsqueeze(-1))
+    return nll, preds
+
+
 class LossType(NamedTuple):
-    """cross_entropy: see above. softmax_logits: logits whose softmax are the probabilities."""
+    """cross_entropy: see above. softmax_logits: logits whose softmax are the probabilities.
+    rows: the loss with its gradient in one; None: by autograd."""
 
     cross_entropy: Callable[..., Tensor]
     softmax_logits: SoftmaxLogits
+    rows: Rows | None = None
 
 
 LOSSES = {
-    "stablemax_cross_entropy": LossType(stablemax_cross_entropy, log_stable_s),
-    "softmax_cross_entropy": LossType(softmax_cross_entropy, at_least_float32),
+    "stablemax_cross_entropy": LossType(stablemax_cross_entropy, log_stable_s, _stablemax_rows),
+    "softmax_cross_entropy": LossType(softmax_cross_entropy, at_least_float32, _softmax_rows),
 }
 
 

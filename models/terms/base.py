@@ -5,6 +5,7 @@ A term imports nothing above `models/`. It has no trained weights.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from models.base import Carry
-from models.token_losses import LossType
+from models.token_losses import LossType, by_tokens
 from utils.monitoring.metrics import Metric
 
 
@@ -35,10 +36,12 @@ class Seen:
         memory: what this term returned of these rows in the step before, or made by `begin`.
         mask: (B, S) bool, positions with a label.
         valid: (B,) bool, rows with a label; others enter neither loss nor metric.
-        row_loss: (B,) nats per label of the row, with gradient.
+        row_loss: (B,) nats per label of the row, without gradient; a term that needs one reads
+            logits.
         exact: (B,) bool, whether every label of the row is predicted.
         loss_type: the token loss, and the map from logits to probabilities that goes with it.
         training: False in evaluation.
+        token_values: (B, S) by name of the term, of each `TokenTerm` whose loss is counted already.
     """
 
     outputs: Mapping[str, Tensor]
@@ -51,6 +54,7 @@ class Seen:
     exact: Tensor
     loss_type: LossType
     training: bool
+    token_values: Mapping[str, Tensor] = field(default_factory=dict)
 
     def mean_over_tokens(self, values: Tensor) -> Tensor:
         """Return the mean of (B, S) values over each row's labels, (B,); 0 without a label."""
@@ -142,3 +146,29 @@ class Term:
     def __call__(self, seen: Seen) -> Result:
         """Return loss, metrics and memory of a step."""
         raise NotImplementedError
+
+
+class TokenTerm(Term):
+    """A term that is a function of a token's logits and label, averaged over a row's labels.
+
+    A subclass defines `of_tokens` and names its `metric`. The head can compute it together with
+    the token loss, without the logits of the whole batch.
+    """
+
+    needs = frozenset({"logits"})
+    training_only = True
+    metric: ClassVar[str]
+
+    def of_tokens(self, logits: Tensor, labels: Tensor, loss_type: LossType) -> Tensor:
+        """Return the loss of tokens (T,). logits: (T, V). labels: (T,), any where there is none."""
+        raise NotImplementedError
+
+    def __call__(self, seen: Seen) -> Result:
+        values = seen.token_values.get(self.name)
+        if values is not None:
+            mean = seen.mean_over_tokens(values)
+            return Result(None, {self.metric: seen.over_rows(mean)})
+        labels = seen.data["labels"].long().where(seen.mask, 0)
+        of_tokens = partial(self.of_tokens, loss_type=seen.loss_type)
+        loss = seen.mean_over_tokens(by_tokens(of_tokens, seen.outputs["logits"], labels))
+        return Result(loss, {self.metric: seen.over_rows(loss)})

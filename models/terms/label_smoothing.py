@@ -3,8 +3,8 @@
 from pydantic import Field
 from torch import Tensor
 
-from models.terms.base import Result, Seen, Term, TermConfig
-from models.token_losses import by_tokens
+from models.terms.base import TermConfig, TokenTerm
+from models.token_losses import LossType
 
 
 class LabelSmoothingConfig(TermConfig):
@@ -13,7 +13,7 @@ class LabelSmoothingConfig(TermConfig):
     weight: float = Field(0.1, ge=0, lt=1, description="share that is spread over all tokens")
 
 
-class LabelSmoothing(Term):
+class LabelSmoothing(TokenTerm):
     """The difference that smoothed labels make: log p(label) − mean over tokens v of log p(v).
 
     With the weight ε the loss per label is that of the target (1 − ε) · one-hot + ε · uniform
@@ -21,15 +21,9 @@ class LabelSmoothing(Term):
     """
 
     Config = LabelSmoothingConfig
-    needs = frozenset({"logits"})
-    training_only = True
+    metric = "label_smoothing_loss"
     flat_keys = {"label_smoothing": "weight"}
 
-    def __call__(self, seen: Seen) -> Result:
-        def gap(logits: Tensor, labels: Tensor) -> Tensor:
-            scores = seen.loss_type.softmax_logits(logits)  # log p but for a constant
-            return scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - scores.mean(-1)
-
-        labels = seen.data["labels"].long().where(seen.mask, 0)
-        loss = seen.mean_over_tokens(by_tokens(gap, seen.outputs["logits"], labels))
-        return Result(loss, {"label_smoothing_loss": seen.over_rows(loss)})
+    def of_tokens(self, logits: Tensor, labels: Tensor, loss_type: LossType) -> Tensor:
+        scores = loss_type.softmax_logits(logits)  # log p but for a constant
+        return scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - scores.mean(-1)

@@ -292,6 +292,7 @@ def create_train_state(
     if config.freeze_weights:
         model.requires_grad_(False)
     if backend.compiles(config.compile):
+        model.compiled = True
         raise_recompile_limit()
         for module, method in model.model.regions():
             _compile(module, method)

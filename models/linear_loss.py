@@ -1,0 +1,173 @@
+"""The output head and the token loss as one, for a part of the tokens at a time.
+
+The logits (T, V) of a batch are its largest tensor. Here they never exist as a whole: each part of
+them gives its losses, its predictions, and, while it is still in the cache, its share of the
+gradients of hidden states and weight. The backward pass then only scales these.
+
+Shape letters: T tokens, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.token_losses import LossType
+
+_PART_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
+"""Logits that exist at once, by type of device."""
+_CACHED_ELEMENTS = 1 << 18
+"""Logits that an uncompiled loss handles at once on a CPU: they stay in a core's cache."""
+
+TokenTerm = Callable[[Tensor, Tensor], Tensor]
+"""A further loss per token, (T,), of logits (T, V) and labels (T,)."""
+
+
+class LinearLoss(NamedTuple):
+    """total: Σ scale · loss over tokens, with a gradient for hidden states and weight. Without
+    one, per token (T,): nll in nats, preds, and the values of each further term."""
+
+    total: Tensor
+    nll: Tensor
+    preds: Tensor
+    terms: tuple[Tensor, ...] = ()
+
+
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    loss_type: LossType,
+    *,
+    terms: Sequence[tuple[float, TokenTerm]] = (),
+    compiled: bool = False,
+) -> LinearLoss:
+    """Return the losses of the logits hidden @ weight.T.
+
+    The products run in the dtype of `hidden`, the loss in at least float32.
+
+    Args:
+        hidden: (T, D). weight: (V, D), any floating dtype.
+        labels: (T,) integers below V; tokens without a label have any, and the scale 0.
+        scale: (T,), factor of each token's loss in the total; has no gradient.
+        terms: further losses with their factors, the same for all tokens.
+        compiled: run the loss of a part through torch.compile; not for further terms.
+    """
+    graded = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total, nll, preds, *values = _LinearLoss.apply(
+        hidden, weight, labels, scale, loss_type, tuple(terms), compiled, graded
+    )
+    return LinearLoss(total, nll, preds, tuple(values))
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        scale: Tensor,
+        loss_type: LossType,
+        terms: tuple[tuple[float, TokenTerm], ...],
+        compiled: bool,
+        graded: bool,
+    ):
+        cast = weight.to(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        ctx.set_materialize_grads(False)
+        grad_hidden = torch.empty_like(hidden) if graded and ctx.needs_input_grad[0] else None
+        grad_weight = None
+        found: list[tuple[Tensor, ...]] = []
+        for places in _parts(len(hidden), len(weight), _PART_ELEMENTS.get(hidden.device.type)):
+            part = hidden[places]
+            logits = F.linear(part, cast)
+            found.append(
+                _losses(logits, labels[places], scale[places], loss_type, terms, compiled, graded)
+            )  # from here on `logits` are their gradient
+            if grad_hidden is not None:
+                torch.mm(logits, cast, out=grad_hidden[places])
+            if graded and ctx.needs_input_grad[1]:
+                product = (logits.T @ part).to(wide)
+                grad_weight = product if grad_weight is None else grad_weight.add_(product)
+        nll, preds, *values = (torch.cat(each) for each in zip(*found, strict=True))
+        total = (nll * scale).sum()
+        for (factor, _), value in zip(terms, values, strict=True):
+            total = total + factor * (value * scale).sum()
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(nll, preds, *values)
+        return total, nll, preds, *values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor):
+        factor, kept = grads[0], ctx.saved_tensors
+        own = [
+            None if one is None or factor is None else one * factor.to(one.dtype) for one in kept
+        ]
+        return (*own, *[None] * 6)
+
+
+def _parts(tokens: int, width: int, elements: int | None) -> list[slice]:
+    """Cut tokens into equal parts of at most `elements` logits; one part without a limit."""
+    most = tokens if elements is None else max(1, elements // width)
+    count = max(1, -(-tokens // most))
+    size = max(1, -(-tokens // count))
+    return [slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size)]
+
+
+def _losses(
+    logits: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    loss_type: LossType,
+    terms: tuple[tuple[float, TokenTerm], ...],
+    compiled: bool,
+    graded: bool,
+) -> tuple[Tensor, ...]:
+    """Return (nll, preds, values of the terms), (T,) each; if `graded`, the gradient of the total
+    takes the place of the logits."""
+    rows = loss_type.rows
+    if rows is None or terms:
+        return _differentiate(logits, labels, scale, loss_type, terms, graded)
+    if compiled:
+        return _compiled(rows)(logits, labels, scale, graded)
+    limit = _CACHED_ELEMENTS if logits.device.type == "cpu" else None
+    found = [
+        rows(logits[places], labels[places], scale[places], graded)
+        for places in _parts(len(logits), logits.shape[1], limit)
+    ]
+    return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
+
+
+@cache
+def _compiled(rows: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(rows, dynamic=False)
+
+
+def _differentiate(
+    logits: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    loss_type: LossType,
+    terms: tuple[tuple[float, TokenTerm], ...],
+    graded: bool,
+) -> tuple[Tensor, ...]:
+    """Do what `_losses` does with any function, by autograd."""
+    preds = logits.argmax(-1)
+    with torch.set_grad_enabled(graded):
+        x = logits.detach().requires_grad_(graded)
+        nll = loss_type.cross_entropy(x, labels, valid_mask=torch.ones_like(labels, dtype=bool))
+        values = [term(x, labels) for _, term in terms]
+        total = (nll * scale).sum()
+        for (factor, _), value in zip(terms, values, strict=True):
+            total = total + factor * (value * scale).sum()
+    if graded:
+        logits.copy_(torch.autograd.grad(total, x)[0])
+    return nll.detach(), preds, *(value.detach() for value in values)
