@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from models.block_attention import first_keys
 from models.flex import Kernel, attention_kernel, failure
 from models.layers import (
     Block,
@@ -118,7 +119,7 @@ class BackboneConfig(BaseModel):
 class Backbone(nn.Module):
     """Token and identifier embeddings, positions, output head. Names are TRM's.
 
-    masked_attention: the kernel of attention under a document mask; None: as `visible` decides.
+    masked_attention: the kernel of attention; None: as `visible` decides.
     block_type: what `make_block` makes.
     """
 
@@ -177,14 +178,12 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def choose_attention(self, backend: Any, *, trial: bool = True) -> str | None:
-        """Set the kernel of attention under a document mask to one that works on `backend`.
+        """Set the kernel of attention to one that works on `backend`.
 
         trial: run flex attention once before choosing it.
         Returns why flex attention was not chosen on a device that has it; None otherwise.
         """
         config = self.config
-        if not config.document_mask:
-            return None
         self.masked_attention, reason = attention_kernel(
             backend.device.type,
             config.dtype,
@@ -192,6 +191,8 @@ class Backbone(nn.Module):
             capability=backend.capability,
             cannot_compile=backend.cannot_compile(),
         )
+        if not config.document_mask:
+            return None
         if trial and self.masked_attention == "flex":
             sizes = (config.num_heads, config.key_value_heads, config.head_size)
             if (reason := failure(backend.device, config.dtype, *sizes)) is not None:
@@ -219,7 +220,12 @@ class Backbone(nn.Module):
         if self.masks_documents(data):
             starts, config = data["document_starts"], self.config
             mask = visible(starts, config.prefix_len, config.causal, self.masked_attention)
-        return SequenceInfo(cos, sin, mask, self.config.causal)
+        first = None
+        if self.masked_attention == "blocks":
+            starts = data["document_starts"] if mask is not None else None
+            length = self.config.prefix_len + data["inputs"].shape[1]
+            first = first_keys(starts, length, self.config.prefix_len)
+        return SequenceInfo(cos, sin, mask, self.config.causal, first_keys=first)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the rotary factors of positions (B or 1, L); (None, None) without them."""

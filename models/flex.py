@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Kernel = Literal["flex", "dense", "unmasked"]
-"""`unmasked` ignores the borders of documents. Only tracing uses it: it takes the memory that flex
-attention takes, and fake tensors know it."""
+Kernel = Literal["flex", "blocks", "dense", "unmasked"]
+"""`blocks`: see `models.block_attention`. `unmasked` ignores the borders of documents. Only tracing
+uses it: it takes the memory that the first two take, and fake tensors know it."""
 
 BLOCK = 128
 """Positions of a block."""
@@ -45,13 +45,13 @@ def attention_kernel(
     capability: tuple[int, int] = OLDEST,
     cannot_compile: str | None = None,
 ) -> Choice:
-    """Decide how attention under a document mask runs.
+    """Decide how attention runs; `flex` and `dense` concern document masks alone.
 
     capability: compute capability of the card. cannot_compile: why torch.compile does not work on
     the device, None if it does.
     """
     if device_type != "cuda":
-        return Choice("dense")
+        return Choice("blocks" if device_type == "cpu" and dtype == torch.bfloat16 else "dense")
     reason = None
     if cannot_compile is not None:
         reason = cannot_compile

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.block_attention import block_attention
 from models.common import trunc_normal_init_
 from models.flex import Kernel, block_mask, flex_attend
 
@@ -21,6 +22,7 @@ class SequenceInfo(NamedTuple):
     causal:   position i sees positions 0..i only.
     cache:    keys and values of earlier forwards, in generation
               (`models/inference/key_value_cache.py`); each attention calls its `extend` once.
+    first_keys: of `models.block_attention`, where attention runs in blocks.
     """
 
     cos: Tensor | None
@@ -28,6 +30,7 @@ class SequenceInfo(NamedTuple):
     mask: Any
     causal: bool
     cache: Any = None
+    first_keys: Tensor | None = None
 
     def begin_cycle(self) -> None:
         """Mark that an outer cycle of a recursion begins, so that a cache may keep the last ones
@@ -137,7 +140,8 @@ def visible(
     prefix, which sees only itself, so that nothing passes between documents through it. kernel:
     which attention uses the mask; None: flex attention on CUDA.
     Returns (B, 1, P+S, P+S) bool, True where a query (third axis) may attend to a key (last axis);
-    for flex attention an equivalent BlockMask, which skips blocks that no query sees.
+    for flex attention an equivalent BlockMask, which skips blocks that no query sees; for attention
+    in blocks the bfloat16 numbers that are added to scores, 0 and -inf.
     """
     if kernel == "unmasked":
         return None
@@ -148,6 +152,9 @@ def visible(
     mask = (owner[:, :, None] == owner[:, None, :]) | (positions < prefix)
     if causal:
         mask = mask & (positions[:, None] >= positions)
+    if kernel == "blocks":
+        zero = torch.zeros((), dtype=torch.bfloat16, device=mask.device)
+        return torch.where(mask, zero, -torch.inf).unsqueeze(1)
     return mask.unsqueeze(1)
 
 
@@ -159,6 +166,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Ten
     """
     if info.mask is not None and not isinstance(info.mask, Tensor):
         return flex_attend(query, key, value, info.mask)
+    if info.first_keys is not None and info.cache is None:
+        return block_attention(query, key, value, info.mask, info.first_keys, info.causal)
     grouped = query.shape[1] // key.shape[1]
     if grouped > 1 and info.mask is not None and query.is_cuda:
         key, value = (x.repeat_interleave(grouped, dim=1) for x in (key, value))

@@ -127,7 +127,7 @@ class MemoryPlan:
         }
         arch = self.head.model.config
         kernel = kernel or attention_kernel(device, arch.dtype, arch.head_size).kernel
-        self.kernel: Kernel = "unmasked" if kernel == "flex" else kernel
+        self.kernel: Kernel = "dense" if kernel == "dense" else "unmasked"
         self._costs: dict[OptionsKey, Cost] = {}
         self._traced: dict[int, tuple[dict[str, int], Cost]] = {}
 

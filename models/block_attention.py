@@ -1,0 +1,167 @@
+"""Attention on a CPU by matrix products over blocks of queries.
+
+The fused CPU kernel of `scaled_dot_product_attention` takes several times as long as its products
+would in bfloat16, and turns a boolean mask into numbers on each call. Here a block of queries meets
+only the keys between the first start of its documents and its own end, in one batched product for
+all rows and heads; probabilities are computed again in the backward pass.
+
+Shape letters: B rows, L positions, N query heads, M key/value heads, G = N / M, K head size.
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+"""Queries of a block."""
+
+
+def first_keys(document_starts: Tensor | None, length: int, prefix: int) -> Tensor:
+    """Return the first key that any query of each block may see, (ceil(length / BLOCK),) int64.
+
+    document_starts: (B, S), not decreasing along a row, S on padding; None: keys are seen from 0.
+    """
+    blocks = -(-length // BLOCK)
+    if document_starts is None or prefix:  # all positions see the prefix
+        return torch.zeros(blocks, dtype=torch.int64)
+    padding = document_starts >= length
+    real = (~padding).sum(1, keepdim=True)
+    return torch.where(padding, real, document_starts)[:, ::BLOCK].amin(0).to(torch.int64)
+
+
+def block_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, first: Tensor, causal: bool
+) -> Tensor:
+    """Attend: query (B, N, L, K), key and value (B, M, L, K) -> (B, N, L, K).
+
+    mask: (B, 1, L, L), 0 where a query may attend to a key and -inf elsewhere; None: `causal` says
+    it all. first: of `first_keys`. causal: position i sees positions 0..i only.
+    """
+    out: Tensor = torch.ops.athena.block_attention(query, key, value, mask, first, causal)
+    return out
+
+
+def _blocks(length: int, first: Tensor, causal: bool) -> list[tuple[slice, slice]]:
+    """Return the queries of each block, and the keys that they meet."""
+    starts = first.numpy()
+    return [
+        (
+            slice(s, min(s + BLOCK, length)),
+            slice(int(lo), min(s + BLOCK, length) if causal else length),
+        )
+        for s, lo in zip(range(0, length, BLOCK), starts, strict=True)
+    ]
+
+
+def _grouped(x: Tensor, places: slice, heads: int) -> Tensor:
+    """Return the queries of `places`, (B·M, G·q, K), next to each other by key head."""
+    part = x[:, :, places]
+    return part.reshape(len(x) * heads, -1, x.shape[-1])
+
+
+def _probabilities(
+    query: Tensor, keys: Tensor, mask: Tensor | None, places: slice, seen: slice, causal: bool
+) -> Tensor:
+    """Return softmax(query · keysᵀ) under the mask, (B·M, G·q, k). query: scaled, as `_grouped`."""
+    scores = torch.bmm(query, keys.transpose(1, 2))
+    count, width = places.stop - places.start, seen.stop - seen.start
+    if mask is not None:
+        scores.view(len(mask), -1, count, width).add_(mask[:, :, places, seen])
+    elif causal:
+        later = scores.new_full((count, count), -torch.inf).triu_(1)
+        scores.view(len(scores), -1, count, width)[..., -count:].add_(later)
+    return scores.softmax(-1)
+
+
+_library = torch.library.Library("athena", "DEF")
+_library.define(
+    "block_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor first,"
+    " bool causal) -> Tensor"
+)
+_library.define(
+    "block_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask,"
+    " Tensor first, bool causal) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "block_attention", "CPU")
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, first: Tensor, causal: bool
+) -> Tensor:
+    rows, heads, length, size = key.shape
+    scaled = query * size**-0.5
+    keys, values = (x.reshape(rows * heads, length, size) for x in (key, value))
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for places, seen in _blocks(length, first, causal):
+        part = _grouped(scaled, places, heads)
+        p = _probabilities(part, keys[:, seen], mask, places, seen, causal)
+        found = torch.bmm(p, values[:, seen])
+        out[:, :, places] = found.view(rows, query.shape[1], -1, size)
+    return out
+
+
+@torch.library.impl(_library, "block_attention_backward", "CPU")
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    first: Tensor,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, heads, length, size = key.shape
+    scale = size**-0.5
+    scaled = query * scale
+    keys, values = (x.reshape(rows * heads, length, size) for x in (key, value))
+    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    wide = torch.promote_types(key.dtype, torch.float32)
+    grad_key = torch.zeros(keys.shape, dtype=wide)
+    grad_value = torch.zeros(values.shape, dtype=wide)
+    for places, seen in _blocks(length, first, causal):
+        part, back = _grouped(scaled, places, heads), _grouped(grad, places, heads)
+        p = _probabilities(part, keys[:, seen], mask, places, seen, causal)
+        grad_value[:, seen] += torch.bmm(p.transpose(1, 2), back)
+        of_p = torch.bmm(back, values[:, seen].transpose(1, 2))
+        of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype)
+        found = torch.bmm(of_scores, keys[:, seen]).mul_(scale)
+        grad_query[:, :, places] = found.view(rows, query.shape[1], -1, size)
+        grad_key[:, seen] += torch.bmm(of_scores.transpose(1, 2), part)
+    shape = key.shape
+    return (
+        grad_query,
+        grad_key.view(shape).to(key.dtype),
+        grad_value.view(shape).to(value.dtype),
+    )
+
+
+@torch.library.register_fake("athena::block_attention", lib=_library)
+def _(query, key, value, mask, first, causal):
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("athena::block_attention_backward", lib=_library)
+def _(grad, query, key, value, mask, first, causal):
+    return (
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+        torch.empty(key.shape, dtype=key.dtype, device=key.device),
+        torch.empty(value.shape, dtype=value.dtype, device=value.device),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    query, key, value, mask, first, causal = inputs
+    ctx.save_for_backward(query, key, value, mask, first)
+    ctx.causal = causal
+
+
+def _differentiate(ctx, grad: Tensor):
+    query, key, value, mask, first = ctx.saved_tensors
+    grads = torch.ops.athena.block_attention_backward(
+        grad, query, key, value, mask, first, ctx.causal
+    )
+    return *grads, None, None, None
+
+
+torch.library.register_autograd(
+    "athena::block_attention", _differentiate, setup_context=_save, lib=_library
+)
