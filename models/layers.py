@@ -3,6 +3,8 @@
 Shape letters: B rows, L = P + S positions, D hidden, N query heads, M key/value heads, K head size.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -73,8 +75,10 @@ def round_up(value: int, multiple: int) -> int:
 class CastedLinear(nn.Module):
     """Apply a linear map to (..., in_features), casting the weights to the dtype of the input.
 
-    The parameters keep their own precision.
+    The parameters keep their own precision. cast: the weight as `cast_once` keeps it.
     """
+
+    cast: Tensor | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
@@ -84,7 +88,25 @@ class CastedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        known = self.cast is not None and self.cast.dtype == x.dtype
+        return F.linear(x, self.cast if known else self.weight.to(x.dtype), bias)
+
+
+@contextmanager
+def cast_once(blocks: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """Cast the weights of all `CastedLinear` in `blocks` once for all their uses inside.
+
+    The gradients of those uses are summed in `dtype`, and reach the parameter as one.
+    """
+    linears = {m for block in blocks for m in block.modules() if isinstance(m, CastedLinear)}
+    try:
+        for linear in linears:
+            if linear.weight.dtype != dtype:
+                linear.cast = linear.weight.to(dtype)
+        yield
+    finally:
+        for linear in linears:
+            linear.cast = None
 
 
 class CastedEmbedding(nn.Module):

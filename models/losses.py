@@ -1,6 +1,7 @@
 """The loss head: an architecture with its token loss and the other terms of its objective."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from dataset.common import IGNORE_LABEL_ID
 from models.base import Architecture, Batch, Carry, OptionsKey, Outputs, options_key
-from models.layers import at_least_float32
+from models.layers import at_least_float32, cast_once
 from models.linear_loss import LinearLoss, linear_loss
 from models.terms.base import LoadBase, Seen, Term, TokenTerm
 from models.token_losses import LOSSES
@@ -51,6 +52,8 @@ class ACTLossHead(nn.Module):
     fused = True
     """Whether output head and token loss run as one, without the logits of a whole batch, where
     nothing else reads these."""
+    casts_once = True
+    """Whether a step casts the weights of blocks once for all their uses."""
     compiled = False
     """Whether that loss runs through torch.compile."""
 
@@ -111,7 +114,8 @@ class ACTLossHead(nn.Module):
         unrefined_token_nll, per row (B,) valid, steps, row_loss, row_accuracy, row_exact, what a
         term gives (row_halt_target), and anything of the rows' own data.
         """
-        carry, outputs = self.model(carry=carry, batch=batch, **options)
+        with self._cast_weights():
+            carry, outputs = self.model(carry=carry, batch=batch, **options)
         data = carry.current_data
         labels = data["labels"]
         scored, total, token_values = self._score(outputs, labels, return_keys)
@@ -147,6 +151,11 @@ class ACTLossHead(nn.Module):
         kept = {k: (found | data)[k].detach() for k in return_keys if k in found or k in data}
         carry = replace(carry, memory=memory)
         return carry, self._use_all(total, options), metrics, kept, carry.halted.all()
+
+    def _cast_weights(self) -> AbstractContextManager[None]:
+        if not self.casts_once:
+            return nullcontext()
+        return cast_once(self.model.blocks(), self.model.config.dtype)
 
     def _score(
         self, outputs: Batch, labels: Tensor, return_keys: Sequence[str]
