@@ -9,12 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset.common import IGNORE_LABEL_ID
 from models import token_losses
-from models.base import Carry
+from models.backbone import BackboneConfig
+from models.base import Architecture, Carry
 from models.losses import ACTLossHead
 from models.token_losses import LOSSES
 from utils.core.errors import UserError
 
 NAMES = list(LOSSES)
+SIZES = dict(batch_size=3, seq_len=4, vocab_size=6, hidden_size=4, num_heads=2)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,11 +87,12 @@ def test_half_precision_logits_never_become_float64(name):
     assert torch.float32 in seen and torch.float64 not in seen
 
 
-class Replay(torch.nn.Module):
+class Replay(Architecture):
     """A model that returns given outputs, so that the head alone is tested."""
 
     def __init__(self, steps, halted, outputs, last_loss=None):
         super().__init__()
+        self.config, self.inner = BackboneConfig(**SIZES), torch.nn.Module()
         self.steps, self.halted, self.outputs = steps, halted, outputs
         self.memory = {} if last_loss is None else {"halting/last_loss": last_loss}
 
