@@ -177,10 +177,13 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
-    def choose_attention(self, backend: Any, *, trial: bool = True) -> str | None:
+    def choose_attention(
+        self, backend: Any, *, trial: bool = True, blocks: bool = True
+    ) -> str | None:
         """Set the kernel of attention to one that works on `backend`.
 
-        trial: run flex attention once before choosing it.
+        trial: run flex attention once before choosing it. blocks: whether `block_attention` may be
+        chosen.
         Returns why flex attention was not chosen on a device that has it; None otherwise.
         """
         config = self.config
@@ -191,6 +194,8 @@ class Backbone(nn.Module):
             capability=backend.capability,
             cannot_compile=backend.cannot_compile(),
         )
+        if self.masked_attention == "blocks" and not blocks:
+            self.masked_attention = "dense"
         if not config.document_mask:
             return None
         if trial and self.masked_attention == "flex":
@@ -216,16 +221,13 @@ class Backbone(nn.Module):
     def sequence_info(self, data: Batch) -> SequenceInfo:
         """Return rotary factors and mask of a batch."""
         cos, sin = self.rotation(self.positions(data))
-        mask = None
-        if self.masks_documents(data):
-            starts, config = data["document_starts"], self.config
-            mask = visible(starts, config.prefix_len, config.causal, self.masked_attention)
+        prefix, causal, kernel = self.config.prefix_len, self.config.causal, self.masked_attention
+        starts = data["document_starts"] if self.masks_documents(data) else None
+        mask = None if starts is None else visible(starts, prefix, causal, kernel)
         first = None
-        if self.masked_attention == "blocks":
-            starts = data["document_starts"] if mask is not None else None
-            length = self.config.prefix_len + data["inputs"].shape[1]
-            first = first_keys(starts, length, self.config.prefix_len)
-        return SequenceInfo(cos, sin, mask, self.config.causal, first_keys=first)
+        if kernel == "blocks":
+            first = first_keys(starts, prefix + data["inputs"].shape[1], prefix)
+        return SequenceInfo(cos, sin, mask, causal, first_keys=first)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the rotary factors of positions (B or 1, L); (None, None) without them."""

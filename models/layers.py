@@ -88,8 +88,10 @@ class CastedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        known = self.cast is not None and self.cast.dtype == x.dtype
-        return F.linear(x, self.cast if known else self.weight.to(x.dtype), bias)
+        weight = self.cast
+        if weight is None or weight.dtype != x.dtype:
+            weight = self.weight.to(x.dtype)
+        return F.linear(x, weight, bias)
 
 
 @contextmanager

@@ -163,7 +163,9 @@ def _differentiate(
     preds = logits.argmax(-1)
     with torch.set_grad_enabled(graded):
         x = logits.detach().requires_grad_(graded)
-        nll = loss_type.cross_entropy(x, labels, valid_mask=torch.ones_like(labels, dtype=bool))
+        nll = loss_type.cross_entropy(
+            x, labels, valid_mask=torch.ones_like(labels, dtype=torch.bool)
+        )
         values = [term(x, labels) for _, term in terms]
         total = (nll * scale).sum()
         for (factor, _), value in zip(terms, values, strict=True):

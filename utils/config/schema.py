@@ -384,6 +384,9 @@ class PretrainConfig(pydantic.BaseModel):
     compile: bool | Literal["auto"] = key(
         "auto", "compile the model with torch.compile; auto: on CUDA, where Triton works", "any"
     )
+    fast: bool | list[Literal["attention", "loss", "weights"]] = key(
+        True, "fast paths of a step: true, false, or some of attention, loss, weights", "any"
+    )
     dry_run: bool = key(False, "build the model, print its cost and exit", "any")
     lr_find: Annotated[LRFindConfig | None, BeforeValidator(_bare_flag)] = key(
         None, "true, or {low, high, steps}: sweep the learning rate, plot it and exit", "any"

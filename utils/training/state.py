@@ -268,13 +268,20 @@ class TrainState:
 
 
 def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend) -> None:
-    """Choose the kernel of masked attention; print what will be slow on this device, and why."""
+    """Choose the fast paths of a step, and the kernel of attention; print what will be slow on
+    this device, and why."""
+    every = ("attention", "loss", "weights")
+    fast = config.fast if isinstance(config.fast, list) else every if config.fast else ()
+    model.fused, model.casts_once = "loss" in fast, "weights" in fast
     slow: dict[str, list[str]] = {}
     wanted = backend.compiles_by_default if config.compile == "auto" else config.compile
     if wanted and (fault := backend.cannot_compile()) is not None:
         slow[fault] = [f"compile={str(config.compile).lower()} has no effect"]
     inner = getattr(model.model, "inner", None)
-    if isinstance(inner, Backbone) and (reason := inner.choose_attention(backend)) is not None:
+    if (
+        isinstance(inner, Backbone)
+        and (reason := inner.choose_attention(backend, blocks="attention" in fast)) is not None
+    ):
         what = "attention takes more time and memory, with dense document masks"
         slow.setdefault(reason, []).append(what)
     if backend.is_main:

@@ -1,0 +1,77 @@
+"""`fast`: each name turns on its path alone, and fast and plain steps agree."""
+
+import pytest
+import torch
+from fake_tools import LENGTH, ROWS, VOCAB, config_of
+
+from dataset.common import DatasetMetadata
+from models.build import create_model
+from models.losses import ACTLossHead
+from utils.backend.cpu import CPUBackend
+from utils.training.state import choose_kernels
+
+METADATA = DatasetMetadata(
+    pad_id=0, ignore_label_id=None, vocab_size=VOCAB, seq_len=LENGTH, total_groups=1,
+    num_puzzle_identifiers=3, mean_puzzle_examples=1, total_puzzles=1,
+)  # fmt: skip
+
+
+def head_of(fast: str, *overrides: str) -> ACTLossHead:
+    config = config_of("athena_trm_tiny", f"fast={fast}", *overrides)
+    head = create_model(config.arch, METADATA, batch_size=ROWS, seed=1)
+    choose_kernels(config, head, CPUBackend())
+    return head
+
+
+def step(head: ACTLossHead, batch: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
+    """The loss of a step, and its gradients as one vector."""
+    _, loss, *_ = head(return_keys=(), carry=head.initial_carry(batch), batch=batch)
+    loss.backward()
+    grads = [p.grad.flatten().double() for p in head.parameters() if p.grad is not None]
+    return loss.item(), torch.cat(grads)
+
+
+def packed_batch() -> dict[str, torch.Tensor]:
+    starts = torch.zeros(ROWS, LENGTH, dtype=torch.int32)
+    starts[:, LENGTH // 3 :] = LENGTH // 3
+    starts[0, LENGTH // 2 :] = LENGTH // 2
+    batch = {
+        name: torch.randint(VOCAB, (ROWS, LENGTH), dtype=torch.int32)
+        for name in ("inputs", "labels")
+    }
+    rows = dict.fromkeys(("puzzle_identifiers", "explore"), torch.zeros(ROWS, dtype=torch.int32))
+    budgets = torch.full((ROWS,), 2, dtype=torch.int32)
+    return batch | rows | {"document_starts": starts, "iteration_targets": budgets}
+
+
+@pytest.mark.parametrize("fast", ["true", "[attention]", "[loss]", "[weights]"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("prefix", [0, 64])
+def test_fast_and_plain_steps_agree(fast, dtype, prefix):
+    options = (f"arch.forward_dtype={dtype}", f"arch.puzzle_emb_ndim={prefix}")
+    batch = packed_batch()
+    plain_loss, plain = step(head_of("false", *options), batch)
+    loss, found = step(head_of(fast, *options), batch)
+    cosine = torch.dot(found, plain) / (found.norm() * plain.norm())
+    exact = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 1e-3}[dtype]
+    assert cosine >= 1 - exact
+    assert loss == pytest.approx(plain_loss, rel={"bfloat16": 2e-3}.get(dtype, 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("fast", "on"),
+    [
+        ("true", "attention loss weights"),
+        ("false", ""),
+        ("[loss]", "loss"),
+        ("[weights]", "weights"),
+    ],
+)
+def test_a_name_turns_on_its_path_alone(fast, on):
+    head = head_of(fast, "arch.forward_dtype=bfloat16")
+    found = {
+        "attention": head.model.inner.masked_attention == "blocks",
+        "loss": head.fused,
+        "weights": head.casts_once,
+    }
+    assert found == {name: name in on.split() for name in found}
