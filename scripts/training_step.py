@@ -22,9 +22,16 @@ from utils.training.state import TrainState, choose_kernels, create_train_state
 
 
 def make_step(
-    config: PretrainConfig, backend: Backend, micro_rows: int | None = None
+    config: PretrainConfig,
+    backend: Backend,
+    micro_rows: int | None = None,
+    *,
+    documents: bool = True,
 ) -> tuple[Callable[[], None], TrainState]:
-    """Return a function that takes one optimizer step on random tokens, and its state."""
+    """Return a function that takes one optimizer step on random tokens, and its state.
+
+    documents: attention runs under a document mask; each row is one document.
+    """
     vocab, length, rows = config.vocab_size or 1024, config.seq_len or 256, config.global_batch_size
     metadata = DatasetMetadata(
         pad_id=0, ignore_label_id=None, vocab_size=vocab, seq_len=length, total_groups=1,
@@ -51,7 +58,7 @@ def make_step(
             inputs=part,
             labels=part.clone(),
             puzzle_identifiers=torch.zeros(micro_rows, dtype=torch.int32, device=backend.device),
-            document_starts=torch.zeros_like(part),
+            **({"document_starts": torch.zeros_like(part)} if documents else {}),
         )
         for part in tokens.split(micro_rows)
     ]
