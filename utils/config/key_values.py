@@ -4,13 +4,19 @@ import sys
 from collections.abc import Callable, Container, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from utils.config.errors import problems_of, show
 from utils.core.console import run_cli
 from utils.core.errors import UserError
 
 Options = TypeVar("Options", bound=BaseModel)
+
+
+class CommandKeys(BaseModel):
+    """The keys of a command; a subclass declares them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def parse_key_values(
