@@ -31,11 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from evaluators.loop import create_evaluators
 from utils.checkpoint.run_config import apply_trained_config
-from utils.config.key_values import run_command, split_key_values
+from utils.config.key_values import CommandKeys, run_command, split_key_values
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.config.schema import PositiveInt
 from utils.config.values import assignment, readable
@@ -52,10 +52,8 @@ except ImportError as error:
     sys.exit(2)
 
 
-class Options(BaseModel):
+class Options(CommandKeys):
     """The keys besides those of pretrain.py."""
-
-    model_config = ConfigDict(extra="forbid")
 
     trials: PositiveInt = Field(20, description="trials in all, over all calls")
     folder: Path = Field(

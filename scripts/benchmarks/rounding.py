@@ -17,7 +17,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from dataset.common import DatasetMetadata
@@ -25,7 +25,7 @@ from models import cost
 from models.build import create_model
 from models.losses import ACTLossHead
 from utils.backend import select_backend
-from utils.config.key_values import run_command, split_key_values
+from utils.config.key_values import CommandKeys, run_command, split_key_values
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.config.schema import PositiveInt
 from utils.core.errors import UserError
@@ -147,10 +147,8 @@ def measure(overrides: Sequence[str], updates: Sequence[int], steps: int) -> Non
         print(f"{wanted:7}  {loss.item() / ROWS:5.2f}   " + "   |   ".join(cells), flush=True)
 
 
-class Options(BaseModel):
+class Options(CommandKeys):
     """The keys besides those of pretrain.py."""
-
-    model_config = ConfigDict(extra="forbid")
 
     updates: str = Field("0", description="measure after these numbers of updates: 0,25,50")
     steps: PositiveInt = Field(3, description="ACT steps")
