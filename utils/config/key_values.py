@@ -78,7 +78,7 @@ def validate(model: type[Options], given: dict[str, Any]) -> Options:
         return model.model_validate(given)
     except ValidationError as error:
         everywhere = list(model.model_fields)
-        raise UserError("; ".join(problems_of(error, model, given, "", everywhere))) from None
+        raise UserError("; ".join(problems_of(error, model, everywhere=everywhere))) from None
 
 
 def run_command(

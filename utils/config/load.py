@@ -96,18 +96,13 @@ def _plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         return copy.deepcopy(dict(cfg))
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise UserError(
-            f"{error.full_key} has no value yet (???): give {error.full_key}=..."
-        ) from error
-    except InterpolationKeyError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{error.full_key} refers to a key that does not exist: {reason}"
-        ) from error
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{error.full_key or 'the config'} cannot be read: {reason}") from error
+        key, reason = error.full_key or "the config", str(error).splitlines()[0]
+        if isinstance(error, MissingMandatoryValue):
+            raise UserError(f"{key} has no value yet (???): give {key}=...") from error
+        if isinstance(error, InterpolationKeyError):
+            raise UserError(f"{key} refers to a key that does not exist: {reason}") from error
+        raise UserError(f"{key} cannot be read: {reason}") from error
     assert isinstance(plain, dict)
     return {key: value for key, value in decode_keys(plain).items() if key != "hydra"}
 
@@ -127,7 +122,7 @@ def _validate_schema(
     try:
         return PretrainConfig.model_validate(raw), [], set()
     except pydantic.ValidationError as error:
-        problems = problems_of(error, PretrainConfig, raw, everywhere=everywhere)
+        problems = problems_of(error, PretrainConfig, everywhere=everywhere)
         faulty = {str(item["loc"][0]) for item in error.errors(include_url=False)}
     rest = {key: value for key, value in raw.items() if key not in faulty}
     rest.setdefault("arch", {"name": "none@None", "loss": {"name": "none@None"}})
@@ -191,7 +186,7 @@ class _PluginCheck:
         try:
             return problems, self.model.model_validate(data, strict=True).model_dump()
         except pydantic.ValidationError as error:
-            lines = problems_of(error, self.model, data, self.where, everywhere)
+            lines = problems_of(error, self.model, self.where, everywhere)
             faulty = {str(item["loc"][0]) for item in error.errors() if item["loc"]}
         lines += [f"{self.where}: {line}" for line in clashes_within(self.model, data, faulty)]
         return problems + lines, {}
