@@ -264,7 +264,7 @@ def _depth(key: str, keys: set[str]) -> int:
 def _course(runs: Sequence[Run], key: str) -> list[Line]:
     lines, unit = [], time_unit(runs)[1]
     for run in runs:
-        steps, values = run.values(key)
+        steps, values = run.series(key)
         x: dict[str, list[float]] = {"step": [float(step) for step in steps]}
         if tokens := run.along("tokens", steps):
             x["tokens"] = tokens
