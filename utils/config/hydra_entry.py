@@ -54,7 +54,7 @@ _FLAGS = _VALUE_FLAGS.union(
 )
 
 
-def compose_config(overrides: list[str], config_name: str = CONFIG_NAME) -> DictConfig:
+def compose_config(overrides: list[str]) -> DictConfig:
     """Compose the config of `python pretrain.py <overrides>`, without checking it.
 
     overrides: `--config-dir DIRECTORY` among them adds presets, as for pretrain.py.
@@ -69,7 +69,7 @@ def compose_config(overrides: list[str], config_name: str = CONFIG_NAME) -> Dict
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base=_HYDRA_VERSION):
-            cfg = hydra.compose(config_name, overrides)
+            cfg = hydra.compose(CONFIG_NAME, overrides)
             _check_plugins(cfg, given)
             return cfg
     except (HydraException, OmegaConfBaseException) as error:
@@ -308,7 +308,7 @@ def _presets(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
-def help_text(program: str = "pretrain.py") -> str:
+def help_text(program: str) -> str:
     """Return what `--help` prints: usage, groups with their presets, every key with its default."""
     lines = [
         "Pretrain a recursive-reasoning language model.",

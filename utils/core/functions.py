@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from utils.core.errors import UserError
@@ -63,16 +64,6 @@ def _modules_below(prefix: str) -> dict[str, Path]:
     return found
 
 
-def _split(identifier: str, prefix: str, kind: str = "class") -> tuple[str, str]:
-    match = _IDENTIFIER.fullmatch(identifier)
-    if match is None:
-        raise UserError(
-            f"'{identifier}' is not of the form {form(kind)} (with the module below '{prefix}'), "
-            + _form_advice(identifier, prefix, kind)
-        )
-    return match["module"], match["name"]
-
-
 def _form_advice(identifier: str, prefix: str, kind: str) -> str:
     """Return what an identifier of the wrong form was probably meant to be."""
     written = _written_below(prefix, kind)
@@ -100,8 +91,7 @@ def _exists(module: str) -> bool:
         return False
 
 
-def _import(identifier: str, prefix: str, kind: str = "class"):
-    module_name, class_name = _split(identifier, prefix, kind)
+def _import(identifier: str, module_name: str, prefix: str) -> ModuleType:
     full_name = prefix + module_name
     plugins = plugin_modules()
     if _exists(full_name):
@@ -111,7 +101,7 @@ def _import(identifier: str, prefix: str, kind: str = "class"):
                 f"module {full_name}; rename the plug-in"
             )
     elif module_name in plugins:
-        return import_plugin(module_name), class_name
+        return import_plugin(module_name)
     else:
         places = "".join(f" nor in {folder}" for folder in plugin_folders())
         advice = suggest(module_name, _modules_below(prefix))
@@ -119,7 +109,7 @@ def _import(identifier: str, prefix: str, kind: str = "class"):
             f"'{identifier}' names the module '{full_name}', which does not exist{places}: {advice}"
         )
     try:
-        return importlib.import_module(full_name), class_name
+        return importlib.import_module(full_name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         if missing in ("", prefix.split(".")[0], "models", "evaluators", "utils", "dataset"):
@@ -165,7 +155,13 @@ def form(kind: str) -> str:
 
 
 def _load(identifier: str, prefix: str, kind: str) -> Any:
-    module, name = _import(identifier, prefix, kind)
+    match = _IDENTIFIER.fullmatch(identifier)
+    if match is None:
+        raise UserError(
+            f"'{identifier}' is not of the form {form(kind)} (with the module below '{prefix}'), "
+            + _form_advice(identifier, prefix, kind)
+        )
+    module, name = _import(identifier, match["module"], prefix), match["name"]
     found = getattr(module, name, None)
     is_one = _KINDS[kind]
     if not is_one(found):
