@@ -276,9 +276,10 @@ def host_memory() -> float:
 
 
 @cache
-def cpu_rate(dtype: str, side: int = 1024) -> float:
+def cpu_rate(dtype: str) -> float:
     """Return the FLOP/s of a matrix product on this CPU, the best of some, measured once so that
     plans can be compared."""
+    side = 1024
     a = torch.randn(side, side).to(getattr(torch, dtype))
     best = float("inf")
     for _ in range(5):
@@ -379,16 +380,10 @@ def warnings_of(p: Plan) -> list[str]:
     elif carry > 0.25 * p.memory:
         what = f"the carry of {p.config.rows_per_rank(p.devices)} rows takes {format_bytes(carry)}"
         found.append(what + advice(p, (["global_batch_size=64"],), "carry"))
-    if p.seconds > LONG or p.money > EXPENSIVE:
+    if p.seconds > LONG or p.money > EXPENSIVE or p.passes > DEEP:
         what = (
             f"takes {duration(p.seconds)} and {dollars(p.money)}; a trained token goes through "
-            f"{p.passes:,.0f} layer passes"
-        )
-        found.append(what + advice(p, CHEAPER, "seconds"))
-    elif p.passes > DEEP:
-        what = (
-            f"runs {p.passes:,.0f} layer passes for each trained token, as a decoder of as many "
-            f"layers would ({duration(p.seconds)}, {dollars(p.money)})"
+            f"{p.passes:,.0f} layer passes, as in a decoder of as many layers"
         )
         found.append(what + advice(p, CHEAPER, "seconds"))
     outside = p.parameters - p.counted.parameters.core

@@ -14,7 +14,7 @@ training follows an end-of-document token. With --use_cache FILE an interrupted 
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -229,12 +229,5 @@ def _sampling(options: dict[str, Any], most_tokens: int) -> tuple[list[str], Sam
         raise UserError(f"generation_kwargs: {error}") from None
 
 
-def main(argv: Sequence[str] | None = None, evaluate: Callable[[], None] = cli_evaluate) -> None:
-    """Run the command; see the top of this file."""
-    if argv is not None:
-        sys.argv[1:] = argv
-    run_cli(evaluate)
-
-
 if __name__ == "__main__":
-    main()
+    run_cli(cli_evaluate)

@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,14 +51,7 @@ def run(arguments: Sequence[str]) -> None:
     def copied():
         return state.tensors(), state.carry_rows()
 
-    kinds = (
-        "copy alone",
-        "save in the background",
-        "save, waited for",
-        "step",
-        "step while writing",
-    )
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    seconds = defaultdict[str, list[float]](list)
     number = 0
     with tempfile.TemporaryDirectory(dir=".") as folder:
         writer = CheckpointWriter(Path(folder), backend, keep=1)
@@ -83,7 +77,7 @@ def run(arguments: Sequence[str]) -> None:
             seconds["save, waited for"].append(timed(save_and_wait))
         size = sum(p.stat().st_size for p in Path(folder).rglob("*.pt"))
         writer.close()
-    medians = {kind: statistics.median(values) for kind, values in seconds.items() if values}
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     print(f"a checkpoint of {size / 1e6:,.0f} MB on {backend.device}, "
           f"medians of {options.rounds} rounds")  # fmt: skip
     print(f"\n{'':<26}{'ms':>8}{'ratio to the copy':>20}")
