@@ -31,7 +31,7 @@ class MissingModuleError(UserError):
     """A name `module@Class` whose module is neither Athena's nor a plug-in's."""
 
 
-_KINDS = {"class": inspect.isclass, "function": inspect.isfunction}
+_KINDS: dict[str, Any] = {"class": inspect.isclass, "function": inspect.isfunction}
 _DEFINITIONS = {"class": r"^class ([A-Za-z]\w*)", "function": r"^def ([A-Za-z]\w*)"}
 
 
