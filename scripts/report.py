@@ -221,8 +221,11 @@ def page(runs: Sequence[Run]) -> str:
         ("pictures", "Pictures", drawn),
         ("config", "Config", True),
     ]
-    data = {"names": [run.name for run in runs], "colours": charts.COLOURS,
-            "list": figures.chart_data(*sections.values())}  # fmt: skip
+    data = {
+        "names": [run.name for run in runs],
+        "colours": charts.COLOURS,
+        "list": [chart.data() for section in sections.values() for chart in section.charts],
+    }
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
