@@ -169,12 +169,11 @@ class _PluginCheck:
         if self.problem is not None:
             return [self.problem], {}
         if self.model is None:
-            names = None if self.where == "arch" else self.names()
-            unknown = self._full([n for n in self.options if names is not None and n not in names])
-            known = self._full(names or [])
-            return [f"unknown key '{k}': {did_you_mean(k, known, known)}" for k in unknown], dict(
-                self.options
-            )
+            known, unknown = self._full(self.names() or []), list[str]()
+            if self.where != "arch" and self.names() is not None:
+                unknown = [key for key in self._full([*self.options]) if key not in known]
+            lines = [f"unknown key '{k}': {did_you_mean(k, known, known)}" for k in unknown]
+            return lines, dict(self.options)
         placeholders = {k: v for k, v in PLACEHOLDERS.items() if k in self.model.model_fields}
         source = "the data" if self.where == "arch" else "the key of that name"
         problems = [

@@ -56,32 +56,33 @@ class Named(NamedTuple):
 
 def named_plugins(config: Mapping[str, Any]) -> Iterator[Named]:
     """Yield the plug-ins that a config names; the schema reports what has no name."""
-
-    def named(where: str, given: Any, kind: type[Component]) -> Iterator[Named]:
-        options = given if isinstance(given, Mapping) else {}
-        name = options.get("name") if options or not kind.BARE else given
-        if isinstance(name, str):
-            yield Named(where, name, options, kind)
-
-    arch = config.get("arch")
-    loss = arch.get("loss") if isinstance(arch, Mapping) else None
-    terms = loss.get("terms") if isinstance(loss, Mapping) else None
-    yield from named("arch", arch, ArchConfig)
-    yield from named("arch.loss", loss, LossConfig)
-    for name, options in terms.items() if isinstance(terms, Mapping) else ():
+    arch = _mapping(config.get("arch"))
+    loss = _mapping(arch.get("loss"))
+    yield from _named("arch", arch, ArchConfig)
+    yield from _named("arch.loss", loss, LossConfig)
+    for name, options in _mapping(loss.get("terms")).items():
         if isinstance(options, Mapping):
-            term = options.get("name", name)
-            yield Named(f"arch.loss.terms.{name}", term, options, LossTermConfig)
-    yield from named("optimizer", config.get("optimizer"), OptimizerConfig)
-    yield from named("lr_schedule", config.get("lr_schedule"), ScheduleConfig)
-    several: tuple[tuple[str, type[Component]], ...] = (
-        ("evaluators", EvaluatorConfig),
-        ("logger", LoggerConfig),
-    )
-    for key, kind in several:
-        listed = config.get(key)
-        for i, given in enumerate(listed if isinstance(listed, list) else ()):
-            yield from named(f"{key}[{i}]", given, kind)
+            yield from _named(f"arch.loss.terms.{name}", options, LossTermConfig, name)
+    yield from _named("optimizer", config.get("optimizer"), OptimizerConfig)
+    yield from _named("lr_schedule", config.get("lr_schedule"), ScheduleConfig)
+    lists: dict[str, type[Component]] = {"evaluators": EvaluatorConfig, "logger": LoggerConfig}
+    for key, kind in lists.items():
+        given = config.get(key)
+        for i, one in enumerate(given if isinstance(given, list) else ()):
+            yield from _named(f"{key}[{i}]", one, kind)
+
+
+def _named(
+    where: str, given: Any, kind: type[Component], default: str | None = None
+) -> Iterator[Named]:
+    options = _mapping(given)
+    name = given if kind.BARE and isinstance(given, str) else options.get("name", default)
+    if isinstance(name, str):
+        yield Named(where, name, options, kind)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def find_plugin(name: str, kind: type[Component]) -> Any:
