@@ -19,27 +19,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from dataset.common import DatasetMetadata
 from models import cost
-from models.inference.loading import build_model
+from models.inference.loading import saved_arch
 from scripts.plot_run import draw
 from utils.checkpoint.format import Checkpoint, checkpoints_of
-from utils.config.key_values import run_command, split_key_values
+from utils.config.key_values import CommandKeys, run_command, split_key_values
 from utils.config.plugins import use_configured_plugins
+from utils.config.saved import read_arch
 from utils.config.schema import PositiveFloat
 from utils.config.values import assignment
 from utils.core.atomic import write_result
 from utils.core.errors import UserError
 from utils.monitoring.run_log import RunMetrics
+from utils.training.plan import build_untrained
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class Options(BaseModel):
+class Options(CommandKeys):
     """The keys besides those of pretrain.py."""
-
-    model_config = ConfigDict(extra="forbid")
 
     seconds: PositiveFloat = Field(360, description="training time of each run")
     experiments: str = Field(
@@ -102,7 +103,9 @@ def train(experiment: str, folder: Path, arguments: Sequence[str]) -> None:
 def measure(folder: Path) -> Result:
     """Return the result and cost of a finished run, from its newest checkpoint and its metrics."""
     opened = Checkpoint(checkpoints_of(folder)[-1])
-    head, metadata = build_model(opened, device="meta")
+    arch, _ = read_arch(saved_arch(opened))
+    metadata = DatasetMetadata.model_validate_json(opened.text("dataset.json"))
+    head = build_untrained(arch, metadata)  # with the base of a loss term, which costs too
     counted = cost.measure_mean(head)
     state = opened.json("state.json")
     step = state["counters"]["step"]

@@ -13,23 +13,36 @@ training steps on this machine and prints what they took beside the estimate.
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of measure=true; before torch is imported
 
+import numpy as np
 import torch
+from pydantic import Field
 
-from models.cost import evaluation_flops
-from scripts.run_plan import HARDWARE, Options, Plan, configure, cpu_rate, plan
+from models.base import Architecture
+from models.cost import Cost, evaluation_flops
 from scripts.training_step import measure_step
 from utils.backend import select_backend
-from utils.config.key_values import run_command, split_key_values
-from utils.config.load import PretrainConfig
+from utils.backend.cuda import BF16_PEAK
+from utils.backend.memory import free_host_memory
+from utils.checkpoint.run_config import apply_trained_config
+from utils.config.hydra_entry import split_config_dirs
+from utils.config.key_values import CommandKeys, run_command, split_key_values
+from utils.config.load import PretrainConfig, compose_config, load_config
+from utils.config.schema import PositiveFloat, PositiveInt
 from utils.core.errors import UserError
 from utils.core.functions import nearest
+from utils.corpus.curriculum import scale_budgets
+from utils.corpus.data import Data
 from utils.training.dry_run import format_bytes, format_count, format_flops
 from utils.training.plan import FILLED, MemoryPlan, plan_metadata
 
@@ -63,6 +76,220 @@ SMALLER = (
     ["arch.hidden_size=1024", "arch.num_heads=16"],
     ["arch.hidden_size=512", "arch.num_heads=8", "arch.puzzle_emb_ndim=0", "global_batch_size=64"],
 )
+
+
+class Hardware(NamedTuple):
+    """memory: bytes of one device. rates: dense matrix FLOP/s of one by dtype. price: US dollars
+    for a device and hour. utilisation: share of the rate that training is assumed to reach."""
+
+    title: str
+    device: str
+    devices: int
+    memory: float
+    rates: dict[str, float]
+    price: float
+    utilisation: float
+
+
+# Rates and memory: data sheets. Prices: typical on demand, early 2026; they change, so give price=.
+# Utilisation: an assumption on GPUs and TPUs; half of what plain decoders reach with tuned kernels,
+# because the recursion runs many small operations. On two busy CPU cores 0.05 and 0.13 were
+# measured. measure=true measures yours.
+HARDWARE = {
+    "h200": Hardware("NVIDIA H200", "cuda", 1, 141e9,
+                     {"bfloat16": BF16_PEAK["H200"], "float32": 67e12}, 3.5, 0.25),
+    "h100": Hardware("NVIDIA H100", "cuda", 1, 80e9,
+                     {"bfloat16": BF16_PEAK["H100"], "float32": 67e12}, 2.7, 0.25),
+    "a100": Hardware("NVIDIA A100 80 GB", "cuda", 1, 80e9,
+                     {"bfloat16": BF16_PEAK["A100"], "float32": 19.5e12}, 1.5, 0.25),
+    "4060": Hardware("NVIDIA RTX 4060, its electricity", "cuda", 1, 8e9,
+                     {"bfloat16": BF16_PEAK["4060"], "float32": 15e12}, 0.05, 0.25),
+    "v4-8": Hardware("TPU v4-8, 4 chips", "xla", 4, 32 * 2**30,
+                     {"bfloat16": 275e12, "float32": 275e12}, 3.22, 0.25),
+    "cpu": Hardware("this machine's CPU", "cpu", 1, 0, {}, 0.0, 0.1),
+}  # fmt: skip
+
+
+class Options(CommandKeys):
+    """The keys besides those of pretrain.py."""
+
+    hardware: str = Field("h200", description="one of " + ", ".join(HARDWARE))
+    config_dir: Path | None = Field(None, description="presets of your own, beside config/")
+    devices: PositiveInt | None = Field(None, description="how many; null: 1, v4-8: its 4 chips")
+    tokens: PositiveFloat | None = Field(
+        None, description="tokens to train; null: the corpus' epochs, else 20 per parameter"
+    )
+    utilisation: float | None = Field(
+        None, gt=0, le=1, description="share of the peak rate reached; null: 0.25, cpu: 0.1"
+    )
+    price: float | None = Field(
+        None, ge=0, description="US dollars for a device and hour; null: typical on demand"
+    )
+    measure: bool = Field(False, description="run training steps here and compare")
+
+
+@dataclass
+class Plan:
+    """One run on that hardware; seconds and money are those of the whole token budget."""
+
+    options: Options
+    overrides: list[str]
+    config: PretrainConfig
+    memory_plan: MemoryPlan
+    hardware: Hardware
+    devices: int
+    counted: Cost
+    micro_rows: int
+    memory: float
+    act_steps: float
+    assumed: str
+    tokens: float
+    utilisation: float
+    price: float
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return arch_of(self.overrides) or "the default"
+
+    @property
+    def model(self) -> Any:
+        """The architecture, without weights."""
+        return self.memory_plan.head.model
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return self.memory_plan.parts(self.micro_rows)
+
+    @property
+    def total(self) -> int:
+        return self.memory_plan.total(self.micro_rows)
+
+    @property
+    def fits(self) -> bool:
+        return self.total < FILLED * self.memory
+
+    @property
+    def passes(self) -> float:
+        """Layer passes for each trained token."""
+        return self.counted.passes * self.act_steps
+
+    @property
+    def parameters(self) -> int:
+        return self.counted.parameters.total
+
+    @property
+    def money(self) -> float:
+        return self.seconds / 3600 * self.devices * self.price
+
+
+def arch_of(overrides: Sequence[str]) -> str | None:
+    return next((o.partition("=")[2] for o in overrides if o.startswith("arch=")), None)
+
+
+def configure(overrides: Sequence[str], ranks: int) -> PretrainConfig:
+    """Return the checked config; without a corpus, with usual sizes."""
+    keys, _ = split_config_dirs([*overrides])
+    composed = apply_trained_config(compose_config([*overrides, "dry_run=true"]), keys)
+    if not composed.data_paths:
+        for key, usual in (("vocab_size", 32000), ("seq_len", 2048)):
+            composed[key] = usual if composed[key] is None else composed[key]
+    return load_config(composed, world_size=ranks)
+
+
+def plan(options: Options, overrides: Sequence[str], tokens: float | None = None) -> Plan:
+    """Plan one run; `tokens` overrides the options."""
+    hardware = HARDWARE[options.hardware]
+    devices = options.devices or hardware.devices
+    config = configure(overrides, devices)
+    metadata, data = plan_metadata(config)
+    memory_plan = MemoryPlan(config, metadata, ranks=devices, device=hardware.device)
+    model = memory_plan.head.model
+    memory = hardware.memory or host_memory()
+    micro_rows = config.micro_rows(devices)
+    if micro_rows is None:
+        micro_rows = memory_plan.fitting_rows(int(memory))
+    counted = memory_plan.cost
+    act_steps, assumed = steps_of_an_example(config, model, data)
+    tokens = tokens or options.tokens or budget(config, counted, act_steps, data)
+    dtype = model.config.forward_dtype
+    rate = cpu_rate(dtype) if hardware.device == "cpu" else hardware.rates.get(dtype)
+    if rate is None:
+        raise UserError(
+            f"arch.forward_dtype={dtype} has no known rate on {options.hardware}; "
+            "give bfloat16, or hardware=cpu"
+        )
+    utilisation = options.utilisation or hardware.utilisation
+    return Plan(
+        options, [*overrides], config, memory_plan, hardware, devices, counted, micro_rows, memory,
+        act_steps, assumed, tokens, utilisation,
+        price=hardware.price if options.price is None else options.price,
+        seconds=tokens * act_steps * counted.train_flops / (devices * rate * utilisation),
+    )  # fmt: skip
+
+
+def steps_of_an_example(
+    config: PretrainConfig, model: Architecture, data: Data | None
+) -> tuple[float, str]:
+    """Return the mean ACT steps that a training example takes, and what that rests on."""
+    most = model.max_steps
+    if most == 1:
+        return 1.0, "there is one step"
+    if config.feed == "present":
+        return 1.0, "feed=present draws new rows for every step; those for held slots wait"
+    least = config.min_iterations or 4
+    if data is None:
+        budgets = [*range(min(least, most), most + 1)]
+        why = f"budgets even between {budgets[0]} and {most} steps"
+    elif data.train.has_targets:
+        rows = np.linspace(0, data.train.num_rows - 1, min(data.train.num_rows, 4096)).astype(int)
+        found = data.train.rows(rows)["iteration_targets"]
+        budgets = [max(b, config.min_iterations or 0) if b else 0 for b in found.tolist()]
+        why = f"the corpus' iteration_targets, up to {most} steps"
+    else:
+        return float(most), "the corpus has no budgets, and the halting head is not foreseen"
+    if (rule := config.iteration_curriculum) is not None:
+        whole = np.array([min(b or most, most) for b in budgets])
+        lowest = max(1, model.min_steps, config.min_iterations or 1)
+        moments = [(i + 0.5) / 20 for i in range(20)]
+        budgets = np.concatenate(
+            [scale_budgets(whole, rule, at, lowest) for at in moments]
+        ).tolist()
+        why += ", growing by iteration_curriculum"
+    steps = {budget: model.expected_steps(budget) for budget in set(budgets)}
+    return sum(steps[b] for b in budgets) / len(budgets), why + ", and exploration"
+
+
+def budget(config: PretrainConfig, counted: Cost, act_steps: float, data: Data | None) -> float:
+    """Return the tokens of the run if the options give none."""
+    if config.max_steps is not None:
+        return config.max_steps * config.global_batch_size * counted.seq_len / act_steps
+    if data is not None:
+        return data.train.num_rows * counted.seq_len * (config.epochs or 1)
+    return 20.0 * counted.parameters.total
+
+
+@cache
+def host_memory() -> float:
+    """Return the bytes free on this machine, measured once so that plans can be compared."""
+    return free_host_memory()
+
+
+@cache
+def cpu_rate(dtype: str) -> float:
+    """Return the FLOP/s of a matrix product on this CPU, the best of some, measured once so that
+    plans can be compared."""
+    side = 1024
+    a = torch.randn(side, side).to(getattr(torch, dtype))
+    best = float("inf")
+    for _ in range(5):
+        begun = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - begun)
+    return 2 * side**3 / best
+
+
+# --- what is printed -------------------------------------------------------------------------
 
 
 def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
@@ -129,13 +356,11 @@ def dollars(amount: float) -> str:
     return f"${amount:,.0f}" if amount >= 10 else f"${amount:.2f}"
 
 
-def assumptions(options: Options, p: Plan) -> str:
-    price = p.hardware.price if options.price is None else options.price
-    utilisation = options.utilisation or p.hardware.utilisation
+def assumptions(p: Plan) -> str:
     return (
         f"on {p.devices} x {p.hardware.title}, {p.config.global_batch_size} rows a step of "
         f"{p.counted.seq_len} tokens, vocabulary {p.model.config.vocab_size:,}; assumed: "
-        f"{utilisation:.0%} of the peak rate (utilisation=), ${price:g} for a device and hour "
+        f"{p.utilisation:.0%} of the peak rate (utilisation=), ${p.price:g} for a device and hour "
         f"(price=), and of ACT steps: {p.assumed}. Evaluations and saving are not counted."
     )
 
@@ -143,7 +368,7 @@ def assumptions(options: Options, p: Plan) -> str:
 # --- warnings ------------------------------------------------------------------------------
 
 
-def warnings_of(options: Options, overrides: Sequence[str], p: Plan) -> list[str]:
+def warnings_of(p: Plan) -> list[str]:
     """Return what makes the plan impractical, each with cheaper settings and their cost."""
     found = []
     carry = p.parts["carry"]
@@ -151,35 +376,24 @@ def warnings_of(options: Options, overrides: Sequence[str], p: Plan) -> list[str
         what = f"needs {format_bytes(p.total)} with {p.micro_rows} rows at once, but only " + (
             f"{FILLED:.0%} of {format_bytes(p.memory)} can be planned with"
         )
-        found.append(what + advice(options, overrides, p, SMALLER, "fits"))
+        found.append(what + advice(p, SMALLER, "fits"))
     elif carry > 0.25 * p.memory:
         what = f"the carry of {p.config.rows_per_rank(p.devices)} rows takes {format_bytes(carry)}"
-        found.append(what + advice(options, overrides, p, (["global_batch_size=64"],), "carry"))
-    if p.seconds > LONG or p.money > EXPENSIVE:
+        found.append(what + advice(p, (["global_batch_size=64"],), "carry"))
+    if p.seconds > LONG or p.money > EXPENSIVE or p.passes > DEEP:
         what = (
             f"takes {duration(p.seconds)} and {dollars(p.money)}; a trained token goes through "
-            f"{p.passes:,.0f} layer passes"
+            f"{p.passes:,.0f} layer passes, as in a decoder of as many layers"
         )
-        found.append(what + advice(options, overrides, p, CHEAPER, "seconds"))
-    elif p.passes > DEEP:
-        what = (
-            f"runs {p.passes:,.0f} layer passes for each trained token, as a decoder of as many "
-            f"layers would ({duration(p.seconds)}, {dollars(p.money)})"
-        )
-        found.append(what + advice(options, overrides, p, CHEAPER, "seconds"))
-    arch = p.model.config
-    parameters = p.counted.parameters
-    outside = parameters.total - parameters.core
-    if outside > 0.6 * parameters.total and not arch.tie_embeddings:
-        what = f"{outside / parameters.total:.0%} of the parameters are embedding and head"
-        settings = (["arch.tie_embeddings=true"],)
-        found.append(what + advice(options, overrides, p, settings, "parameters"))
+        found.append(what + advice(p, CHEAPER, "seconds"))
+    outside = p.parameters - p.counted.parameters.core
+    if outside > 0.6 * p.parameters and not p.model.config.tie_embeddings:
+        what = f"{outside / p.parameters:.0%} of the parameters are embedding and head"
+        found.append(what + advice(p, (["arch.tie_embeddings=true"],), "parameters"))
     return found
 
 
-def advice(
-    options: Options, overrides: Sequence[str], p: Plan, settings: Sequence[list[str]], gain: str
-) -> str:
+def advice(p: Plan, settings: Sequence[list[str]], gain: str) -> str:
     """Return the settings that help, less what is set already, each counted on the same tokens."""
     helpful: dict[tuple[float, ...], str] = {}
     recursive = hasattr(p.model.config, "H_cycles")
@@ -187,24 +401,22 @@ def advice(
         if not recursive and any(setting.startswith("arch=") for setting in extra):
             continue  # another architecture is not a cheaper setting of this one
         try:
-            other = plan(options, changed(overrides, extra), tokens=p.tokens)
+            other = plan(p.options, changed(p.overrides, extra), tokens=p.tokens)
         except UserError:  # clashes with what was given
             continue
         better = {
             "fits": other.fits,
             "carry": other.parts["carry"] < p.parts["carry"],
             "seconds": other.seconds < 0.9 * p.seconds and (other.fits or not p.fits),
-            "parameters": size(other) < size(p),
+            "parameters": other.parameters < p.parameters,
         }[gain]
-        if better and size(other) <= size(p):
+        counted = (other.total, other.parameters, other.seconds)
+        # a preset may say no more than a single key before it
+        if better and other.parameters <= p.parameters and counted not in helpful:
             room = "" if other.fits else ", which does not fit"
-            counted = (other.total, size(other), other.seconds)
-            if counted in helpful:
-                continue  # a preset may say no more than a single key before it
-            named = " ".join(differing(overrides, extra, p.devices))
             helpful[counted] = (
-                f"\n    {named}: {format_bytes(other.total)}{room}, "
-                f"{format_count(size(other))} parameters, {duration(other.seconds)}, "
+                f"\n    {' '.join(differing(p, extra))}: {format_bytes(other.total)}{room}, "
+                f"{format_count(other.parameters)} parameters, {duration(other.seconds)}, "
                 f"{dollars(other.money)}"
             )
             if len(helpful) == SHOWN:
@@ -214,18 +426,14 @@ def advice(
     return "; with" + "".join(helpful.values())
 
 
-def size(p: Plan) -> int:
-    return p.counted.parameters.total
-
-
-def differing(overrides: Sequence[str], extra: Sequence[str], devices: int) -> list[str]:
-    """Return those of `extra` that make a difference in place of `overrides`."""
-    whole = configure(changed(overrides, extra), devices)
+def differing(p: Plan, extra: Sequence[str]) -> list[str]:
+    """Return those of `extra` that make a difference in place of the plan's overrides."""
+    whole = configure(changed(p.overrides, extra), p.devices)
     kept = list(extra)
     for setting in extra:
         fewer = [other for other in kept if other != setting]
         with suppress(UserError):  # clashes without it
-            if configure(changed(overrides, fewer), devices) == whole:
+            if configure(changed(p.overrides, fewer), p.devices) == whole:
                 kept = fewer
     return kept
 
@@ -269,31 +477,29 @@ def compared(overrides: Sequence[str]) -> str:
 
 def run(arguments: Sequence[str]) -> None:
     options, overrides = parse(arguments)
-    presets = next((o.partition("=")[2] for o in overrides if o.startswith("arch=")), None)
-    each = [overrides]
-    if presets and "," in presets:
-        each = [changed(overrides, [f"arch={preset}"]) for preset in presets.split(",")]
+    presets = (arch_of(overrides) or "").split(",")
+    several = len(presets) > 1
+    each = (
+        [changed(overrides, [f"arch={preset}"]) for preset in presets] if several else [overrides]
+    )
     plans = [plan(options, these) for these in each]
     columns = [dict(rows_of(p)) for p in plans]
+    names = [p.name for p in plans]
     widths = [
-        max(12, *map(len, [*column.values(), p.name]))
-        for column, p in zip(columns, plans, strict=True)
+        max(12, *map(len, [*column.values(), name]))
+        for column, name in zip(columns, names, strict=True)
     ]
-    if len(plans) > 1:
-        print(
-            f"{'':<28}"
-            + "  ".join(p.name.ljust(w) for p, w in zip(plans, widths, strict=True)).rstrip()
-        )
-    for name in columns[0]:
-        cells = (column.get(name, "").ljust(w) for column, w in zip(columns, widths, strict=True))
-        print(f"{name:<28}" + "  ".join(cells).rstrip())
-    for these, p in zip(each, plans, strict=True):
-        prefix = f"{p.name}: " if len(plans) > 1 else ""
-        print(f"\n{prefix}{assumptions(options, p)}")
-        for line in warnings_of(options, these, p):
+    lines = [(row, [column.get(row, "") for column in columns]) for row in columns[0]]
+    for row, cells in [("", names), *lines] if several else lines:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        print(f"{row:<28}" + "  ".join(padded).rstrip())
+    for p in plans:
+        prefix = f"{p.name}: " if several else ""
+        print(f"\n{prefix}{assumptions(p)}")
+        for line in warnings_of(p):
             print(f"warning: {prefix}{line}")
         if options.measure:
-            print("\n" + compared(these))
+            print("\n" + compared(p.overrides))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

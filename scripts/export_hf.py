@@ -15,7 +15,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from models.build import load_into
 from models.export import trm
@@ -24,7 +24,7 @@ from models.export.hugging_face import write_folder
 from models.inference.loading import build_model, load_language_model
 from models.inference.sampling import PositiveInt
 from utils.checkpoint.format import load_weights
-from utils.config.key_values import parse_key_values, run_command
+from utils.config.key_values import CommandKeys, parse_key_values, run_command
 from utils.config.schema import Folders
 from utils.core.atomic import write_result
 from utils.core.errors import UserError
@@ -32,10 +32,8 @@ from utils.core.functions import has_utf8_name
 from utils.core.plugins import use_plugins
 
 
-class Options(BaseModel):
+class Options(CommandKeys):
     """The arguments, each given as key=value."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint: str = Field(description="a checkpoint, or the folder of a run: its newest")
     plugins: Folders = Field(

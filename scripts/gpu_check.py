@@ -17,13 +17,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -70,58 +69,57 @@ def format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def run_here(part: str, work: Path, tiny: bool) -> int:
-    """Run a part in this process; results go to standard output, all else to standard error."""
-    results = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+def report(record: dict[str, Any], output: Path, printed: TextIO | None = None) -> None:
+    """Append a result to the file, and print it."""
+    with output.open("a", encoding="utf-8") as file:
+        print(json.dumps(record), file=file)
+    print(format_result(record), file=printed, flush=True)
+
+
+def run_here(part: str, args: Namespace) -> int:
+    """Run a part in this process; all but results is printed to standard error."""
+    printed = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
     from scripts.gpu_checks.session import Session
     from utils.backend import select_backend
 
-    folder = work / part
+    folder = args.here / part
     folder.mkdir(parents=True, exist_ok=True)
     backend, _ = select_backend("auto")
-    session = Session(backend, folder, tiny, lambda found: print(json.dumps(found), file=results))
+    session = Session(
+        backend,
+        folder,
+        args.tiny,
+        lambda found: report({"part": part} | found, args.output, printed),
+    )
     load(part)(session)
     return FAILED if session.failed else 0
 
 
-def run_part(
-    part: str, limit: float, work: Path, tiny: bool, write: Callable[[dict[str, Any]], None]
-) -> bool:
-    """Run a part in another process and write its results; return whether all of it passed."""
-    begun, log, ended = time.monotonic(), work / f"{part}.log", threading.Event()
-    command = [sys.executable, __file__, part, "--here", str(work), *["--tiny"][: int(tiny)]]
+def run_part(part: str, limit: float, work: Path, args: Namespace) -> bool:
+    """Run a part in another process; return whether all of it passed."""
+    begun, log, status = time.monotonic(), work / f"{part}.log", None
+    command = [sys.executable, __file__, part, "--here", str(work), "--output", str(args.output)]
     with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-            encoding="utf-8", start_new_session=True,
+            [*command, *(["--tiny"] if args.tiny else [])],
+            stdin=subprocess.DEVNULL, stderr=errors, start_new_session=True,
         )  # fmt: skip
-
-    def end() -> None:
-        """End the part and what it started."""
-        ended.set()
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-    timer = threading.Timer(limit, end)
-    timer.start()
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            write({"part": part} | json.loads(line))
-        status = process.wait()
-        too_long = ended.is_set()
-    finally:
-        timer.cancel()
-        end()
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                status = process.wait(limit)
+        finally:
+            with suppress(ProcessLookupError):  # what the part started ends too
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     found: dict[str, Any] = {"seconds": round(time.monotonic() - begun, 1)}
-    if too_long:
+    if status is None:
         found["problem"] = f"ended after {limit:.0f} s, its limit; --seconds raises it"
     elif status not in (0, FAILED):
         last = " | ".join(log.read_text("utf-8", errors="replace").splitlines()[-5:])
         found["problem"] = f"ended with status {status}: {last[-800:]}"
-    write({"part": part, "check": "all", "passed": status == 0} | found)
+    report({"part": part, "check": "all", "passed": status == 0} | found, args.output)
     return status == 0
 
 
@@ -130,7 +128,7 @@ def run(args: Namespace) -> int:
     if unknown := [part for part in args.parts if part not in PARTS]:
         raise UserError(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     if args.here is not None:
-        return run_here(args.parts[0], args.here, args.tiny)
+        return run_here(args.parts[0], args)
     limits = {part: seconds * args.seconds / SECONDS for part, (_, seconds) in PARTS.items()}
     if args.list:
         for part, limit in limits.items():
@@ -142,15 +140,9 @@ def run(args: Namespace) -> int:
         raise UserError("torch finds no CUDA device here; --tiny tries the checks on a CPU")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     work, failed = Path(tempfile.mkdtemp(prefix="athena_gpu_check_")), []
-    with args.output.open("a", encoding="utf-8", buffering=1) as file:
-
-        def write(record: dict[str, Any]) -> None:
-            print(json.dumps(record), file=file)
-            print(format_result(record), flush=True)
-
-        for part in (part for part in PARTS if part in (args.parts or PARTS)):
-            if not run_part(part, limits[part], work, args.tiny, write):
-                failed.append(part)
+    for part in (part for part in PARTS if part in (args.parts or PARTS)):
+        if not run_part(part, limits[part], work, args):
+            failed.append(part)
     print(f"results: {args.output}")
     if failed:
         print(f"failed: {', '.join(failed)}; what they printed: {work}/*.log")

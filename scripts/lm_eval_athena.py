@@ -14,23 +14,23 @@ training follows an end-of-document token. With --use_cache FILE an interrupted 
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from pydantic import ValidationError
 
 from models.inference.language_model import LanguageModel
 from models.inference.loading import load_language_model
 from models.inference.sampling import Sampling
 from utils.backend import BACKENDS, Backend, select_backend
+from utils.config.key_values import CommandKeys, validate
+from utils.config.schema import CountInt, PositiveInt, Text
 from utils.core.console import run_cli
 from utils.core.errors import UserError
-from utils.core.functions import suggest
 from utils.core.plugins import use_plugins
 
 try:
@@ -44,11 +44,19 @@ except ImportError as error:
           file=sys.stderr)  # fmt: skip
     sys.exit(2)
 
-KEYS = (
-    "checkpoint", "weights", "steps", "post_refinement_steps", "identifier", "max_gen_toks",
-    "plugins",
-)  # fmt: skip
-PASSED_ON = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+
+class ModelArguments(CommandKeys):
+    """What --model_args takes."""
+
+    checkpoint: Text
+    weights: Literal["ema", "raw"] = "ema"
+    steps: PositiveInt | None = None
+    post_refinement_steps: CountInt | None = None
+    identifier: Text | None = None
+    max_gen_toks: PositiveInt = 256
+    plugins: str | list[str] = ""
+
+
 _ROUND = 32  # batches between two entries in the harness' cache
 
 
@@ -61,47 +69,31 @@ class AthenaLM(LM):
 
     def __init__(
         self,
-        checkpoint: str | None = None,
-        weights: str = "ema",
-        steps: int | None = None,
-        post_refinement_steps: int | None = None,
-        identifier: str | None = None,
-        max_gen_toks: int = 256,
-        plugins: str | list[str] = "",
         batch_size: int | str = 16,
         device: str | None = None,
         max_batch_size: int | None = None,
-        **unknown: Any,
+        **arguments: Any,
     ):
         super().__init__()
-        for key in unknown:
-            raise UserError(f"--model_args: unknown key '{key}': {suggest(key, KEYS)}")
-        if checkpoint is None:
-            raise UserError("--model_args needs checkpoint=<a checkpoint, or a run's folder>")
-        if weights not in ("ema", "raw"):
-            raise UserError(f"--model_args: weights={weights}: choose ema or raw")
+        try:
+            given = validate(ModelArguments, arguments)
+        except UserError as error:
+            raise UserError(f"--model_args: {error}") from None
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("the harness asks one process alone: start it without torchrun")
         backend = _backend(device or "auto")
         rows = _rows(batch_size)
-        try:
-            self.max_gen_toks = int(max_gen_toks)
-        except (TypeError, ValueError):
-            raise UserError(
-                f"--model_args: max_gen_toks={max_gen_toks!r} is not a number"
-            ) from None
-        if self.max_gen_toks < 1:
-            raise UserError(f"--model_args: max_gen_toks={max_gen_toks} must be at least 1")
-        self.round = _ROUND * rows
-        folders = plugins.split(os.pathsep) if isinstance(plugins, str) else plugins
+        self.max_gen_toks, self.round = given.max_gen_toks, _ROUND * rows
+        folders = given.plugins
+        folders = folders.split(os.pathsep) if isinstance(folders, str) else folders
         use_plugins([folder for folder in folders if folder])
         self.model: LanguageModel = load_language_model(
-            checkpoint,
-            weights,
-            steps=steps,
-            refinement=post_refinement_steps,
+            given.checkpoint,
+            given.weights,
+            steps=given.steps,
+            refinement=given.post_refinement_steps,
             backend=backend,
-            identifier=identifier,
+            identifier=given.identifier,
             rows=rows,
         )
         assert self.model.checkpoint is not None
@@ -227,40 +219,15 @@ def _sampling(options: dict[str, Any], most_tokens: int) -> tuple[list[str], Sam
         kwargs = dict(normalize_gen_kwargs(options, most_tokens))
         stop = kwargs.pop("until")
         if not all(isinstance(text, str) for text in stop):
-            raise UserError(f"generation_kwargs: until={stop!r} must be texts")
-        return [text for text in stop if text], _known(kwargs)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"generation_kwargs: {where}={first['input']!r}: {first['msg'].lower()}"
-        ) from None
+            raise UserError(f"until={stop!r} must be texts")
+        if kwargs.pop("num_beams", 1) != 1:
+            raise UserError("num_beams must be 1: beam search is not supported")
+        temperature = kwargs.get("temperature", 1.0) if kwargs.pop("do_sample", False) else 0.0
+        kwargs |= {"temperature": temperature, "max_new_tokens": kwargs.pop("max_gen_toks")}
+        return [text for text in stop if text], validate(Sampling, kwargs)
     except (TypeError, ValueError) as error:
-        raise UserError(f"generation_kwargs {options}: {error}") from None
-
-
-def _known(kwargs: dict[str, Any]) -> Sampling:
-    sample = kwargs.pop("do_sample", False)
-    if kwargs.pop("num_beams", 1) != 1:
-        raise UserError("generation_kwargs: num_beams must be 1: beam search is not supported")
-    chosen = {key: kwargs.pop(key) for key in PASSED_ON if key in kwargs}
-    new = kwargs.pop("max_gen_toks")
-    if kwargs:
-        raise UserError(
-            f"generation_kwargs: {', '.join(sorted(kwargs))} is unknown here; there are until, "
-            f"max_gen_toks, do_sample, {', '.join(PASSED_ON)}"
-        )
-    if not sample:
-        chosen["temperature"] = 0.0
-    return Sampling(max_new_tokens=new, **{"temperature": 1.0} | chosen)
-
-
-def main(argv: Sequence[str] | None = None, evaluate: Callable[[], None] = cli_evaluate) -> None:
-    """Run the command; see the top of this file."""
-    if argv is not None:
-        sys.argv[1:] = argv
-    run_cli(evaluate)
+        raise UserError(f"generation_kwargs: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(cli_evaluate)

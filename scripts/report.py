@@ -72,7 +72,9 @@ def _facts(run: Run) -> dict[str, str]:
         )
         found["training cost"] = f"{_large(cost.train_flops)}FLOP per token and ACT step"
         found["training cost, total"] = f"{_large(cost.flops)}FLOP"
-    found["device"] = _device(config)
+    if "device_type" in config:
+        dtype = config.get("arch.forward_dtype")
+        found["device"] = f"device_type={config['device_type']}" + (f", {dtype}" if dtype else "")
     found["corpus"] = config.get("data_paths")
     found["optimizer steps"] = figures.number(last["step"]) if last else None
     if is_known(last, "train/progress"):
@@ -85,14 +87,18 @@ def _facts(run: Run) -> dict[str, str]:
     if times is not None:
         found["training time"] = duration(times.training)
         if times.training > 0:
-            found["speed"] = _speed(run, last, times.training)
+            speed = f"{last['step'] / times.training:.3g} steps/s"
+            if is_known(last, "train/tokens"):
+                speed = f"{last['train/tokens'] / times.training:,.0f} new tokens/s, {speed}"
+            found["speed"] = speed
         found["evaluation time"] = duration(times.evaluation) if run.evaluations else None
         pauses = [f"after step {step:,}: {duration(length)}" for step, length in times.pauses]
         found["other pauses over 5 s"] = ", ".join(pauses) or "none"
         found["saving and other"] = duration(times.other)
-    memory = run.values("train/memory_bytes")[1]
+    memory = run.series("train/memory_bytes")[1]
     found["memory, most"] = f"{_large(max(memory))}B" if memory else None
-    found["model FLOPs utilisation"] = _mean_share(run, "train/mfu")
+    shares = run.series("train/mfu")[1]
+    found["model FLOPs utilisation"] = f"{sum(shares) / len(shares):.1%}" if shares else None
     found["evaluations"] = str(len({r["step"] for r in run.evaluations}))
     if is_known(last, "train/nonfinite"):
         found["updates skipped, not finite"] = figures.number(last["train/nonfinite"])
@@ -102,25 +108,6 @@ def _facts(run: Run) -> dict[str, str]:
 
 def is_known(record: dict[str, Any], key: str) -> bool:
     return record.get(key) is not None
-
-
-def _device(config: dict[str, str]) -> str | None:
-    if "device_type" not in config:
-        return None
-    dtype = config.get("arch.forward_dtype", "")
-    return f"device_type={config['device_type']}" + (f", {dtype}" if dtype else "")
-
-
-def _speed(run: Run, last: dict[str, Any], seconds: float) -> str:
-    speed = f"{last['step'] / seconds:.3g} steps/s"
-    if is_known(last, "train/tokens"):
-        speed = f"{last['train/tokens'] / seconds:,.0f} new tokens/s, {speed}"
-    return speed
-
-
-def _mean_share(run: Run, key: str) -> str | None:
-    values = run.values(key)[1]
-    return f"{sum(values) / len(values):.1%}" if values else None
 
 
 def _checkpoints(run: Run) -> str:
@@ -234,8 +221,11 @@ def page(runs: Sequence[Run]) -> str:
         ("pictures", "Pictures", drawn),
         ("config", "Config", True),
     ]
-    data = {"names": [run.name for run in runs], "colours": charts.COLOURS,
-            "list": figures.chart_data(*sections.values())}  # fmt: skip
+    data = {
+        "names": [run.name for run in runs],
+        "colours": charts.COLOURS,
+        "list": [chart.data() for section in sections.values() for chart in section.charts],
+    }
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

@@ -31,18 +31,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from evaluators.loop import create_evaluators
 from utils.checkpoint.run_config import apply_trained_config
-from utils.config.key_values import run_command, split_key_values
+from utils.config.key_values import CommandKeys, run_command, split_key_values
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.config.schema import PositiveInt
 from utils.config.values import assignment, readable
 from utils.core.atomic import write_result
 from utils.core.errors import UserError
 from utils.corpus.data import open_data
-from utils.monitoring.run_log import METRICS, RunMetrics, read_records
+from utils.monitoring.run_log import METRICS, RunMetrics
 
 try:
     import optuna
@@ -52,10 +52,8 @@ except ImportError as error:
     sys.exit(2)
 
 
-class Options(BaseModel):
+class Options(CommandKeys):
     """The keys besides those of pretrain.py."""
-
-    model_config = ConfigDict(extra="forbid")
 
     trials: PositiveInt = Field(20, description="trials in all, over all calls")
     folder: Path = Field(
@@ -119,14 +117,6 @@ def suggest(trial: optuna.Trial, override: Override) -> str:
     return f"{key}={value}"
 
 
-def check_sweep(override: Override) -> None:
-    """Raise UserError for a sweep without a value, before anything is trained."""
-    try:
-        suggest(optuna.create_study().ask(), override)
-    except (ValueError, IndexError) as error:
-        raise UserError(f"{override.input_line} contains no value to try: {error}") from None
-
-
 class Search:
     """Runs trials; `objective` is what Optuna calls."""
 
@@ -151,8 +141,6 @@ class Search:
             "metric": self.metric,
             "direction": args.direction,
         }
-        for override in self.varied:
-            check_sweep(override)
         self._check_evaluated()
 
     def _check_evaluated(self) -> None:
@@ -182,9 +170,15 @@ class Search:
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         mistake = UserError("")
         for _ in range(8):
-            ask = study.ask()
+            ask, chosen = study.ask(), []
+            for override in self.varied:
+                try:
+                    chosen.append(suggest(ask, override))
+                except (ValueError, IndexError) as error:
+                    sweep = override.input_line
+                    raise UserError(f"{sweep} contains no value to try: {error}") from None
             try:
-                return self._config([suggest(ask, override) for override in self.varied])
+                return self._config(chosen)
             except UserError as error:
                 mistake = error
         raise mistake
@@ -246,36 +240,31 @@ class Search:
         done = 0
         while True:
             running = process.poll() is None
-            records: list[dict[str, Any]] = []
+            evaluated: list[dict[str, Any]] = []
             with suppress(UserError):  # nothing is written yet
-                records = read_records(run)
-            found = list(self._figures(run, records))
-            yield from found[done:]
-            done = len(found)
+                metrics = RunMetrics(run)
+                evaluated = [r for r in metrics.records if any(k.startswith("eval/") for k in r)]
+            if evaluated and self.metric is None:
+                self.metric = self._headline(metrics)
+            for record in evaluated[done:]:
+                if self.metric not in record:
+                    known = ", ".join(sorted(k for k in record if k.startswith("eval/")))
+                    raise UserError(f"metric={self.metric} was not evaluated; there are {known}")
+                yield record["step"], record[self.metric]
+            done = len(evaluated)
             if not running:
                 return
             time.sleep(0.5)
 
-    def _figures(
-        self, run: Path, records: list[dict[str, Any]]
-    ) -> Iterator[tuple[int, float | None]]:
-        evaluated = [record for record in records if any(k.startswith("eval/") for k in record)]
-        if not evaluated:
-            return
-        if self.metric is None:
-            headline = RunMetrics(run).headline
-            assert headline is not None
-            self.metric = headline.key
-            if self.higher != (headline.better == "higher"):
-                raise UserError(
-                    f"of {self.metric} {headline.better} is better: use direction="
-                    f"{'maximize' if headline.better == 'higher' else 'minimize'}"
-                )
-        for record in evaluated:
-            if self.metric not in record:
-                known = ", ".join(sorted(k for k in record if k.startswith("eval/")))
-                raise UserError(f"metric={self.metric} was not evaluated; there are {known}")
-            yield record["step"], record[self.metric]
+    def _headline(self, metrics: RunMetrics) -> str:
+        """Return the metric to search by if none is given; raise UserError if direction= is not
+        that in which it is better."""
+        assert metrics.headline is not None
+        key, better = metrics.headline.key, metrics.headline.better
+        if self.higher != (better == "higher"):
+            direction = "maximize" if better == "higher" else "minimize"
+            raise UserError(f"of {key} {better} is better: use direction={direction}")
+        return key
 
 
 def _stop(process: subprocess.Popen[bytes]) -> int:

@@ -9,15 +9,15 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from dataset.common import DatasetMetadata
 from models.build import create_model
-from models.cost import further_widths
+from models.cost import further_widths, make_batch
 from models.inference.loading import cast_weights
 from models.losses import ACTLossHead
 from models.terms.kl_to_base import KLToBase
 from utils.backend import Backend
 from utils.config.load import PretrainConfig
 from utils.core.errors import UserError
+from utils.training.plan import plan_metadata
 from utils.training.state import TrainState, choose_kernels, create_train_state
 
 
@@ -30,41 +30,34 @@ def make_step(
 ) -> tuple[Callable[[], None], TrainState]:
     """Return a function that takes one optimizer step on random tokens, and its state.
 
-    documents: attention runs under a document mask; each row is one document.
+    documents: attention runs under a document mask.
     """
-    vocab, length, rows = config.vocab_size or 1024, config.seq_len or 256, config.global_batch_size
-    metadata = DatasetMetadata(
-        pad_id=0, ignore_label_id=None, vocab_size=vocab, seq_len=length, total_groups=1,
-        num_puzzle_identifiers=1, mean_puzzle_examples=1, total_puzzles=1,
-    )  # fmt: skip
-    model = (
-        create_model(config.arch, metadata, batch_size=rows, seed=config.seed)
-        .to(backend.device)
-        .train()
-    )
+    rows = config.global_batch_size
+    sizes = {"vocab_size": config.vocab_size or 1024, "seq_len": config.seq_len or 256}
+    metadata, _ = plan_metadata(config.model_copy(update={"data_paths": [], **sizes}))
+
+    def build() -> ACTLossHead:
+        model = create_model(config.arch, metadata, batch_size=rows, seed=config.seed)
+        return model.to(backend.device)
 
     def load_base(*_: str) -> ACTLossHead:  # of random weights too
-        base = create_model(config.arch, metadata, batch_size=rows, seed=config.seed)
+        base = build()
         cast_weights(base)
-        return base.to(backend.device)
+        return base
 
+    model = build().train()
     model.prepare(load_base)
     choose_kernels(config, model, backend)
     state = create_train_state(config, model, backend=backend)
     micro_rows = micro_rows or rows
-    tokens = torch.randint(vocab, (rows, length), dtype=torch.int32, device=backend.device)
+    host = make_batch(model.model, micro_rows, documents=documents, widths=further_widths(model))
+    tokens = torch.randint(
+        metadata.vocab_size, (rows, metadata.seq_len), dtype=torch.int32, device=backend.device
+    )
     batches = [
-        dict(
-            inputs=part,
-            labels=part.clone(),
-            puzzle_identifiers=torch.zeros(micro_rows, dtype=torch.int32, device=backend.device),
-            **({"document_starts": torch.zeros_like(part)} if documents else {}),
-        )
+        backend.to_device(host) | {"inputs": part, "labels": part.clone()}
         for part in tokens.split(micro_rows)
     ]
-    for batch in batches:
-        for name, width in further_widths(model).items():
-            batch[name] = torch.zeros_like(batch["inputs"][:, :width])
     state.carries = [model.initial_carry(batch) for batch in batches]
     # of the step that computes most, as far as the numbers tell
     options = dict(max(model.model.option_sets(), key=lambda key: sum(n for _, n in key)))
@@ -76,10 +69,7 @@ def make_step(
             state.carries[i] = carry
             (loss / rows).backward()
         state.clip_gradients(config.grad_clip_norm)
-        for optimizer in state.optimizers:
-            optimizer.step()
-        if state.ema is not None:
-            state.ema.update()
+        state.update(1.0)
         for optimizer in state.optimizers:
             optimizer.zero_grad()
         loss.item()  # waits for the device

@@ -244,3 +244,11 @@ def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
     opened = Checkpoint(checkpoint)
     opened.verify()
     return opened.all_tensors()
+
+
+def write_run(folder: Path, *records: dict, tail: str = "") -> Path:
+    """Write the log of a run that nobody trained; tail: a line that was cut off."""
+    folder.mkdir(parents=True)
+    lines = "".join(json.dumps({"time": 100.0, **record}) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(lines + tail, "utf-8")
+    return folder

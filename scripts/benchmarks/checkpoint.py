@@ -12,25 +12,24 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from scripts.training_step import make_step
 from utils.backend import select_backend
 from utils.checkpoint.writer import CheckpointWriter, Contents
-from utils.config.key_values import run_command, split_key_values
+from utils.config.key_values import CommandKeys, run_command, split_key_values
 from utils.config.load import compose_config, load_config
 from utils.config.schema import PositiveInt
 
 
-class Options(BaseModel):
+class Options(CommandKeys):
     """The keys besides those of pretrain.py."""
-
-    model_config = ConfigDict(extra="forbid")
 
     rounds: PositiveInt = Field(7, description="measurements of each kind")
 
@@ -52,14 +51,7 @@ def run(arguments: Sequence[str]) -> None:
     def copied():
         return state.tensors(), state.carry_rows()
 
-    kinds = (
-        "copy alone",
-        "save in the background",
-        "save, waited for",
-        "step",
-        "step while writing",
-    )
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    seconds = defaultdict[str, list[float]](list)
     number = 0
     with tempfile.TemporaryDirectory(dir=".") as folder:
         writer = CheckpointWriter(Path(folder), backend, keep=1)
@@ -85,7 +77,7 @@ def run(arguments: Sequence[str]) -> None:
             seconds["save, waited for"].append(timed(save_and_wait))
         size = sum(p.stat().st_size for p in Path(folder).rglob("*.pt"))
         writer.close()
-    medians = {kind: statistics.median(values) for kind, values in seconds.items() if values}
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     print(f"a checkpoint of {size / 1e6:,.0f} MB on {backend.device}, "
           f"medians of {options.rounds} rounds")  # fmt: skip
     print(f"\n{'':<26}{'ms':>8}{'ratio to the copy':>20}")

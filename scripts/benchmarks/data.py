@@ -9,13 +9,11 @@ tokenizer to the end, for builds and for the reference.
 """
 
 import argparse
-import dataclasses
-import filecmp
 import json
 import os
 import random
+import resource
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -23,10 +21,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import orjson
 
 from dataset.build_corpus_dataset import main as build_corpus
@@ -34,15 +33,19 @@ from dataset.input.document_reader import DocumentReader, ReadOptions
 from dataset.input.documents import BATCH_BYTES
 from dataset.input.text_sources import find_sources
 from dataset.tokens.tokenization import TextTokenizer
-from scripts.benchmarks.stream import stream_lines
+from sequence_dataset import TrainStream
 from utils.core.console import command_parser, run_cli
 from utils.core.errors import UserError
+from utils.corpus.corpora import Corpora
+from utils.corpus.row_reader import RowReader
 
 LIBRARIES = ("huggingface", "gigatoken")
+LAYOUTS = ("npy", "stream")
+BATCH_ROWS = 64
+COLD_BATCHES = 4  # before the cache is emptied again: a map's readahead would serve later batches
 
 
-@dataclasses.dataclass
-class Row:
+class Row(NamedTuple):
     """One line of the table; `holds`: whether the figure meets the target."""
 
     what: str
@@ -77,17 +80,16 @@ class Bench:
                     file.write(orjson.dumps({"text": f"{copy}. {text}"}) + b"\n")
         return path
 
-    def build(self, source: Path | list[Path], out: str, *options: str) -> dict[str, float]:
-        """Build in a process of its own; return seconds, CPU-seconds, and peak memory in MB."""
+    def build(self, source: Path, out: str, *options: str) -> dict[str, float]:
+        """Build in a process of its own; return seconds and peak memory in MB."""
         shutil.rmtree(self.folder / out, ignore_errors=True)
-        return self.run("build", self.build_options(source, out, *options))
-
-    def build_options(self, source: Path | list[Path], out: str, *options: str) -> list[str]:
-        sources = source if isinstance(source, list) else [source]
-        return [
-            *("--tokenizer-json", str(self.tokenizer_json), "--output-dir", str(self.folder / out)),
-            *("--input-files", *map(str, sources), *options),
+        given = [
+            "--tokenizer-json",
+            str(self.tokenizer_json),
+            "--output-dir",
+            str(self.folder / out),
         ]
+        return self.run("build", [*given, "--input-files", str(source), *options])
 
     def tokenize(self, source: Path, library: str, workers: int) -> dict[str, float]:
         """Tokenize the same text from memory, in the same batches; return the same figures."""
@@ -102,14 +104,11 @@ class Bench:
 
 
 def measured(work: Callable[[], object]) -> dict[str, float]:
-    """Return seconds and CPU-seconds of a call, and this process' peak memory in MB."""
-    import resource
-
-    started, cpu = time.perf_counter(), time.process_time()
+    """Return seconds of a call, and this process' peak memory in MB."""
+    started = time.perf_counter()
     work()
     return {
         "seconds": time.perf_counter() - started,
-        "cpu": time.process_time() - cpu,
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     }
 
@@ -159,16 +158,16 @@ def speed_rows(bench: Bench) -> Iterable[Row]:
         for name, run in alternating.items():
             runs.setdefault(name, []).append(run)
 
-    def rate(name: str, unit: str) -> float:
+    def rate(name: str) -> float:
         size = bench.bytes / 1e6 * (5 if name.endswith("5 times the input") else 1)
-        return size / statistics.median(run[unit] for run in runs[name])
+        return size / statistics.median(run["seconds"] for run in runs[name])
 
     for library, threads, least in (
         ("huggingface", "2 threads", 0.90),
         ("gigatoken", "1 thread", 0.65),
         ("gigatoken, 5 times the input", "1 thread", 0.65),
     ):
-        wall, pure = rate(library, "seconds"), rate(f"pure {library}", "seconds")
+        wall, pure = rate(library), rate(f"pure {library}")
         yield Row(
             f"whole build / pure tokenization, {library}, {threads}",
             f"{wall / pure:.2f} ({wall:.1f} / {pure:.1f} MB/s)",
@@ -233,68 +232,10 @@ def long_document_rows(bench: Bench) -> Iterable[Row]:
         )
 
 
-def same_files(one: Path, other: Path) -> bool:
-    """Return whether two corpora hold the same bytes, apart from the report, which has times."""
-    names = [
-        {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
-        for root in (one, other)
-    ]
-    ignored = {Path("build_report.json")}
-    return names[0] == names[1] and all(
-        filecmp.cmp(one / name, other / name, shallow=False) for name in names[0] - ignored
-    )
-
-
-def identity_rows(bench: Bench, kills: int) -> Iterable[Row]:
-    """Check for the same bytes from either library, any number of workers, and after kills."""
-    options = {
-        "hf": ("--workers", "2"),
-        "hf1": ("--workers", "1"),
-        "fast": ("--tokenizer-library", "gigatoken", "--workers", "2"),
-    }
-    for name, more in options.items():
-        bench.build(bench.once, name, *more)
-    for other, what in (
-        ("fast", "gigatoken's corpus against Hugging Face's"),
-        ("hf1", "1 worker against 2"),
-    ):
-        same = same_files(bench.folder / "hf", bench.folder / other)
-        yield Row(what, "the same bytes" if same else "they differ", "byte-identical", same)
-    killed = killed_build(bench, kills)
-    same = same_files(bench.folder / "hf", bench.folder / "killed")
-    figure = f"{'the same bytes' if same else 'they differ'} after {killed} kills"
-    yield Row("killed with SIGKILL and resumed", figure, "byte-identical", same)
-
-
-def killed_build(bench: Bench, kills: int) -> int:
-    """Kill a build this many times at random moments, then let it finish; return the kills."""
-    chooser = random.Random()
-    options = ("--tokenizer-library", "gigatoken", "--resume", "--save-every", "0.05")
-    command = [sys.executable, __file__, "--task", "build"]
-    command += bench.build_options(bench.once, "killed", *options)
-    done = 0
-    while True:
-        started = time.monotonic()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            process.wait(chooser.uniform(0.5, 4) if done < kills else None)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            done += 1
-            continue
-        if process.returncode:
-            raise UserError(f"a resumed build failed after {time.monotonic() - started:.1f} s")
-        if done >= kills:
-            return done
-        shutil.rmtree(bench.folder / "killed")
-
-
 def layout_rows(bench: Bench) -> Iterable[Row]:
     """Measure bytes per token of the layout `stream`, and padding of best-fit rows."""
     options = ("--tokenizer-library", "gigatoken")
     bench.build(bench.five, "stream", "--layout", "stream", *options)
-    bench.build(bench.five, "npy", *options)
     folder = bench.folder / "stream" / "train"
     report = json.loads((bench.folder / "stream" / "build_report.json").read_bytes())
     tokens = report["splits"]["train"]["total"]["tokens"]
@@ -310,36 +251,90 @@ def layout_rows(bench: Bench) -> Iterable[Row]:
     yield Row("padding of best-fit rows", f"{padding:.3%}", "<= 0.1 %", padding <= 0.001)
 
 
+def cold_rows(bench: Bench) -> Iterable[Row]:
+    """Read random batches from a cold disk, and the same rows of a plain int32 memory map."""
+    reference = []
+    for name in ("inputs", "labels"):
+        reference.append(bench.folder / f"plain_{name}.npy")
+        array = np.load(bench.folder / "npy/train/all" / f"{name}.npy", mmap_mode="r")
+        np.save(reference[-1], array.astype(np.int32))
+    plain = [np.load(path, mmap_mode="r") for path in reference]
+    readers: dict[str, Callable[[np.ndarray], object]] = {
+        "plain": lambda rows: [np.array(array[rows]) for array in plain],
+    }
+    files = {"plain": reference}
+    for name in LAYOUTS:
+        corpora = Corpora([str(bench.folder / name)], verify=False)
+        readers[name] = RowReader(corpora, None, None, with_starts=True).read
+        files[name] = sorted((bench.folder / name / "train" / "all").glob("*.npy"))
+    speeds: dict[str, list[float]] = {name: [] for name in readers}
+    read: dict[str, list[int]] = {name: [] for name in readers}
+    generator = np.random.default_rng()
+    for _ in range(bench.rounds):
+        rows = generator.integers(0, len(plain[0]), (COLD_BATCHES, BATCH_ROWS))
+        for name, reader in readers.items():
+            for path in files[name]:
+                drop_from_cache(path)
+            before, started = bytes_read(), time.perf_counter()
+            for batch in rows:
+                reader(batch)
+            seconds = time.perf_counter() - started
+            speeds[name].append(rows.size * plain[0].shape[1] / seconds / 1e6)
+            read[name].append((bytes_read() - before) // COLD_BATCHES)
+    speed = {name: statistics.median(values) for name, values in speeds.items()}
+    size = {name: statistics.median(values) / 1e6 for name, values in read.items()}
+    for name in LAYOUTS:
+        faster, less = speed[name] / speed["plain"], size["plain"] / max(size[name], 1e-9)
+        yield Row(
+            f"cold random rows against a plain int32 memory map, {name}",
+            f"{faster:.1f} x tokens/s ({speed[name]:.1f} / {speed['plain']:.1f} M), "
+            f"{less:.0f} x less read ({size[name]:.2f} / {size['plain']:.1f} MB a batch)",
+            ">= 3 x, >= 20 x",
+            faster >= 3 and less >= 20,
+        )
+
+
+def drop_from_cache(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def bytes_read() -> int:
+    """Return the bytes that this process has read from disks."""
+    lines = Path("/proc/self/io").read_text("utf-8").splitlines()
+    return int(dict(line.split(": ") for line in lines)["read_bytes"])
+
+
+def warm_rows(bench: Bench) -> Iterable[Row]:
+    """Read whole batches in one process, with the files in memory."""
+    for layout in LAYOUTS:
+        corpora = Corpora([str(bench.folder / layout)], verify=False)
+        speeds = []
+        for seed in range(bench.rounds + 1):  # the first one warms up
+            stream = TrainStream(
+                corpora, global_batch_size=BATCH_ROWS, seed=seed, epochs=1, feed="present"
+            )
+            halted, step, started = np.ones(BATCH_ROWS, bool), 0, time.perf_counter()
+            while stream.next(step, halted) is not None:
+                step += 1
+            seconds = time.perf_counter() - started
+            speeds.append(step * BATCH_ROWS * corpora.metadata.seq_len / seconds / 1e6)
+        speed = statistics.median(speeds[1:])
+        yield Row(
+            f"warm stream, one process, {layout}", f"{speed:.0f} M tokens/s", ">= 100 M tokens/s",
+            speed >= 100,
+        )  # fmt: skip
+
+
 def streaming_rows(bench: Bench) -> Iterable[Row]:
-    """Read what was built, in both layouts and with several domains."""
-    options = ("--tokenizer-library", "gigatoken")
-    for layout in ("npy", "stream"):
-        bench.build(bench.five, f"read_{layout}", "--layout", layout, *options)
-    lines = bench.once.read_bytes().splitlines(keepends=True)
-    parts = []
-    for number, share in enumerate((lines[::2], lines[1::4], lines[3::4])):
-        parts.append(bench.folder / f"part{number}.jsonl")
-        parts[-1].write_bytes(b"".join(share))
-    bench.build(parts, "read_domains", "--layout", "stream", *options)
-    npy, stream, domains = (bench.folder / f"read_{name}" for name in ("npy", "stream", "domains"))
-    for line in stream_lines(npy, stream, domains, bench.rounds):
-        yield Row(*line)
-
-
-def print_table(rows: list[Row]) -> None:
-    heads = Row("what", "figure", "asked", True)
-    widths = [max(len(getattr(r, n)) for r in [heads, *rows]) for n in ("what", "figure", "asked")]
-
-    def line(*cells: str) -> str:
-        return "| " + " | ".join(cells) + " |"
-
-    print()
-    print(line(*(c.ljust(w) for c, w in zip(("what", "figure", "asked"), widths, strict=True)), ""))
-    print(line(*("-" * width for width in widths), "---"))
-    for row in rows:
-        cells = (row.what, row.figure, row.asked)
-        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-        print(line(*padded, "   " if row.holds else "NO "))
+    """Read what was built, in both layouts."""
+    for layout in LAYOUTS:
+        options = ("--layout", layout, "--tokenizer-library", "gigatoken")
+        bench.build(bench.five, layout, *options)
+    yield from cold_rows(bench)
+    yield from warm_rows(bench)
 
 
 def benchmark(args: argparse.Namespace) -> None:
@@ -349,7 +344,6 @@ def benchmark(args: argparse.Namespace) -> None:
         "memory": memory_rows,
         "short": short_document_rows,
         "long": long_document_rows,
-        "identity": lambda bench: identity_rows(bench, args.kills),
         "layout": layout_rows,
         "stream": streaming_rows,
     }
@@ -362,7 +356,9 @@ def benchmark(args: argparse.Namespace) -> None:
             for row in parts[part](bench):
                 rows.append(row)
                 print(f"{row.what}: {row.figure}", flush=True)
-    print_table(rows)
+    print("\n| what | figure | asked | |\n| --- | --- | --- | --- |")
+    for row in rows:
+        print(f"| {row.what} | {row.figure} | {row.asked} | {'' if row.holds else 'NO'} |")
 
 
 def main() -> None:
@@ -380,9 +376,8 @@ def main() -> None:
     add("--text-key", default="text", help="(default: text)")
     add("--tokenizer-json", required=True, type=Path, help="of GPT-2's kind")
     add("--rounds", type=int, default=3, help="of timed runs that take turns (default: 3)")
-    add("--kills", type=int, default=20, help="(default: 20)")
     add("--scratch", type=Path, help="where some GB may be written for a while (default: /tmp)")
-    add("--parts", nargs="+", help="speed memory short long identity layout stream (default: all)")
+    add("--parts", nargs="+", help="speed memory short long layout stream (default: all)")
     run_cli(lambda: benchmark(parser.parse_args()))
 
 

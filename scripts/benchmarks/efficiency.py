@@ -20,14 +20,14 @@ from typing import Any, Literal, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from models.layers import SwiGLU
 from scripts.benchmarks.plain_trm import PlainTRM
 from scripts.training_step import make_step
 from utils.backend import select_backend
-from utils.config.key_values import run_command, split_key_values
+from utils.config.key_values import CommandKeys, run_command, split_key_values
 from utils.config.load import compose_config, load_config
 from utils.config.schema import PositiveInt
 from utils.training.optimizers.adam_atan2 import AdamATan2
@@ -86,10 +86,8 @@ SHAPES = {
 }
 
 
-class Options(BaseModel):
+class Options(CommandKeys):
     """The keys besides those of pretrain.py."""
-
-    model_config = ConfigDict(extra="forbid")
 
     rounds: PositiveInt = Field(7, description="measurements of each variant")
     shape: Literal["narrow", "wide"] = Field("narrow", description="sizes of the step")

@@ -19,7 +19,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from models.inference.generation import Decoder
 from models.inference.key_value_cache import lay_out
@@ -27,7 +27,7 @@ from models.inference.language_model import LanguageModel
 from models.inference.loading import load_language_model
 from models.inference.sampling import PositiveInt, Sampling
 from utils.backend import select_backend
-from utils.config.key_values import parse_key_values, run_command
+from utils.config.key_values import CommandKeys, parse_key_values, run_command
 from utils.config.schema import Folders
 from utils.core.errors import UserError
 from utils.core.plugins import use_plugins
@@ -124,10 +124,8 @@ def compare_probabilities(
     print(f"| all, in float64, beside none in float64 | | | | {off:.1e} |")
 
 
-class Options(BaseModel):
+class Options(CommandKeys):
     """The arguments, each given as key=value."""
-
-    model_config = ConfigDict(extra="forbid")
 
     checkpoint: str = Field(description="a checkpoint, or the folder of a run")
     plugins: Folders = Field([], description="directories of its classes")

@@ -17,15 +17,14 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
-from dataset.common import DatasetMetadata
 from models import cost
 from models.build import create_model
 from models.losses import ACTLossHead
 from utils.backend import select_backend
-from utils.config.key_values import run_command, split_key_values
+from utils.config.key_values import CommandKeys, run_command, split_key_values
 from utils.config.load import PretrainConfig, compose_config, load_config
 from utils.config.schema import PositiveInt
 from utils.core.errors import UserError
@@ -60,16 +59,11 @@ def rows(count: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 def build(overrides: Sequence[str], dtype: str) -> tuple[PretrainConfig, ACTLossHead]:
     """Return a config and its model in a precision; initial weights are the same in all."""
-    config = load_config(
-        compose_config(
-            ["data_paths=[unread]", f"global_batch_size={ROWS}", *overrides, "device_type=cpu",
-             f"arch.forward_dtype={dtype}", "arch.post_refinement_steps=0"]
-        )
-    )  # fmt: skip
-    metadata = DatasetMetadata(
-        pad_id=0, ignore_label_id=None, vocab_size=VOCAB, seq_len=LENGTH, total_groups=1,
-        num_puzzle_identifiers=1, mean_puzzle_examples=1, total_puzzles=1,
-    )  # fmt: skip
+    given = [f"global_batch_size={ROWS}", *overrides, "device_type=cpu", "dry_run=true",
+             f"arch.forward_dtype={dtype}", "arch.post_refinement_steps=0"]  # fmt: skip
+    sizes = ["data_paths=[]", f"vocab_size={VOCAB}", f"seq_len={LENGTH}"]
+    config = load_config(compose_config([*given, *sizes]))
+    metadata, _ = plan_metadata(config)
     return config, create_model(config.arch, metadata, batch_size=ROWS, seed=config.seed)
 
 
@@ -113,7 +107,7 @@ def measure(overrides: Sequence[str], updates: Sequence[int], steps: int) -> Non
     heads = {dtype: head for dtype, (_, head) in configs.items()}
     config, trained = configs["float32"]
     arch = trained.model.config
-    metadata, _ = plan_metadata(config.model_copy(update={"data_paths": []}))
+    metadata, _ = plan_metadata(config)
     passes = cost.measure_mean(build_untrained(config.arch, metadata)).passes
     print(
         f"{passes} layer passes per ACT step, width {arch.hidden_size}, lr {config.lr:g} after "
@@ -147,10 +141,8 @@ def measure(overrides: Sequence[str], updates: Sequence[int], steps: int) -> Non
         print(f"{wanted:7}  {loss.item() / ROWS:5.2f}   " + "   |   ".join(cells), flush=True)
 
 
-class Options(BaseModel):
+class Options(CommandKeys):
     """The keys besides those of pretrain.py."""
-
-    model_config = ConfigDict(extra="forbid")
 
     updates: str = Field("0", description="measure after these numbers of updates: 0,25,50")
     steps: PositiveInt = Field(3, description="ACT steps")

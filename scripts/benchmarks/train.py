@@ -15,11 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from scripts.training_step import make_step
 from utils.backend import select_backend
-from utils.config.key_values import run_command, split_key_values
+from utils.config.key_values import CommandKeys, run_command, split_key_values
 from utils.config.load import compose_config, load_config
 from utils.config.schema import PositiveInt
 
@@ -31,10 +31,8 @@ VARIANTS = {
 }
 
 
-class Options(BaseModel):
+class Options(CommandKeys):
     """The keys besides those of pretrain.py."""
-
-    model_config = ConfigDict(extra="forbid")
 
     rounds: PositiveInt = Field(7, description="measurements of each variant")
 

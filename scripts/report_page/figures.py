@@ -7,7 +7,6 @@ a task) are its parts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -27,18 +26,12 @@ SAME = {"nats_per_token": "bits_per_byte", "perplexity": "bits_per_byte"}  # say
 
 @dataclass(frozen=True)
 class Cell:
-    """value: as logged; None: not finite. known False: the run has no such figure."""
+    """value: as logged; None: not finite, or the run has no such figure, as `text` says."""
 
-    value: float | None = None
-    known: bool = False
-    error: float | None = None
-    best: bool = False
-
-    @property
-    def text(self) -> str:
-        if not self.known:
-            return "–"
-        return "not finite" if self.value is None else number(self.value)
+    value: float | None
+    text: str
+    error: float | None
+    best: bool
 
 
 @dataclass(frozen=True)
@@ -110,9 +103,11 @@ def _row(runs: Sequence[Run], place: str, name: str, mark: bool) -> Row:
     cells = []
     for run, value in zip(runs, found, strict=True):
         error = None if suffix is None else run.last_evaluation.get(f"{where}stderr{suffix}")
-        known = where + name in run.last_evaluation
-        shown = value if is_number(value) else None
-        cells.append(Cell(shown, known, error, shown is not None and shown == best))
+        if is_number(value):
+            cells.append(Cell(value, number(value), error, value == best))
+        else:
+            text = "not finite" if where + name in run.last_evaluation else "–"
+            cells.append(Cell(None, text, error, False))
     return Row(label_of(name), direction, cells)
 
 
@@ -199,13 +194,14 @@ class Section:
 
 def _equal(one: Chart, other: Chart) -> bool:
     """Return whether two charts show the same values in the same unit."""
-    if one.label != other.label or [line.run for line in one.lines] != [
-        line.run for line in other.lines
-    ]:
-        return False
-    pairs = zip(one.lines, other.lines, strict=True)
-    return all(
-        len(a.y) == len(b.y) and bool(np.allclose(a.y, b.y, rtol=1e-5, atol=1e-9)) for a, b in pairs
+    shapes = [[(line.run, len(line.y)) for line in chart.lines] for chart in (one, other)]
+    return (
+        one.label == other.label
+        and shapes[0] == shapes[1]
+        and all(
+            np.allclose(a.y, b.y, rtol=1e-5, atol=1e-9)
+            for a, b in zip(one.lines, other.lines, strict=True)
+        )
     )
 
 
@@ -264,7 +260,7 @@ def _depth(key: str, keys: set[str]) -> int:
 def _course(runs: Sequence[Run], key: str) -> list[Line]:
     lines, unit = [], time_unit(runs)[1]
     for run in runs:
-        steps, values = run.values(key)
+        steps, values = run.series(key)
         x: dict[str, list[float]] = {"step": [float(step) for step in steps]}
         if tokens := run.along("tokens", steps):
             x["tokens"] = tokens
@@ -331,8 +327,3 @@ def histogram_section(runs: Sequence[Run]) -> Section:
 def _title(name: str, place: str = "") -> str:
     title = label_of(name).partition(",")[0]
     return f"{place}: {title}" if place else title[:1].upper() + title[1:]
-
-
-def chart_data(*sections: Section) -> list[dict[str, Any]]:
-    """Return the data of each chart for the page's script, in the order of the page."""
-    return [chart.data() for section in sections for chart in section.charts]

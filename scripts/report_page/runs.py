@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ import yaml
 
 from scripts.compare import Result, measure
 from utils.checkpoint.format import checkpoints_of
+from utils.config.values import flatten
 from utils.core.errors import UserError
 from utils.monitoring.run_log import ABANDONED, METRICS, RunMetrics, json_lines
 
@@ -40,21 +41,18 @@ class Run(RunMetrics):
     def __init__(self, folder: Path, number: int):
         super().__init__(folder)
         self.number = number
-        self._values: dict[str, tuple[list[int], list[float]]] = {}
         self.training = [r for r in self.records if any(key.startswith("train/") for key in r)]
         self.evaluations = [r for r in self.records if any(k.startswith("eval/") for k in r)]
 
     @cached_property
     def config(self) -> dict[str, str]:
         """Return every dotted key with its value as YAML writes it; empty without a config."""
-        return dict(_flat(self._config_of_run()))
-
-    def _config_of_run(self) -> dict[str, Any]:
         try:
             found = yaml.safe_load((self.folder / "config.yaml").read_text("utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             return {}
-        return found if isinstance(found, dict) else {}
+        values = flatten(found) if isinstance(found, dict) else {}
+        return {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()}
 
     @cached_property
     def cost(self) -> Result | None:
@@ -69,11 +67,7 @@ class Run(RunMetrics):
     @cached_property
     def cut(self) -> bool:
         """Return whether the last line of the log is incomplete."""
-        with (self.folder / METRICS).open("rb") as file:
-            file.seek(0, 2)
-            size = file.tell()
-            file.seek(max(0, size - 1))
-            return size > 0 and file.read() != b"\n"
+        return not (self.folder / METRICS).read_bytes().endswith(b"\n")
 
     @cached_property
     def last_evaluation(self) -> dict[str, Any]:
@@ -95,16 +89,9 @@ class Run(RunMetrics):
                 curve[int(match["step"])] = value
         return {name: dict(sorted(curve.items())) for name, curve in found.items()}
 
-    def values(self, key: str) -> tuple[list[int], list[float]]:
-        """Return steps and values of a metric, where it is a finite number."""
-        if key not in self._values:
-            pairs = [(r["step"], r[key]) for r in self.records if is_number(r.get(key))]
-            self._values[key] = [step for step, _ in pairs], [value for _, value in pairs]
-        return self._values[key]
-
-    def along(self, key: str, steps: list[int]) -> list[float]:
+    def along(self, key: str, steps: Sequence[float]) -> list[float]:
         """Return train/<key> at these steps, interpolated between log lines."""
-        known, values = self.values(f"train/{key}")
+        known, values = self.series(f"train/{key}")
         return [float(v) for v in np.interp(steps, known, values)] if known else []
 
     # --- how it went -----------------------------------------------------------------------
@@ -174,11 +161,3 @@ def is_number(value: Any) -> TypeGuard[float]:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value)
-
-
-def _flat(config: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value if isinstance(value, str) else json.dumps(value)

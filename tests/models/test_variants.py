@@ -10,7 +10,6 @@ from models.inference.loading import load_language_model
 from models.recursive_reasoning.hier6 import Hier6
 from models.recursive_reasoning.single_z import SingleZ
 from scripts import estimate
-from scripts.run_plan import plan
 from utils.checkpoint.format import checkpoints_of
 from utils.core.functions import load_class
 
@@ -84,7 +83,7 @@ def test_a_variant_trains_restarts_and_continues_texts(name, text_corpus, run_tr
     (score,) = model.score([(model.encode("ab c"), model.encode(" de f"))])
     assert score.nats > 0
     planned, overrides = estimate.parse(["hardware=cpu", *TINY, *options, "vocab_size=300"])
-    assert plan(planned, [*overrides, f"data_paths=[{text_corpus}]"]).seconds > 0
+    assert estimate.plan(planned, [*overrides, f"data_paths=[{text_corpus}]"]).seconds > 0
 
 
 @pytest.mark.slow

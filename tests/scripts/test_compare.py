@@ -1,8 +1,11 @@
 """The comparison names whoever is ahead, and counts what each run spent."""
 
+from pathlib import Path
+
 import pytest
 
 from models import cost
+from models.inference.loading import build_model
 from pretrain import train
 from scripts import compare
 from utils.backend.cpu import CPUBackend
@@ -20,11 +23,17 @@ SHARED = """arch.hidden_size=32 arch.puzzle_emb_ndim=32 device_type=cpu global_b
 def results(tmp_path_factory, text_corpus) -> list[compare.Result]:
     """The two architectures, trained for a few steps on one corpus."""
     root = tmp_path_factory.mktemp("compare")
-    for name, arch in (("recursive", RECURSIVE), ("plain", PLAIN)):
-        folders = [f"data_paths=[{text_corpus}]", f"checkpoint_path={root / name}"]
-        config = load_config(compose_config([*f"{arch} {SHARED}".split(), *folders]))
-        assert train(CPUBackend(), config) == 0
-    return [compare.measure(root / name) for name in ("recursive", "plain")]
+    return [
+        trained(root / "recursive", text_corpus, RECURSIVE),
+        trained(root / "plain", text_corpus, PLAIN),
+    ]
+
+
+def trained(run: Path, corpus: Path, options: str) -> compare.Result:
+    folders = [f"data_paths=[{corpus}]", f"checkpoint_path={run}"]
+    config = load_config(compose_config([*f"{options} {SHARED}".split(), *folders]))
+    assert train(CPUBackend(), config) == 0
+    return compare.measure(run)
 
 
 def test_costs_are_those_of_the_run(results):
@@ -38,12 +47,22 @@ def test_costs_are_those_of_the_run(results):
         assert result.steps == 4
         assert result.flops == pytest.approx(result.train_flops * 8 * 24 * 4)  # rows, tokens, steps
         assert result.tokens == result.metrics.last("train/tokens")
-    model, _ = compare.build_model(
-        Checkpoint(checkpoints_of(recursive.metrics.folder)[-1]), device="meta"
-    )
+    model, _ = build_model(Checkpoint(checkpoints_of(recursive.metrics.folder)[-1]), device="meta")
     assert recursive.eval_flops == cost.evaluation_flops(model.model, depth=4)  # halt_max_steps
     assert plain.tokens == 4 * 8 * 24  # every row is new at every step
     assert recursive.tokens < plain.tokens
+
+
+def test_the_base_of_a_loss_term_counts(results, text_corpus, tmp_path):
+    """A run that stays near another model runs that one too at every step."""
+    _, plain = results
+    base = plain.metrics.folder
+    near = trained(tmp_path / "near", text_corpus, f"{PLAIN} loss.kl_to={base} loss.kl_weight=1")
+    assert near.parameters == plain.parameters
+    assert near.eval_flops == plain.eval_flops
+    forward = near.train_flops - plain.train_flops  # of the base, which gets no gradient
+    assert forward == pytest.approx(plain.eval_flops, rel=0.1)
+    assert near.flops == pytest.approx(near.train_flops * 8 * 24 * 4)
 
 
 def test_table_shows_both_and_marks_the_better(results):

@@ -9,7 +9,7 @@ from seeds import draw_rng
 from models.cost import evaluation_flops
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from scripts import estimate
-from scripts.run_plan import Plan, plan
+from scripts.estimate import Plan, plan
 from utils.core.errors import UserError
 
 

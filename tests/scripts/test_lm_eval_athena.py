@@ -205,11 +205,11 @@ def test_options_of_continuations_are_known_or_named():
     assert (stop, how.max_new_tokens, how.temperature, how.top_p) == ([], 9, 0.5, 0.9)
     for options, says in (
         ({"num_beams": 4}, "num_beams must be 1"),
-        ({"min_p": 0.1}, "min_p is unknown here"),
+        ({"min_p": 0.1}, "min_p"),
         ({"until": [3]}, "must be texts"),
         ({"max_gen_toks": "many"}, "many"),
-        ({"max_gen_toks": 0}, "max_new_tokens=0"),
-        ({"do_sample": True, "temperature": -1}, "temperature=-1"),
+        ({"max_gen_toks": 0}, "max_new_tokens .*0"),
+        ({"do_sample": True, "temperature": -1}, "temperature .*-1"),
     ):
         with pytest.raises(UserError, match=f"generation_kwargs.*{says}"):
             _sampling(options, 9)
@@ -222,13 +222,13 @@ def test_mistakes_are_named(text_run, tmp_path, monkeypatch):
         ({"checkpont": str(text_run)}, "did you mean 'checkpoint'"),
         ({"checkpoint": str(tmp_path)}, "is not a checkpoint"),
         ({"checkpoint": str(text_run), "identifier": "poem"}, "did you mean 'poems'"),
-        ({"checkpoint": str(text_run), "weights": "both"}, "choose ema or raw"),
+        ({"checkpoint": str(text_run), "weights": "both"}, "weights: .*ema, raw.*'both'"),
         ({"checkpoint": str(text_run), "batch_size": "0"}, "--batch_size 0"),
         ({"checkpoint": str(text_run), "batch_size": "many"}, "--batch_size many"),
-        ({"checkpoint": str(text_run), "max_gen_toks": "x"}, "max_gen_toks='x'"),
-        ({"checkpoint": str(text_run), "max_gen_toks": "0"}, "must be at least 1"),
+        ({"checkpoint": str(text_run), "max_gen_toks": "x"}, "max_gen_toks: .*'x'"),
+        ({"checkpoint": str(text_run), "max_gen_toks": "0"}, "max_gen_toks must be at least 1"),
         ({"checkpoint": str(text_run), "device": "gpu"}, "--device gpu is unknown"),
-        ({}, "needs checkpoint="),
+        ({}, "model_args: checkpoint is missing"),
     ):
         with pytest.raises(UserError, match=says):
             AthenaLM(**{"device": "cpu"} | arguments)

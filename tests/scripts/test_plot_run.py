@@ -1,24 +1,16 @@
 """Curves: what a run logged, each step once, as a picture and as figures."""
 
-import json
 from pathlib import Path
 
 import pytest
+from training_tools import write_run
 
 from scripts import plot_run
-
-
-def write_run(folder: Path, *records: dict, tail: str = "") -> Path:
-    folder.mkdir(parents=True)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "metrics.jsonl").write_text(lines + tail, "utf-8")
-    return folder
 
 
 def training(step: int, loss: float | None = 1.0) -> dict:
     return {
         "step": step,
-        "time": 0.0,
         "train/lm_loss": loss,
         "train/tokens": 100 * step,
         "train/lr": 1e-3,
@@ -30,7 +22,6 @@ def evaluation(step: int, bits: float, *by_step: float) -> dict:
     curve = {f"eval/text/step_{k}/bits_per_byte": v for k, v in enumerate(by_step, 1)}
     return {
         "step": step,
-        "time": 0.0,
         "eval/all/lm_loss": 5.0,
         "eval/text/bits_per_byte": bits,
     } | curve

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from seeds import draw_rng
-from training_tools import make_config
+from training_tools import make_config, write_run
 
 from pretrain import train
 from scripts import report
@@ -84,13 +84,6 @@ def page_of(*runs: Path, output: Path | None = None) -> Page:
     output = output or runs[0].parent / "page.html"
     report.main([*map(str, runs), "--output", str(output)])
     return Page(output.read_text(encoding="utf-8"))
-
-
-def write_run(folder: Path, *records: dict, tail: str = "") -> Path:
-    folder.mkdir(parents=True)
-    lines = "".join(json.dumps({"time": 100.0, **record}) + "\n" for record in records)
-    (folder / "metrics.jsonl").write_text(lines + tail, "utf-8")
-    return folder
 
 
 def training(step: int, seconds: float, time: float, **more) -> dict:

@@ -62,24 +62,19 @@ def _nearby(rows: int, divisor: int) -> str:
 def _global_batch(c: Context) -> Iterator[str]:
     rows, accumulation = c.config.global_batch_size, c.config.grad_accum_steps
     micro = c.config.micro_batch_size
-    parts = c.world_size * accumulation
-    if isinstance(micro, int):
-        parts = c.world_size * micro
-        if rows % parts:
-            yield (
-                f"global_batch_size {rows} is not a multiple of {c.world_size} rank(s) x "
-                f"micro_batch_size {micro}: use {_nearby(rows, parts)}, or another micro_batch_size"
-            )
-        elif accumulation > 1 and rows // parts != accumulation:
-            yield (
-                f"micro_batch_size {micro} makes {rows // parts} micro-batches per step of "
-                f"global_batch_size {rows} on {c.world_size} rank(s), but grad_accum_steps is "
-                f"{accumulation}: give one of the two"
-            )
-    elif rows % parts:
+    given = isinstance(micro, int)
+    parts = c.world_size * (micro if isinstance(micro, int) else accumulation)
+    if rows % parts:
+        divisor = f"micro_batch_size {micro}" if given else f"grad_accum_steps {accumulation}"
         yield (
-            f"global_batch_size {rows} is not a multiple of {c.world_size} rank(s) x "
-            f"grad_accum_steps {accumulation}: use {_nearby(rows, parts)}"
+            f"global_batch_size {rows} is not a multiple of {c.world_size} rank(s) x {divisor}: "
+            f"use {_nearby(rows, parts)}" + (", or another micro_batch_size" if given else "")
+        )
+    elif given and accumulation not in (1, rows // parts):
+        yield (
+            f"micro_batch_size {micro} makes {rows // parts} micro-batches per step of "
+            f"global_batch_size {rows} on {c.world_size} rank(s), but grad_accum_steps is "
+            f"{accumulation}: give one of the two"
         )
 
 
@@ -177,18 +172,16 @@ def _length(c: Context) -> Iterator[str]:
 @_reads("epochs", "eval_interval", "min_eval_interval")
 def _evaluations(c: Context) -> Iterator[str]:
     epochs = c.config.epochs
-    if epochs is None:
-        return
-    if c.config.eval_interval is not None and c.config.eval_interval > epochs:
-        yield (
-            f"eval_interval {c.config.eval_interval:g} is more than epochs {epochs:g}, so no "
-            f"evaluation would run: use at most {epochs:g}, or null for one at the end"
-        )
-    if c.config.min_eval_interval > epochs:
-        yield (
-            f"min_eval_interval {c.config.min_eval_interval:g} is more than epochs {epochs:g}, "
-            f"so no evaluation would run: use at most {epochs:g}"
-        )
+    for key, other in (
+        ("eval_interval", ", or null for one at the end"),
+        ("min_eval_interval", ""),
+    ):
+        value = getattr(c.config, key)
+        if epochs is not None and value is not None and value > epochs:
+            yield (
+                f"{key} {value:g} is more than epochs {epochs:g}, so no evaluation would run: "
+                f"use at most {epochs:g}{other}"
+            )
 
 
 @_reads("early_stopping", "eval_interval", "epochs")

@@ -153,15 +153,6 @@ def _path(prefix: str, loc: tuple) -> str:
     return text
 
 
-def _value_at(data: Any, loc: tuple) -> Any:
-    for part in loc:
-        try:
-            data = data[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return data
-
-
 def _wrong_type(path: str, annotation: Any, value: Any) -> str:
     sentence = f"{path}: expected {expected(annotation)}, got {show(value)}"
     kinds = branches(annotation)
@@ -193,36 +184,34 @@ def show(value: Any) -> str:
 def problems_of(
     error: pydantic.ValidationError,
     model: type[pydantic.BaseModel],
-    data: Mapping[str, Any],
     prefix: str = "",
     everywhere: Iterable[str] = (),
 ) -> list[str]:
-    """Return a line for each mistake that `error` reports in `data`, a value of `model`.
+    """Return a line for each mistake that `error` reports in a value of `model`.
 
-    prefix: full key of `data`. everywhere: all valid full keys, for unknown ones.
+    prefix: full key of that value. everywhere: all valid full keys, for unknown ones.
     """
     everywhere = list(everywhere)
     lines: dict[tuple, str] = {}  # by location: a union reports each of its branches
     for item in error.errors(include_url=False):
         loc, annotation, owner = _locate(model, item["loc"])
-        path = _path(prefix, loc)
-        if loc in lines:
-            continue
-        lines[loc] = _line(item, path, annotation, owner, _value_at(data, loc), everywhere)
+        if loc not in lines:
+            lines[loc] = _line(item, _path(prefix, loc), annotation, owner, everywhere)
     return list(lines.values())
 
 
-def _line(
-    item: Any, path: str, annotation: Any, owner: type | None, value: Any, everywhere: list[str]
-) -> str:
-    kind = item["type"]
+def _line(item: Any, path: str, annotation: Any, owner: type | None, everywhere: list[str]) -> str:
+    kind, value = item["type"], item["input"]
     if kind == "extra_forbidden":
         above = path.rpartition(".")[0]
         fields = getattr(owner, "model_fields", {})
         siblings = [f"{above}.{name}" if above else name for name in fields]
         return f"unknown key '{path}': {did_you_mean(path, siblings, everywhere)}"
     if kind == "missing":
-        return f"{path} is missing: {_missing_hint(path, annotation)}"
+        hint = f"give {expected(annotation)}, {path}=..."
+        if path == "arch":
+            hint = "choose a preset, e.g. arch=athena_trm_small"
+        return f"{path} is missing: {hint}"
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
         return f"{path} must be {words} {item['ctx'][bound]}, got {show(value)}"
@@ -234,12 +223,6 @@ def _line(
     if kind == "finite_number":
         return f"{path} must be a finite number, got {show(value)}"
     return _wrong_type(path, annotation, value)
-
-
-def _missing_hint(path: str, annotation: Any) -> str:
-    if path == "arch":
-        return "choose a preset, e.g. arch=athena_trm_small"
-    return f"give {expected(annotation)}, {path}=..."
 
 
 def coerced(model: type[pydantic.BaseModel], data: Mapping[str, Any]) -> dict[str, Any]:

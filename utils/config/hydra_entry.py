@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,11 +25,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.config.errors import did_you_mean, expected, show
-from utils.config.schema import ArchConfig, LossTermConfig, PretrainConfig
-from utils.config.values import hydra_override
+from utils.config.plugins import find_plugin, named_plugins
+from utils.config.schema import PretrainConfig
+from utils.config.values import flatten, hydra_override, in_quotes
 from utils.core.console import check_decoded, guarded_output
 from utils.core.errors import UserError
-from utils.core.functions import load_class, load_named, nearest, suggest
+from utils.core.functions import nearest, suggest
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 CONFIG_NAME = "cfg_pretrain"
@@ -53,7 +54,7 @@ _FLAGS = _VALUE_FLAGS.union(
 )
 
 
-def compose_config(overrides: list[str], config_name: str = CONFIG_NAME) -> DictConfig:
+def compose_config(overrides: list[str]) -> DictConfig:
     """Compose the config of `python pretrain.py <overrides>`, without checking it.
 
     overrides: `--config-dir DIRECTORY` among them adds presets, as for pretrain.py.
@@ -62,13 +63,13 @@ def compose_config(overrides: list[str], config_name: str = CONFIG_NAME) -> Dict
     given, folders = split_config_dirs(overrides)
     overrides = _normalised(given, _groups([CONFIG_DIR, *folders]), sweep=False)
     if folders:
-        places = ",".join(_quoted(f"file://{folder.absolute()}") for folder in folders)
+        places = ",".join(in_quotes(f"file://{folder.absolute()}") for folder in folders)
         overrides.append(f"hydra.searchpath=[{places}]")
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base=_HYDRA_VERSION):
-            cfg = hydra.compose(config_name, overrides)
+            cfg = hydra.compose(CONFIG_NAME, overrides)
             _check_plugins(cfg, given)
             return cfg
     except (HydraException, OmegaConfBaseException) as error:
@@ -93,7 +94,7 @@ def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
             if any(flag in arguments for flag in ("--help", "-h")):
                 print(help_text(Path(sys.argv[0]).name))
                 return None
-            return _run_hydra(_print_user_errors(fn, arguments), arguments)
+            return _run_hydra(fn, arguments)
         except UserError as error:
             _end(str(error))
         except (HydraException, OmegaConfBaseException) as error:
@@ -105,32 +106,23 @@ def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
     return main
 
 
-def _print_user_errors(
-    fn: Callable[[DictConfig], Any], arguments: list[str]
-) -> Callable[[DictConfig], Any]:
-    """Wrap `fn` to exit on a UserError before Hydra reports it."""
-
+def _run_hydra(fn: Callable[[DictConfig], Any], arguments: list[str]) -> Any:
     @functools.wraps(fn)
     def task(cfg: DictConfig) -> Any:
         try:
             _check_plugins(cfg, arguments)
             return fn(cfg)
         except UserError as error:
-            _end(str(error))
+            _end(str(error))  # before Hydra prints lines of its own
 
-    return task
-
-
-def _run_hydra(fn: Callable[[DictConfig], Any], arguments: list[str]) -> Any:
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [argv[0], *arguments]
     # lets exceptions through; Hydra would print its own report and exit
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        decorate = hydra.main(
+        return hydra.main(
             config_path=str(CONFIG_DIR), config_name=CONFIG_NAME, version_base=_HYDRA_VERSION
-        )
-        return decorate(fn)()
+        )(task)()
     finally:
         sys.argv = argv
         if full_error is None:
@@ -170,10 +162,6 @@ def _check_plugins(cfg: DictConfig, overrides: list[str]) -> None:
             f"a preset sets plugins={show(list(named))}, which only the "
             "command line may: remove it there and give plugins=[...] with the command"
         )
-
-
-def _quoted(text: str) -> str:
-    return "'" + re.sub(r"(\\*)'", r"\1\1\'", text) + "'"
 
 
 def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:
@@ -320,7 +308,7 @@ def _presets(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
-def help_text(program: str = "pretrain.py") -> str:
+def help_text(program: str) -> str:
     """Return what `--help` prints: usage, groups with their presets, every key with its default."""
     lines = [
         "Pretrain a recursive-reasoning language model.",
@@ -333,51 +321,23 @@ def help_text(program: str = "pretrain.py") -> str:
     for group in sorted(_groups([CONFIG_DIR])):
         lines.append(f"  {group:<11} {', '.join(_presets(group))}")
     defaults: Any = OmegaConf.to_container(compose_config([]), resolve=True)
-    lines += ["", "keys (key=value), with their defaults:", *_key_lines(defaults)]
+    lines += ["", "keys (key=value), with their defaults:"]
+    for name, field in PretrainConfig.model_fields.items():
+        default = "" if name == "arch" else f" = {_bare(defaults[name])}"
+        kind = "preset" if name == "arch" else expected(field.annotation)
+        lines.append(f"  {name + default:<34}  {field.description} [{kind}]")
     lines += ["", "options of the default architecture (arch.<option>=value):"]
-    arch = defaults["arch"]
-    meanings = _arch_meanings(arch)
-    lines += [
-        f"  {f'{key} = {_bare(value)}':<46}  {meanings.get(key, '')}".rstrip()
-        for key, value in _flat("arch", arch)
-    ]
+    arch = {"arch": defaults["arch"]}
+    meanings = {
+        f"{named.where}.{name}": f"{field.description} [{expected(field.annotation)}]"
+        for named in named_plugins(arch)
+        for name, field in find_plugin(named.name, named.kind).Config.model_fields.items()
+    }
+    for key, value in flatten(arch).items():
+        lines.append(f"  {f'{key} = {_bare(value)}':<46}  {meanings.get(key, '')}".rstrip())
     lines += ["", "-m runs a sweep (lr=1e-4,2e-4); --cfg job prints the config and exits."]
     return "\n".join(lines)
 
 
-def _arch_meanings(arch: Any) -> dict[str, str]:
-    """Return the description of each option of the architecture and its loss, by full key."""
-    found = {}
-    terms = arch["loss"].get("terms", {})
-    configs = {
-        "arch": load_class(arch["name"]).Config,  # type: ignore[attr-defined]
-        "arch.loss": load_class(arch["loss"]["name"]).Config,  # type: ignore[attr-defined]
-    } | {
-        f"arch.loss.terms.{name}": load_named(name, LossTermConfig.PREFIX).Config for name in terms
-    }
-    for prefix, config in configs.items():
-        for name, field in config.model_fields.items():
-            found[f"{prefix}.{name}"] = f"{field.description} [{_short(field.annotation)}]"
-    return found
-
-
-def _key_lines(defaults: dict[str, Any]) -> Iterator[str]:
-    for name, field in PretrainConfig.model_fields.items():
-        default = "" if name == "arch" else f" = {_bare(defaults[name])}"
-        yield f"  {name + default:<34}  {field.description} [{_short(field.annotation)}]"
-
-
 def _bare(value: Any) -> str:
     return show(value).replace("'", "")
-
-
-def _short(annotation: Any) -> str:
-    return "preset" if annotation is ArchConfig else expected(annotation)
-
-
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _flat(f"{prefix}.{key}", item)
-    else:
-        yield prefix, value

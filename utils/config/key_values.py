@@ -4,13 +4,19 @@ import sys
 from collections.abc import Callable, Container, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from utils.config.errors import problems_of, show
 from utils.core.console import run_cli
 from utils.core.errors import UserError
 
 Options = TypeVar("Options", bound=BaseModel)
+
+
+class CommandKeys(BaseModel):
+    """The keys of a command; a subclass declares them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def parse_key_values(
@@ -72,7 +78,7 @@ def validate(model: type[Options], given: dict[str, Any]) -> Options:
         return model.model_validate(given)
     except ValidationError as error:
         everywhere = list(model.model_fields)
-        raise UserError("; ".join(problems_of(error, model, given, "", everywhere))) from None
+        raise UserError("; ".join(problems_of(error, model, everywhere=everywhere))) from None
 
 
 def run_command(

@@ -6,7 +6,7 @@ list. Nothing here uses a device or opens data.
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pydantic
@@ -17,32 +17,18 @@ from utils.config.checks import Context, clashes, config_warnings, divided_by_ra
 from utils.config.errors import clashes_within, coerced, did_you_mean, problems_of
 from utils.config.hydra_entry import compose_config, hydra_entry
 from utils.config.plugins import (
+    Named,
+    find_plugin,
     gather_terms,
-    load_plugin,
+    named_plugins,
     options_model,
     use_configured_plugins,
 )
-from utils.config.schema import (
-    PLACEHOLDERS,
-    ArchConfig,
-    Component,
-    EarlyStoppingConfig,
-    EvaluatorConfig,
-    LoggerConfig,
-    LossConfig,
-    LossTermConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    ScheduleConfig,
-)
+from utils.config.schema import PLACEHOLDERS, PretrainConfig
 from utils.config.values import decode_keys
 from utils.core.errors import UserError
 
 __all__ = [
-    "ArchConfig",
-    "EarlyStoppingConfig",
-    "EvaluatorConfig",
-    "LossConfig",
     "PretrainConfig",
     "check_ranks",
     "compose_config",
@@ -62,22 +48,21 @@ def load_config(cfg: DictConfig | Mapping[str, Any], world_size: int = 1) -> Pre
     raw = _plain(cfg)
     use_configured_plugins(raw)
     raw = _with_terms(raw)
-    components = list(_components(raw))
-    everywhere = [*PretrainConfig.model_fields]
-    for component in components:
-        everywhere += component.keys()
+    fields = PretrainConfig.model_fields
+    defaults = {key: field.default for key, field in fields.items() if not field.is_required()}
+    checks = {named.where: _PluginCheck(named) for named in named_plugins(defaults | raw)}
+    everywhere = [*fields, *(key for check in checks.values() for key in check.full_keys())]
 
     config, problems, faulty = _validate_schema(raw, everywhere)
     validated: dict[str, dict[str, Any]] = {}
-    for component in components:
-        lines, options = component.check(raw, everywhere)
+    for where, check in checks.items():
+        lines, validated[where] = check.check(raw, everywhere)
         problems += lines
-        validated[component.where] = options
     context = Context(
         config,
         world_size,
         arch=validated.get("arch", {}),
-        optimizer=next((c.plugin for c in components if c.where == "optimizer"), None),
+        optimizer=checks["optimizer"].plugin if "optimizer" in checks else None,
     )
     problems += clashes(context, faulty)
 
@@ -111,18 +96,13 @@ def _plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         return copy.deepcopy(dict(cfg))
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise UserError(
-            f"{error.full_key} has no value yet (???): give {error.full_key}=..."
-        ) from error
-    except InterpolationKeyError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{error.full_key} refers to a key that does not exist: {reason}"
-        ) from error
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{error.full_key or 'the config'} cannot be read: {reason}") from error
+        key, reason = error.full_key or "the config", str(error).splitlines()[0]
+        if isinstance(error, MissingMandatoryValue):
+            raise UserError(f"{key} has no value yet (???): give {key}=...") from error
+        if isinstance(error, InterpolationKeyError):
+            raise UserError(f"{key} refers to a key that does not exist: {reason}") from error
+        raise UserError(f"{key} cannot be read: {reason}") from error
     assert isinstance(plain, dict)
     return {key: value for key, value in decode_keys(plain).items() if key != "hydra"}
 
@@ -142,42 +122,45 @@ def _validate_schema(
     try:
         return PretrainConfig.model_validate(raw), [], set()
     except pydantic.ValidationError as error:
-        problems = problems_of(error, PretrainConfig, raw, everywhere=everywhere)
+        problems = problems_of(error, PretrainConfig, everywhere=everywhere)
         faulty = {str(item["loc"][0]) for item in error.errors(include_url=False)}
     rest = {key: value for key, value in raw.items() if key not in faulty}
     rest.setdefault("arch", {"name": "none@None", "loss": {"name": "none@None"}})
     return PretrainConfig.model_validate(rest), problems, faulty
 
 
-class _ComponentCheck:
-    """Checks the options of one `module@Class` in the config by what that class declares."""
+class _PluginCheck:
+    """Checks the options of one plug-in of the config by what it declares."""
 
-    def __init__(self, where: str, given: str | Mapping[str, Any], kind: type[Component]):
-        self.where, self.kind = where, kind  # where: its full key, such as arch.loss
-        options = {"name": given} if isinstance(given, str) else given
-        self.options = {k: v for k, v in options.items() if k not in ("name", "loss")}
-        self.placeholders: dict[str, Any] = {}
+    def __init__(self, named: Named):
+        self.where, self.kind = named.where, named.kind
+        self.options = {k: v for k, v in named.options.items() if k not in ("name", "loss")}
         self.plugin: Any = None
-        self.model: type[pydantic.BaseModel] | None = None
         self.problem: str | None = None
         try:
-            self.plugin = load_plugin(kind.model_construct(name=options["name"]))
+            self.plugin = find_plugin(named.name, named.kind)
         except UserError as error:
-            self.problem = f"{where if isinstance(given, str) else f'{where}.name'}: {error}"
-            return
-        self.model = model = options_model(self.plugin, kind)
-        if model is not None:
-            self.placeholders = {k: v for k, v in PLACEHOLDERS.items() if k in model.model_fields}
+            self.problem = f"{self.where}{'' if self.kind.BARE else '.name'}: {error}"
+        self.model = options_model(self.plugin, self.kind) if self.plugin is not None else None
 
-    def keys(self) -> list[str]:
-        """Return the full names of the options that the class accepts."""
-        if self.problem is not None:
+    def names(self) -> list[str] | None:
+        """Return the names of the options that a user may give; None if any."""
+        if self.plugin is None:
             return []
         if self.model is not None:
-            names = [name for name in self.model.model_fields if name not in self.placeholders]
-        else:
-            names = list(self._arguments() or [])
-        return [f"{self.where}.{name}" for name in ["name", *names]]
+            return [name for name in self.model.model_fields if name not in PLACEHOLDERS]
+        parameters = list(inspect.signature(self.plugin).parameters.values())
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return None
+        own = parameters[self.kind.FIRST_ARGUMENTS :]
+        return [p.name for p in own if p.kind is not p.VAR_POSITIONAL]
+
+    def full_keys(self) -> list[str]:
+        """Return the full names of the options and of `name`."""
+        return [] if self.plugin is None else self._full(["name", *(self.names() or [])])
+
+    def _full(self, names: list[str]) -> list[str]:
+        return [f"{self.where}.{name}" for name in names]
 
     def check(
         self, raw: Mapping[str, Any], everywhere: list[str]
@@ -186,72 +169,23 @@ class _ComponentCheck:
         if self.problem is not None:
             return [self.problem], {}
         if self.model is None:
-            return self._check_arguments(), dict(self.options)
+            known, unknown = self._full(self.names() or []), list[str]()
+            if self.where != "arch" and self.names() is not None:
+                unknown = [key for key in self._full([*self.options]) if key not in known]
+            lines = [f"unknown key '{k}': {did_you_mean(k, known, known)}" for k in unknown]
+            return lines, dict(self.options)
+        placeholders = {k: v for k, v in PLACEHOLDERS.items() if k in self.model.model_fields}
         source = "the data" if self.where == "arch" else "the key of that name"
         problems = [
-            f"{self.where}.{name} is set by {source}: remove it"
-            for name in self.placeholders
-            if name in self.options
+            f"{key} is set by {source}: remove it"
+            for key in self._full([name for name in placeholders if name in self.options])
         ]
-        given = {k: raw[k] for k in ("seq_len", "vocab_size") if isinstance(raw.get(k), int)}
-        sizes = {k: given.get(k, v) for k, v in self.placeholders.items()}
-        data = {**self.options, **sizes}
-        lines, options = self._validate(data, everywhere)
-        return problems + lines, options
-
-    def _validate(
-        self, data: dict[str, Any], everywhere: list[str]
-    ) -> tuple[list[str], dict[str, Any]]:
-        assert self.model is not None
-        data = coerced(self.model, data)
+        given = {k: raw[k] for k in placeholders if isinstance(raw.get(k), int)}
+        data = coerced(self.model, {**self.options, **placeholders, **given})
         try:
-            return [], self.model.model_validate(data, strict=True).model_dump()
+            return problems, self.model.model_validate(data, strict=True).model_dump()
         except pydantic.ValidationError as error:
-            lines = problems_of(error, self.model, data, self.where, everywhere)
+            lines = problems_of(error, self.model, self.where, everywhere)
             faulty = {str(item["loc"][0]) for item in error.errors() if item["loc"]}
         lines += [f"{self.where}: {line}" for line in clashes_within(self.model, data, faulty)]
-        return list(dict.fromkeys(lines)), {}
-
-    def _arguments(self) -> list[str] | None:
-        """Return the names of the constructor's own options; None if it accepts any."""
-        parameters = list(inspect.signature(self.plugin).parameters.values())
-        if any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return None
-        own = parameters[self.kind.FIRST_ARGUMENTS :]
-        return [p.name for p in own if p.kind is not p.VAR_POSITIONAL]
-
-    def _check_arguments(self) -> list[str]:
-        if self.where == "arch" or (names := self._arguments()) is None:
-            return []
-        siblings = [f"{self.where}.{name}" for name in names]
-        return [
-            f"unknown key '{self.where}.{name}': "
-            f"{did_you_mean(f'{self.where}.{name}', siblings, siblings)}"
-            for name in self.options
-            if name not in names
-        ]
-
-
-def _components(raw: Mapping[str, Any]) -> Iterator[_ComponentCheck]:
-    """Yield the components that the config names; the schema reports those without a name."""
-
-    def named(where: str, given: Any, kind: type[Component]) -> Iterator[_ComponentCheck]:
-        name = given.get("name") if isinstance(given, Mapping) else given
-        if isinstance(name, str) and (kind.BARE or given is not name):
-            yield _ComponentCheck(where, given, kind)
-
-    arch = raw.get("arch")
-    if isinstance(arch, Mapping):
-        yield from named("arch", arch, ArchConfig)
-        yield from named("arch.loss", loss := arch.get("loss"), LossConfig)
-        terms = loss.get("terms") if isinstance(loss, Mapping) else None
-        for name, given in terms.items() if isinstance(terms, Mapping) else ():
-            if isinstance(given, Mapping):
-                yield from named(f"arch.loss.terms.{name}", {"name": name, **given}, LossTermConfig)
-    kind: type[Component]
-    for key, kind in (("optimizer", OptimizerConfig), ("lr_schedule", ScheduleConfig)):
-        yield from named(key, raw.get(key, PretrainConfig.model_fields[key].default), kind)
-    for key, kind in (("evaluators", EvaluatorConfig), ("logger", LoggerConfig)):
-        several = raw.get(key)
-        for i, given in enumerate(several if isinstance(several, list) else []):
-            yield from named(f"{key}[{i}]", given, kind)
+        return problems + lines, {}

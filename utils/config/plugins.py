@@ -6,14 +6,25 @@ annotation of its third parameter.
 
 import inspect
 import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import pydantic
 from omegaconf import DictConfig
+from pydantic.fields import FieldInfo
 
 from utils.config.errors import coerced
-from utils.config.schema import Component, Folders, LossConfig, LossTermConfig
+from utils.config.schema import (
+    ArchConfig,
+    Component,
+    EvaluatorConfig,
+    Folders,
+    LoggerConfig,
+    LossConfig,
+    LossTermConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 from utils.core.errors import UserError
 from utils.core.functions import load_named, short_names
 from utils.core.plugins import use_plugins
@@ -34,12 +45,54 @@ def use_configured_plugins(config: Mapping[str, Any] | DictConfig) -> None:
     use_plugins(folders)
 
 
-def load_plugin(named: Component) -> Any:
-    """Return the class or function that a component of the config names.
+class Named(NamedTuple):
+    """A plug-in that a config names: its full key, its name, its options as given, its kind."""
 
-    Raises UserError, naming the nearest that exists.
-    """
-    return load_named(named.name, named.PREFIX, named.KIND)
+    where: str
+    name: str
+    options: Mapping[str, Any]
+    kind: type[Component]
+
+
+def named_plugins(config: Mapping[str, Any]) -> Iterator[Named]:
+    """Yield the plug-ins that a config names; the schema reports what has no name."""
+    arch = _mapping(config.get("arch"))
+    loss = _mapping(arch.get("loss"))
+    yield from _named("arch", arch, ArchConfig)
+    yield from _named("arch.loss", loss, LossConfig)
+    for name, options in _mapping(loss.get("terms")).items():
+        if isinstance(options, Mapping):
+            yield from _named(f"arch.loss.terms.{name}", options, LossTermConfig, name)
+    yield from _named("optimizer", config.get("optimizer"), OptimizerConfig)
+    yield from _named("lr_schedule", config.get("lr_schedule"), ScheduleConfig)
+    lists: dict[str, type[Component]] = {"evaluators": EvaluatorConfig, "logger": LoggerConfig}
+    for key, kind in lists.items():
+        given = config.get(key)
+        for i, one in enumerate(given if isinstance(given, list) else ()):
+            yield from _named(f"{key}[{i}]", one, kind)
+
+
+def _named(
+    where: str, given: Any, kind: type[Component], default: str | None = None
+) -> Iterator[Named]:
+    options = _mapping(given)
+    name = given if kind.BARE and isinstance(given, str) else options.get("name", default)
+    if isinstance(name, str):
+        yield Named(where, name, options, kind)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def find_plugin(name: str, kind: type[Component]) -> Any:
+    """Return the class or function of this name; raise UserError, naming the nearest there is."""
+    return load_named(name, kind.PREFIX, kind.KIND)
+
+
+def load_plugin(named: Component) -> Any:
+    """Return what a component of the config names; as `find_plugin` otherwise."""
+    return find_plugin(named.name, type(named))
 
 
 def options_model(plugin: Any, kind: type[Component]) -> type[pydantic.BaseModel] | None:
@@ -73,7 +126,7 @@ def gather_terms(loss: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = dict(loss)
     try:
-        known = getattr(load_plugin(LossConfig.model_construct(name=found["name"])), "Config", None)
+        known = getattr(find_plugin(found["name"], LossConfig), "Config", None)
     except (KeyError, UserError):  # said where the class is needed
         return found
     if "terms" not in getattr(known, "model_fields", {}):
@@ -83,7 +136,7 @@ def gather_terms(loss: Mapping[str, Any]) -> dict[str, Any]:
         return found  # reported with its type
     terms: dict[str, Any] = {"halting": {}} | dict(explicit)
     for name in short_names(LossTermConfig.PREFIX):
-        flat = load_plugin(LossTermConfig.model_construct(name=name)).flat_keys
+        flat = find_plugin(name, LossTermConfig).flat_keys
         given = {option: found.pop(key) for key, option in flat.items() if key in found}
         if not given:
             continue
@@ -106,12 +159,19 @@ def checkpoint_options(loss: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (term, option) of every option of a loss's terms that names a checkpoint, by
     `"checkpoint": True` in its declaration."""
     found = []
-    for name, options in (loss.get("terms") or {}).items():
-        if options is None:
-            continue
-        model = load_plugin(LossTermConfig.model_construct(**{"name": name} | options)).Config
-        for option, field in model.model_fields.items():
-            extra = field.json_schema_extra
-            if isinstance(extra, dict) and extra.get("checkpoint") and options.get(option):
-                found.append((name, option))
+    for named in named_plugins({"arch": {"loss": loss}}):
+        if named.kind is LossTermConfig:
+            fields = find_plugin(named.name, LossTermConfig).Config.model_fields
+            term = named.where.rpartition(".")[2]
+            found += [
+                (term, option)
+                for option, field in fields.items()
+                if declared_extra(field, "checkpoint") and named.options.get(option)
+            ]
     return found
+
+
+def declared_extra(field: FieldInfo, name: str) -> Any:
+    """Return what a field declares under this name in its `json_schema_extra`."""
+    extra = field.json_schema_extra
+    return extra.get(name) if isinstance(extra, dict) else None

@@ -5,7 +5,8 @@ Each key declares whether it may differ when a run is resumed: `on_resume` in it
 than a run counts as its default, or as the value `absent` that it declares in the same place.
 """
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,17 @@ import pydantic
 import yaml
 from pydantic.fields import FieldInfo
 
-from utils.config.plugins import gather_terms, load_plugin, options_model
-from utils.config.schema import (
-    PLACEHOLDERS,
-    ArchConfig,
-    Component,
-    EvaluatorConfig,
-    LossConfig,
-    LossTermConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    ScheduleConfig,
+from utils.config.plugins import (
+    declared_extra,
+    find_plugin,
+    gather_terms,
+    named_plugins,
+    options_model,
 )
+from utils.config.schema import PLACEHOLDERS, ArchConfig, Component, PretrainConfig
+from utils.config.values import flatten
 from utils.core.errors import UserError
 from utils.core.functions import MissingModuleError
-
-# keys that name a plug-in which shapes the training curve
-_PLUGINS: dict[str, type[Component]] = {
-    "optimizer": OptimizerConfig,
-    "lr_schedule": ScheduleConfig,
-}
 
 
 def dump_config(config: PretrainConfig) -> dict[str, Any]:
@@ -62,31 +54,21 @@ def check_plugins_given(saved: Mapping[str, Any], source: Path) -> None:
     saved: the keys that are needed of it, and `plugins`. A checkpoint never imports the directories
     that it was trained with by itself: it may come from somebody else.
     """
-    if not saved.get("plugins"):
-        return
-    arch = saved.get("arch", {})
-    named: list[tuple[Any, type[Component]]] = [(arch, ArchConfig), (arch.get("loss"), LossConfig)]
-    terms = ((arch.get("loss") or {}).get("terms") or {}).items()
-    named += [((options or {}).get("name", name), LossTermConfig) for name, options in terms]
-    named += [(evaluator, EvaluatorConfig) for evaluator in saved.get("evaluators", ())]
-    for given, kind in named:
-        name = given.get("name") if isinstance(given, Mapping) else given
-        if name is None:
-            continue
+    for named in named_plugins(saved) if saved.get("plugins") else ():
         try:
-            load_plugin(kind.model_construct(name=name))
+            find_plugin(named.name, named.kind)
         except MissingModuleError as error:
             folders = ",".join(saved["plugins"])
             raise UserError(
                 f"{source} was trained with plugins=[{folders}]: give that too, if you trust what "
-                f"is in there, or wherever its '{name}' is now ({error})"
+                f"is in there, or wherever its '{named.name}' is now ({error})"
             ) from None
 
 
 def read_config(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return a saved config's values of the keys that exist now, and the keys that do not."""
-    known = PretrainConfig.model_fields
-    values, gone = _complete(saved, known)
+    values = dict(saved)
+    gone = _complete(values, PretrainConfig.model_fields)
     values["arch"], gone_of_arch = _complete_arch(saved["arch"])
     return values, gone + gone_of_arch
 
@@ -111,8 +93,8 @@ def changed_keys(
     """
     old, gone = read_config(saved)
     rules = _resume_rules(config)
-    old, gone_of_plugins = _complete_plugins(old)
-    before, now = _flatten(old), _flatten(_complete_plugins(dump_config(config))[0])
+    before, gone_of_plugins = _comparable(old)
+    now, _ = _comparable(dump_config(config))
     changed: dict[str, tuple[Any, Any]] = {}
     for key in sorted(before.keys() | now.keys()):
         parts = key.split(".")
@@ -126,6 +108,17 @@ def changed_keys(
     return changed, gone + gone_of_plugins
 
 
+def _comparable(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of a config by full key, with every option of optimizer and schedule, and
+    options of these that no longer exist. Their own keys hold their names."""
+    shaping = ("optimizer", "lr_schedule")  # the plug-ins beside arch that shape the curve
+    given = {key: config[key] for key in shaping}
+    whole = {k: {"name": v} if isinstance(v, str) else dict(v) for k, v in given.items()}
+    gone = _complete_plugins(whole)
+    names = {key: whole[key].pop("name") for key in shaping}
+    return flatten({**config, **whole}) | names, gone
+
+
 def is_fixed(config: PretrainConfig, key: str) -> bool:
     """Return whether this key can never differ on resume, not even by `resume_allow`."""
     rules = _resume_rules(config)
@@ -134,17 +127,11 @@ def is_fixed(config: PretrainConfig, key: str) -> bool:
 
 def _resume_rules(config: PretrainConfig) -> dict[str, str]:
     """Return `on_resume` of every key that declares it, by full name."""
-    arch, loss = config.arch.name, config.arch.loss.name
-    declared = {name: field for name, field in PretrainConfig.model_fields.items()}
-    declared |= {f"arch.{name}": field for name, field in _options_of(arch).items()}
-    declared |= {f"arch.loss.{name}": field for name, field in _options_of(loss).items()}
-    for name, given in (config.arch.loss.options.get("terms") or {}).items():
-        options = _options_of((given or {}).get("name", name), LossTermConfig)
-        declared |= {f"arch.loss.terms.{name}.{key}": field for key, field in options.items()}
-    for key in _PLUGINS:
-        options = _options_of(getattr(config, key).name, _PLUGINS[key])
-        declared |= {f"{key}.{name}": field for name, field in options.items()}
-    found = {name: _extra(field, "on_resume") for name, field in declared.items()}
+    declared = dict(PretrainConfig.model_fields)
+    for named in named_plugins(config.model_dump()):
+        options = _options_of(named.name, named.kind)
+        declared |= {f"{named.where}.{name}": field for name, field in options.items()}
+    found = {name: declared_extra(field, "on_resume") for name, field in declared.items()}
     return {name: rule for name, rule in found.items() if rule is not None}
 
 
@@ -152,80 +139,42 @@ def _complete_arch(arch: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return an architecture and its loss with their defaults, and options that no longer exist."""
     if arch.get("L_layers", 0) is None:  # format 2: as many layers as inner cycles
         arch = {**arch, "L_layers": arch["L_cycles"]}
-    loss = gather_terms(arch["loss"])
-    loss, gone = _complete(loss, _options_of(loss["name"]), "arch.loss.")
-    for name, options in (loss.get("terms") or {}).items():
-        if options is not None:
-            declared = _options_of(options.get("name", name), LossTermConfig)
-            loss["terms"][name], gone_of_term = _complete(
-                options, declared, f"arch.loss.terms.{name}."
-            )
-            gone += gone_of_term
-    whole, gone_of_arch = _complete(
-        {name: value for name, value in arch.items() if name != "loss"},
-        _options_of(arch["name"]),
-        "arch.",
-    )
-    whole["loss"] = loss
-    return whole, gone_of_arch + gone
+    whole = copy.deepcopy({**arch, "loss": gather_terms(arch["loss"])})
+    gone = _complete_plugins({"arch": whole})
+    whole["loss"] = whole.pop("loss")  # last in config.yaml
+    return whole, gone
 
 
-def _complete_plugins(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return a config with the options of optimizer and schedule beside their names, as keys
-    `optimizer.option`, defaults included; and the options that no longer exist."""
-    found, gone = dict(values), []
-    for key, kind in _PLUGINS.items():
-        given = {"name": values[key]} if isinstance(values[key], str) else values[key]
-        options, gone_of_plugin = _complete(given, _options_of(given["name"], kind), f"{key}.")
-        found[key] = options.pop("name")
-        found |= {f"{key}.{name}": value for name, value in options.items()}
-        gone += gone_of_plugin
-    return found, gone
+def _complete_plugins(config: Mapping[str, Any]) -> list[str]:
+    """Add the defaults of every plug-in in a config, in place; return options that no longer exist,
+    which are removed."""
+    gone = []
+    for named in named_plugins(config):
+        if declared := _options_of(named.name, named.kind):  # else its options stay as they are
+            gone += _complete(named.options, declared, f"{named.where}.", named.kind.model_fields)
+    return gone
 
 
 def _complete(
-    saved: Mapping[str, Any], declared: Mapping[str, FieldInfo], prefix: str = ""
-) -> tuple[dict[str, Any], list[str]]:
-    """Return `saved` with a value for every declared name, and its names that are not declared.
-
-    A class without `Config` declares nothing: its options stay as they are.
-    """
-    values, gone = dict(saved), []
-    for name in list(values) if declared else ():
-        if name not in declared and name != "name":
-            values.pop(name)
-            gone.append(prefix + name)
+    values: Any, declared: Mapping[str, FieldInfo], prefix: str = "", kept: Container[str] = ()
+) -> list[str]:
+    """Give every declared name a value, in place; remove and return names that are not declared."""
+    gone = [name for name in values if name not in declared and name not in kept]
+    for name in gone:
+        del values[name]
     for name, field in declared.items():
         if name not in values and not field.is_required():
-            absent = _extra(field, "absent")
+            absent = declared_extra(field, "absent")
             default = field.get_default(call_default_factory=True)
             values[name] = default if absent is None else absent
-    return values, gone
+    return [prefix + name for name in gone]
 
 
-def _options_of(name: str, kind: type[Component] = ArchConfig) -> dict[str, FieldInfo]:
+def _options_of(name: str, kind: type[Component]) -> dict[str, FieldInfo]:
     """Return the options that the plug-in of this name declares and a config may set."""
     try:
-        declared = options_model(load_plugin(kind.model_construct(name=name)), kind)
+        declared = options_model(find_plugin(name, kind), kind)
     except UserError:  # its module no longer exists: reported where the class is needed
         return {}
     fields = declared.model_fields if declared else {}
     return {name: field for name, field in fields.items() if name not in PLACEHOLDERS}
-
-
-def _extra(field: FieldInfo, name: str) -> Any:
-    extra = field.json_schema_extra
-    return extra.get(name) if isinstance(extra, dict) else None
-
-
-def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested mappings as {"arch.loss.name": value}."""
-
-    def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                yield from leaves(item, f"{name}.{key}" if name else key)
-        else:
-            yield name, value
-
-    return dict(leaves(tree, ""))

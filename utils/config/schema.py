@@ -144,13 +144,13 @@ class _SavedByName(Component):
         return handler(self) if self.options else self.name
 
 
-class NoOptions(pydantic.BaseModel):
-    """The options of a plug-in that has none."""
+class Strict(pydantic.BaseModel):
+    """A model that refuses unknown keys and converts no types; by itself: no options."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
 
-class ScheduleOptions(NoOptions):
+class ScheduleOptions(Strict):
     """Options given to every learning-rate schedule; a subclass declares further ones."""
 
     lr_min_ratio: float = Field(description="value of that key")
@@ -160,7 +160,7 @@ class OptimizerConfig(_SavedByName):
     """An optimizer below `utils.training.optimizers.` and its options."""
 
     PREFIX = "utils.training.optimizers."
-    NO_OPTIONS = NoOptions
+    NO_OPTIONS = Strict
 
 
 class ScheduleConfig(_SavedByName):
@@ -178,10 +178,8 @@ class LoggerConfig(_SavedByName):
     FIRST_ARGUMENTS = 3
 
 
-class EarlyStoppingConfig(pydantic.BaseModel):
+class EarlyStoppingConfig(Strict):
     """When a run that no longer improves ends."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
     metric: MetricName = Field(description="evaluation metric to watch, e.g. text/perplexity")
     patience: PositiveInt = Field(
@@ -193,10 +191,8 @@ class EarlyStoppingConfig(pydantic.BaseModel):
     mode: Literal["min", "max"] = Field("min", description="whether less or more is better")
 
 
-class LRFindConfig(pydantic.BaseModel):
+class LRFindConfig(Strict):
     """The learning-rate sweep of `lr_find`."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
     low: PositiveFloat = Field(1e-6, description="learning rate of the first step")
     high: PositiveFloat = Field(1.0, description="learning rate of the last step")
@@ -208,10 +204,8 @@ def _bare_flag(value: Any) -> Any:
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
-class IterationCurriculumConfig(pydantic.BaseModel):
+class IterationCurriculumConfig(Strict):
     """How iteration budgets grow over a run."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
     start: Annotated[Float, Field(gt=0, lt=1)] = Field(
         0.25, description="share of its budget that a row gets at the beginning"
@@ -221,10 +215,8 @@ class IterationCurriculumConfig(pydantic.BaseModel):
     )
 
 
-class PretrainConfig(pydantic.BaseModel):
+class PretrainConfig(Strict):
     """The whole configuration of a run, as `load_config` returns it."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
     plugins: Folders = key(
         [], "directories in which module@Class is looked up too; command line only", "any"

@@ -7,7 +7,7 @@ values follow Hydra's grammar; what it does not cover (other alphabets, `=`, `(`
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -70,7 +70,7 @@ def assignment(key: str, value: str | Path | Iterable[str | Path]) -> str:
     def written(path: str | Path) -> str:
         text = str(path)
         bare = re.fullmatch(r"[^\s,'\"$()]([^,$()]*[^\s,$()])?", text) and text.lower() != "null"
-        return text if bare else _quoted(literal(text))
+        return text if bare else in_quotes(literal(text))
 
     if isinstance(value, str | Path):
         return f"{key}={written(value)}"
@@ -84,6 +84,17 @@ def literal(tree: Any) -> Any:
     if isinstance(tree, list):
         return [literal(value) for value in tree]
     return _OPENED.sub(_escaped, tree) if isinstance(tree, str) else tree
+
+
+def flatten(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by full key: {"arch.loss.name": value}."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            found |= flatten(value, f"{above}{key}.")
+        else:
+            found[f"{above}{key}"] = value
+    return found
 
 
 def decode_keys(tree: Any) -> Any:
@@ -146,17 +157,17 @@ def _written(text: str) -> str:
         value = found.value() if found else None
         if isinstance(value, str):
             safe = _protected(value, escapes=True)
-            return text if safe == value else _quoted(safe)
+            return text if safe == value else in_quotes(safe)
     if not text or text.strip().lower() == "null":
         return text
     safe = _protected(text)
     found = _parsed(safe)
     value = None if found is None or found.is_sweep_override() else found.value()
     same = isinstance(value, str) and value == safe and not safe.endswith("\\")  # would escape `,`
-    return safe if same else _quoted(safe)
+    return safe if same else in_quotes(safe)
 
 
-def _quoted(text: str) -> str:
+def in_quotes(text: str) -> str:
     return QuotedString(text=text, quote=Quote.single).with_quotes()
 
 
@@ -258,7 +269,7 @@ def _element(text: str, at: int, ends: str) -> tuple[str, int]:
             open_.pop()
         at += 1
     leaf = text[start:at].strip()
-    return (leaf if not leaf or _parsed(leaf) is not None else _quoted(leaf)), at
+    return (leaf if not leaf or _parsed(leaf) is not None else in_quotes(leaf)), at
 
 
 def _key(text: str) -> str:

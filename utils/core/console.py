@@ -88,22 +88,14 @@ def warnings_as_notes(shown: bool = True) -> Iterator[None]:
         yield
 
 
-def seed_number(text: str, largest: int = LARGEST_SEED) -> int:
+def seed_number(text: str) -> int:
     """Read an argument --seed, for argparse."""
     try:
-        if 0 <= (seed := int(text)) <= largest:
+        if 0 <= (seed := int(text)) <= LARGEST_SEED:
             return seed
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {largest}")
-
-
-def replace_closed_streams() -> None:
-    """Give sys.stdout and sys.stderr somewhere to write to where their descriptors are closed."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # python >&-
-            nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for as long as it runs
-            setattr(sys, name, nowhere)
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {LARGEST_SEED}")
 
 
 @contextmanager
@@ -114,7 +106,10 @@ def guarded_output(closed_status: int = 128 + 13) -> Iterator[None]:
     ends the command quietly with `closed_status`, by default what SIGPIPE gives; output that cannot
     be written ends it with a sentence and exit status 2.
     """
-    replace_closed_streams()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # its descriptor is closed: python >&-
+            nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for as long as it runs
+            setattr(sys, name, nowhere)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

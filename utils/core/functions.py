@@ -13,9 +13,10 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 from utils.core.errors import UserError
 from utils.core.plugins import import_plugin, plugin_folders, plugin_modules
@@ -26,19 +27,12 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 _IDENTIFIER = re.compile(r"(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)@(?P<name>[A-Za-z_]\w*)")
 
 
-class _Kind(NamedTuple):
-    is_one: Callable[[Any], bool]
-    pattern: str  # of its definition, at the beginning of a line
-
-
 class MissingModuleError(UserError):
     """A name `module@Class` whose module is neither Athena's nor a plug-in's."""
 
 
-_KINDS = {
-    "class": _Kind(inspect.isclass, r"^class ([A-Za-z]\w*)"),
-    "function": _Kind(inspect.isfunction, r"^def ([A-Za-z]\w*)"),
-}
+_KINDS: dict[str, Any] = {"class": inspect.isclass, "function": inspect.isfunction}
+_DEFINITIONS = {"class": r"^class ([A-Za-z]\w*)", "function": r"^def ([A-Za-z]\w*)"}
 
 
 def nearest(word: str, candidates: list[str], cutoff: float = 0.6) -> str | None:
@@ -57,26 +51,17 @@ def suggest(word: str, candidates: Iterable[str]) -> str:
     return f"available: {', '.join(known[:_MAX_LISTED]) or 'none'}{more}"
 
 
-def _modules_below(prefix: str) -> list[str]:
-    """Return the names, relative to `prefix`, of the modules below it; import nothing but it."""
+def _modules_below(prefix: str) -> dict[str, Path]:
+    """Return the files of plug-ins and of modules below `prefix`, by the names of these relative to
+    it; import nothing but it."""
     package = importlib.import_module(prefix.rstrip("."))
-    names = set()
-    for root in map(Path, getattr(package, "__path__", ())):
-        for path in root.rglob("*.py"):
+    found = plugin_modules()
+    for root in map(Path, package.__path__):
+        for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
             if parts[-1] != "__init__":
-                names.add(".".join(parts))
-    return sorted(names)
-
-
-def _split(identifier: str, prefix: str, kind: str = "class") -> tuple[str, str]:
-    match = _IDENTIFIER.fullmatch(identifier)
-    if match is None:
-        raise UserError(
-            f"'{identifier}' is not of the form {form(kind)} (with the module below '{prefix}'), "
-            + _form_advice(identifier, prefix, kind)
-        )
-    return match["module"], match["name"]
+                found.setdefault(".".join(parts), path)
+    return found
 
 
 def _form_advice(identifier: str, prefix: str, kind: str) -> str:
@@ -92,18 +77,11 @@ def _form_advice(identifier: str, prefix: str, kind: str) -> str:
 
 def _written_below(prefix: str, kind: str) -> list[str]:
     """Return `module@Class` of every class written below `prefix` or in a plug-in; import none."""
-    package = importlib.import_module(prefix.rstrip("."))
-    files = plugin_modules()
-    for root in map(Path, package.__path__):
-        for module in _modules_below(prefix):
-            source = root.joinpath(*module.split(".")).with_suffix(".py")
-            if source.is_file():
-                files.setdefault(module, source)
-    found = []
-    for module, source in files.items():
-        names = re.findall(_KINDS[kind].pattern, source.read_text("utf-8"), re.M)
-        found += [f"{module}@{name}" for name in names]
-    return found
+    return [
+        f"{module}@{name}"
+        for module, source in _modules_below(prefix).items()
+        for name in re.findall(_DEFINITIONS[kind], source.read_text("utf-8"), re.M)
+    ]
 
 
 def _exists(module: str) -> bool:
@@ -113,8 +91,7 @@ def _exists(module: str) -> bool:
         return False
 
 
-def _import(identifier: str, prefix: str, kind: str = "class"):
-    module_name, class_name = _split(identifier, prefix, kind)
+def _import(identifier: str, module_name: str, prefix: str) -> ModuleType:
     full_name = prefix + module_name
     plugins = plugin_modules()
     if _exists(full_name):
@@ -124,15 +101,15 @@ def _import(identifier: str, prefix: str, kind: str = "class"):
                 f"module {full_name}; rename the plug-in"
             )
     elif module_name in plugins:
-        return import_plugin(module_name), class_name
+        return import_plugin(module_name)
     else:
         places = "".join(f" nor in {folder}" for folder in plugin_folders())
-        advice = suggest(module_name, [*plugins, *_modules_below(prefix)])
+        advice = suggest(module_name, _modules_below(prefix))
         raise MissingModuleError(
             f"'{identifier}' names the module '{full_name}', which does not exist{places}: {advice}"
         )
     try:
-        return importlib.import_module(full_name), class_name
+        return importlib.import_module(full_name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         if missing in ("", prefix.split(".")[0], "models", "evaluators", "utils", "dataset"):
@@ -178,9 +155,15 @@ def form(kind: str) -> str:
 
 
 def _load(identifier: str, prefix: str, kind: str) -> Any:
-    module, name = _import(identifier, prefix, kind)
+    match = _IDENTIFIER.fullmatch(identifier)
+    if match is None:
+        raise UserError(
+            f"'{identifier}' is not of the form {form(kind)} (with the module below '{prefix}'), "
+            + _form_advice(identifier, prefix, kind)
+        )
+    module, name = _import(identifier, match["module"], prefix), match["name"]
     found = getattr(module, name, None)
-    is_one = _KINDS[kind].is_one
+    is_one = _KINDS[kind]
     if not is_one(found):
         own = [
             name

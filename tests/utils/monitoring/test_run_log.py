@@ -1,16 +1,8 @@
 """The log of a run: each step once, and labels for figures of any latent."""
 
-import json
-from pathlib import Path
+from training_tools import write_run
 
 from utils.monitoring.run_log import RunMetrics, better, label_of, rank
-
-
-def write_run(folder: Path, *records: dict, tail: str = "") -> Path:
-    folder.mkdir(parents=True)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "metrics.jsonl").write_text(lines + tail, "utf-8")
-    return folder
 
 
 def training(step: int, loss: float) -> dict:
