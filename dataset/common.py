@@ -171,16 +171,18 @@ def checksum_file(path: str | Path) -> str:
 def verify_arrays(split_dir: str | Path, metadata: DatasetMetadata) -> None:
     """Check every array file against its checksum in the metadata; reads every byte."""
     for name, expected in metadata.checksums.items():
-        path = Path(split_dir) / name
-        if not path.is_file():
-            raise UserError(
-                f"{path} is missing, although the metadata lists it; rebuild the corpus."
-            )
-        if (checksum_file if expected.startswith(_FAST) else sha256_file)(path) != expected:
-            raise UserError(
-                f"{path} does not match its checksum in {METADATA_NAME}: it is damaged or was "
-                "modified; copy the corpus again or rebuild it."
-            )
+        verify_array(Path(split_dir) / name, expected)
+
+
+def verify_array(path: Path, expected: str) -> None:
+    """Check one array file against its checksum in the metadata."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing, although the metadata lists it; rebuild the corpus.")
+    if (checksum_file if expected.startswith(_FAST) else sha256_file)(path) != expected:
+        raise UserError(
+            f"{path} does not match its checksum in {METADATA_NAME}: it is damaged or was "
+            "modified; copy the corpus again or rebuild it."
+        )
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -203,9 +205,7 @@ def token_byte_lengths(tokenizer_json_path: str | Path) -> np.ndarray:
     Special tokens and unused ids count as 0. Exact for byte-level BPE and byte-fallback tokens;
     for other tokenizers, the number of bytes a token adds when decoded after a letter.
     """
-    tokenizer, description = read_tokenizer(tokenizer_json_path)
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    return byte_lengths(tokenizer, vocabulary, description)
+    return byte_lengths(*read_tokenizer(tokenizer_json_path))
 
 
 def read_tokenizer(
@@ -262,10 +262,9 @@ def _tokenizer_fault(content: bytes, error: Exception) -> str:
     return str(error) if "model" in value else "it has no key 'model'"
 
 
-def byte_lengths(
-    tokenizer: Any, vocabulary: dict[str, int], description: dict[str, Any]
-) -> np.ndarray:
+def byte_lengths(tokenizer: Any, description: dict[str, Any]) -> np.ndarray:
     """Compute `token_byte_lengths` for a loaded tokenizer and its parsed tokenizer.json."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     ids = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
     lengths = np.zeros(ids.max() + 1, dtype=np.int32)
     if not _is_byte_level(description):

@@ -94,7 +94,7 @@ class TextTokenizer:
             )
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         self.eos_id, self.pad_id = vocabulary[self.eos_token], vocabulary[self.pad_token]
-        self.byte_lengths = byte_lengths(self.tokenizer, vocabulary, self._description)
+        self.byte_lengths = byte_lengths(self.tokenizer, self._description)
         self.vocab_size = len(self.byte_lengths)
         self.dtype = token_dtype(self.vocab_size)
         self.ignore_label_id = int(np.iinfo(self.dtype).max)
