@@ -18,12 +18,7 @@ from tqdm import tqdm
 
 from dataset.common import BLANK_IDENTIFIER, FORMAT_VERSION
 from dataset.output.array_writer import SplitWriter, write_json
-from dataset.output.corpus_folder import (
-    add_output_options,
-    check_output_dir,
-    create_corpus,
-    resolve_output,
-)
+from dataset.output.corpus_folder import add_output_options, create_corpus
 from utils.core.console import command_parser, run_cli, seed_number
 from utils.core.errors import UserError
 
@@ -250,7 +245,6 @@ def check_options(args: argparse.Namespace) -> None:
             f"--num-train is {args.num_train} and --num-test is {args.num_test}; they must be at "
             "least 1 and 0."
         )
-    check_output_dir(resolve_output(args.output_dir), args.overwrite)
 
 
 def build(args: argparse.Namespace) -> None:
@@ -259,9 +253,10 @@ def build(args: argparse.Namespace) -> None:
     check_options(args)
     wanted = {"train": args.num_train, "test": args.num_test}
     with (
-        create_corpus(args.output_dir, args.overwrite) as folder,
+        create_corpus(args.output_dir, args.overwrite) as workspace,
         tqdm(total=sum(wanted.values()), unit=" puzzles", disable=None) as bar,
     ):
+        folder = workspace.folder
         cells = (np.uint8, (args.size**2,))
         arrays = {"inputs": cells, "labels": cells, "puzzle_identifiers": (np.int32, ())}
         writers = {split: SplitWriter(folder / split, arrays, prefix="all__") for split in wanted}

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,12 @@ from tqdm import tqdm
 
 from dataset.common import BLANK_IDENTIFIER
 from dataset.corpus import (
-    SPLITS,
     CorpusSplit,
     DocumentRouter,
     add_layout_option,
     check_iterations,
     finish_corpus,
+    open_splits,
     print_summary,
 )
 from dataset.input.document_reader import DocumentReader, ReadOptions
@@ -39,7 +38,6 @@ from dataset.output.corpus_folder import (
     create_corpus,
     resolve_output,
 )
-from dataset.output.journal import Journal
 from dataset.packing.windows import PackOptions, make_rows
 from dataset.tokens.sizes import bytes_of
 from dataset.tokens.tokenization import TextTokenizer, add_tokenizer_options
@@ -267,25 +265,6 @@ def check_options(args: argparse.Namespace) -> None:
     check_output_dir(resolve_output(args.output_dir), args.overwrite)
 
 
-def open_splits(
-    args: argparse.Namespace, folder: Path, tokenizer: TextTokenizer
-) -> dict[str, CorpusSplit]:
-    """Open empty splits in the temporary directory."""
-    byte_lengths = tokenizer.byte_lengths
-    seq_len = args.max_context_tokens + args.max_response_tokens
-    return {
-        name: CorpusSplit(
-            folder / name / "all",
-            args.layout,
-            tokenizer,
-            seq_len,
-            lambda domain: domain + 1 if args.identifiers == "domain" else 0,
-            byte_lengths,
-        )
-        for name in SPLITS
-    }
-
-
 def build(args: argparse.Namespace) -> None:
     """Build the corpus that the command line describes, atomically."""
     started = time.perf_counter()
@@ -298,16 +277,18 @@ def build(args: argparse.Namespace) -> None:
     if plain := [source for source in sources if source.format != "jsonl"]:
         kind = {"text": "plain text", "parquet": "Parquet"}[plain[0].format]
         raise UserError(f"{plain[0]} is {kind}; prompts and responses must be JSON lines.")
-    router = DocumentRouter(args.seed, args.train_ratio, dedup=False, journal=Journal(""))
+    seq_len = args.max_context_tokens + args.max_response_tokens
     size = sum(source.size for source in sources)
     with (
-        create_corpus(args.output_dir, args.overwrite) as folder,
+        create_corpus(args.output_dir, args.overwrite) as workspace,
         tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar,
     ):
+        folder = workspace.folder
         tokenizer.save(folder / "tokenizer.json")
+        router = DocumentRouter(args.seed, args.train_ratio, False, workspace.journal)
         lines = DocumentReader(ReadOptions(max_bad_lines=args.max_bad_lines), bar.update)
         reader = ExampleReader(lines, args)
-        splits = open_splits(args, folder, tokenizer)
+        splits = open_splits(args, folder, tokenizer, seq_len)
         rows = ExampleRows(args, tokenizer, splits)
         for batch in batch_by_split(sources, reader, router, args.dedup == "exact"):
             rows.add(batch)
@@ -334,7 +315,6 @@ def build(args: argparse.Namespace) -> None:
             "truncated_responses": rows.truncated_responses,
             "clipped_budgets": reader.clipped_budgets,
         }
-        seq_len = args.max_context_tokens + args.max_response_tokens
         report = finish_corpus(
             args, folder, splits, tokenizer, rows.domains, seq_len, report, domain_weights=weights
         )

@@ -5,7 +5,7 @@ deduplication, the counts behind bits per byte, and the files around the arrays.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,6 @@ class CorpusSplit:
         layout: `npy` stores the inputs and labels of every row; `stream` stores each token once,
             plus the start of each row.
         identifier_of: maps a domain to the identifier of its rows; None numbers rows from 1.
-        byte_lengths: (V,) int32, bytes of text per token id.
         state: output of `state_dict` to resume from.
     """
 
@@ -132,14 +131,13 @@ class CorpusSplit:
         tokenizer: TextTokenizer,
         seq_len: int,
         identifier_of: Callable[[int], int] | None,
-        byte_lengths: np.ndarray,
         state: dict[str, Any] | None = None,
     ) -> None:
         self.layout = layout
         self.ignore_label_id = tokenizer.ignore_label_id
         self._identifier_of = identifier_of
         # One extra entry for the ignored label: lookups past the end are clipped to it.
-        self.byte_lengths = np.append(byte_lengths, 0)
+        self._byte_lengths = np.append(tokenizer.byte_lengths, 0)
         self.counts: dict[int, Counts] = {}
         self._last = (-1, 0, 0)  # domain and end of the last row written, and its end in tokens
         row, per_row = (seq_len,), (np.int32, ())
@@ -213,7 +211,7 @@ class CorpusSplit:
         counts.scored_tokens += int(np.count_nonzero(rows.labels != self.ignore_label_id))
         sizes = rows.label_bytes
         if sizes is None:
-            sizes = bytes_of(rows.labels, self.byte_lengths)
+            sizes = bytes_of(rows.labels, self._byte_lengths)
         counts.scored_bytes += int(sizes.sum(dtype=np.int64))
 
     def _to_views(self, domain: int, rows: Rows) -> dict[str, np.ndarray]:
@@ -244,6 +242,39 @@ class CorpusSplit:
             "last": self._last,
             "counts": {domain: asdict(counts) for domain, counts in self.counts.items()},
         }
+
+
+def open_splits(
+    args: argparse.Namespace,
+    folder: Path,
+    tokenizer: TextTokenizer,
+    seq_len: int,
+    trained: Container[int] | None = None,
+    states: Mapping[str, Any] | None = None,
+) -> dict[str, CorpusSplit]:
+    """Open both splits in the directory of a build.
+
+    Args:
+        trained: domains that may have an identifier, because training inputs belong to them; those
+            of others would stay untrained. None: all.
+        states: output of `CorpusSplit.state_dict` by split, to resume from.
+    """
+
+    def identifier_of(domain: int) -> int:
+        named = args.identifiers == "domain" and (trained is None or domain in trained)
+        return domain + 1 if named else 0
+
+    return {
+        name: CorpusSplit(
+            folder / name / "all",
+            args.layout,
+            tokenizer,
+            seq_len,
+            None if args.identifiers == "sequence" and name == "train" else identifier_of,
+            (states or {}).get(name),
+        )
+        for name in SPLITS
+    }
 
 
 def finish_corpus(

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -27,14 +27,6 @@ PACKERS: dict[str, Callable[[PackOptions], Packer]] = {
     "bestfit": BestFitPacker,
 }
 _AHEAD = 3  # batches in flight: one being tokenized, one being packed, one waiting
-
-
-class Sink(Protocol):
-    """Destination of tokenized documents."""
-
-    def add(self, batch: Batch, ids: np.ndarray, counts: np.ndarray) -> None:
-        """Add the documents of a batch: token ids (n,) and the count of each (documents,)."""
-        ...
 
 
 class Stopwatch:
@@ -66,18 +58,16 @@ class Stopwatch:
 def tokenize_all(
     batches: Iterable[Batch],
     encoder: Encoder,
-    sink: Sink,
+    add: Callable[[Batch, np.ndarray, np.ndarray], None],
     watch: Stopwatch,
-    *,
     save: Callable[[], None],
     save_every: float,
-    on_packed: Callable[[Batch, np.ndarray], None],
 ) -> None:
-    """Tokenize batches and pass them to the sink, in order.
+    """Tokenize batches and pass them on, in order.
 
     Args:
-        save: called about every `save_every` seconds, when all batches read so far are in the sink.
-        on_packed: called with each batch and its token counts, for a progress bar.
+        add: called with each batch, its tokens (n,), and the count of each document (documents,).
+        save: called about every `save_every` seconds, when all batches read so far were added.
     """
 
     def encode(batch: Batch) -> Encoded:
@@ -87,8 +77,7 @@ def tokenize_all(
     def pack(batch: Batch, future: Future[Encoded]) -> None:
         ids, counts = future.result()
         with watch("packing and writing"):
-            sink.add(batch, ids, counts)
-        on_packed(batch, counts)
+            add(batch, ids, counts)
 
     in_flight: deque[Future[None]] = deque()
     saved = time.monotonic()

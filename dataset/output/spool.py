@@ -17,7 +17,7 @@ _BLOCK_TOKENS = 1 << 21
 
 
 class DocumentSpool:
-    """A sink that stores documents on disk and returns those that are not near duplicates.
+    """Stores documents on disk and returns those that are not near duplicates.
 
     Args:
         state: output of `state_dict` to resume from.
@@ -37,7 +37,7 @@ class DocumentSpool:
         """Number of near duplicates of earlier documents; known once `batches` has run."""
 
     def add(self, batch: Batch, ids: np.ndarray, counts: np.ndarray) -> None:
-        """See `Sink`."""
+        """Store a batch with its tokens (n,) and the count of each document (documents,)."""
         ids = ids.astype(self._dtype)
         self._tokens.append(ids)
         splits = [SPLITS.index(split) for split in batch.splits]
@@ -78,7 +78,3 @@ class DocumentSpool:
             writer.sync()
         self._near.flush()
         return {"tokens": self._tokens.rows, "documents": self._documents.rows}
-
-    def abandon(self) -> None:
-        for writer in (self._tokens, self._documents):
-            writer.abandon()
