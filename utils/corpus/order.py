@@ -149,26 +149,3 @@ class ExampleOrder:
         offset = np.arange(owner.size) - (np.cumsum(size) - size)[owner]
         examples = Examples(places[owner], offset, first[owner] + offset, size[owner])
         return examples.pick(slice(skip, None))
-
-
-class Upcoming:
-    """Buffer of upcoming examples, drawn in batches ahead of their use."""
-
-    def __init__(self, order: ExampleOrder):
-        self._order = order
-        self.restart(Position())
-
-    def restart(self, position: Position) -> None:
-        self._drawn, self._used, self._end = Examples.concatenate([]), 0, position
-
-    def take(self, wanted: int) -> Examples:
-        """Return the next examples; fewer than `wanted` only at the end of the run."""
-        if self._used + wanted > len(self._drawn):
-            left = self._drawn.pick(slice(self._used, None))
-            more = self._order.list_from(self._end, wanted - len(left))
-            if len(more):
-                self._end = more.end
-            self._drawn = Examples.concatenate([left, more])
-            self._used = 0
-        begin, self._used = self._used, min(self._used + wanted, len(self._drawn))
-        return self._drawn.pick(slice(begin, self._used))

@@ -10,10 +10,7 @@ import pytest
 from seeds import draw_rng
 
 from dataset.common import IGNORE_LABEL_ID
-from sequence_dataset import (
-    Corpora,
-    EvalStream,
-)
+from sequence_dataset import EvalStream
 from tests.stream_tools import (
     halting,
     ids_of,
@@ -23,6 +20,7 @@ from tests.stream_tools import (
     write_trm,
 )
 from utils.core.errors import UserError
+from utils.corpus.corpora import Corpora
 
 
 def test_trm_labels_and_sets(tmp_path):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from seeds import draw_rng
 
-from sequence_dataset import Corpora
 from tests.stream_tools import (
     halting,
     random_windows,
@@ -16,6 +15,7 @@ from tests.stream_tools import (
     write_trm,
     write_windows,
 )
+from utils.corpus.corpora import Corpora
 from utils.corpus.domain_index import DomainIndex
 from utils.corpus.order import ORDER, ExampleOrder, Position
 from utils.corpus.permutation import QuotaSchedule, hash64, permute

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from seeds import draw_rng
 
-from sequence_dataset import Corpora, TrainStream
+from sequence_dataset import TrainStream
 from tests.stream_tools import (
     assert_same,
     exploration,
@@ -21,6 +21,7 @@ from tests.stream_tools import (
     write_windows,
 )
 from utils.core.errors import UserError
+from utils.corpus.corpora import Corpora
 
 SIZE = 16
 KINDS = {

@@ -9,7 +9,7 @@ import pytest
 from seeds import draw_rng
 
 from dataset.common import IGNORE_LABEL_ID
-from sequence_dataset import Corpora, TrainStream
+from sequence_dataset import TrainStream
 from tests.stream_tools import (
     EOS,
     PAD,
@@ -27,6 +27,7 @@ from tests.stream_tools import (
 )
 from tests.utils.corpus.test_row_reader import naive_starts
 from utils.core.errors import UserError
+from utils.corpus.corpora import Corpora
 
 LAYOUTS = ("npy", "stream")
 
