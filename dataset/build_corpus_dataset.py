@@ -31,7 +31,7 @@ from dataset.corpus import (
 from dataset.filters.quality import PRESETS, RULES, QualityFilter, select_rules
 from dataset.input.document_reader import ReadOptions
 from dataset.input.documents import Batch, DocumentFeed
-from dataset.input.inputs import describe_inputs, plan_inputs
+from dataset.input.inputs import plan_inputs
 from dataset.input.text_sources import add_input_options
 from dataset.output.array_writer import write_json
 from dataset.output.corpus_folder import (
@@ -175,7 +175,15 @@ class Build:
             )
         report = {
             "train_ratio": self.train_ratio,
-            "inputs": describe_inputs(self.inputs, self.domains),
+            "inputs": [
+                {
+                    "file": str(entry.source),
+                    "bytes": entry.source.size,
+                    "domain": self.domains[entry.domain],
+                    "held_out": entry.held_out,
+                }
+                for entry in self.inputs
+            ],
             "skipped": skipped,
             "quality_rules": {name: RULES[name] for name in self.quality.enabled},
             "tokenizer_library": self.tokenizer.encoder.name,

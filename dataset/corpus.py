@@ -71,35 +71,30 @@ class DocumentRouter:
 
     def route(self, text: bytes, held_out: bool) -> str | None:
         """Return the split of a document given as UTF-8, or None to skip the document."""
-        digest = self._digest(text)
-        if self._dedup and self._is_copy(digest):
+        if self._dedup and self.is_copy(text):
             return None
         if held_out:
             if not self._dedup:
                 self._holds_out = True
-                self._journal.add(digest, _HELD_OUT)
+                self._journal.add(self._digest(text), _HELD_OUT)
             return "test"
-        split = self._assign_split(digest)
-        if split == "train" and self._holds_out and self._journal.contains(digest, _HELD_OUT):
+        split = self.assign_split(text)
+        if split == "test" or not self._holds_out:
+            return split
+        if self._journal.contains(self._digest(text), _HELD_OUT):
             self.held_out_copies += 1
             return None
         return split
 
     def is_copy(self, text: bytes) -> bool:
         """Return whether this text was seen before, and count it if so."""
-        return self._is_copy(self._digest(text))
-
-    def assign_split(self, text: bytes) -> str:
-        """Return the split determined by the text's hash."""
-        return self._assign_split(self._digest(text))
-
-    def _is_copy(self, digest: bytes) -> bool:
-        new = self._journal.add(digest)
+        new = self._journal.add(self._digest(text))
         self.duplicates += not new
         return not new
 
-    def _assign_split(self, digest: bytes) -> str:
-        share = int.from_bytes(digest[:8], "big") / 2**64
+    def assign_split(self, text: bytes) -> str:
+        """Return the split determined by the text's hash."""
+        share = int.from_bytes(self._digest(text)[:8], "big") / 2**64
         return "train" if share < self._train_ratio else "test"
 
     def _digest(self, text: bytes) -> bytes:

@@ -39,7 +39,6 @@ BLOCK_DOCUMENTS = 1 << 10
 SORT_KEYS = 1 << 20
 """Keys sorted at once, about 40 bytes each."""
 
-KEY_BYTES = 8
 KEY = np.dtype("<u8")
 
 
@@ -143,22 +142,10 @@ class NearDuplicates:
         self._folder = folder
         self._band_keys = BandKeys(seed)
         folder.mkdir(parents=True, exist_ok=True)
-        self._paths = [folder / f"band_{band:02d}.keys" for band in range(BANDS)]
-        settings = f"{seed}, {SHINGLE}-grams, {BANDS} bands of {ROWS}"
-        mark = hashlib.blake2b(settings.encode(), digest_size=KEY_BYTES).digest()
+        self._paths = [folder / f"band_{band:02d}.u64" for band in range(BANDS)]
         for path in self._paths:
             path.touch()
-            with open(path, "r+b") as file:
-                start = file.read(KEY_BYTES)
-                if len(start) < KEY_BYTES:  # new, or interrupted while it was created
-                    file.seek(0)
-                    file.write(mark)
-                elif start != mark:
-                    raise UserError(
-                        f"{path} was created with a seed other than {seed}, or by another version; "
-                        f"use that seed, or remove {folder} and start over."
-                    )
-        self.documents = min(path.stat().st_size for path in self._paths) // KEY_BYTES - 1
+        self.documents = min(path.stat().st_size for path in self._paths) // KEY.itemsize
         """Number of documents added so far."""
 
     def add(self, documents: Sequence[np.ndarray]) -> None:
@@ -166,7 +153,7 @@ class NearDuplicates:
         keys = self._band_keys.compute(documents)
         for path, column in zip(self._paths, keys.T, strict=True):
             with open(path, "r+b") as file:
-                file.seek((1 + self.documents) * KEY_BYTES)
+                file.seek(self.documents * KEY.itemsize)
                 file.write(np.ascontiguousarray(column, KEY).data)
         self.documents += len(documents)
 
@@ -184,7 +171,7 @@ class NearDuplicates:
                 f"{documents}: files are missing or damaged; start over."
             )
         for path in self._paths:
-            os.truncate(path, (1 + documents) * KEY_BYTES)
+            os.truncate(path, documents * KEY.itemsize)
         self.documents = documents
 
     def find_duplicates(self) -> np.ndarray:
@@ -197,12 +184,13 @@ class NearDuplicates:
         later = np.zeros(self.documents, bool)
         parts = -(-self.documents // SORT_KEYS)
         for path in self._paths if parts else ():
-            stored = np.memmap(path, KEY, "r", offset=KEY_BYTES, shape=(self.documents,))
+            stored = np.memmap(path, KEY, "r", shape=(self.documents,))
             for part in range(parts):
-                documents = np.concatenate([
+                chosen = [
                     start + np.flatnonzero(stored[start : start + SORT_KEYS] % parts == part)
                     for start in range(0, self.documents, SORT_KEYS)
-                ])  # fmt: skip
+                ]
+                documents = np.concatenate(chosen)
                 keys = stored[documents]
                 order = np.argsort(keys, kind="stable")
                 repeated = keys[order[1:]] == keys[order[:-1]]

@@ -60,17 +60,12 @@ class DocumentSpool:
             size = max(1, int(np.searchsorted(ends, _BLOCK_TOKENS, side="right")))
             block, ends = block[:size], ends[:size]
             keep = ~is_copy[first_document : first_document + size]
-            yield self._make_batch(block, keep, tokens[first_token : first_token + int(ends[-1])])
+            ids = np.asarray(tokens[first_token : first_token + int(ends[-1])])
+            splits, domains, sizes, counts = block[keep].T
+            batch = Batch([SPLITS[n] for n in splits.tolist()], domains.tolist(), sizes.tolist())
+            yield batch, ids[np.repeat(keep, block[:, 3])], counts
             first_document += size
             first_token += int(ends[-1])
-
-    def _make_batch(
-        self, block: np.ndarray, keep: np.ndarray, ids: np.ndarray
-    ) -> tuple[Batch, np.ndarray, np.ndarray]:
-        ids = np.asarray(ids)[np.repeat(keep, block[:, 3])]
-        splits, domains, sizes, counts = block[keep].T
-        batch = Batch([SPLITS[n] for n in splits.tolist()], domains.tolist(), sizes.tolist())
-        return batch, ids, counts
 
     def state_dict(self) -> dict[str, Any]:
         """Flush the files to disk and return their lengths."""

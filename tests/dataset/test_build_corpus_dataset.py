@@ -12,10 +12,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dataset import build_corpus_dataset, pipeline
-from dataset.common import iteration_target, token_byte_lengths, verify_arrays
+from dataset.common import token_byte_lengths, verify_arrays
 from dataset.tokens.tokenization import TextTokenizer
 from dataset.train_tokenizer import train_tokenizer
-from tests.dataset.conftest import file_bytes, random_text, read_split, write_jsonl
+from tests.dataset.conftest import (
+    file_bytes,
+    iteration_target,
+    random_text,
+    read_split,
+    write_jsonl,
+)
 from utils.core.errors import UserError
 
 
