@@ -39,11 +39,6 @@ def local_path(path: str) -> str:
     return str(fetch(path)) if is_remote(path) else path
 
 
-def expand(url: str) -> list[str]:
-    """Return the sorted URLs of the files that a URL refers to: a file, glob or directory."""
-    return Storage(url).urls()
-
-
 def fetch(url: str, progress: bool = True) -> Path:
     """Return the path of a local copy of a remote file or directory (a corpus).
 
