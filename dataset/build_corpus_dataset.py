@@ -186,7 +186,7 @@ class Build:
             ],
             "skipped": skipped,
             "quality_rules": {name: RULES[name] for name in self.quality.enabled},
-            "tokenizer_library": self.tokenizer.encoder.name,
+            "tokenizer_library": self.args.tokenizer_library,
         }
         with self.watch("checksums"):
             report = finish_corpus(

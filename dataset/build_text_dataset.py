@@ -26,6 +26,7 @@ from dataset.corpus import (
     add_layout_option,
     check_iterations,
     finish_corpus,
+    group_runs,
     open_splits,
     print_summary,
 )
@@ -146,7 +147,8 @@ class ExampleRows:
         """Tokenize and write (split, example) pairs, in order."""
         prompts = self._tokenizer.encode_tokens([example.prompt for _, example in batch])
         responses = self._tokenizer.encode_tokens([example.response for _, example in batch])
-        rows: dict[tuple[str, int], list[tuple[np.ndarray, int, int]]] = {}
+        keys: list[tuple[str, int]] = []
+        rows: list[tuple[np.ndarray, int, int]] = []
         for (split, example), prompt, response in zip(batch, prompts, responses, strict=True):
             if example.domain not in self.domains:
                 self.domains.append(example.domain)
@@ -161,12 +163,10 @@ class ExampleRows:
             kept_bytes = int(bytes_of(tokens, self._tokenizer.byte_lengths).sum(dtype=np.int64))
             self._splits[split].count_document(domain, kept_bytes, len(tokens))
             self._splits[split].count_unencodable(domain, tokens)
-            # Rows are written in order, so a run ends where the split's domain changes.
-            for key in [key for key in rows if key[0] == split and key[1] != domain]:
-                self._write(*key, rows.pop(key))
-            rows.setdefault((split, domain), []).append((tokens, prompt_length, example.budget))
-        for key, run in rows.items():
-            self._write(*key, run)
+            keys.append((split, domain))
+            rows.append((tokens, prompt_length, example.budget))
+        for (split, domain), numbers in group_runs(keys):
+            self._write(split, domain, [rows[number] for number in numbers])
 
     def _make_tokens(self, prompt: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, int]:
         """Return the tokens of a row, at most S + 1, and the number of prompt tokens.

@@ -5,7 +5,7 @@ deduplication, the counts behind bits per byte, and the files around the arrays.
 """
 
 import argparse
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,22 @@ class CorpusSplit:
             "last": self._last,
             "counts": {domain: asdict(counts) for domain, counts in self.counts.items()},
         }
+
+
+def group_runs(keys: Iterable[tuple[str, int]]) -> list[tuple[tuple[str, int], list[int]]]:
+    """Group the indices of consecutive documents of one (split, domain), within each split.
+
+    Written group by group in this order, rows come out as if written document by document.
+    """
+    runs: list[tuple[tuple[str, int], list[int]]] = []
+    last: dict[str, int] = {}  # index of each split's current run
+    for number, key in enumerate(keys):
+        run = last.get(key[0], -1)
+        if run < 0 or runs[run][0] != key:
+            last[key[0]] = run = len(runs)
+            runs.append((key, []))
+        runs[run][1].append(number)
+    return runs
 
 
 def open_splits(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.corpus import CorpusSplit
+from dataset.corpus import CorpusSplit, group_runs
 from dataset.input.documents import Batch
 from dataset.packing.best_fit import BestFitPacker
 from dataset.packing.windows import Packer, PackOptions, Rows, WindowPacker, iteration_targets
@@ -134,7 +134,17 @@ class PackedCorpus:
     def add(self, batch: Batch, ids: np.ndarray, counts: np.ndarray) -> None:
         """Pack documents and write the rows they complete."""
         ends = np.cumsum(counts)
-        for (split, domain), documents in self._group_runs(batch, counts):
+        kept: list[int] = []
+        for number, tokens in enumerate(counts.tolist()):
+            split, domain, size = batch.splits[number], batch.domains[number], batch.sizes[number]
+            if tokens:
+                self._splits[split].count_document(domain, size, tokens + 1)
+                kept.append(number)
+            else:  # a normalizer may remove all of a text
+                self.empty_documents += 1
+                self._splits[split].count_lost_text(domain, size)
+        for (split, domain), run in group_runs((batch.splits[n], batch.domains[n]) for n in kept):
+            documents = [kept[index] for index in run]
             if len(documents) == len(counts):
                 chosen = ids
             else:
@@ -142,29 +152,6 @@ class PackedCorpus:
             self._splits[split].count_unencodable(domain, chosen)
             stream, stream_ends = self._append_eos(chosen, counts[documents])
             self._write(split, domain, self._get_packer(split, domain).add(stream, stream_ends))
-
-    def _group_runs(
-        self, batch: Batch, counts: np.ndarray
-    ) -> list[tuple[tuple[str, int], list[int]]]:
-        """Group consecutive documents of one split and domain, and count all documents.
-
-        Packed as groups in this order, rows come out as if documents had been packed one by one.
-        """
-        runs: list[tuple[tuple[str, int], list[int]]] = []
-        last: dict[str, int] = {}  # index of each split's current run
-        keys = zip(batch.splits, batch.domains, batch.sizes, counts.tolist(), strict=True)
-        for number, (split, domain, size, tokens) in enumerate(keys):
-            if not tokens:  # a normalizer may remove all of a text
-                self.empty_documents += 1
-                self._splits[split].count_lost_text(domain, size)
-                continue
-            self._splits[split].count_document(domain, size, tokens + 1)
-            run = last.get(split, -1)
-            if run < 0 or runs[run][0] != (split, domain):
-                last[split] = run = len(runs)
-                runs.append(((split, domain), []))
-            runs[run][1].append(number)
-        return runs
 
     def finish(self) -> None:
         """Write the last rows of each stream, in domain order."""

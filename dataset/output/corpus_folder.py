@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,17 +192,14 @@ def clear_leftovers(output_dir: Path) -> None:
     """Remove the leftovers of a build that was killed right after its final rename."""
     target = resolve_output(output_dir)
     building = target.with_name(f".{target.name}.building")
-    if not (building / "journal.sqlite").is_file():
-        for left in building.glob("journal.sqlite-*"):  # the removal was interrupted
-            left.unlink(missing_ok=True)
-        with suppress(OSError):
-            building.rmdir()
+    if not building.is_dir():
         return
     try:
         journal = Journal(building / "journal.sqlite")
     except UserError:  # damaged, or in use: not ours to remove
         return
-    if BuildWorkspace(building / "corpus", journal).renamed:
+    # Without an identity, nothing was saved, or the removal itself was interrupted.
+    if journal["identity"] is None or BuildWorkspace(building / "corpus", journal).renamed:
         shutil.rmtree(building, ignore_errors=True)
         _remove_former(target)
     journal.close()

@@ -44,8 +44,6 @@ from `SizedEncoder`, ids with the bytes they stand for."""
 class Encoder(Protocol):
     """Encodes texts to token ids, treating spelled-out special tokens as plain text."""
 
-    name: str
-
     def encode(self, texts: Sequence[bytes]) -> Encoded:
         """Encode texts given as UTF-8."""
         ...
@@ -60,14 +58,11 @@ def set_threads(workers: int) -> None:
 class HuggingFaceEncoder:
     """The reference encoder, using `tokenizers`."""
 
-    name = "huggingface"
-
     def __init__(self, tokenizer: Tokenizer, description: dict[str, Any]) -> None:
         self._tokenizer = tokenizer
         self._cuttable = is_gpt2_kind(description)
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
-        """See `Encoder`."""
         pieces: list[str] = []
         sizes = []
         for text in texts:
@@ -117,8 +112,6 @@ def _group_parts(texts: list[str]) -> Iterator[list[str]]:
 class GigatokenEncoder:
     """Encodes with `gigatoken`: the same ids, about 20 times faster. Optional."""
 
-    name = "gigatoken"
-
     def __init__(self, description: dict[str, Any], workers: int) -> None:
         try:
             import gigatoken
@@ -150,7 +143,6 @@ class GigatokenEncoder:
         self._memory = resident_memory()
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
-        """See `Encoder`."""
         if resident_memory() > self._memory + _WORDS_MEMORY:
             self._reload()
         size = sum(map(len, texts))
@@ -172,7 +164,6 @@ class CheckedEncoder:
     """A fast encoder that is compared with the reference on samples of every batch."""
 
     def __init__(self, fast: GigatokenEncoder, reference: Encoder) -> None:
-        self.name = fast.name
         self._fast = fast
         self._reference = reference
         self._random = random.Random(0)  # selects the samples; does not affect the result
@@ -214,7 +205,7 @@ class CheckedEncoder:
 
     def _fault(self, text: bytes, what: str) -> UserError:
         return UserError(
-            f"{self.name} and Hugging Face tokenizers produce different token ids for {what} "
+            f"gigatoken and Hugging Face tokenizers produce different token ids for {what} "
             f"({text[:60].decode(errors='replace')!r}…); use --tokenizer-library huggingface."
         )
 

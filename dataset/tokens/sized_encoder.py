@@ -18,15 +18,12 @@ class SizedEncoder:
     library tracks each token's offset in it.
     """
 
-    name = "huggingface"
-
     def __init__(self, plain: PlainTokenizer) -> None:
         self._plain = plain
         self._dtype = sized_dtype(np.dtype(np.uint32))
         self._symbols = _Symbols(plain) if plain.drops_characters() else None
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
-        """See `Encoder`."""
         strings = [text.decode() for text in texts]
         encodings = _encode(self._plain.tokenizer, strings)
         symbols = self._symbols.encode(strings) if self._symbols else [None] * len(strings)
@@ -61,15 +58,12 @@ class MarkEncoder:
         byte_lengths: (V,) bytes per id in text without `SPACE`.
     """
 
-    name = "huggingface"
-
     def __init__(self, plain: PlainTokenizer, byte_lengths: np.ndarray) -> None:
         self._fast = HuggingFaceEncoder(plain.tokenizer, plain.description)
         self._exact = SizedEncoder(plain)
         self._byte_lengths = byte_lengths
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
-        """See `Encoder`."""
         ids, counts = self._fast.encode(texts)
         tokens = np.zeros(len(ids), sized_dtype(ids.dtype))
         tokens["id"], tokens["bytes"] = ids, self._byte_lengths[ids]

@@ -103,14 +103,14 @@ class ExampleOrder:
             cycle, index = np.divmod(places, size)
             return permute(index, size, hash64(self._seed, ORDER, cycle)), cycle
         domain, count = self._schedule.draws(places)
-        index, cycle = np.empty_like(places), np.empty_like(places)
+        group, cycle = np.empty_like(places), np.empty_like(places)
         domain_index = self._corpora.domain_index
-        for number in np.unique(domain):
+        for number in np.unique(domain).tolist():
             where, size = np.flatnonzero(domain == number), int(domain_index.sizes[number])
             cycle[where], place = np.divmod(count[where], size)
-            key = hash64(self._seed, ORDER, cycle[where], int(number))
-            index[where] = permute(place, size, key)
-        return domain_index.select(domain, index), cycle
+            key = hash64(self._seed, ORDER, cycle[where], number)
+            group[where] = domain_index.select(number, permute(place, size, key))
+        return group, cycle
 
     def _find_puzzles(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the first row and the number of rows of the puzzle visited at each place."""

@@ -93,11 +93,8 @@ def _find_latest_copy(home: Path, name: str) -> Path | None:
 
 def _is_complete(target: Path, files: list[RemoteFile]) -> bool:
     """Return whether all files of a copy exist; users may have deleted some from the cache."""
-    for file in files:
-        path = target / file.place
-        if not path.is_file() or file.size not in (None, path.stat().st_size):
-            return False
-    return True
+    paths = [(target / file.place, file.size) for file in files]
+    return all(path.is_file() and size in (None, path.stat().st_size) for path, size in paths)
 
 
 @contextmanager
