@@ -25,7 +25,6 @@ from utils.core.errors import UserError
 BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 FRUITLESS_GRIDS = 300
 """Number of consecutive grids without a new puzzle after which the search stops."""
-BLOCK_ROWS = 1024
 
 Grid = list[int]
 """Cells in row-major order; each is a mask with one bit set, or 0 for a blank."""
@@ -260,16 +259,14 @@ def build(args: argparse.Namespace) -> None:
         cells = (np.uint8, (args.size**2,))
         arrays = {"inputs": cells, "labels": cells, "puzzle_identifiers": (np.int32, ())}
         writers = {split: SplitWriter(folder / split, arrays, prefix="all__") for split in wanted}
-        pending: dict[str, list[tuple[Grid, Grid]]] = {split: [] for split in wanted}
         for split, puzzle, solution in generate(args.size, args.blanks, wanted, args.seed):
-            pending[split].append((puzzle, solution))
+            writers[split].append(
+                inputs=to_tokens([puzzle]),
+                labels=to_tokens([solution]),
+                puzzle_identifiers=np.zeros(1, np.int32),
+            )
             bar.update(1)
-            if len(pending[split]) == BLOCK_ROWS:
-                _append(writers[split], pending[split])
-                pending[split] = []
-        for split, writer in writers.items():
-            if pending[split]:
-                _append(writer, pending[split])
+        for writer in writers.values():
             writer.finish(
                 pad_id=0,
                 ignore_label_id=0,
@@ -283,14 +280,6 @@ def build(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     print(f"train: {args.num_train:,} puzzles, test: {args.num_test:,} puzzles")
     print(f"built {args.output_dir} in {seconds:.1f} s")
-
-
-def _append(writer: SplitWriter, rows: list[tuple[Grid, Grid]]) -> None:
-    writer.append(
-        inputs=to_tokens([puzzle for puzzle, _ in rows]),
-        labels=to_tokens([solution for _, solution in rows]),
-        puzzle_identifiers=np.zeros(len(rows), np.int32),
-    )
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
