@@ -1,13 +1,11 @@
 """The stream: nothing lost, nothing twice, the same on any number of ranks, resumable anywhere."""
 
-import json
 from collections import Counter
 
 import numpy as np
 import pytest
-from seeds import draw_rng
 
-from sequence_dataset import EvalStream, TrainStream
+from sequence_dataset import EvalStream
 from tests.stream_tools import (
     PAD,
     S,
@@ -187,36 +185,6 @@ def test_a_run_that_ends_in_puzzles_without_rows_is_complete(tmp_path):
     stream = stream_of(Corpora([tmp_path / "t"]), epochs=3)
     run([stream], lambda step: np.ones(8, bool))
     assert stream.examples_entered == 3 and stream.position == 63 and stream.progress == 1.0
-
-
-@pytest.mark.parametrize("kind", ["corpus", "weighted", "present", "trm", "relabel"])
-def test_resuming_anywhere_equals_not_stopping(tmp_path, kind):
-    options = {"epochs": 1.5, "row_options": exploration(0.3, 5), "global_batch_size": 8}
-    if kind in ("trm", "present"):
-        rng = np.random.default_rng(1)
-        write_trm(tmp_path / "c", [[int(n) for n in rng.integers(1, 9, 2)] for _ in range(20)])
-        options["feed"] = "present" if kind == "present" else "consume"
-    else:
-        extra = {"relabel_ids": (2, 30)} if kind == "relabel" else {}
-        write_corpus(tmp_path / "c", 60, domains=("p", "q"), **extra)
-        if kind == "weighted":
-            options["domain_weights"] = {"p": 3, "q": 1}
-    corpora, flags = Corpora([tmp_path / "c"]), halting(7, 8)
-    expected = run([TrainStream(corpora, seed=1, **options)], flags)
-    rng = draw_rng()
-    for stop in {0, 1, len(expected), *rng.integers(1, len(expected), 4).tolist()}:
-        before = TrainStream(corpora, seed=1, **options)
-        head = run([before], flags, steps=stop)
-        state = json.loads(json.dumps(before.state_dict()))
-        after = [
-            TrainStream(
-                Corpora([tmp_path / "c"]), seed=1, rank=r, world_size=2, micro_batches=2, **options
-            )
-            for r in range(2)
-        ]
-        for stream in after:
-            stream.load_state_dict(state)
-        assert_same(head + run(after, flags, first=stop), expected)
 
 
 def test_held_rows_can_restart_without_a_saved_carry(corpus, tmp_path):

@@ -22,7 +22,6 @@ from tests.dataset.conftest import (
     read_split,
     write_jsonl,
 )
-from utils.core.errors import UserError
 
 
 def documents_of(corpus, split) -> dict[str, list[str]]:
@@ -480,7 +479,3 @@ def test_the_documented_command(tmp_path, tokenizer_json, rng):
         encoding="utf-8",
     )
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1
-
-
-def test_user_error_is_a_value_error():
-    assert issubclass(UserError, ValueError)

@@ -1,16 +1,11 @@
 """Domain weights without a list of all rows: the order is that of a list, and every share exact."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 from seeds import draw_rng
 
 from tests.stream_tools import (
-    halting,
     random_windows,
-    run,
-    stream_of,
     write_corpus,
     write_trm,
     write_windows,
@@ -101,17 +96,6 @@ def test_shares_are_exact_and_no_cycle_repeats_an_order(tmp_path, layout):
     cycles = [tuple(drawn[i : i + 30]) for i in range(round(begin), drawn.size - 30, 30)]
     assert all(sorted(cycle) == list(range(670, 700)) for cycle in cycles)
     assert len(set(cycles)) == len(cycles) > 40
-
-
-@pytest.mark.parametrize("layout", ["npy", "stream"])
-def test_an_epoch_visits_every_row_once(tmp_path, layout):
-    windows = random_windows(draw_rng(), 97)
-    write_windows(tmp_path / "c", windows, layout)
-    corpora, read = Corpora([tmp_path / "c"]), []
-    rows = corpora.rows
-    corpora.rows = lambda index, *to: read.extend(index.tolist()) or rows(index, *to)
-    run([stream_of(corpora, epochs=1)], halting(1, 8))
-    assert Counter(read) == Counter(range(97))
 
 
 def test_recorded_weights_count_groups_by_domain(tmp_path):
