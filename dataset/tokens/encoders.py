@@ -9,13 +9,13 @@ import array
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import orjson
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from dataset.common import byte_alphabet
 from utils.core.errors import UserError
@@ -28,11 +28,6 @@ PART_CHARS = 1 << 21
 # A single space or line feed between words, where GPT-2's pre-tokenizer always starts a token.
 _SAFE_CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
 
-# Batches use ragged arrays from a library that takes up to half a second to import. Small batches
-# are therefore encoded one by one; so are long texts, until their volume justifies the import.
-_FEW_TEXTS = 16
-_LONG_TEXT = 1 << 12  # bytes, on average
-_MUCH_TEXT = 1 << 27  # bytes
 _WORDS_MEMORY = 72 << 20
 """Memory growth of the process after which gigatoken's word cache is dropped."""
 
@@ -55,6 +50,14 @@ def set_threads(workers: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"
 
 
+def encode_batch(encode: Callable[..., list[Encoding]], texts: Sequence[str]) -> list[Encoding]:
+    """Encode texts by a method of a `Tokenizer`, without adding special tokens."""
+    try:
+        return encode(texts, add_special_tokens=False)
+    except Exception as error:  # tokenizers raises bare Exception, e.g. for a missing unk
+        raise UserError(f"the tokenizer cannot encode the text ({error}).") from error
+
+
 class HuggingFaceEncoder:
     """The reference encoder, using `tokenizers`."""
 
@@ -72,11 +75,7 @@ class HuggingFaceEncoder:
         ids = array.array("I")  # extends from lists of integers twice as fast as numpy
         counts = []
         for some in _group_parts(pieces):  # encodings take 40 times the memory of the text
-            try:
-                encodings = self._tokenizer.encode_batch_fast(some, add_special_tokens=False)
-            except Exception as error:  # tokenizers raises bare Exception, e.g. for a missing unk
-                raise UserError(f"the tokenizer cannot encode the text ({error}).") from error
-            for encoding in encodings:
+            for encoding in encode_batch(self._tokenizer.encode_batch_fast, some):
                 ids.extend(piece := encoding.ids)
                 counts.append(len(piece))
         per_piece = np.array(counts, np.int64)
@@ -133,7 +132,6 @@ class GigatokenEncoder:
         plain = orjson.dumps({**description, "added_tokens": []})
         self._load = lambda: gigatoken.Tokenizer.from_json(plain)
         self._parallel = workers > 1
-        self._bytes_one_by_one = 0
         self._reload()
 
     def _reload(self) -> None:
@@ -145,12 +143,6 @@ class GigatokenEncoder:
     def encode(self, texts: Sequence[bytes]) -> Encoded:
         if resident_memory() > self._memory + _WORDS_MEMORY:
             self._reload()
-        size = sum(map(len, texts))
-        long = not self._parallel and size >= _LONG_TEXT * len(texts)
-        if len(texts) < _FEW_TEXTS or (long and self._bytes_one_by_one < _MUCH_TEXT):
-            self._bytes_one_by_one += size
-            arrays = [self._tokenizer.encode(text) for text in texts]
-            return np.concatenate(arrays), np.array([len(array) for array in arrays])
         rows = self._tokenizer.encode_batch(list(texts), parallel=self._parallel).layout
         offsets = np.asarray(rows.offsets.data)
         ids = np.asarray(rows.content.data)[offsets[0] : offsets[-1]]

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
-from dataset.tokens.encoders import Encoded, HuggingFaceEncoder
+from dataset.tokens.encoders import Encoded, HuggingFaceEncoder, encode_batch
 from dataset.tokens.plain_tokenizer import BYTE_PIECES, DROPPED, SPACE, PlainTokenizer
 from dataset.tokens.sizes import assign_bytes, byte_places, sized_dtype
-from utils.core.errors import UserError
 
 
 class SizedEncoder:
@@ -25,7 +24,7 @@ class SizedEncoder:
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
         strings = [text.decode() for text in texts]
-        encodings = _encode(self._plain.tokenizer, strings)
+        encodings = encode_batch(self._plain.tokenizer.encode_batch, strings)
         symbols = self._symbols.encode(strings) if self._symbols else [None] * len(strings)
         parts = [self._make_tokens(*each) for each in zip(strings, encodings, symbols, strict=True)]
         none = np.zeros(0, self._dtype)
@@ -104,7 +103,7 @@ class _Symbols:
         self._sizes[list(plain.tokenizer.get_added_tokens_decoder())] = 1
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
-        return _encode(self._tokenizer, texts)
+        return encode_batch(self._tokenizer.encode_batch, texts)
 
     def place(
         self,
@@ -119,13 +118,6 @@ class _Symbols:
         if len(ids) == 0 or ends[-1] != len(symbol_spans):
             return spans[:, 0], spans  # a token is not made of symbols; use the library's offsets
         return symbol_spans[ends - self._sizes[ids], 0], symbol_spans
-
-
-def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
-    try:
-        return tokenizer.encode_batch(texts, add_special_tokens=False)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"the tokenizer cannot encode the text ({error}).") from error
 
 
 def _spans(encoding: Encoding, places: np.ndarray) -> np.ndarray:

@@ -127,18 +127,16 @@ class ExampleOrder:
     def list_from(self, position: Position, wanted: int) -> Examples:
         """Return at least `wanted` examples from a position on; fewer at the end of the run."""
         parts, found = [], 0
+        mean = self._corpora.metadata.mean_puzzle_examples
         place, offset = position.entered - (position.offset > 0), position.offset
         while found < wanted and (self.limit is None or place < self.limit):
-            last = place + self._estimate_visits(max(wanted - found, _AT_ONCE))
+            examples = max(wanted - found, _AT_ONCE)
+            last = place + math.ceil(examples / max(1.0, mean))
             last = last if self.limit is None else min(last, self.limit)
             parts.append(self._list_at(np.arange(place, last), offset))
             found += len(parts[-1])
             place, offset = last, 0
         return Examples.concatenate(parts)
-
-    def _estimate_visits(self, examples: int) -> int:
-        """Estimate how many visits yield this many examples."""
-        return math.ceil(examples / max(1.0, self._corpora.metadata.mean_puzzle_examples))
 
     def _list_at(self, places: np.ndarray, skip: int) -> Examples:
         """Return all examples at consecutive places, except the first `skip`."""

@@ -103,18 +103,6 @@ def test_letters_that_are_new_to_one_library(tokenizer, rng):
     assert all(map(np.array_equal, found, wanted))
 
 
-def test_long_texts_one_by_one_or_together(tokenizer, rng, monkeypatch):
-    description = json.loads(tokenizer.tokenizer.to_str())
-    texts = [odd_text(rng, rng.randrange(1, 9000)).encode() for _ in range(40)]
-    wanted = HuggingFaceEncoder(tokenizer.tokenizer, description).encode(texts)
-    for much in (0, 100_000, 1 << 30):
-        monkeypatch.setattr(encoders, "_MUCH_TEXT", much)
-        monkeypatch.setattr(encoders, "_LONG_TEXT", 100)
-        fast = GigatokenEncoder(description, 1)
-        for _ in range(3):
-            assert all(map(np.array_equal, fast.encode(texts), wanted))
-
-
 def test_words_that_were_seen_do_not_fill_memory(tokenizer, monkeypatch):
     monkeypatch.setattr(encoders, "_WORDS_MEMORY", 16 << 20)
     description = json.loads(tokenizer.tokenizer.to_str())
