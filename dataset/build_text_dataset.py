@@ -179,7 +179,7 @@ class ExampleRows:
             self.truncated_responses += 1
             end = response[: self._response]
         else:
-            end = self._tokenizer.append_eos(response)
+            end = self._tokenizer.append_eos(response, [len(response)])
         return np.concatenate([prompt, end]), len(prompt)
 
     def _write(self, split: str, domain: int, run: list[tuple[np.ndarray, int, int]]) -> None:

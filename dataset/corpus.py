@@ -239,14 +239,17 @@ class CorpusSplit:
         }
 
 
-def group_runs(keys: Iterable[tuple[str, int]]) -> list[tuple[tuple[str, int], list[int]]]:
+def group_runs(keys: Iterable[tuple[str, int] | None]) -> list[tuple[tuple[str, int], list[int]]]:
     """Group the indices of consecutive documents of one (split, domain), within each split.
 
+    Documents with None are left out.
     Written group by group in this order, rows come out as if written document by document.
     """
     runs: list[tuple[tuple[str, int], list[int]]] = []
     last: dict[str, int] = {}  # index of each split's current run
     for number, key in enumerate(keys):
+        if key is None:
+            continue
         run = last.get(key[0], -1)
         if run < 0 or runs[run][0] != key:
             last[key[0]] = run = len(runs)

@@ -19,7 +19,6 @@ from dataset.input.documents import Batch
 from dataset.packing.best_fit import BestFitPacker
 from dataset.packing.windows import Packer, PackOptions, Rows, WindowPacker, iteration_targets
 from dataset.tokens.encoders import Encoded, Encoder
-from dataset.tokens.sizes import ids_of
 from dataset.tokens.tokenization import TextTokenizer
 
 PACKERS: dict[str, Callable[[PackOptions], Packer]] = {
@@ -134,39 +133,29 @@ class PackedCorpus:
     def add(self, batch: Batch, ids: np.ndarray, counts: np.ndarray) -> None:
         """Pack documents and write the rows they complete."""
         ends = np.cumsum(counts)
-        kept: list[int] = []
-        for number, tokens in enumerate(counts.tolist()):
-            split, domain, size = batch.splits[number], batch.domains[number], batch.sizes[number]
+        keys: list[tuple[str, int] | None] = []
+        documents = zip(batch.splits, batch.domains, batch.sizes, counts.tolist(), strict=True)
+        for split, domain, size, tokens in documents:
             if tokens:
                 self._splits[split].count_document(domain, size, tokens + 1)
-                kept.append(number)
+                keys.append((split, domain))
             else:  # a normalizer may remove all of a text
                 self.empty_documents += 1
                 self._splits[split].count_lost_text(domain, size)
-        for (split, domain), run in group_runs((batch.splits[n], batch.domains[n]) for n in kept):
-            documents = [kept[index] for index in run]
-            if len(documents) == len(counts):
-                chosen = ids
-            else:
-                chosen = np.concatenate([ids[ends[n] - counts[n] : ends[n]] for n in documents])
+                keys.append(None)
+        for (split, domain), run in group_runs(keys):
+            chosen = ids
+            if len(run) < len(counts):
+                chosen = np.concatenate([ids[ends[n] - counts[n] : ends[n]] for n in run])
             self._splits[split].count_unencodable(domain, chosen)
-            stream, stream_ends = self._append_eos(chosen, counts[documents])
-            self._write(split, domain, self._get_packer(split, domain).add(stream, stream_ends))
+            stream = self._tokenizer.append_eos(chosen, counts[run])
+            packer = self._get_packer(split, domain)
+            self._write(split, domain, packer.add(stream, np.cumsum(counts[run] + 1)))
 
     def finish(self) -> None:
         """Write the last rows of each stream, in domain order."""
         for split, domain in sorted(self._packers):
             self._write(split, domain, self._packers[split, domain].finish())
-
-    def _append_eos(self, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens with eos after each document, and where the documents end."""
-        ends = np.cumsum(counts + 1)
-        stream = np.zeros(len(ids) + len(counts), self._tokenizer.token_dtype)
-        is_text = np.ones(len(stream), bool)
-        is_text[ends - 1] = False
-        stream[is_text] = ids
-        ids_of(stream)[ends - 1] = self._tokenizer.eos_id
-        return stream, ends
 
     def _get_packer(self, split: str, domain: int) -> Packer:
         if (split, domain) not in self._packers:
