@@ -269,11 +269,10 @@ def flatten_stages(stage: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Return the single stages of a normalizer, pre-tokenizer or decoder, in order."""
     if stage is None:
         return []
-    if stage["type"] == "Sequence":
-        keys = ("normalizers", "pretokenizers", "decoders")
-        inner = next((stage[key] for key in keys if stage.get(key)), [])
-        return [part for each in inner for part in flatten_stages(each)]
-    return [stage]
+    if stage["type"] != "Sequence":
+        return [stage]
+    inner = stage.get("normalizers") or stage.get("pretokenizers") or stage.get("decoders") or []
+    return [part for each in inner for part in flatten_stages(each)]
 
 
 _ALPHABET = byte_alphabet()

@@ -28,6 +28,7 @@ from dataset.common import (
     sha256_file,
     verify_array,
 )
+from dataset.corpus import SPLITS
 from dataset.output.corpus_statistics import (
     Figures,
     SplitStatistics,
@@ -41,7 +42,6 @@ from utils.core.errors import UserError
 from utils.corpus.corpora import Corpora
 from utils.remote.cache import is_remote, local_path
 
-SPLITS = ("train", "test")
 WIDTH = 92
 MOST_DOMAINS = 20
 # Builder options that do not affect the contents.

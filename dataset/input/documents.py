@@ -115,7 +115,7 @@ class DocumentFeed:
             "first_blank_sources": self._reader.first_blank_sources,
             "by_length": self._wrong_length,
             "router": self._router.state_dict(),
-            "quality": self._quality.counts,
+            "quality": {"counts": self._quality.counts},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -128,4 +128,4 @@ class DocumentFeed:
         self._reader.found = self.documents_read > 0
         self._wrong_length = state["by_length"]
         self._router.load_state_dict(state["router"])
-        self._quality.counts = state["quality"]
+        self._quality.counts = state["quality"]["counts"]

@@ -56,6 +56,8 @@ class Corpora:
     ):
         if not data_paths:
             raise UserError("data_paths is empty; pass at least one corpus directory.")
+        self.data_paths: list[str]
+        self.metadata: DatasetMetadata
         roots = [_check_folder(path) for path in data_paths]
         folders = [find_split(root, split) for root in roots]
         metadata = [load_metadata(folder) for folder in folders]
