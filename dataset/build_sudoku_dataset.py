@@ -48,10 +48,6 @@ class Sudoku:
             )
             for cell in range(self.cells)
         ]
-        self.cells_of = [
-            [cell for cell in range(self.cells) if unit in self.units_of[cell]]
-            for unit in range(3 * size)
-        ]
 
     def find_used(self, grid: Grid) -> list[int]:
         """Return the digits already placed in each unit, as masks."""
@@ -137,13 +133,6 @@ class Sudoku:
         others = self.all_digits & ~(used[row] | used[column] | used[box] | bit)
         if not others:
             return True
-        for unit in (row, column, box):
-            if not any(
-                self._may_hold(puzzle, used, other, bit)
-                for other in self.cells_of[unit]
-                if other != cell
-            ):
-                return True
         blanks = [other for other, digit in enumerate(puzzle) if not digit and other != cell]
         for other_bit in _bits(others, None):
             trial, trial_used = list(puzzle), list(used)
@@ -153,10 +142,6 @@ class Sudoku:
             if self.fill(trial, trial_used, list(blanks), None):
                 return False
         return True
-
-    def _may_hold(self, puzzle: Grid, used: list[int], cell: int, bit: int) -> bool:
-        row, column, box = self.units_of[cell]
-        return not puzzle[cell] and not bit & (used[row] | used[column] | used[box])
 
 
 def _bits(mask: int, rng: random.Random | None) -> list[int]:
