@@ -4,14 +4,12 @@ A list would take 8 bytes per group. Cumulative counts take 8 bytes per domain f
 512 groups, and a group is found by a binary search over blocks and a scan of one block.
 """
 
-import itertools
 from collections.abc import Callable
 
 import numpy as np
 
 _BLOCK = 512  # groups
 _BLOCKS_AT_ONCE = 2048  # while building the index
-_DRAWS_AT_ONCE = 64  # keeps their blocks in the CPU cache
 
 
 class DomainIndex:
@@ -53,19 +51,10 @@ class DomainIndex:
         """
         before = self._before[domain]
         block = np.searchsorted(before, index, side="right") - 1
-        index = index - before[block]
-        parts = [
-            self._select_within(block[i:j], domain, index[i:j])
-            for i, j in itertools.pairwise([*range(0, index.size, _DRAWS_AT_ONCE), index.size])
-        ]
-        return np.concatenate(parts) if parts else index
-
-    def _select_within(self, block: np.ndarray, domain: int, index: np.ndarray) -> np.ndarray:
-        """Return the group at position `index` among those of the domain in one block; all (n,)."""
         groups = block[:, None] * _BLOCK + np.arange(_BLOCK)
         inside = np.minimum(groups, self._num_groups - 1).ravel()  # the last block may be short
         same = self._domains_of(inside).reshape(groups.shape) == domain
         counts = np.count_nonzero(same, axis=1)
         # Position of each draw's group in the flat list of all matches.
-        place = np.cumsum(counts) - counts + index
+        place = np.cumsum(counts) - counts + index - before[block]
         return inside[np.flatnonzero(same)[place]]
