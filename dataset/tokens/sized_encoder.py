@@ -25,7 +25,9 @@ class SizedEncoder:
     def encode(self, texts: Sequence[bytes]) -> Encoded:
         strings = [text.decode() for text in texts]
         encodings = encode_batch(self._plain.tokenizer.encode_batch, strings)
-        symbols = self._symbols.encode(strings) if self._symbols else [None] * len(strings)
+        symbols: Sequence[Encoding | None] = [None] * len(strings)
+        if self._symbols:
+            symbols = encode_batch(self._symbols.tokenizer.encode_batch, strings)
         parts = [self._make_tokens(*each) for each in zip(strings, encodings, symbols, strict=True)]
         none = np.zeros(0, self._dtype)
         return np.concatenate([none, *parts]), np.array([len(part) for part in parts], np.int64)
@@ -90,7 +92,7 @@ class _Symbols:
     """
 
     def __init__(self, plain: PlainTokenizer) -> None:
-        self._tokenizer, self._dropped = plain.load_symbols()
+        self.tokenizer, self._dropped = plain.load_symbols()
         model = plain.description["model"]
         vocabulary = plain.tokenizer.get_vocab(with_added_tokens=True)
         self._sizes = np.zeros(max(vocabulary.values()) + 1, np.int64)
@@ -101,9 +103,6 @@ class _Symbols:
             symbols = token.removeprefix(prefix).removesuffix(suffix) or token
             self._sizes[index] = 1 if token in single else len(symbols)
         self._sizes[list(plain.tokenizer.get_added_tokens_decoder())] = 1
-
-    def encode(self, texts: Sequence[str]) -> list[Encoding]:
-        return encode_batch(self._tokenizer.encode_batch, texts)
 
     def place(
         self,

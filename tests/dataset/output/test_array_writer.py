@@ -62,6 +62,14 @@ def test_failure_leaves_what_was_there(tmp_path):
     assert (target / "train" / "dataset.json").read_text("utf-8") == "old"
 
 
+def test_two_builds_of_one_directory_exclude_each_other(tmp_path):
+    with create_corpus(tmp_path / "corpus", overwrite=False) as workspace:
+        with pytest.raises(UserError, match="another build is running"):
+            create_corpus(tmp_path / "corpus", overwrite=False).__enter__()
+        fill(workspace.folder)
+    assert os.listdir(tmp_path) == ["corpus"]
+
+
 def test_overwrite_rules(tmp_path):
     target = tmp_path / "corpus"
     target.mkdir()
