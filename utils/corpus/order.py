@@ -49,17 +49,14 @@ class Examples:
 
     @staticmethod
     def concatenate(parts: Sequence["Examples"]) -> "Examples":
-        columns = zip(*(part._columns() for part in parts), strict=True) if parts else _NONE
+        columns = zip(*(vars(part).values() for part in parts), strict=True) if parts else _NONE
         return Examples(*map(np.concatenate, columns))
-
-    def _columns(self) -> tuple[np.ndarray, ...]:
-        return self.place, self.offset, self.row, self.size
 
     def __len__(self) -> int:
         return self.row.size
 
     def pick(self, which: np.ndarray | slice) -> "Examples":
-        return Examples(*(values[which] for values in self._columns()))
+        return Examples(*(values[which] for values in vars(self).values()))
 
     @property
     def end(self) -> Position:
