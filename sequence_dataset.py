@@ -17,19 +17,8 @@ from utils.corpus.corpora import Corpora
 from utils.corpus.curriculum import scale_budgets
 from utils.corpus.order import RELABEL, ROW_OPTIONS, ExampleOrder, Examples, Position, step_rng
 from utils.corpus.permutation import hash64
-from utils.corpus.read_ahead import Read, Source, open_source
-from utils.corpus.row_reader import Batch, RowReader, document_starts, relabel
-
-__all__ = [
-    "ConsumeFeed",
-    "Corpora",
-    "EvalStream",
-    "PresentFeed",
-    "TrainStream",
-    "document_starts",
-    "drop_halted",
-    "relabel",
-]
+from utils.corpus.read_ahead import InPlace, Read, ReadAhead
+from utils.corpus.row_reader import Batch, RowReader
 
 Part = tuple[np.ndarray, Batch]  # ascending slots (n,) within a rank, the rows (n, ...) for them
 RowOptions = Callable[[float, np.random.Generator, int], dict[str, np.ndarray]]
@@ -87,12 +76,18 @@ class _Feed:
 
     A feed has `progress` (0..1), and `next(halted)`, which takes a step and returns what enters the
     slots of this rank; None at the end of the run. halted: (G,) bool, flags of all slots.
+    ahead: arguments of `ReadAhead`, if there are any workers.
     """
 
     total_steps: int | None = None
 
-    def __init__(self, source: Source, size: int, slots: slice):
-        self.source, self._size, self._slots = source, size, slots
+    def __init__(
+        self, order: ExampleOrder, read: Read, size: int, slots: slice, workers: int, **ahead: Any
+    ):
+        self.source: InPlace | ReadAhead = InPlace(order, read)
+        if workers:
+            self.source = ReadAhead(order, read, workers=workers, **ahead)
+        self._size, self._slots = size, slots
         self.position, self.examples_entered = Position(), 0
         self._steps = 0
         self._other_sizes = (0, 0)  # steps, and their rows, before global_batch_size changed
@@ -143,8 +138,7 @@ class ConsumeFeed(_Feed):
     def __init__(self, order: ExampleOrder, read: Read, size: int, slots: slice, workers: int):
         # An example may enter a slot of any rank, so every rank reads ahead for all of them.
         chunk = -(-size // max(4, 2 * workers))
-        source = open_source(order, read, workers, chunk=chunk, ahead=size)
-        super().__init__(source, size, slots)
+        super().__init__(order, read, size, slots, workers, chunk=chunk, ahead=size)
         assert order.limit is not None
         self._order, self._read, self._total_groups = order, read, order.limit
         # Examples as (place in the order, row of the puzzle); place -1 for an empty slot.
@@ -155,10 +149,6 @@ class ConsumeFeed(_Feed):
     def progress(self) -> float:
         """Groups entered over their total."""
         return min(1.0, self.position.entered / self._total_groups)
-
-    @property
-    def occupied(self) -> np.ndarray:
-        return self._held[:, 0] >= 0
 
     def next(self, halted: np.ndarray) -> list[Part] | None:
         self._steps += 1
@@ -177,7 +167,7 @@ class ConsumeFeed(_Feed):
         if slots.size < freed.size:  # only puzzles without rows can remain
             self.position = Position(max(self.position.entered, self._total_groups))
         parts.append(self._select_rank_rows(slots))
-        return parts if self.occupied.any() else None
+        return parts if (self._held[:, 0] >= 0).any() else None
 
     def state_dict(self) -> dict[str, Any]:
         places, offsets = self._held.T.tolist()
@@ -205,8 +195,8 @@ class PresentFeed(_Feed):
         self, order: ExampleOrder, read: Read, size: int, slots: slice, workers: int, rows: float
     ):
         # Example i enters slot i, so only this rank's rows are read.
-        source = open_source(order, read, workers, chunk=size, ahead=size * workers, keep=slots)
-        super().__init__(source, size, slots)
+        ahead = size * workers
+        super().__init__(order, read, size, slots, workers, chunk=size, ahead=ahead, keep=slots)
         self._rows = rows
 
     @property
@@ -345,12 +335,6 @@ class TrainStream:
     def examples_entered(self) -> int:
         """Number of examples that have entered slots so far."""
         return self._feed.examples_entered
-
-    @property
-    def occupied(self) -> np.ndarray:
-        """Which slots contain an example, (G,) bool; under `consume` alone."""
-        assert isinstance(self._feed, ConsumeFeed)
-        return self._feed.occupied
 
     def next(self, step: int, halted: np.ndarray, progress: float = 0.0) -> list[Batch] | None:
         """Return this rank's micro-batches for optimizer step `step`; None at the end of the run.

@@ -11,9 +11,7 @@ was killed can be continued with --resume and produces the same bytes.
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,18 +20,18 @@ from tqdm import tqdm
 
 from dataset.common import FORMAT_VERSION, sha256_file
 from dataset.corpus import (
-    SPLITS,
     CorpusSplit,
     DocumentRouter,
     add_layout_option,
     check_iterations,
     finish_corpus,
+    open_splits,
     print_summary,
 )
-from dataset.filters.quality import PRESETS, RULES, QualityFilter
-from dataset.input.document_reader import DocumentReader, ReadOptions
-from dataset.input.documents import Batch, DocumentFeed, LengthFilter
-from dataset.input.inputs import describe_inputs, plan_inputs
+from dataset.filters.quality import PRESETS, RULES, QualityFilter, select_rules
+from dataset.input.document_reader import ReadOptions
+from dataset.input.documents import Batch, DocumentFeed
+from dataset.input.inputs import plan_inputs
 from dataset.input.text_sources import add_input_options
 from dataset.output.array_writer import write_json
 from dataset.output.corpus_folder import (
@@ -41,7 +39,7 @@ from dataset.output.corpus_folder import (
     add_output_options,
     check_output_dir,
     clear_leftovers,
-    create_resumable_corpus,
+    create_corpus,
     is_corpus,
     resolve_output,
 )
@@ -56,15 +54,9 @@ DEFAULT_TRAIN_RATIO = 0.995
 MANY_DOMAINS, MANY_ROWS = 16, 8  # more domains with fewer rows each are probably a mistake
 # Options that may change between a build and its --resume because the result does not depend on
 # them.
-FREE_OPTIONS = {
-    "workers",
-    "tokenizer_library",
-    "max_bad_lines",
-    "overwrite",
-    "resume",
-    "plugins",
-    "save_every",
-}
+FREE_OPTIONS = set(
+    "workers tokenizer_library max_bad_lines overwrite resume plugins save_every".split()
+)
 
 
 class Build:
@@ -74,12 +66,11 @@ class Build:
         self.args = args
         self.tokenizer = tokenizer
         self.inputs, self.domains = plan_inputs(args)
+        self.trained = {entry.domain for entry in self.inputs if not entry.held_out}
         self.quality = QualityFilter(args.quality)
         self.watch = Stopwatch()
-        ratio = args.train_ratio
-        if ratio is None:
-            ratio = 1.0 if args.test_files else DEFAULT_TRAIN_RATIO
-        self.train_ratio = ratio
+        default = 1.0 if args.test_files else DEFAULT_TRAIN_RATIO
+        self.train_ratio = default if args.train_ratio is None else args.train_ratio
 
     def identity(self) -> dict[str, Any]:
         """Return everything that must be unchanged for a build to be resumed."""
@@ -89,19 +80,18 @@ class Build:
                 f"--resume: {pipes[0]} cannot be read again from the start; write it to a file "
                 "first."
             )
-        args = self.args
-        options = {n: str(v) for n, v in vars(args).items() if n not in FREE_OPTIONS}
+        options = {n: str(v) for n, v in vars(self.args).items() if n not in FREE_OPTIONS}
         files = [
             (str(entry.source), entry.source.size, entry.source.version) for entry in self.inputs
         ]
-        # Only for these tokenizers, so that other builds begun by older versions can be resumed.
-        named = (args.format or "").partition("@")[0]
+        named = (self.args.format or "").partition("@")[0]
         if (file := plugin_modules().get(named)) is not None:
             options["format's source"] = sha256_file(file)
-        sized = {} if self.tokenizer.lossless else {"scored bytes": "by row"}
+        # Only for these tokenizers, so that other builds begun by older versions can be resumed.
+        if not self.tokenizer.lossless:
+            options["scored bytes"] = "by row"
         return {
             **options,
-            **sized,
             "tokenizer": sha256_file(self.args.tokenizer_json),
             "tokenizers version": tokenizers.__version__,
             "format version": FORMAT_VERSION,
@@ -110,34 +100,59 @@ class Build:
 
     def run(self, workspace: BuildWorkspace) -> tuple[dict[str, CorpusSplit], dict[str, int]]:
         """Build in the given workspace; return the splits and the counts of skipped documents."""
-        state = workspace.state or {}
-        folder = workspace.folder
+        args, folder, state = self.args, workspace.folder, workspace.state or {}
         folder.mkdir(exist_ok=True)
         self.tokenizer.save(folder / "tokenizer.json")
         self.watch.seconds = state.get("seconds", {})
-        splits = self._open_splits(folder, state.get("packed", {}).get("splits", {}))
+        states = state.get("packed", {}).get("splits")
+        splits = open_splits(args, folder, self.tokenizer, args.seq_len, self.trained, states)
         packed = PackedCorpus(
             self.tokenizer,
             splits,
-            pack=self.args.pack,
-            seq_len=self.args.seq_len,
-            stride=self.args.stride,
-            iterations=(self.args.min_iterations, self.args.max_iterations),
+            pack=args.pack,
+            seq_len=args.seq_len,
+            stride=args.stride,
+            iterations=(args.min_iterations, args.max_iterations),
         )
         if "packed" in state:
             packed.load_state_dict(state["packed"])
         spool = None
-        if self.args.dedup == "near":
+        if args.dedup == "near":
             spool_folder = folder.parent / "spool"
-            spool = DocumentSpool(
-                spool_folder, self.tokenizer.token_dtype, self.args.seed, state.get("spool")
+            dtype = self.tokenizer.token_dtype
+            spool = DocumentSpool(spool_folder, dtype, args.seed, state.get("spool"))
+        size = sum(entry.source.size for entry in self.inputs)
+        with CorpusBar(size, **state.get("shown", {})) as bar:
+            feed = DocumentFeed(
+                self.inputs,
+                ReadOptions(args.documents, args.text_key, args.max_bad_lines),
+                (args.min_chars, args.max_chars),
+                self.quality,
+                DocumentRouter(
+                    args.seed, self.train_ratio, args.dedup != "none", workspace.journal
+                ),
+                bar.update,
             )
-        with self._bar(state.get("shown", {})) as bar:
-            feed = self._feed(workspace, bar.update)
             if "feed" in state:
                 feed.load_state_dict(state["feed"])
-            save = partial(self._save, workspace, feed, packed, spool, bar)
-            self._read(feed, spool or packed, save, bar)
+
+            def add(batch: Batch, ids: np.ndarray, counts: np.ndarray) -> None:
+                (spool or packed).add(batch, ids, counts)
+                bar.show(batch, counts)
+
+            def save() -> None:
+                """Commit everything needed to resume the build."""
+                workspace.journal.commit(
+                    state={
+                        "feed": feed.state_dict(),
+                        "packed": packed.state_dict(),
+                        "spool": spool and spool.state_dict(),
+                        "seconds": self.watch.seconds,
+                        "shown": bar.shown,
+                    }
+                )
+
+            tokenize_all(feed, self.tokenizer.encoder, add, self.watch, save, args.save_every)
         skipped = feed.count_skipped()
         with self.watch("packing and writing"):
             if spool is not None:
@@ -160,10 +175,18 @@ class Build:
             )
         report = {
             "train_ratio": self.train_ratio,
-            "inputs": describe_inputs(self.inputs, self.domains),
+            "inputs": [
+                {
+                    "file": str(entry.source),
+                    "bytes": entry.source.size,
+                    "domain": self.domains[entry.domain],
+                    "held_out": entry.held_out,
+                }
+                for entry in self.inputs
+            ],
             "skipped": skipped,
             "quality_rules": {name: RULES[name] for name in self.quality.enabled},
-            "tokenizer_library": self.tokenizer.encoder.name,
+            "tokenizer_library": self.args.tokenizer_library,
         }
         with self.watch("checksums"):
             report = finish_corpus(
@@ -176,13 +199,12 @@ class Build:
     def print_notes(self, train: CorpusSplit) -> None:
         """Print notes about results that may be unintended."""
         args, places = self.args, train.total.rows * self.args.seq_len
-        trained = {entry.domain for entry in self.inputs if not entry.held_out}
-        if missing := [self.domains[d] for d in sorted(trained) if not train.count(d).rows]:
+        if missing := [self.domains[d] for d in sorted(self.trained) if not train.count(d).rows]:
             print(f"note: no training rows are of domain {', '.join(missing[:9])}: all of its "
                   "documents were skipped or are in the test split")  # fmt: skip
         rows = train.total.rows
-        if len(trained) > MANY_DOMAINS and rows < MANY_ROWS * len(trained):
-            print(f"note: {len(trained):,} domains, one per input file name, share {rows:,} "
+        if len(self.trained) > MANY_DOMAINS and rows < MANY_ROWS * len(self.trained):
+            print(f"note: {len(self.trained):,} domains, one per input file name, share {rows:,} "
                   "training rows; use --domain-labels to give all files of an input one "
                   "domain")  # fmt: skip
         elif train.total.stored_tokens < places / 2:
@@ -192,117 +214,31 @@ class Build:
             print("note: each line of the text files was treated as a separate document, and "
                   "repeated lines as duplicates; --documents file keeps files whole")  # fmt: skip
 
-    def _feed(self, workspace: BuildWorkspace, progress: Callable[[int], Any]) -> DocumentFeed:
-        args = self.args
-        options = ReadOptions(args.documents, args.text_key, args.max_bad_lines)
-        return DocumentFeed(
-            self.inputs,
-            DocumentReader(options, progress),
-            LengthFilter(args.min_chars, args.max_chars),
-            self.quality,
-            DocumentRouter(args.seed, self.train_ratio, args.dedup != "none", workspace.journal),
-            progress,
-        )
 
-    def _read(
-        self,
-        feed: DocumentFeed,
-        sink: PackedCorpus | DocumentSpool,
-        save: Callable[[], None],
-        bar: "CorpusBar",
-    ) -> None:
-        tokenize_all(
-            feed,
-            self.tokenizer.encoder,
-            sink,
-            self.watch,
-            save=save,
-            save_every=self.args.save_every,
-            on_packed=bar.show,
-        )
-
-    def _save(
-        self,
-        workspace: BuildWorkspace,
-        feed: DocumentFeed,
-        packed: PackedCorpus,
-        spool: DocumentSpool | None,
-        bar: "CorpusBar",
-    ) -> None:
-        """Commit everything needed to resume the build."""
-        workspace.journal.commit(
-            state={
-                "feed": feed.state_dict(),
-                "packed": packed.state_dict(),
-                "spool": spool and spool.state_dict(),
-                "seconds": self.watch.seconds,
-                "shown": bar.state_dict(),
-            }
-        )
-
-    def _bar(self, shown: dict[str, int]) -> "CorpusBar":
-        return CorpusBar(sum(entry.source.size for entry in self.inputs), **shown)
-
-    def _open_splits(self, folder: Path, states: dict[str, Any]) -> dict[str, CorpusSplit]:
-        """Open both splits, with the identifiers for their rows."""
-        identifiers = self.args.identifiers
-        trained = {entry.domain for entry in self.inputs if not entry.held_out}
-        byte_lengths = self.tokenizer.byte_lengths
-
-        def identifier_of(domain: int) -> int:
-            # An identifier without training rows would stay untrained: blank is better.
-            return domain + 1 if identifiers == "domain" and domain in trained else 0
-
-        return {
-            name: CorpusSplit(
-                folder / name / "all",
-                self.args.layout,
-                self.tokenizer,
-                self.args.seq_len,
-                None if identifiers == "sequence" and name == "train" else identifier_of,
-                byte_lengths,
-                states.get(name),
-            )
-            for name in SPLITS
-        }
-
-
-class CorpusBar:
+class CorpusBar(tqdm):
     """A progress bar over input bytes that also shows documents, tokens and throughput."""
 
     def __init__(self, total: int, documents: int = 0, tokens: int = 0) -> None:
         # tqdm's own rate would count bytes on disk, which may be compressed.
         layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self._bar = tqdm(
+        super().__init__(
             total=total or None, unit="B", unit_scale=True, disable=None, desc="building",
             dynamic_ncols=True, bar_format=layout if total else None,
         )  # fmt: skip
-        self._documents, self._tokens = documents, tokens
-        self._started, self._text_bytes = time.monotonic(), 0
-
-    def __enter__(self) -> "CorpusBar":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def update(self, count: int) -> None:
-        """Advance the bar by `count` bytes of the input files."""
-        self._bar.update(count)
+        self.shown = {"documents": documents, "tokens": tokens}
+        self._begun, self._text_bytes = time.monotonic(), 0
 
     def show(self, batch: Batch, counts: np.ndarray) -> None:
         """Add a packed batch to the displayed counts."""
-        self._documents += len(batch)
-        self._tokens += int(counts.sum())
+        self.shown["documents"] += len(batch)
+        self.shown["tokens"] += int(counts.sum())
         self._text_bytes += batch.size
-        rate = self._text_bytes / 1e6 / max(time.monotonic() - self._started, 1e-9)
-        self._bar.set_postfix_str(
-            f"{self._documents:,} documents, {self._tokens / 1e6:,.1f}M tokens, {rate:.1f} MB/s",
+        rate = self._text_bytes / 1e6 / max(time.monotonic() - self._begun, 1e-9)
+        self.set_postfix_str(
+            f"{self.shown['documents']:,} documents, {self.shown['tokens'] / 1e6:,.1f}M tokens, "
+            f"{rate:.1f} MB/s",
             refresh=False,
         )
-
-    def state_dict(self) -> dict[str, int]:
-        return {"documents": self._documents, "tokens": self._tokens}
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -331,7 +267,7 @@ def check_options(args: argparse.Namespace) -> None:
             f"--min-chars {args.min_chars} and --max-chars {args.max_chars} exclude every "
             "document; raise --max-chars."
         )
-    QualityFilter(args.quality)
+    select_rules(args.quality)
 
 
 def build(args: argparse.Namespace) -> None:
@@ -349,8 +285,8 @@ def build(args: argparse.Namespace) -> None:
         args.tokenizer_json, args.eos_token, args.pad_token, args.workers, args.tokenizer_library
     )
     job = Build(args, tokenizer)
-    with create_resumable_corpus(
-        args.output_dir, overwrite=args.overwrite, resume=args.resume, identity=job.identity()
+    with create_corpus(
+        args.output_dir, args.overwrite, resume=args.resume, identity=job.identity()
     ) as workspace:
         if workspace.finished:
             print(f"{args.output_dir} was already built; moved it into place")

@@ -18,19 +18,13 @@ from tqdm import tqdm
 
 from dataset.common import BLANK_IDENTIFIER, FORMAT_VERSION
 from dataset.output.array_writer import SplitWriter, write_json
-from dataset.output.corpus_folder import (
-    add_output_options,
-    check_output_dir,
-    create_corpus,
-    resolve_output,
-)
+from dataset.output.corpus_folder import add_output_options, create_corpus
 from utils.core.console import command_parser, run_cli, seed_number
 from utils.core.errors import UserError
 
 BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 FRUITLESS_GRIDS = 300
 """Number of consecutive grids without a new puzzle after which the search stops."""
-BLOCK_ROWS = 1024
 
 Grid = list[int]
 """Cells in row-major order; each is a mask with one bit set, or 0 for a blank."""
@@ -53,10 +47,6 @@ class Sudoku:
                 2 * size + cell // size // box_rows * boxes_across + cell % size // box_columns,
             )
             for cell in range(self.cells)
-        ]
-        self.cells_of = [
-            [cell for cell in range(self.cells) if unit in self.units_of[cell]]
-            for unit in range(3 * size)
         ]
 
     def find_used(self, grid: Grid) -> list[int]:
@@ -143,13 +133,6 @@ class Sudoku:
         others = self.all_digits & ~(used[row] | used[column] | used[box] | bit)
         if not others:
             return True
-        for unit in (row, column, box):
-            if not any(
-                self._may_hold(puzzle, used, other, bit)
-                for other in self.cells_of[unit]
-                if other != cell
-            ):
-                return True
         blanks = [other for other, digit in enumerate(puzzle) if not digit and other != cell]
         for other_bit in _bits(others, None):
             trial, trial_used = list(puzzle), list(used)
@@ -159,10 +142,6 @@ class Sudoku:
             if self.fill(trial, trial_used, list(blanks), None):
                 return False
         return True
-
-    def _may_hold(self, puzzle: Grid, used: list[int], cell: int, bit: int) -> bool:
-        row, column, box = self.units_of[cell]
-        return not puzzle[cell] and not bit & (used[row] | used[column] | used[box])
 
 
 def _bits(mask: int, rng: random.Random | None) -> list[int]:
@@ -250,7 +229,6 @@ def check_options(args: argparse.Namespace) -> None:
             f"--num-train is {args.num_train} and --num-test is {args.num_test}; they must be at "
             "least 1 and 0."
         )
-    check_output_dir(resolve_output(args.output_dir), args.overwrite)
 
 
 def build(args: argparse.Namespace) -> None:
@@ -259,22 +237,21 @@ def build(args: argparse.Namespace) -> None:
     check_options(args)
     wanted = {"train": args.num_train, "test": args.num_test}
     with (
-        create_corpus(args.output_dir, args.overwrite) as folder,
+        create_corpus(args.output_dir, args.overwrite) as workspace,
         tqdm(total=sum(wanted.values()), unit=" puzzles", disable=None) as bar,
     ):
+        folder = workspace.folder
         cells = (np.uint8, (args.size**2,))
         arrays = {"inputs": cells, "labels": cells, "puzzle_identifiers": (np.int32, ())}
         writers = {split: SplitWriter(folder / split, arrays, prefix="all__") for split in wanted}
-        pending: dict[str, list[tuple[Grid, Grid]]] = {split: [] for split in wanted}
         for split, puzzle, solution in generate(args.size, args.blanks, wanted, args.seed):
-            pending[split].append((puzzle, solution))
+            writers[split].append(
+                inputs=to_tokens([puzzle]),
+                labels=to_tokens([solution]),
+                puzzle_identifiers=np.zeros(1, np.int32),
+            )
             bar.update(1)
-            if len(pending[split]) == BLOCK_ROWS:
-                _append(writers[split], pending[split])
-                pending[split] = []
-        for split, writer in writers.items():
-            if pending[split]:
-                _append(writer, pending[split])
+        for writer in writers.values():
             writer.finish(
                 pad_id=0,
                 ignore_label_id=0,
@@ -288,14 +265,6 @@ def build(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     print(f"train: {args.num_train:,} puzzles, test: {args.num_test:,} puzzles")
     print(f"built {args.output_dir} in {seconds:.1f} s")
-
-
-def _append(writer: SplitWriter, rows: list[tuple[Grid, Grid]]) -> None:
-    writer.append(
-        inputs=to_tokens([puzzle for puzzle, _ in rows]),
-        labels=to_tokens([solution for _, solution in rows]),
-        puzzle_identifiers=np.zeros(len(rows), np.int32),
-    )
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,13 @@ from tqdm import tqdm
 
 from dataset.common import BLANK_IDENTIFIER
 from dataset.corpus import (
-    SPLITS,
     CorpusSplit,
     DocumentRouter,
     add_layout_option,
     check_iterations,
     finish_corpus,
+    group_runs,
+    open_splits,
     print_summary,
 )
 from dataset.input.document_reader import DocumentReader, ReadOptions
@@ -39,7 +39,6 @@ from dataset.output.corpus_folder import (
     create_corpus,
     resolve_output,
 )
-from dataset.output.journal import Journal
 from dataset.packing.windows import PackOptions, make_rows
 from dataset.tokens.sizes import bytes_of
 from dataset.tokens.tokenization import TextTokenizer, add_tokenizer_options
@@ -148,7 +147,8 @@ class ExampleRows:
         """Tokenize and write (split, example) pairs, in order."""
         prompts = self._tokenizer.encode_tokens([example.prompt for _, example in batch])
         responses = self._tokenizer.encode_tokens([example.response for _, example in batch])
-        rows: dict[tuple[str, int], list[tuple[np.ndarray, int, int]]] = {}
+        keys: list[tuple[str, int]] = []
+        rows: list[tuple[np.ndarray, int, int]] = []
         for (split, example), prompt, response in zip(batch, prompts, responses, strict=True):
             if example.domain not in self.domains:
                 self.domains.append(example.domain)
@@ -163,12 +163,10 @@ class ExampleRows:
             kept_bytes = int(bytes_of(tokens, self._tokenizer.byte_lengths).sum(dtype=np.int64))
             self._splits[split].count_document(domain, kept_bytes, len(tokens))
             self._splits[split].count_unencodable(domain, tokens)
-            # Rows are written in order, so a run ends where the split's domain changes.
-            for key in [key for key in rows if key[0] == split and key[1] != domain]:
-                self._write(*key, rows.pop(key))
-            rows.setdefault((split, domain), []).append((tokens, prompt_length, example.budget))
-        for key, run in rows.items():
-            self._write(*key, run)
+            keys.append((split, domain))
+            rows.append((tokens, prompt_length, example.budget))
+        for (split, domain), numbers in group_runs(keys):
+            self._write(split, domain, [rows[number] for number in numbers])
 
     def _make_tokens(self, prompt: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, int]:
         """Return the tokens of a row, at most S + 1, and the number of prompt tokens.
@@ -181,7 +179,7 @@ class ExampleRows:
             self.truncated_responses += 1
             end = response[: self._response]
         else:
-            end = self._tokenizer.append_eos(response)
+            end = self._tokenizer.append_eos(response, [len(response)])
         return np.concatenate([prompt, end]), len(prompt)
 
     def _write(self, split: str, domain: int, run: list[tuple[np.ndarray, int, int]]) -> None:
@@ -267,25 +265,6 @@ def check_options(args: argparse.Namespace) -> None:
     check_output_dir(resolve_output(args.output_dir), args.overwrite)
 
 
-def open_splits(
-    args: argparse.Namespace, folder: Path, tokenizer: TextTokenizer
-) -> dict[str, CorpusSplit]:
-    """Open empty splits in the temporary directory."""
-    byte_lengths = tokenizer.byte_lengths
-    seq_len = args.max_context_tokens + args.max_response_tokens
-    return {
-        name: CorpusSplit(
-            folder / name / "all",
-            args.layout,
-            tokenizer,
-            seq_len,
-            lambda domain: domain + 1 if args.identifiers == "domain" else 0,
-            byte_lengths,
-        )
-        for name in SPLITS
-    }
-
-
 def build(args: argparse.Namespace) -> None:
     """Build the corpus that the command line describes, atomically."""
     started = time.perf_counter()
@@ -298,16 +277,18 @@ def build(args: argparse.Namespace) -> None:
     if plain := [source for source in sources if source.format != "jsonl"]:
         kind = {"text": "plain text", "parquet": "Parquet"}[plain[0].format]
         raise UserError(f"{plain[0]} is {kind}; prompts and responses must be JSON lines.")
-    router = DocumentRouter(args.seed, args.train_ratio, dedup=False, journal=Journal(""))
+    seq_len = args.max_context_tokens + args.max_response_tokens
     size = sum(source.size for source in sources)
     with (
-        create_corpus(args.output_dir, args.overwrite) as folder,
+        create_corpus(args.output_dir, args.overwrite) as workspace,
         tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar,
     ):
+        folder = workspace.folder
         tokenizer.save(folder / "tokenizer.json")
+        router = DocumentRouter(args.seed, args.train_ratio, False, workspace.journal)
         lines = DocumentReader(ReadOptions(max_bad_lines=args.max_bad_lines), bar.update)
         reader = ExampleReader(lines, args)
-        splits = open_splits(args, folder, tokenizer)
+        splits = open_splits(args, folder, tokenizer, seq_len)
         rows = ExampleRows(args, tokenizer, splits)
         for batch in batch_by_split(sources, reader, router, args.dedup == "exact"):
             rows.add(batch)
@@ -334,7 +315,6 @@ def build(args: argparse.Namespace) -> None:
             "truncated_responses": rows.truncated_responses,
             "clipped_budgets": reader.clipped_budgets,
         }
-        seq_len = args.max_context_tokens + args.max_response_tokens
         report = finish_corpus(
             args, folder, splits, tokenizer, rows.domains, seq_len, report, domain_weights=weights
         )

@@ -6,7 +6,6 @@ data stream, models and scripts can all use it.
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,16 +23,6 @@ IGNORE_LABEL_ID = -100
 
 FORMAT_VERSION = 1
 """Format version that the builders write; 0 stands for TRM's and older corpora."""
-
-ARRAY_NAMES = (
-    "inputs",
-    "labels",
-    "puzzle_identifiers",
-    "puzzle_indices",
-    "group_indices",
-    "iteration_targets",
-    "domain_ids",
-)
 
 METADATA_NAME = "dataset.json"
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
@@ -95,11 +84,6 @@ def token_dtype(vocab_size: int) -> np.dtype:
         if vocab_size <= np.iinfo(dtype).max:
             return np.dtype(dtype)
     raise UserError(f"vocab_size is {vocab_size}, which is too large for any integer type.")
-
-
-def iteration_target(unique_ratio: float, min_iterations: int, max_iterations: int) -> int:
-    """Return the ACT-step budget of a row whose share of distinct tokens is `unique_ratio`."""
-    return math.floor(min_iterations + unique_ratio * (max_iterations - min_iterations))
 
 
 def find_split(path: str | Path, split: str) -> Path:
@@ -171,16 +155,18 @@ def checksum_file(path: str | Path) -> str:
 def verify_arrays(split_dir: str | Path, metadata: DatasetMetadata) -> None:
     """Check every array file against its checksum in the metadata; reads every byte."""
     for name, expected in metadata.checksums.items():
-        path = Path(split_dir) / name
-        if not path.is_file():
-            raise UserError(
-                f"{path} is missing, although the metadata lists it; rebuild the corpus."
-            )
-        if (checksum_file if expected.startswith(_FAST) else sha256_file)(path) != expected:
-            raise UserError(
-                f"{path} does not match its checksum in {METADATA_NAME}: it is damaged or was "
-                "modified; copy the corpus again or rebuild it."
-            )
+        verify_array(Path(split_dir) / name, expected)
+
+
+def verify_array(path: Path, expected: str) -> None:
+    """Check one array file against its checksum in the metadata."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing, although the metadata lists it; rebuild the corpus.")
+    if (checksum_file if expected.startswith(_FAST) else sha256_file)(path) != expected:
+        raise UserError(
+            f"{path} does not match its checksum in {METADATA_NAME}: it is damaged or was "
+            "modified; copy the corpus again or rebuild it."
+        )
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -203,9 +189,7 @@ def token_byte_lengths(tokenizer_json_path: str | Path) -> np.ndarray:
     Special tokens and unused ids count as 0. Exact for byte-level BPE and byte-fallback tokens;
     for other tokenizers, the number of bytes a token adds when decoded after a letter.
     """
-    tokenizer, description = read_tokenizer(tokenizer_json_path)
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    return byte_lengths(tokenizer, vocabulary, description)
+    return byte_lengths(*read_tokenizer(tokenizer_json_path))
 
 
 def read_tokenizer(
@@ -262,13 +246,14 @@ def _tokenizer_fault(content: bytes, error: Exception) -> str:
     return str(error) if "model" in value else "it has no key 'model'"
 
 
-def byte_lengths(
-    tokenizer: Any, vocabulary: dict[str, int], description: dict[str, Any]
-) -> np.ndarray:
+def byte_lengths(tokenizer: Any, description: dict[str, Any]) -> np.ndarray:
     """Compute `token_byte_lengths` for a loaded tokenizer and its parsed tokenizer.json."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     ids = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
     lengths = np.zeros(ids.max() + 1, dtype=np.int32)
-    if not _is_byte_level(description):
+    stages = flatten_stages(description.get("decoder"))
+    stages += flatten_stages(description.get("pre_tokenizer"))
+    if all(stage["type"] != "ByteLevel" for stage in stages):
         each = map(_make_decoded_length(tokenizer), vocabulary, vocabulary.values())
     elif _ALPHABET.keys() >= set().union(*vocabulary):  # one character per byte in all tokens
         each = map(len, vocabulary)
@@ -280,18 +265,14 @@ def byte_lengths(
     return lengths
 
 
-def _is_byte_level(description: dict[str, Any]) -> bool:
-    """Return whether tokens are spelled in GPT-2's byte alphabet, as any stage may declare."""
-
-    def list_types(node: Any) -> list[Any]:
-        if not isinstance(node, dict):
-            return []
-        children = node.get("decoders") or node.get("pretokenizers") or []
-        return [node.get("type"), *(kind for child in children for kind in list_types(child))]
-
-    return "ByteLevel" in list_types(description.get("decoder")) + list_types(
-        description.get("pre_tokenizer")
-    )
+def flatten_stages(stage: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the single stages of a normalizer, pre-tokenizer or decoder, in order."""
+    if stage is None:
+        return []
+    if stage["type"] != "Sequence":
+        return [stage]
+    inner = stage.get("normalizers") or stage.get("pretokenizers") or stage.get("decoders") or []
+    return [part for each in inner for part in flatten_stages(each)]
 
 
 _ALPHABET = byte_alphabet()

@@ -5,7 +5,7 @@ deduplication, the counts behind bits per byte, and the files around the arrays.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,35 +71,30 @@ class DocumentRouter:
 
     def route(self, text: bytes, held_out: bool) -> str | None:
         """Return the split of a document given as UTF-8, or None to skip the document."""
-        digest = self._digest(text)
-        if self._dedup and self._is_copy(digest):
+        if self._dedup and self.is_copy(text):
             return None
         if held_out:
             if not self._dedup:
                 self._holds_out = True
-                self._journal.add(digest, _HELD_OUT)
+                self._journal.add(self._digest(text), _HELD_OUT)
             return "test"
-        split = self._assign_split(digest)
-        if split == "train" and self._holds_out and self._journal.contains(digest, _HELD_OUT):
+        split = self.assign_split(text)
+        if split == "test" or not self._holds_out:
+            return split
+        if self._journal.contains(self._digest(text), _HELD_OUT):
             self.held_out_copies += 1
             return None
         return split
 
     def is_copy(self, text: bytes) -> bool:
         """Return whether this text was seen before, and count it if so."""
-        return self._is_copy(self._digest(text))
-
-    def assign_split(self, text: bytes) -> str:
-        """Return the split determined by the text's hash."""
-        return self._assign_split(self._digest(text))
-
-    def _is_copy(self, digest: bytes) -> bool:
-        new = self._journal.add(digest)
+        new = self._journal.add(self._digest(text))
         self.duplicates += not new
         return not new
 
-    def _assign_split(self, digest: bytes) -> str:
-        share = int.from_bytes(digest[:8], "big") / 2**64
+    def assign_split(self, text: bytes) -> str:
+        """Return the split determined by the text's hash."""
+        share = int.from_bytes(self._digest(text)[:8], "big") / 2**64
         return "train" if share < self._train_ratio else "test"
 
     def _digest(self, text: bytes) -> bytes:
@@ -121,7 +116,6 @@ class CorpusSplit:
         layout: `npy` stores the inputs and labels of every row; `stream` stores each token once,
             plus the start of each row.
         identifier_of: maps a domain to the identifier of its rows; None numbers rows from 1.
-        byte_lengths: (V,) int32, bytes of text per token id.
         state: output of `state_dict` to resume from.
     """
 
@@ -132,14 +126,13 @@ class CorpusSplit:
         tokenizer: TextTokenizer,
         seq_len: int,
         identifier_of: Callable[[int], int] | None,
-        byte_lengths: np.ndarray,
         state: dict[str, Any] | None = None,
     ) -> None:
         self.layout = layout
         self.ignore_label_id = tokenizer.ignore_label_id
         self._identifier_of = identifier_of
         # One extra entry for the ignored label: lookups past the end are clipped to it.
-        self.byte_lengths = np.append(byte_lengths, 0)
+        self._byte_lengths = np.append(tokenizer.byte_lengths, 0)
         self.counts: dict[int, Counts] = {}
         self._last = (-1, 0, 0)  # domain and end of the last row written, and its end in tokens
         row, per_row = (seq_len,), (np.int32, ())
@@ -213,7 +206,7 @@ class CorpusSplit:
         counts.scored_tokens += int(np.count_nonzero(rows.labels != self.ignore_label_id))
         sizes = rows.label_bytes
         if sizes is None:
-            sizes = bytes_of(rows.labels, self.byte_lengths)
+            sizes = bytes_of(rows.labels, self._byte_lengths)
         counts.scored_bytes += int(sizes.sum(dtype=np.int64))
 
     def _to_views(self, domain: int, rows: Rows) -> dict[str, np.ndarray]:
@@ -244,6 +237,58 @@ class CorpusSplit:
             "last": self._last,
             "counts": {domain: asdict(counts) for domain, counts in self.counts.items()},
         }
+
+
+def group_runs(keys: Iterable[tuple[str, int] | None]) -> list[tuple[tuple[str, int], list[int]]]:
+    """Group the indices of consecutive documents of one (split, domain), within each split.
+
+    Documents with None are left out.
+    Written group by group in this order, rows come out as if written document by document.
+    """
+    runs: list[tuple[tuple[str, int], list[int]]] = []
+    last: dict[str, int] = {}  # index of each split's current run
+    for number, key in enumerate(keys):
+        if key is None:
+            continue
+        run = last.get(key[0], -1)
+        if run < 0 or runs[run][0] != key:
+            last[key[0]] = run = len(runs)
+            runs.append((key, []))
+        runs[run][1].append(number)
+    return runs
+
+
+def open_splits(
+    args: argparse.Namespace,
+    folder: Path,
+    tokenizer: TextTokenizer,
+    seq_len: int,
+    trained: Container[int] | None = None,
+    states: Mapping[str, Any] | None = None,
+) -> dict[str, CorpusSplit]:
+    """Open both splits in the directory of a build.
+
+    Args:
+        trained: domains that may have an identifier, because training inputs belong to them; those
+            of others would stay untrained. None: all.
+        states: output of `CorpusSplit.state_dict` by split, to resume from.
+    """
+
+    def identifier_of(domain: int) -> int:
+        named = args.identifiers == "domain" and (trained is None or domain in trained)
+        return domain + 1 if named else 0
+
+    return {
+        name: CorpusSplit(
+            folder / name / "all",
+            args.layout,
+            tokenizer,
+            seq_len,
+            None if args.identifiers == "sequence" and name == "train" else identifier_of,
+            (states or {}).get(name),
+        )
+        for name in SPLITS
+    }
 
 
 def finish_corpus(

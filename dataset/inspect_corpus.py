@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from dataset.common import (
     load_metadata,
     read_tokenizer,
     sha256_file,
-    verify_arrays,
+    verify_array,
 )
+from dataset.corpus import SPLITS
 from dataset.output.corpus_statistics import (
     Figures,
     SplitStatistics,
@@ -35,43 +36,16 @@ from dataset.output.corpus_statistics import (
     measure,
     quantiles,
 )
-from dataset.output.corpus_views import Decode, draw, format_histogram, format_row
+from dataset.output.corpus_views import draw, format_histogram, format_row
 from utils.core.console import command_parser, run_cli, seed_number
 from utils.core.errors import UserError
 from utils.corpus.corpora import Corpora
 from utils.remote.cache import is_remote, local_path
 
-SPLITS = ("train", "test")
 WIDTH = 92
 MOST_DOMAINS = 20
 # Builder options that do not affect the contents.
 HIDDEN_OPTIONS = {"output_dir", "overwrite", "input_files", "tokenizer_json", "workers"}
-
-
-@dataclass
-class Tokenizer:
-    """The corpus' tokenizer.json: `decode` to show text, byte lengths for the statistics."""
-
-    description: str
-    decode: Decode
-    name: Callable[[int], str | None]
-    byte_lengths: np.ndarray
-
-    @classmethod
-    def load(cls, root: Path) -> "Tokenizer | None":
-        """Load the tokenizer of a corpus, if it has one."""
-        path = root / "tokenizer.json"
-        if not path.is_file():
-            return None
-        loaded, description = read_tokenizer(path)
-        lengths = byte_lengths(loaded, loaded.get_vocab(with_added_tokens=True), description)
-        kind = description.get("model", {}).get("type", "unknown kind")
-        return cls(
-            f"{kind}, {len(lengths):,} ids",
-            lambda ids: loaded.decode(ids, skip_special_tokens=False),
-            loaded.id_to_token,
-            lengths,
-        )
 
 
 @dataclass
@@ -83,8 +57,11 @@ class Corpus:
     root: Path
     folders: dict[str, Path]
     metadata: dict[str, DatasetMetadata]
-    tokenizer: Tokenizer | None
     report: dict[str, Any]
+    tokenizer: Any = None
+    """The `tokenizers.Tokenizer`, if the corpus has one."""
+    tokenizer_kind: str = ""
+    byte_lengths: np.ndarray | None = None
 
     @classmethod
     def open(cls, path: str, split: str) -> "Corpus":
@@ -92,11 +69,15 @@ class Corpus:
         root = Path(local_path(path))
         wanted = [split]
         if split == "all":  # if there are none, find_split reports the first as missing
-            wanted = [name for name in SPLITS if _has_split(root, name)] or ["train"]
+            wanted = [name for name in SPLITS if (root / name).is_dir()] or ["train"]
         folders = {name: find_split(root, name) for name in wanted}
         metadata = {name: load_metadata(folder) for name, folder in folders.items()}
-        report = _load_report(root / "build_report.json")
-        return cls(path, root, folders, metadata, Tokenizer.load(root), report)
+        corpus = cls(path, root, folders, metadata, _load_report(root / "build_report.json"))
+        if (file := root / "tokenizer.json").is_file():
+            corpus.tokenizer, description = read_tokenizer(file)
+            corpus.tokenizer_kind = description.get("model", {}).get("type", "unknown kind")
+            corpus.byte_lengths = byte_lengths(corpus.tokenizer, description)
+        return corpus
 
     @property
     def any_metadata(self) -> DatasetMetadata:
@@ -108,13 +89,8 @@ class Corpus:
         stride, width = get_section(self.report, "options").get("stride"), self.any_metadata.seq_len
         return width - stride if isinstance(stride, int) and 0 < stride < width else 0
 
-
-def _has_split(root: Path, name: str) -> bool:
-    try:
-        find_split(root, name)
-    except UserError:
-        return False
-    return True
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def _load_report(path: Path) -> dict[str, Any]:
@@ -131,15 +107,14 @@ def _load_report(path: Path) -> dict[str, Any]:
 def verify_files(corpus: Corpus) -> list[str]:
     """Return one message per file that does not match its checksum; reads every byte."""
     checks = [
-        (folder, meta.model_copy(update={"checksums": {name: checksum}}))
+        (folder / name, checksum)
         for split, folder in corpus.folders.items()
-        for meta in [corpus.metadata[split]]
-        for name, checksum in meta.checksums.items()
+        for name, checksum in corpus.metadata[split].checksums.items()
     ]
     faults = []
-    for folder, metadata in tqdm(checks, desc="checksums", unit="file", disable=None, leave=False):
+    for path, checksum in tqdm(checks, desc="checksums", unit="file", disable=None, leave=False):
         try:
-            verify_arrays(folder, metadata)
+            verify_array(path, checksum)
         except UserError as error:
             faults.append(str(error))
     tokenizer, known = corpus.root / "tokenizer.json", corpus.report.get("tokenizer_sha256")
@@ -166,10 +141,6 @@ def _share(value: float) -> str:
     return f"{100 * value:.2f} %"
 
 
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
 def _table(rows: list[list[str]]) -> list[str]:
     """Format rows as a table: the first column left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -181,18 +152,22 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 def describe(corpus: Corpus, verified: bool) -> list[str]:
     """Describe what all splits share."""
-    meta, tokenizer = corpus.any_metadata, corpus.tokenizer
+    meta = corpus.any_metadata
     lines = [corpus.path]
     if is_remote(corpus.path):
         lines.append(_field("copy", str(corpus.root)))
     lines += [_field("rows", f"{meta.seq_len:,} tokens, layout {meta.layout}")]
-    if tokenizer is None:
+    if corpus.byte_lengths is None:
         lines.append(_field("tokenizer", f"none; {meta.vocab_size:,} token ids"))
     else:
-        eos = "no eos" if meta.eos_id is None else f"eos {_token(tokenizer, meta.eos_id)}"
-        pad = f"pad {_token(tokenizer, meta.pad_id)}"
-        lines.append(_field("tokenizer", f"{tokenizer.description}; {eos}, {pad}"))
-        if len(tokenizer.byte_lengths) != meta.vocab_size:
+        eos, pad = (
+            f"no {name}" if index is None
+            else f"{name} {index} {corpus.tokenizer.id_to_token(index) or '(no such token)'}"
+            for name, index in (("eos", meta.eos_id), ("pad", meta.pad_id))
+        )  # fmt: skip
+        kind = f"{corpus.tokenizer_kind}, {len(corpus.byte_lengths):,} ids"
+        lines.append(_field("tokenizer", f"{kind}; {eos}, {pad}"))
+        if len(corpus.byte_lengths) != meta.vocab_size:
             lines.append(_field("", f"but the corpus was built for {meta.vocab_size:,} ids"))
     if meta.relabel_ids:
         lines.append(_field("relabelled", "ids {} to {}".format(*meta.relabel_ids)))
@@ -202,12 +177,8 @@ def describe(corpus: Corpus, verified: bool) -> list[str]:
     return lines + describe_report(corpus.report)
 
 
-def _token(tokenizer: Tokenizer, index: int) -> str:
-    return f"{index} {tokenizer.name(index) or '(no such token)'}"
-
-
-def get_section(report: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Return the first of these report sections that exists, with nested keys as `outer.inner`."""
+def get_section(report: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a section of the report, with nested keys as `outer.inner`; {} if there is none."""
 
     def flatten(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
         for name, value in values.items():
@@ -216,32 +187,31 @@ def get_section(report: dict[str, Any], *names: str) -> dict[str, Any]:
             else:
                 yield f"{prefix}{name}", value
 
-    found: Any = next((report[name] for name in names if name in report), {})
+    found = report.get(name)
     return dict(flatten(found)) if isinstance(found, dict) else {}
 
 
 def describe_report(report: dict[str, Any]) -> list[str]:
     """Describe the build report; every key is optional, and unknown keys are ignored."""
 
-    def get_numbers(*names: str) -> dict[str, float]:
-        section = get_section(report, *names)
-        return {name: value for name, value in section.items() if isinstance(value, int | float)}
+    def get_numbers(name: str) -> dict[str, float]:
+        section = get_section(report, name)
+        return {key: value for key, value in section.items() if isinstance(value, int | float)}
 
     lines = []
     inputs = [entry for entry in report.get("inputs") or [] if isinstance(entry, dict)]
     if inputs:
         size = sum(entry.get("bytes") or 0 for entry in inputs)
         lines.append(_field("built from", f"{_count(len(inputs), 'file')}, {size / 1e6:,.1f} MB"))
-    options = {
-        name: value
+    options = [
+        f"{name}={value}"
         for name, value in get_section(report, "options").items()
         if name not in HIDDEN_OPTIONS and value not in (None, False, [])
-    }
+    ]
     if options:
-        lines.append(_field("options", " ".join(f"{name}={v}" for name, v in options.items())))
-    skipped = get_numbers("skipped", "left_out")
-    counted = [f"{count:,} {name.replace('_', ' ')}" for name, count in skipped.items() if count]
-    if skipped:
+        lines.append(_field("options", " ".join(options)))
+    if skipped := get_numbers("skipped"):
+        counted = [f"{n:,} {name.replace('_', ' ')}" for name, n in skipped.items() if n]
         lines.append(_field("skipped", ", ".join(counted) or "nothing"))
     counts = get_numbers("splits").items()
     unknown, lost = (
@@ -251,8 +221,7 @@ def describe_report(report: dict[str, Any]) -> list[str]:
     if unknown or lost:
         text = f"{_count(unknown, 'unknown token')}, {_count(lost, 'byte')} of text without token"
         lines.append(_field("unencodable", text))
-    seconds = get_numbers("seconds", "timings")
-    if seconds:
+    if seconds := get_numbers("seconds"):
         lines.append(_field("seconds", ", ".join(f"{name} {v:.1f}" for name, v in seconds.items())))
     return lines
 
@@ -292,7 +261,7 @@ def _domains(statistics: SplitStatistics) -> list[str]:
             _share(figures.rows / max(1, statistics.total.rows)),
             f"{figures.tokens:,}",
             f"{figures.documents:,}" if figures.documents else "-",
-            _ratio(figures.bytes_per_token),
+            f"{figures.bytes_per_token:.2f}" if figures.bytes_per_token else "-",
             _share(figures.padding),
         ]
 
@@ -334,7 +303,7 @@ def describe_rows(
     size = min(count, corpora.num_rows)
     chosen = np.sort(generator.choice(corpora.num_rows, size, replace=False))
     rows, meta = corpora.rows(chosen), corpora.metadata
-    decode = corpus.tokenizer.decode if corpus.tokenizer else None
+    decode = corpus.decode if corpus.tokenizer else None
     lines = []
     for place, number in enumerate(chosen.tolist()):
         inputs, labels = rows["inputs"][place], rows["labels"][place]
@@ -365,9 +334,9 @@ def inspect(args: argparse.Namespace) -> None:
         print("use --no-verify to show the corpus anyway", file=sys.stderr)
         raise SystemExit(1)
     print("\n".join(describe(corpus, not args.no_verify)))
-    tokenizer = corpus.tokenizer
-    fits = tokenizer and len(tokenizer.byte_lengths) == corpus.any_metadata.vocab_size
-    byte_lengths = tokenizer.byte_lengths if tokenizer and fits else None
+    lengths = corpus.byte_lengths
+    if lengths is not None and len(lengths) != corpus.any_metadata.vocab_size:
+        lengths = None
     generator = np.random.default_rng(args.seed)
     measured = {}
     for name, meta in corpus.metadata.items():
@@ -376,7 +345,7 @@ def inspect(args: argparse.Namespace) -> None:
             continue
         corpora = Corpora([str(corpus.root)], name, verify=False)
         with tqdm(total=corpora.num_rows, desc=name, unit="row", disable=None, leave=False) as bar:
-            measured[name] = measure(corpora, byte_lengths, corpus.overlap, bar.update)
+            measured[name] = measure(corpora, lengths, corpus.overlap, bar.update)
         print("\n".join(describe_split(name, corpora, measured[name])))
         print("\n".join(describe_rows(corpus, corpora, args.rows, generator)))
     if args.png:

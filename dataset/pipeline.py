@@ -10,16 +10,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from dataset.corpus import CorpusSplit
+from dataset.corpus import CorpusSplit, group_runs
 from dataset.input.documents import Batch
 from dataset.packing.best_fit import BestFitPacker
 from dataset.packing.windows import Packer, PackOptions, Rows, WindowPacker, iteration_targets
 from dataset.tokens.encoders import Encoded, Encoder
-from dataset.tokens.sizes import ids_of
 from dataset.tokens.tokenization import TextTokenizer
 
 PACKERS: dict[str, Callable[[PackOptions], Packer]] = {
@@ -27,14 +26,6 @@ PACKERS: dict[str, Callable[[PackOptions], Packer]] = {
     "bestfit": BestFitPacker,
 }
 _AHEAD = 3  # batches in flight: one being tokenized, one being packed, one waiting
-
-
-class Sink(Protocol):
-    """Destination of tokenized documents."""
-
-    def add(self, batch: Batch, ids: np.ndarray, counts: np.ndarray) -> None:
-        """Add the documents of a batch: token ids (n,) and the count of each (documents,)."""
-        ...
 
 
 class Stopwatch:
@@ -66,18 +57,16 @@ class Stopwatch:
 def tokenize_all(
     batches: Iterable[Batch],
     encoder: Encoder,
-    sink: Sink,
+    add: Callable[[Batch, np.ndarray, np.ndarray], None],
     watch: Stopwatch,
-    *,
     save: Callable[[], None],
     save_every: float,
-    on_packed: Callable[[Batch, np.ndarray], None],
 ) -> None:
-    """Tokenize batches and pass them to the sink, in order.
+    """Tokenize batches and pass them on, in order.
 
     Args:
-        save: called about every `save_every` seconds, when all batches read so far are in the sink.
-        on_packed: called with each batch and its token counts, for a progress bar.
+        add: called with each batch, its tokens (n,), and the count of each document (documents,).
+        save: called about every `save_every` seconds, when all batches read so far were added.
     """
 
     def encode(batch: Batch) -> Encoded:
@@ -87,8 +76,7 @@ def tokenize_all(
     def pack(batch: Batch, future: Future[Encoded]) -> None:
         ids, counts = future.result()
         with watch("packing and writing"):
-            sink.add(batch, ids, counts)
-        on_packed(batch, counts)
+            add(batch, ids, counts)
 
     in_flight: deque[Future[None]] = deque()
     saved = time.monotonic()
@@ -145,52 +133,29 @@ class PackedCorpus:
     def add(self, batch: Batch, ids: np.ndarray, counts: np.ndarray) -> None:
         """Pack documents and write the rows they complete."""
         ends = np.cumsum(counts)
-        for (split, domain), documents in self._group_runs(batch, counts):
-            if len(documents) == len(counts):
-                chosen = ids
-            else:
-                chosen = np.concatenate([ids[ends[n] - counts[n] : ends[n]] for n in documents])
-            self._splits[split].count_unencodable(domain, chosen)
-            stream, stream_ends = self._append_eos(chosen, counts[documents])
-            self._write(split, domain, self._get_packer(split, domain).add(stream, stream_ends))
-
-    def _group_runs(
-        self, batch: Batch, counts: np.ndarray
-    ) -> list[tuple[tuple[str, int], list[int]]]:
-        """Group consecutive documents of one split and domain, and count all documents.
-
-        Packed as groups in this order, rows come out as if documents had been packed one by one.
-        """
-        runs: list[tuple[tuple[str, int], list[int]]] = []
-        last: dict[str, int] = {}  # index of each split's current run
-        keys = zip(batch.splits, batch.domains, batch.sizes, counts.tolist(), strict=True)
-        for number, (split, domain, size, tokens) in enumerate(keys):
-            if not tokens:  # a normalizer may remove all of a text
+        keys: list[tuple[str, int] | None] = []
+        documents = zip(batch.splits, batch.domains, batch.sizes, counts.tolist(), strict=True)
+        for split, domain, size, tokens in documents:
+            if tokens:
+                self._splits[split].count_document(domain, size, tokens + 1)
+                keys.append((split, domain))
+            else:  # a normalizer may remove all of a text
                 self.empty_documents += 1
                 self._splits[split].count_lost_text(domain, size)
-                continue
-            self._splits[split].count_document(domain, size, tokens + 1)
-            run = last.get(split, -1)
-            if run < 0 or runs[run][0] != (split, domain):
-                last[split] = run = len(runs)
-                runs.append(((split, domain), []))
-            runs[run][1].append(number)
-        return runs
+                keys.append(None)
+        for (split, domain), run in group_runs(keys):
+            chosen = ids
+            if len(run) < len(counts):
+                chosen = np.concatenate([ids[ends[n] - counts[n] : ends[n]] for n in run])
+            self._splits[split].count_unencodable(domain, chosen)
+            stream = self._tokenizer.append_eos(chosen, counts[run])
+            packer = self._get_packer(split, domain)
+            self._write(split, domain, packer.add(stream, np.cumsum(counts[run] + 1)))
 
     def finish(self) -> None:
         """Write the last rows of each stream, in domain order."""
         for split, domain in sorted(self._packers):
             self._write(split, domain, self._packers[split, domain].finish())
-
-    def _append_eos(self, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens with eos after each document, and where the documents end."""
-        ends = np.cumsum(counts + 1)
-        stream = np.zeros(len(ids) + len(counts), self._tokenizer.token_dtype)
-        is_text = np.ones(len(stream), bool)
-        is_text[ends - 1] = False
-        stream[is_text] = ids
-        ids_of(stream)[ends - 1] = self._tokenizer.eos_id
-        return stream, ends
 
     def _get_packer(self, split: str, domain: int) -> Packer:
         if (split, domain) not in self._packers:

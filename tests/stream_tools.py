@@ -212,3 +212,24 @@ def ids_of(batches: list[dict], inputs: np.ndarray) -> Counter:
     return Counter(
         number[row.tobytes()] for batch in batches for row in batch["inputs"][real_rows(batch)]
     )
+
+
+def saved(name: str, change):
+    """Damage an array of a corpus: `change` returns what is stored in its place."""
+
+    def apply(root: Path) -> None:
+        path = root / f"train/all/{name}.npy"
+        np.save(path, change(np.load(path)))
+
+    return apply
+
+
+def putting(value: int):
+    """A change of an array: another number in row 3."""
+
+    def change(array: np.ndarray) -> np.ndarray:
+        array = array.astype(np.int64)
+        array[3] = value
+        return array
+
+    return change

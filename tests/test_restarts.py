@@ -14,10 +14,10 @@ from training_tools import IDENTIFIERS, TEXT, contents, finish, metrics_of, star
 
 import pretrain
 from dataset.build_corpus_dataset import main as build_corpus
-from sequence_dataset import Corpora
 from utils.checkpoint import writer
 from utils.checkpoint.format import Checkpoint, checkpoints_of
 from utils.core.errors import UserError
+from utils.corpus.corpora import Corpora
 
 
 @pytest.mark.parametrize("optimizer", ["adam_atan2", "adamw", "muon"])

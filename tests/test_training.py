@@ -98,7 +98,7 @@ def test_an_epoch_of_the_real_loop_enters_every_example_once(text_corpus, tmp_pa
         text_corpus, f"checkpoint_path={tmp_path}", "run_name=x", "evaluators=[]", "epochs=1"
     )
     train(CPUBackend(), config)
-    from sequence_dataset import Corpora
+    from utils.corpus.corpora import Corpora
 
     corpora = Corpora([str(text_corpus)], "train")
     rows = corpora.rows(torch.arange(corpora.num_rows).numpy())["inputs"]

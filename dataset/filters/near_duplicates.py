@@ -17,8 +17,7 @@ the result.
 
 import hashlib
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +36,10 @@ BLOCK_TOKENS = 1 << 15
 """Tokens hashed at once, few enough to keep the intermediate arrays in cache."""
 BLOCK_DOCUMENTS = 1 << 10
 """Signatures in memory at once, 896 bytes each."""
-SORT_KEYS = 1 << 19
-"""Keys sorted at once, about 130 bytes each."""
+SORT_KEYS = 1 << 20
+"""Keys sorted at once, about 40 bytes each."""
 
-KEY_BYTES = 8
 KEY = np.dtype("<u8")
-Entries = tuple[np.ndarray, np.ndarray]
-"""Keys (n,) of dtype `KEY` and the documents (n,) int64 they belong to."""
 
 
 class BandKeys:
@@ -146,22 +142,10 @@ class NearDuplicates:
         self._folder = folder
         self._band_keys = BandKeys(seed)
         folder.mkdir(parents=True, exist_ok=True)
-        self._paths = [folder / f"band_{band:02d}.keys" for band in range(BANDS)]
-        settings = f"{seed}, {SHINGLE}-grams, {BANDS} bands of {ROWS}"
-        mark = hashlib.blake2b(settings.encode(), digest_size=KEY_BYTES).digest()
+        self._paths = [folder / f"band_{band:02d}.u64" for band in range(BANDS)]
         for path in self._paths:
             path.touch()
-            with open(path, "r+b") as file:
-                start = file.read(KEY_BYTES)
-                if len(start) < KEY_BYTES:  # new, or interrupted while it was created
-                    file.seek(0)
-                    file.write(mark)
-                elif start != mark:
-                    raise UserError(
-                        f"{path} was created with a seed other than {seed}, or by another version; "
-                        f"use that seed, or remove {folder} and start over."
-                    )
-        self.documents = min(path.stat().st_size for path in self._paths) // KEY_BYTES - 1
+        self.documents = min(path.stat().st_size for path in self._paths) // KEY.itemsize
         """Number of documents added so far."""
 
     def add(self, documents: Sequence[np.ndarray]) -> None:
@@ -169,7 +153,7 @@ class NearDuplicates:
         keys = self._band_keys.compute(documents)
         for path, column in zip(self._paths, keys.T, strict=True):
             with open(path, "r+b") as file:
-                file.seek((1 + self.documents) * KEY_BYTES)
+                file.seek(self.documents * KEY.itemsize)
                 file.write(np.ascontiguousarray(column, KEY).data)
         self.documents += len(documents)
 
@@ -187,7 +171,7 @@ class NearDuplicates:
                 f"{documents}: files are missing or damaged; start over."
             )
         for path in self._paths:
-            os.truncate(path, (1 + documents) * KEY_BYTES)
+            os.truncate(path, documents * KEY.itemsize)
         self.documents = documents
 
     def find_duplicates(self) -> np.ndarray:
@@ -198,66 +182,17 @@ class NearDuplicates:
         match is at most `14 * documents / 2^64` per document.
         """
         later = np.zeros(self.documents, bool)
-        # A power of two, so that the top bits of a key select its part.
-        part_bits = max(0, (self.documents - 1) // SORT_KEYS).bit_length()
-        for path in self._paths:
-            if not part_bits:
-                _mark_later(self._read_blocks(path), later)
-                continue
-            with tempfile.TemporaryDirectory(dir=self._folder) as parts:
-                for part in _scatter(self._read_blocks(path), Path(parts), part_bits):
-                    _mark_later(_read_part(part), later)
+        parts = -(-self.documents // SORT_KEYS)
+        for path in self._paths if parts else ():
+            stored = np.memmap(path, KEY, "r", shape=(self.documents,))
+            for part in range(parts):
+                chosen = [
+                    start + np.flatnonzero(stored[start : start + SORT_KEYS] % parts == part)
+                    for start in range(0, self.documents, SORT_KEYS)
+                ]
+                documents = np.concatenate(chosen)
+                keys = stored[documents]
+                order = np.argsort(keys, kind="stable")
+                repeated = keys[order[1:]] == keys[order[:-1]]
+                later[documents[order[1:][repeated]]] = True
         return later
-
-    def _read_blocks(self, path: Path) -> Iterator[Entries]:
-        """Yield one band's keys and their documents, both (n,), in reading order."""
-        with open(path, "rb") as file:
-            file.seek(KEY_BYTES)
-            for start in range(0, self.documents, SORT_KEYS):
-                count = min(SORT_KEYS, self.documents - start)
-                yield np.fromfile(file, KEY, count), np.arange(start, start + count)
-
-
-def _scatter(blocks: Iterable[Entries], folder: Path, part_bits: int) -> list[Path]:
-    """Distribute entries over files by the top bits of their keys, each in reading order."""
-    paths = [folder / str(part) for part in range(1 << part_bits)]
-    for keys, documents in blocks:
-        parts = (keys >> np.uint64(64 - part_bits)).astype(np.int64)
-        order = np.argsort(parts, kind="stable")
-        entries = np.stack([keys, documents.astype(KEY)], axis=1)[order]
-        ends = np.cumsum(np.bincount(parts, minlength=len(paths)))
-        for path, rows in zip(paths, np.split(entries, ends[:-1]), strict=True):
-            with open(path, "ab") as file:
-                file.write(rows.data)
-    return paths
-
-
-def _read_part(path: Path) -> Iterator[Entries]:
-    """Yield the entries of a file that `_scatter` wrote."""
-    with open(path, "rb") as file:
-        while len(flat := np.fromfile(file, KEY, 2 * SORT_KEYS)):
-            entries = flat.reshape(-1, 2)
-            yield entries[:, 0], entries[:, 1].astype(np.int64)
-
-
-def _mark_later(blocks: Iterable[Entries], later: np.ndarray) -> None:
-    """Set `later` (documents,) for all but the first document of each key.
-
-    Blocks must be in reading order. The distinct keys of earlier blocks are held in memory; parts
-    are sized so that there are about `SORT_KEYS` of them, however often a key repeats.
-    """
-    seen = np.empty(0, KEY)
-    for keys, documents in blocks:
-        order = np.argsort(keys)
-        ordered = keys[order]
-        runs = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-        first = np.minimum.reduceat(order, runs)
-        distinct = ordered[runs]
-        if len(seen):
-            places = np.searchsorted(seen, distinct)
-            new = seen[np.minimum(places, len(seen) - 1)] != distinct
-            first, distinct = first[new], distinct[new]
-        came_before = np.ones(len(keys), bool)
-        came_before[first] = False
-        later[documents[came_before]] = True
-        seen = np.sort(np.concatenate([seen, distinct]))

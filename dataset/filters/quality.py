@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
-from typing import Any
 
 import numpy as np
 
@@ -112,25 +111,13 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-def _word_count(document: _Document) -> float:
-    return len(document.words)
-
-
-def _mean_word_length(document: _Document) -> float:
-    return _share(int(document.offsets[-1]), len(document.words))
+def _share_of_lines(document: _Document, meets: Callable[[str], bool]) -> float:
+    return _share(sum(map(meets, document.lines)), len(document.lines))
 
 
 def _symbol_ratio(document: _Document) -> float:
     ellipses = sum(map(document.text.count, ELLIPSES))
     return _share(max(document.text.count("#"), ellipses), len(document.words))
-
-
-def _bullet_lines(document: _Document) -> float:
-    return _share(sum(line.startswith(BULLETS) for line in document.lines), len(document.lines))
-
-
-def _ellipsis_lines(document: _Document) -> float:
-    return _share(sum(line.endswith(ELLIPSES) for line in document.lines), len(document.lines))
 
 
 def _alphabetic_words(document: _Document) -> float:
@@ -198,11 +185,24 @@ class _Rule:
 
 
 _QUALITY = {
-    "word_count": _Rule("words", _word_count, 50, 100_000),
-    "mean_word_length": _Rule("mean word length in characters (English)", _mean_word_length, 3, 10),
+    "word_count": _Rule("words", lambda d: len(d.words), 50, 100_000),
+    "mean_word_length": _Rule(
+        "mean word length in characters (English)",
+        lambda d: _share(int(d.offsets[-1]), len(d.words)),
+        low=3,
+        high=10,
+    ),
     "symbol_ratio": _Rule("number of # signs or ellipses per word", _symbol_ratio, high=0.1),
-    "bullet_lines": _Rule("share of lines that start with a bullet", _bullet_lines, high=0.9),
-    "ellipsis_lines": _Rule("share of lines that end with an ellipsis", _ellipsis_lines, high=0.3),
+    "bullet_lines": _Rule(
+        "share of lines that start with a bullet",
+        lambda d: _share_of_lines(d, lambda line: line.startswith(BULLETS)),
+        high=0.9,
+    ),
+    "ellipsis_lines": _Rule(
+        "share of lines that end with an ellipsis",
+        lambda d: _share_of_lines(d, lambda line: line.endswith(ELLIPSES)),
+        high=0.3,
+    ),
     "alphabetic_words": _Rule("share of words with a letter", _alphabetic_words, low=0.8),
     "stop_words": _Rule(
         f"distinct words among {' '.join(STOP_WORDS)} (English)", _stop_words, low=2
@@ -304,17 +304,3 @@ class QualityFilter:
                 self.counts[name] += 1
                 return name
         return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counts so far, as JSON values."""
-        return {"counts": dict(self.counts)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume counting from a state; raise UserError if it was saved with other rules."""
-        if state["counts"].keys() != self.counts.keys():
-            raise UserError(
-                f"the saved state has quality rules {', '.join(state['counts']) or 'none'}, but "
-                f"{', '.join(self.enabled) or 'none'} were requested; use the saved ones or start "
-                "over."
-            )
-        self.counts = {name: int(state["counts"][name]) for name in self.enabled}

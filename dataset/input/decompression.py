@@ -4,6 +4,7 @@ Unreadable, truncated and damaged files always raise a `UserError` with the file
 a decompressor that stops early without an error would silently lose documents.
 """
 
+import gzip
 import io
 import lzma
 import sys
@@ -32,12 +33,6 @@ def _open_zstd(raw: IO[bytes]) -> IO[bytes]:
             ) from None
     # The largest window of the format, for files written with `zstd --long=31`.
     return zstd.open(raw, "rb", options={zstd.DecompressionParameter.window_log_max: 31})
-
-
-def _open_gzip(raw: IO[bytes]) -> IO[bytes]:
-    import gzip
-
-    return cast(IO[bytes], gzip.GzipFile(fileobj=raw, mode="rb"))
 
 
 class _XzReader(io.RawIOBase):
@@ -73,17 +68,11 @@ class _XzReader(io.RawIOBase):
                 return len(data)
 
 
-def _open_xz(raw: IO[bytes]) -> IO[bytes]:
-    return cast(IO[bytes], _XzReader(raw))
-
-
-_OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
-    "gzip": _open_gzip,
+_OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
+    "gzip": lambda raw: gzip.GzipFile(fileobj=raw),
     "zstd": _open_zstd,
-    "xz": _open_xz,
+    "xz": _XzReader,
 }
-
-
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -117,7 +106,7 @@ def open_source(source: Source) -> Iterator[tuple[IO[bytes], Callable[[], int]]]
                 yield raw, get_position
                 return
             with _OPENERS[source.compression](raw) as stream:
-                buffered = io.BufferedReader(cast(io.RawIOBase, stream), _BUFFER)
+                buffered = io.BufferedReader(stream, _BUFFER)
                 try:
                     yield cast(IO[bytes], buffered), get_position
                 finally:

@@ -9,7 +9,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -28,6 +28,8 @@ MAX_LINE_BYTES = 1 << 30
 """A longer line means that the file is not line-based at all."""
 
 MAX_LISTED_SOURCES = 3
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -107,15 +109,25 @@ class DocumentReader:
 
     def records(self, source: Source, skip: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the line numbers and JSON objects of one source, whatever their keys."""
-        for number, line in self._read_lines(source, skip):
-            if not line or line.isspace():
+        return self._parse_lines(source, skip, parse_json_object, skip_blank=True)
+
+    def _parse_lines(
+        self,
+        source: Source,
+        skip: int,
+        parse: Callable[[bytes, int], T],
+        skip_blank: bool = False,
+    ) -> Iterator[tuple[int, T]]:
+        """Yield the numbers and values of the lines after the first `skip` that can be parsed."""
+        for number, line in read_lines(source, self._progress):
+            if number <= skip or (skip_blank and not line.strip()):
                 continue
             try:
-                record = parse_json_object(line, number)
+                value = parse(line, number)
             except ValueError as error:
                 self.skip_bad_line(source, number, str(error))
                 continue
-            yield number, record
+            yield number, value
 
     def skip_bad_line(self, source: Source, number: int, fault: str) -> None:
         """Count an unusable line; fail if there are more than `max_bad_lines`."""
@@ -142,7 +154,7 @@ class DocumentReader:
         if source.format not in NAMES:
             return self._read_own_format(source, skip)
         if self.options.documents == "line":
-            return self._read_text_lines(source, skip)
+            return self._parse_lines(source, skip, decode_line)
         return self._read_multiline(source, skip)
 
     def _extract_texts(
@@ -164,42 +176,30 @@ class DocumentReader:
 
     def _read_own_format(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
         """Yield the numbered documents of a format that `--format module@Class` names."""
-        texts = enumerate(load_format(source.format)().documents(source, self._progress), 1)
-        while True:
-            try:
-                number, text = next(texts)
-            except StopIteration:
-                return
-            except UserError:
-                raise
-            except ValueError as error:  # raised, it ends the file; yielded, only the record
-                raise UserError(f"{source}: {error}.") from error
-            if number <= skip:
-                continue
-            if isinstance(text, ValueError):
-                self.skip_bad_line(source, number, str(text))
-            elif isinstance(text, str):
-                yield number, text
-            else:
-                raise UserError(
-                    f"--format {source.format}: document {number:,} of {source} is of type "
-                    f"{type(text).__name__}; documents() must yield str."
-                )
-
-    def _read_text_lines(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
-        for number, line in self._read_lines(source, skip):
-            try:
-                text = decode_line(line, number)
-            except ValueError as error:
-                self.skip_bad_line(source, number, str(error))
-                continue
-            yield number, text
+        texts = load_format(source.format)().documents(source, self._progress)
+        try:
+            for number, text in enumerate(texts, 1):
+                if number <= skip:
+                    continue
+                if isinstance(text, ValueError):
+                    self.skip_bad_line(source, number, str(text))
+                elif isinstance(text, str):
+                    yield number, text
+                else:
+                    raise UserError(
+                        f"--format {source.format}: document {number:,} of {source} is of type "
+                        f"{type(text).__name__}; documents() must yield str."
+                    )
+        except UserError:
+            raise
+        except ValueError as error:  # raised, it ends the file; yielded, only the record
+            raise UserError(f"{source}: {error}.") from error
 
     def _read_multiline(self, source: Source, skip: int) -> Iterator[tuple[int, str]]:
         """Yield numbered paragraphs, or the whole file as number 1."""
         by_paragraph = self.options.documents == "paragraph"
         number, held = 0, []
-        for line_number, line in self._read_lines(source, 0):
+        for line_number, line in read_lines(source, self._progress):
             try:
                 text = _decode(line, line_number)
             except ValueError as error:
@@ -214,10 +214,6 @@ class DocumentReader:
         if held and number >= skip:
             text = "".join(held)
             yield number + 1, _strip_line_end(text).replace("\r\n", "\n") if by_paragraph else text
-
-    def _read_lines(self, source: Source, skip: int) -> Iterator[tuple[int, bytes]]:
-        """Return the numbered lines after the first `skip`, including line ends."""
-        return (item for item in read_lines(source, self._progress) if item[0] > skip)
 
 
 def read_lines(

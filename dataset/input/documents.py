@@ -10,7 +10,7 @@ from typing import Any
 
 from dataset.corpus import DocumentRouter
 from dataset.filters.quality import QualityFilter
-from dataset.input.document_reader import DocumentReader
+from dataset.input.document_reader import DocumentReader, ReadOptions
 from dataset.input.inputs import Input
 
 BATCH_BYTES = 2_000_000
@@ -40,35 +40,25 @@ class Batch:
         self.size += len(text)
 
 
-@dataclass
-class LengthFilter:
-    """Rejects, and counts, documents that are too short or too long."""
-
-    min_chars: int
-    max_chars: int | None
-    rejected: int = 0
-
-    def accepts(self, text: str) -> bool:
-        accepted = self.min_chars <= len(text) <= (self.max_chars or len(text))
-        self.rejected += not accepted
-        return accepted
-
-
 class DocumentFeed:
-    """Iterates over batches of the documents of all inputs that belong in the corpus."""
+    """Iterates over batches of the documents of all inputs that belong in the corpus.
+
+    chars: least and most characters of a document (None: no limit).
+    """
 
     def __init__(
         self,
         inputs: list[Input],
-        reader: DocumentReader,
-        lengths: LengthFilter,
+        options: ReadOptions,
+        chars: tuple[int, int | None],
         quality: QualityFilter,
         router: DocumentRouter,
         progress: Callable[[int], Any],
     ) -> None:
         self._inputs = inputs
-        self._reader = reader
-        self._lengths = lengths
+        self._reader = DocumentReader(options, progress)
+        self._least_chars, self._most_chars = chars
+        self._wrong_length = 0
         self._quality = quality
         self._router = router
         self._progress = progress
@@ -84,7 +74,10 @@ class DocumentFeed:
             for records, text in self._reader.documents(entry.source, self._records):
                 self._records = records
                 self.documents_read += 1
-                if not self._lengths.accepts(text) or self._quality.find_broken_rule(text):
+                if not self._least_chars <= len(text) <= (self._most_chars or len(text)):
+                    self._wrong_length += 1
+                    continue
+                if self._quality.find_broken_rule(text):
                     continue
                 data = text.encode()
                 split = self._router.route(data, entry.held_out)
@@ -105,7 +98,7 @@ class DocumentFeed:
             "duplicates": self._router.duplicates,
             "copies_of_held_out_documents": self._router.held_out_copies,
             "blank_documents": self._reader.blank_documents,
-            "documents_by_length": self._lengths.rejected,
+            "documents_by_length": self._wrong_length,
             "bad_lines": self._reader.bad_lines,
             **{f"quality_{name}": n for name, n in self._quality.counts.items()},
         }
@@ -120,9 +113,9 @@ class DocumentFeed:
             "blank_documents": self._reader.blank_documents,
             "blank_sources": self._reader.blank_sources,
             "first_blank_sources": self._reader.first_blank_sources,
-            "by_length": self._lengths.rejected,
+            "by_length": self._wrong_length,
             "router": self._router.state_dict(),
-            "quality": self._quality.state_dict(),
+            "quality": {"counts": self._quality.counts},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -133,6 +126,6 @@ class DocumentFeed:
         self._reader.blank_sources = state.get("blank_sources", 0)
         self._reader.first_blank_sources = state.get("first_blank_sources", [])
         self._reader.found = self.documents_read > 0
-        self._lengths.rejected = state["by_length"]
+        self._wrong_length = state["by_length"]
         self._router.load_state_dict(state["router"])
-        self._quality.load_state_dict(state["quality"])
+        self._quality.counts = state["quality"]["counts"]

@@ -4,7 +4,6 @@ import argparse
 import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dataset.common import BLANK_IDENTIFIER
 from dataset.input.text_sources import Source, find_sources
@@ -94,16 +93,3 @@ def _assign_labels(
     if len(set(given)) == 1:  # a corpus of one domain: extra held-out files belong to it too
         labels.update((source, given[0]) for source in extras)
     return labels
-
-
-def describe_inputs(inputs: list[Input], domains: list[str]) -> list[dict[str, Any]]:
-    """Describe the inputs for the build report, in reading order."""
-    return [
-        {
-            "file": str(entry.source),
-            "bytes": entry.source.size,
-            "domain": domains[entry.domain],
-            "held_out": entry.held_out,
-        }
-        for entry in inputs
-    ]

@@ -80,28 +80,13 @@ def _check_column(source: Source, schema: Any, column: str) -> None:
         raise UserError(
             f"{source} has no column {column!r} (columns: {present}); select one with --text-key."
         )
-    kind = _stored_type(schema.field(column).type)
-    names = (
-        "string", "large_string", "string_view", "binary", "large_binary", "binary_view",
-        "fixed_size_binary", "null",
-    )  # fmt: skip
-    # Older versions of pyarrow lack some of these.
-    known = [getattr(pyarrow.types, f"is_{name}", None) for name in names]
-    if not any(is_kind(kind) for is_kind in known if is_kind is not None):
-        raise UserError(f"column {column!r} of {source} has type {kind}, not text; see --text-key.")
-
-
-def _stored_type(kind: Any) -> Any:
-    """Return the type of the values themselves, without extension and dictionary types."""
-    import pyarrow
-
-    while True:
-        if isinstance(kind, pyarrow.BaseExtensionType):
-            kind = kind.storage_type
-        elif pyarrow.types.is_dictionary(kind):
-            kind = kind.value_type
-        else:
-            return kind
+    kind = schema.field(column).type
+    try:
+        _as_bytes(pyarrow.nulls(0, kind))
+    except pyarrow.ArrowNotImplementedError:
+        raise UserError(
+            f"column {column!r} of {source} has type {kind}, not text; see --text-key."
+        ) from None
 
 
 def _as_bytes(array: Any) -> Any:

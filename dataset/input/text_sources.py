@@ -15,7 +15,8 @@ from pathlib import Path
 from dataset.input.formats import extensions_with
 from utils.core.console import check_decoded
 from utils.core.errors import UserError
-from utils.remote.cache import expand, fetch, is_remote
+from utils.remote.cache import fetch, is_remote
+from utils.remote.storage import Storage
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
 STDIN = Path("-")
@@ -167,7 +168,7 @@ def find_source(path: str, given_format: str, option: str) -> Source:
 
 def _list_remote_files(argument: str, formats: Mapping[str, str]) -> list[str]:
     """Return the URLs of the files that a URL, glob or remote directory refers to."""
-    urls = expand(argument)
+    urls = Storage(argument).urls()
     if urls == [argument]:
         return urls
     if readable := [url for url in urls if split_name(Path(url), formats)[1]]:

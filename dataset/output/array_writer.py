@@ -74,10 +74,6 @@ class ArrayWriter:
         self.sync()
         self._file.close()
 
-    def abandon(self) -> None:
-        """Close without finishing, because the directory is about to be removed."""
-        self._file.close()
-
 
 class SplitWriter:
     """Writes the arrays of one split, one row per puzzle and group, and their `dataset.json`.
@@ -148,10 +144,6 @@ class SplitWriter:
         )
         write_json(self.folder / METADATA_NAME, result.model_dump())
         return result
-
-    def abandon(self) -> None:
-        for writer in self._writers.values():
-            writer.abandon()
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{self.prefix}{name}.npy"

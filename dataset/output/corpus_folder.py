@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,31 +76,9 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
         )
 
 
-@contextmanager
-def create_corpus(output_dir: str | Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a temporary sibling of `output_dir` that replaces it when the block succeeds.
-
-    On any exception the sibling is removed and `output_dir` is unchanged.
-    """
-    target = resolve_output(output_dir)
-    check_output_dir(target, overwrite)
-    building = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    with _disk_faults(building):
-        shutil.rmtree(building, ignore_errors=True)  # from an earlier process with the same id
-        building.mkdir(parents=True)
-    try:
-        with _disk_faults(building):
-            yield building
-            _sync_folders(building)
-            check_output_dir(target, overwrite)  # another build may have finished meanwhile
-            _replace(building, target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
 @dataclass(frozen=True)
 class BuildWorkspace:
-    """Directory and journal of a resumable build."""
+    """Directory and journal of a build."""
 
     folder: Path
     journal: Journal
@@ -122,15 +100,20 @@ class BuildWorkspace:
 
 
 @contextmanager
-def create_resumable_corpus(
-    output_dir: str | Path, *, overwrite: bool, resume: bool, identity: dict[str, Any]
+def create_corpus(
+    output_dir: str | Path,
+    overwrite: bool,
+    *,
+    resume: bool = False,
+    identity: dict[str, Any] | None = None,
 ) -> Iterator[BuildWorkspace]:
     """Yield a workspace beside `output_dir`, with a journal, that replaces it on success.
 
-    Everything up to the last commit survives errors and crashes. With `resume`, such a build is
-    continued if its `identity` is unchanged; without, an unfinished build is an error or, with
-    `overwrite`, is discarded.
+    Everything up to the last commit of a `state` survives errors and crashes. With `resume`, such a
+    build is continued if its `identity` is unchanged; without, an unfinished build is an error or,
+    with `overwrite`, is discarded. A build that commits no state leaves nothing behind.
     """
+    identity = identity or {}
     target = resolve_output(output_dir)
     check_output_dir(target, overwrite)
     building = target.with_name(f".{target.name}.building")
@@ -209,17 +192,14 @@ def clear_leftovers(output_dir: Path) -> None:
     """Remove the leftovers of a build that was killed right after its final rename."""
     target = resolve_output(output_dir)
     building = target.with_name(f".{target.name}.building")
-    if not (building / "journal.sqlite").is_file():
-        for left in building.glob("journal.sqlite-*"):  # the removal was interrupted
-            left.unlink(missing_ok=True)
-        with suppress(OSError):
-            building.rmdir()
+    if not building.is_dir():
         return
     try:
         journal = Journal(building / "journal.sqlite")
     except UserError:  # damaged, or in use: not ours to remove
         return
-    if BuildWorkspace(building / "corpus", journal).renamed:
+    # Without an identity, nothing was saved, or the removal itself was interrupted.
+    if journal["identity"] is None or BuildWorkspace(building / "corpus", journal).renamed:
         shutil.rmtree(building, ignore_errors=True)
         _remove_former(target)
     journal.close()

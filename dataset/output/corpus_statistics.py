@@ -5,7 +5,7 @@ the same way. Nothing here prints or draws.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,16 +82,6 @@ class SplitStatistics:
 
 
 @dataclass
-class _Open:
-    """A domain's last row, and the token run that may continue in the next row."""
-
-    length: int
-    row: np.ndarray  # inputs (S,)
-    next_token: int  # the row's last label
-    ends: bool  # whether the label of the last non-padding token is the run's eos
-
-
-@dataclass
 class _Documents:
     """Counts the document lengths of one domain, across rows.
 
@@ -103,14 +93,21 @@ class _Documents:
     overlap: int
     lengths: Counter[int] = field(default_factory=Counter)
     unended: int = 0
-    _open: _Open | None = None
+    _tail: np.ndarray | None = None  # (1, n), what the first tokens of a continuation equal
+    _length: int = 0  # of the token run that may continue in the next row
+    _ends: bool = False  # whether the label of its last token is the run's eos
 
     def add(self, inputs: np.ndarray, labels: np.ndarray, real: np.ndarray) -> None:
         """Count the next rows: inputs and labels (n, S), of which `real` (n,) are not padding."""
         size, width = inputs.shape
-        continues = self._find_continuations(inputs, labels)
+        # Nothing continues after padding, whose labels are ignored and which no row starts with.
+        tails = inputs[:, width - self.overlap :] if self.overlap else labels[:, -1:]
+        heads = inputs[:, : tails.shape[1]]
+        previous = np.full_like(tails[:1], -1) if self._tail is None else self._tail
+        continues = (np.concatenate([previous, tails[:-1]]) == heads).all(axis=1)
+        self._tail = tails[-1:].copy()
         if not continues[0]:
-            self._close()
+            self.finish()
         # Tokens repeated from the end of the previous row are already counted.
         first = np.where(continues, self.overlap, 0)
         kept = (np.arange(width) >= first[:, None]) & (np.arange(width) < real[:, None])
@@ -121,53 +118,24 @@ class _Documents:
         cuts = row_starts[:-1][~continues]
         borders = np.unique(np.concatenate([[0], ends, cuts, [len(tokens)]]))
         lengths = np.diff(borders)
-        if len(lengths) and self._open is not None:
-            lengths[0] += self._open.length
+        lengths[:1] += self._length
         last_row = np.searchsorted(row_starts, borders[1:], side="left") - 1
         by_token = tokens[borders[1:] - 1] == self.eos_id
         by_label = ~by_token & (last_label[last_row] == self.eos_id)
         still_open = len(lengths) > 0 and not by_token[-1]
         stop = len(lengths) - still_open
         self._count(lengths[:stop] + by_label[:stop], (by_token | by_label)[:stop])
-        self._open = _Open(
-            int(lengths[-1]) if still_open else 0,
-            inputs[-1].copy(),
-            int(labels[-1, -1]),
-            bool(last_label[-1] == self.eos_id),
-        )
+        self._length = int(lengths[-1]) if still_open else 0
+        self._ends = bool(last_label[-1] == self.eos_id)
 
     def finish(self) -> None:
-        self._close()
-
-    def _find_continuations(self, inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return (n,) whether each row continues the previous one.
-
-        Never after padding, whose labels are ignored and which no row starts with.
-        """
-        width, overlap = inputs.shape[1], self.overlap
-        result = np.zeros(len(inputs), bool)
-        before = self._open
-        if overlap:
-            same = inputs[:-1, width - overlap :] == inputs[1:, :overlap]
-            result[1:] = same.all(axis=1)
-        else:
-            result[1:] = labels[:-1, -1] == inputs[1:, 0]
-        if before is not None:
-            if overlap:
-                result[0] = np.array_equal(before.row[width - overlap :], inputs[0, :overlap])
-            else:
-                result[0] = before.next_token == inputs[0, 0]
-        return result
-
-    def _close(self) -> None:
-        if self._open is not None and self._open.length:
-            ended = self._open.ends
-            self._count(np.array([self._open.length + ended]), np.array([ended]))
-        self._open = None
+        """Count the last run."""
+        if self._length:
+            self._count(np.array([self._length + self._ends]), np.array([self._ends]))
+        self._length = 0
 
     def _count(self, lengths: np.ndarray, ended: np.ndarray) -> None:
-        values, counts = np.unique(lengths[ended], return_counts=True)
-        self.lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        _add_counts(self.lengths, lengths[ended])
         self.unended += int((~ended).sum())
 
 
@@ -182,13 +150,6 @@ def count_real_tokens(inputs: np.ndarray, metadata: DatasetMetadata) -> np.ndarr
     other = inputs[:, ::-1] != metadata.pad_id
     before = np.where(other.any(axis=1), width - other.argmax(axis=1), 0)
     return np.minimum(before + 1, width)
-
-
-def read_chunks(corpora: Corpora) -> Iterator[dict[str, np.ndarray]]:
-    """Yield all rows in order, about a million tokens at a time."""
-    size = max(1, CHUNK_TOKENS // corpora.metadata.seq_len)
-    for start in range(0, corpora.num_rows, size):
-        yield corpora.rows(np.arange(start, min(start + size, corpora.num_rows)))
 
 
 def measure(
@@ -208,10 +169,30 @@ def measure(
     names = corpora.domains or ["(none)"]
     domains = [Figures() for _ in names]
     documents = [_Documents(meta.eos_id, overlap) for _ in names] if meta.eos_id is not None else []
-    statistics = _make_empty(corpora)
-    for rows in read_chunks(corpora):
+    statistics = SplitStatistics(
+        total=Figures(),
+        domains={},
+        lengths=Counter(),
+        unended=0,
+        budgets=Counter(),
+        filled=np.zeros(meta.seq_len + 1, np.int64),
+        token_ids=np.zeros(meta.vocab_size, np.int64),
+        identifiers=np.zeros(len(corpora.identifiers), np.int64),
+        scored=0,
+    )
+    size = max(1, CHUNK_TOKENS // meta.seq_len)
+    for start in range(0, corpora.num_rows, size):
+        rows = corpora.rows(np.arange(start, min(start + size, corpora.num_rows)))
         real = count_real_tokens(rows["inputs"], meta)
-        _count_rows(statistics, rows, real, corpora.has_targets)
+        statistics.filled += np.bincount(real, minlength=meta.seq_len + 1)
+        ids = np.bincount(rows["inputs"].ravel(), minlength=meta.vocab_size)
+        statistics.token_ids += ids[: meta.vocab_size]
+        statistics.identifiers += np.bincount(
+            rows["puzzle_identifiers"], minlength=len(corpora.identifiers)
+        )
+        statistics.scored += int((rows["labels"] >= 0).sum())
+        if corpora.has_targets:
+            _add_counts(statistics.budgets, rows["iteration_targets"])
         for domain in np.unique(rows["domain_ids"]).tolist():
             own = rows["domain_ids"] == domain
             own_rows = {name: values[own] for name, values in rows.items()}
@@ -232,33 +213,9 @@ def measure(
     return statistics
 
 
-def _make_empty(corpora: Corpora) -> SplitStatistics:
-    return SplitStatistics(
-        total=Figures(),
-        domains={},
-        lengths=Counter(),
-        unended=0,
-        budgets=Counter(),
-        filled=np.zeros(corpora.metadata.seq_len + 1, np.int64),
-        token_ids=np.zeros(corpora.metadata.vocab_size, np.int64),
-        identifiers=np.zeros(len(corpora.identifiers), np.int64),
-        scored=0,
-    )
-
-
-def _count_rows(
-    statistics: SplitStatistics, rows: dict[str, np.ndarray], real: np.ndarray, has_targets: bool
-) -> None:
-    """Update the statistics that do not depend on the domain; `rows` come from `Corpora.rows`."""
-    statistics.filled += np.bincount(real, minlength=len(statistics.filled))
-    ids = statistics.token_ids
-    ids += np.bincount(rows["inputs"].ravel(), minlength=len(ids))[: len(ids)]
-    identifiers = statistics.identifiers
-    identifiers += np.bincount(rows["puzzle_identifiers"], minlength=len(identifiers))
-    statistics.scored += int((rows["labels"] >= 0).sum())
-    if has_targets:
-        values, counts = np.unique(rows["iteration_targets"], return_counts=True)
-        statistics.budgets.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+def _add_counts(counts: Counter[int], values: np.ndarray) -> None:
+    found, numbers = np.unique(values, return_counts=True)
+    counts.update(dict(zip(found.tolist(), numbers.tolist(), strict=True)))
 
 
 def quantiles(counts: Counter[int], shares: tuple[float, ...] = QUANTILES) -> list[int]:

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,23 +130,23 @@ def draw(splits: dict[str, SplitStatistics], title: str, output: Path) -> None:
 
     figure, panels = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     (lengths, budgets), (domains, padding) = panels
-    drawn = {
-        lengths: _draw_lengths(lengths, splits),
-        budgets: _draw_budgets(budgets, splits),
-        domains: _draw_domains(domains, splits),
-        padding: _draw_padding(padding, splits),
-    }
+    _draw_lengths(lengths, {name: split.lengths for name, split in splits.items()})
+    _draw_shares(budgets, {name: split.budgets for name, split in splits.items()}, _step_edges)
+    _draw_domains(domains, splits)
+    shares = {name: _count_padding(split.filled) for name, split in splits.items()}
+    _draw_shares(padding, shares, lambda low, high: np.linspace(0, 100, 41))
+    padding.set(xlim=(0, 100), ylim=(0, None))
     titles = (
         (lengths, "Document lengths", "tokens, including eos", "share of documents"),
         (budgets, "Iteration budgets", "ACT steps", "share of rows"),
-        (domains, "Tokens by domain", "tokens", ""),
+        (domains, "Tokens by domain", "tokens", domains.get_ylabel()),
         (padding, "Padding", "padding of a row, %", "share of rows"),
     )
     for panel, name, x, y in titles:
         panel.set(title=name, xlabel=x, ylabel=y)
         panel.grid(alpha=0.3)
         panel.set_axisbelow(True)
-        if not drawn[panel]:
+        if not panel.has_data():
             panel.text(0.5, 0.5, "none in this corpus", ha="center", transform=panel.transAxes)
         elif len(splits) > 1:
             panel.legend()
@@ -157,41 +157,53 @@ def draw(splits: dict[str, SplitStatistics], title: str, output: Path) -> None:
         plt.close(figure)
 
 
-def _draw_lengths(panel: Any, splits: dict[str, SplitStatistics]) -> bool:
+def _draw_shares(
+    panel: Any,
+    counted: Mapping[str, Mapping[int, int] | Mapping[float, int]],
+    make_edges: Callable[[Any, Any], np.ndarray],
+) -> tuple[Any, Any]:
+    """Draw counted values of each split as shares of its total; return the lowest and highest.
+
+    make_edges: (lowest, highest) -> edges of the bins.
+    """
+    counted = {name: counts for name, counts in counted.items() if counts}
+    if not counted:
+        return 1, 1
+    low, high = min(map(min, counted.values())), max(map(max, counted.values()))
+    for name, counts in counted.items():
+        values, weights = np.array(list(counts)), np.array(list(counts.values()), float)
+        edges = make_edges(low, high)
+        panel.hist(values, edges, weights=weights / weights.sum(), label=name, alpha=0.6)
+    return low, high
+
+
+def _draw_lengths(panel: Any, counted: Mapping[str, Counter[int]]) -> None:
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    counted = {name: split.lengths for name, split in splits.items() if split.lengths}
-    if not counted:
-        return False
-    low = min(min(lengths) for lengths in counted.values())
-    high = max(max(lengths) for lengths in counted.values())
-    decades = high >= 10 * low
-    # No bin is narrower than one token.
-    edges = np.unique((np.geomspace if decades else np.linspace)(low, high + 1, 41).round())
-    for name, lengths in counted.items():
-        _draw_shares(panel, lengths, edges, name)
-    if decades:
+    def make_edges(low: int, high: int) -> np.ndarray:
+        space = np.geomspace if high >= 10 * low else np.linspace
+        return np.unique(space(low, high + 1, 41).round())  # no bin is narrower than one token
+
+    low, high = _draw_shares(panel, counted, make_edges)
+    if high >= 10 * low:
         panel.set_xscale("log")
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 1000 * low else (1,)))
         panel.xaxis.set_major_formatter(EngFormatter())
         panel.xaxis.set_minor_formatter(NullFormatter())
-    return True
 
 
-def _draw_budgets(panel: Any, splits: dict[str, SplitStatistics]) -> bool:
-    counted = {name: split.budgets for name, split in splits.items() if split.budgets}
-    if not counted:
-        return False
-    low = min(min(budgets) for budgets in counted.values())
-    high = max(max(budgets) for budgets in counted.values())
+def _step_edges(low: int, high: int) -> np.ndarray:
     step = -(-(high - low + 1) // 60)
-    edges = np.arange(low, high + step + 1, step) - 0.5
-    for name, budgets in counted.items():
-        _draw_shares(panel, budgets, edges, name)
-    return True
+    return np.arange(low, high + step + 1, step) - 0.5
 
 
-def _draw_domains(panel: Any, splits: dict[str, SplitStatistics], most: int = 12) -> bool:
+def _count_padding(filled: np.ndarray) -> dict[float, int]:
+    """Return rows by percentage of padding; filled (S + 1,) rows by non-padding tokens."""
+    width = len(filled) - 1
+    return {100 * (width - n) / width: rows for n, rows in enumerate(filled.tolist()) if rows}
+
+
+def _draw_domains(panel: Any, splits: dict[str, SplitStatistics], most: int = 12) -> None:
     from matplotlib.ticker import EngFormatter
 
     sizes: Counter[str] = Counter()
@@ -207,30 +219,9 @@ def _draw_domains(panel: Any, splits: dict[str, SplitStatistics], most: int = 12
     panel.xaxis.set_major_formatter(EngFormatter())
     if len(sizes) > most:
         panel.set_ylabel(f"{most} largest of {len(sizes):,}")
-    return bool(names)
 
 
 def _shorten(names: Sequence[str]) -> list[str]:
     """Truncate names while keeping them distinct."""
     cut = [name if len(name) <= 24 else name[:23] + "…" for name in names]
     return [f"{name} #{i}" if cut.count(name) > 1 else name for i, name in enumerate(cut, 1)]
-
-
-def _draw_padding(panel: Any, splits: dict[str, SplitStatistics]) -> bool:
-    for name, split in splits.items():
-        width = len(split.filled) - 1
-        shares = {
-            100 * (width - real) / width: count
-            for real, count in enumerate(split.filled.tolist())
-            if count
-        }
-        _draw_shares(panel, shares, np.linspace(0, 100, 41), name)
-    panel.set_xlim(0, 100)
-    panel.set_ylim(0, None)
-    return bool(splits)
-
-
-def _draw_shares(panel: Any, counts: Any, edges: np.ndarray, label: str) -> None:
-    """Draw a histogram of counted values as shares of the total."""
-    values, weights = np.array(list(counts)), np.array(list(counts.values()), float)
-    panel.hist(values, edges, weights=weights / weights.sum(), label=label, alpha=0.6)

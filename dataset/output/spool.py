@@ -17,7 +17,7 @@ _BLOCK_TOKENS = 1 << 21
 
 
 class DocumentSpool:
-    """A sink that stores documents on disk and returns those that are not near duplicates.
+    """Stores documents on disk and returns those that are not near duplicates.
 
     Args:
         state: output of `state_dict` to resume from.
@@ -37,7 +37,7 @@ class DocumentSpool:
         """Number of near duplicates of earlier documents; known once `batches` has run."""
 
     def add(self, batch: Batch, ids: np.ndarray, counts: np.ndarray) -> None:
-        """See `Sink`."""
+        """Store a batch with its tokens (n,) and the count of each document (documents,)."""
         ids = ids.astype(self._dtype)
         self._tokens.append(ids)
         splits = [SPLITS.index(split) for split in batch.splits]
@@ -60,17 +60,12 @@ class DocumentSpool:
             size = max(1, int(np.searchsorted(ends, _BLOCK_TOKENS, side="right")))
             block, ends = block[:size], ends[:size]
             keep = ~is_copy[first_document : first_document + size]
-            yield self._make_batch(block, keep, tokens[first_token : first_token + int(ends[-1])])
+            ids = np.asarray(tokens[first_token : first_token + int(ends[-1])])
+            splits, domains, sizes, counts = block[keep].T
+            batch = Batch([SPLITS[n] for n in splits.tolist()], domains.tolist(), sizes.tolist())
+            yield batch, ids[np.repeat(keep, block[:, 3])], counts
             first_document += size
             first_token += int(ends[-1])
-
-    def _make_batch(
-        self, block: np.ndarray, keep: np.ndarray, ids: np.ndarray
-    ) -> tuple[Batch, np.ndarray, np.ndarray]:
-        ids = np.asarray(ids)[np.repeat(keep, block[:, 3])]
-        splits, domains, sizes, counts = block[keep].T
-        batch = Batch([SPLITS[n] for n in splits.tolist()], domains.tolist(), sizes.tolist())
-        return batch, ids, counts
 
     def state_dict(self) -> dict[str, Any]:
         """Flush the files to disk and return their lengths."""
@@ -78,7 +73,3 @@ class DocumentSpool:
             writer.sync()
         self._near.flush()
         return {"tokens": self._tokens.rows, "documents": self._documents.rows}
-
-    def abandon(self) -> None:
-        for writer in (self._tokens, self._documents):
-            writer.abandon()

@@ -49,7 +49,6 @@ class BestFitPacker:
         self._open: list[_Row] = []
 
     def add(self, stream: np.ndarray, ends: np.ndarray) -> Iterator[Rows]:
-        """See `Packer`."""
         block = BLOCK_TOKENS // self._width + 1
         start = 0
         for end in ends.tolist():
@@ -66,7 +65,6 @@ class BestFitPacker:
                 yield from self._emit(minimum=1)
 
     def finish(self) -> Iterator[Rows]:
-        """See `Packer`."""
         self._fit()
         self._close(fill_up(self._open, self._width))
         self._open = []
@@ -110,7 +108,6 @@ class BestFitPacker:
                 yield rows
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Packer`."""
         pieces = [*self._pieces, *(piece for row in self._open for piece in row)]
         whole = [_Piece(tokens, False) for tokens in self._whole]
         return {
@@ -122,7 +119,6 @@ class BestFitPacker:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Packer`."""
         self._origin = state["origin"]
         self._whole = [piece.tokens for piece in _split(state["whole"])]
         pieces = _split(state["pieces"])

@@ -189,8 +189,9 @@ class WindowPacker:
 def iteration_targets(
     inputs: np.ndarray, lengths: np.ndarray, min_iterations: int, max_iterations: int
 ) -> np.ndarray:
-    """Compute `iteration_target` of each row: inputs (n, S), lengths (n,) -> (n,) int32.
+    """Compute the ACT-step budget of each row: inputs (n, S), lengths (n,) -> (n,) int32.
 
+    It grows with the share of distinct tokens, from `min_iterations` to `max_iterations`.
     Sorting rows and counting differing neighbors is ten times faster than `np.unique` per row.
     Padding is first replaced by the row's first token, so that it adds no distinct value.
     """

@@ -9,13 +9,13 @@ import array
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import orjson
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from dataset.common import byte_alphabet
 from utils.core.errors import UserError
@@ -28,11 +28,6 @@ PART_CHARS = 1 << 21
 # A single space or line feed between words, where GPT-2's pre-tokenizer always starts a token.
 _SAFE_CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
 
-# Batches use ragged arrays from a library that takes up to half a second to import. Small batches
-# are therefore encoded one by one; so are long texts, until their volume justifies the import.
-_FEW_TEXTS = 16
-_LONG_TEXT = 1 << 12  # bytes, on average
-_MUCH_TEXT = 1 << 27  # bytes
 _WORDS_MEMORY = 72 << 20
 """Memory growth of the process after which gigatoken's word cache is dropped."""
 
@@ -43,8 +38,6 @@ from `SizedEncoder`, ids with the bytes they stand for."""
 
 class Encoder(Protocol):
     """Encodes texts to token ids, treating spelled-out special tokens as plain text."""
-
-    name: str
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
         """Encode texts given as UTF-8."""
@@ -57,17 +50,22 @@ def set_threads(workers: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"
 
 
+def encode_batch(encode: Callable[..., list[Encoding]], texts: Sequence[str]) -> list[Encoding]:
+    """Encode texts by a method of a `Tokenizer`, without adding special tokens."""
+    try:
+        return encode(texts, add_special_tokens=False)
+    except Exception as error:  # tokenizers raises bare Exception, e.g. for a missing unk
+        raise UserError(f"the tokenizer cannot encode the text ({error}).") from error
+
+
 class HuggingFaceEncoder:
     """The reference encoder, using `tokenizers`."""
-
-    name = "huggingface"
 
     def __init__(self, tokenizer: Tokenizer, description: dict[str, Any]) -> None:
         self._tokenizer = tokenizer
         self._cuttable = is_gpt2_kind(description)
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
-        """See `Encoder`."""
         pieces: list[str] = []
         sizes = []
         for text in texts:
@@ -77,11 +75,7 @@ class HuggingFaceEncoder:
         ids = array.array("I")  # extends from lists of integers twice as fast as numpy
         counts = []
         for some in _group_parts(pieces):  # encodings take 40 times the memory of the text
-            try:
-                encodings = self._tokenizer.encode_batch_fast(some, add_special_tokens=False)
-            except Exception as error:  # tokenizers raises bare Exception, e.g. for a missing unk
-                raise UserError(f"the tokenizer cannot encode the text ({error}).") from error
-            for encoding in encodings:
+            for encoding in encode_batch(self._tokenizer.encode_batch_fast, some):
                 ids.extend(piece := encoding.ids)
                 counts.append(len(piece))
         per_piece = np.array(counts, np.int64)
@@ -117,8 +111,6 @@ def _group_parts(texts: list[str]) -> Iterator[list[str]]:
 class GigatokenEncoder:
     """Encodes with `gigatoken`: the same ids, about 20 times faster. Optional."""
 
-    name = "gigatoken"
-
     def __init__(self, description: dict[str, Any], workers: int) -> None:
         try:
             import gigatoken
@@ -140,7 +132,6 @@ class GigatokenEncoder:
         plain = orjson.dumps({**description, "added_tokens": []})
         self._load = lambda: gigatoken.Tokenizer.from_json(plain)
         self._parallel = workers > 1
-        self._bytes_one_by_one = 0
         self._reload()
 
     def _reload(self) -> None:
@@ -150,15 +141,8 @@ class GigatokenEncoder:
         self._memory = resident_memory()
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
-        """See `Encoder`."""
         if resident_memory() > self._memory + _WORDS_MEMORY:
             self._reload()
-        size = sum(map(len, texts))
-        long = not self._parallel and size >= _LONG_TEXT * len(texts)
-        if len(texts) < _FEW_TEXTS or (long and self._bytes_one_by_one < _MUCH_TEXT):
-            self._bytes_one_by_one += size
-            arrays = [self._tokenizer.encode(text) for text in texts]
-            return np.concatenate(arrays), np.array([len(array) for array in arrays])
         rows = self._tokenizer.encode_batch(list(texts), parallel=self._parallel).layout
         offsets = np.asarray(rows.offsets.data)
         ids = np.asarray(rows.content.data)[offsets[0] : offsets[-1]]
@@ -172,7 +156,6 @@ class CheckedEncoder:
     """A fast encoder that is compared with the reference on samples of every batch."""
 
     def __init__(self, fast: GigatokenEncoder, reference: Encoder) -> None:
-        self.name = fast.name
         self._fast = fast
         self._reference = reference
         self._random = random.Random(0)  # selects the samples; does not affect the result
@@ -214,7 +197,7 @@ class CheckedEncoder:
 
     def _fault(self, text: bytes, what: str) -> UserError:
         return UserError(
-            f"{self.name} and Hugging Face tokenizers produce different token ids for {what} "
+            f"gigatoken and Hugging Face tokenizers produce different token ids for {what} "
             f"({text[:60].decode(errors='replace')!r}…); use --tokenizer-library huggingface."
         )
 
@@ -260,43 +243,25 @@ def _slice(text: bytes, size: int, chooser: random.Random) -> bytes:
 
 # Letters and digits added in Unicode 15 to 17, in ranges that may include other rare ones. Whether
 # they count as letters depends on a library's Unicode version, so the reference decides.
-# fmt: off
-_NEW_LETTERS = np.array((
-    (0x88f, 0x88f), (0xc5c, 0xc5c), (0xcdc, 0xcdc), (0x1c89, 0x1c8a), (0xa7cb, 0xa7f1),
-    (0x105c0, 0x105f3), (0x10940, 0x10959), (0x10d40, 0x10d85), (0x10ec2, 0x10ec7),
-    (0x1123f, 0x11240), (0x11380, 0x113d3), (0x116d0, 0x116e3), (0x11bc0, 0x11bf9),
-    (0x11db0, 0x11de9), (0x11f02, 0x11f59), (0x1342f, 0x143fa), (0x16100, 0x16139),
-    (0x16d40, 0x16d79), (0x16ea0, 0x16ff6), (0x187f8, 0x187ff), (0x18cff, 0x18df2),
-    (0x1b132, 0x1b155), (0x1ccf0, 0x1ccf9), (0x1d2c0, 0x1d2d3), (0x1df25, 0x1df2a),
-    (0x1e030, 0x1e06d), (0x1e4d0, 0x1e6ff), (0x2b739, 0x2b73f), (0x2cea2, 0x2cead),
-    (0x2ebf0, 0x2ee5d), (0x31350, 0x33479),
-))
-# fmt: on
-_THEIR_FIRST_BYTES = (0xE0, 0xE1, 0xEA, 0xF0)
+_NEW_LETTERS = re.compile(
+    "[\u088f\u0c5c\u0cdc\u1c89-\u1c8a\ua7cb-\ua7f1\U000105c0-\U000105f3\U00010940-\U00010959"
+    "\U00010d40-\U00010d85\U00010ec2-\U00010ec7\U0001123f-\U00011240\U00011380-\U000113d3"
+    "\U000116d0-\U000116e3\U00011bc0-\U00011bf9\U00011db0-\U00011de9\U00011f02-\U00011f59"
+    "\U0001342f-\U000143fa\U00016100-\U00016139\U00016d40-\U00016d79\U00016ea0-\U00016ff6"
+    "\U000187f8-\U000187ff\U00018cff-\U00018df2\U0001b132-\U0001b155\U0001ccf0-\U0001ccf9"
+    "\U0001d2c0-\U0001d2d3\U0001df25-\U0001df2a\U0001e030-\U0001e06d\U0001e4d0-\U0001e6ff"
+    "\U0002b739-\U0002b73f\U0002cea2-\U0002cead\U0002ebf0-\U0002ee5d\U00031350-\U00033479]"
+)
+# Characters whose UTF-8 begins like that of these letters; most texts have few.
+_CANDIDATES = re.compile(rb"[\xe0\xe1\xea\xf0][\x80-\xbf]+")
 
 
 def has_new_letters(text: bytes) -> bool:
     """Return whether a text has letters too recent for every library to know."""
-    if text.isascii() or not any(byte in text for byte in _THEIR_FIRST_BYTES):
+    if text.isascii():
         return False
-    data = np.frombuffer(text, np.uint8)
-    for start in range(0, len(data), 1 << 20):
-        block = data[start : start + (1 << 20)]
-        first = block == _THEIR_FIRST_BYTES[0]
-        for byte in _THEIR_FIRST_BYTES[1:]:
-            first |= block == byte
-        places = start + np.flatnonzero(first)
-        # UTF-8: 4 bits of the lead byte (3 in 4-byte sequences), then 6 bits of each other byte.
-        lead, *rest = (data[np.minimum(places + n, len(data) - 1)].astype(int) for n in range(4))
-        one, two, three = (byte & 0x3F for byte in rest)
-        four_bytes = lead == 0xF0
-        code = np.where(
-            four_bytes, one << 12 | two << 6 | three, (lead & 15) << 12 | one << 6 | two
-        )
-        ranges = np.searchsorted(_NEW_LETTERS[:, 0], code, side="right") - 1
-        if (code <= _NEW_LETTERS[ranges, 1])[ranges >= 0].any():
-            return True
-    return False
+    candidates = b"".join(_CANDIDATES.findall(text))
+    return _NEW_LETTERS.search(candidates.decode()) is not None
 
 
 def is_gpt2_kind(description: dict[str, Any]) -> bool:

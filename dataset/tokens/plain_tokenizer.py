@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 from tokenizers import Tokenizer
 
-from dataset.common import byte_alphabet
+from dataset.common import byte_alphabet, flatten_stages
 
 DROPPED = -1
 """Placeholder id of text without any token, not even an unknown one; never stored."""
@@ -164,8 +164,8 @@ def _is_lossless(description: dict[str, Any], special: set[str], byte_lengths: n
     text = [t for t in description.get("added_tokens") or [] if not t["special"]]
     if any(token["lstrip"] or token["rstrip"] for token in text):
         return False
-    normalizers = _stages(description.get("normalizer"))
-    stages = _stages(description.get("pre_tokenizer"))
+    normalizers = flatten_stages(description.get("normalizer"))
+    stages = flatten_stages(description.get("pre_tokenizer"))
     stages = [stage for stage in stages if stage != _CUT_BYTE_PIECES]
     if not all(_keeps_text(stage) for stage in stages):
         return False
@@ -241,23 +241,13 @@ def _has_byte_pieces(model: dict[str, Any]) -> bool:
 
 def _has_byte_level(description: dict[str, Any]) -> bool:
     """Return whether a BPE model gets GPT-2's byte characters as input and has all of them."""
-    model, stages = description["model"], _stages(description.get("pre_tokenizer"))
+    model, stages = description["model"], flatten_stages(description.get("pre_tokenizer"))
     return (
         model["type"] == "BPE"
         and [stage["type"] for stage in stages].count("ByteLevel") == 1
         and stages[-1]["type"] == "ByteLevel"
         and model["vocab"].keys() >= byte_alphabet().keys()
     )
-
-
-def _stages(stage: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the flattened stages of a normalizer or pre-tokenizer, in order."""
-    if stage is None:
-        return []
-    if stage["type"] == "Sequence":
-        inner = stage.get("normalizers") or stage.get("pretokenizers") or []
-        return [part for each in inner for part in _stages(each)]
-    return [stage]
 
 
 def _keeps_text(stage: dict[str, Any]) -> bool:
@@ -299,8 +289,8 @@ def _spells_spaces(
 
 def _marks_spaces(description: dict[str, Any]) -> bool:
     """Return whether spaces are replaced by `SPACE`, so that ids do not distinguish the two."""
-    stages = _stages(description.get("pre_tokenizer"))
-    return any(stage["type"] == "Metaspace" for stage in stages) or _REPLACE in _stages(
+    stages = flatten_stages(description.get("pre_tokenizer"))
+    return any(stage["type"] == "Metaspace" for stage in stages) or _REPLACE in flatten_stages(
         description.get("normalizer")
     )
 

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
-from dataset.tokens.encoders import Encoded, HuggingFaceEncoder
+from dataset.tokens.encoders import Encoded, HuggingFaceEncoder, encode_batch
 from dataset.tokens.plain_tokenizer import BYTE_PIECES, DROPPED, SPACE, PlainTokenizer
 from dataset.tokens.sizes import assign_bytes, byte_places, sized_dtype
-from utils.core.errors import UserError
 
 
 class SizedEncoder:
@@ -18,18 +17,17 @@ class SizedEncoder:
     library tracks each token's offset in it.
     """
 
-    name = "huggingface"
-
     def __init__(self, plain: PlainTokenizer) -> None:
         self._plain = plain
         self._dtype = sized_dtype(np.dtype(np.uint32))
         self._symbols = _Symbols(plain) if plain.drops_characters() else None
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
-        """See `Encoder`."""
         strings = [text.decode() for text in texts]
-        encodings = _encode(self._plain.tokenizer, strings)
-        symbols = self._symbols.encode(strings) if self._symbols else [None] * len(strings)
+        encodings = encode_batch(self._plain.tokenizer.encode_batch, strings)
+        symbols: Sequence[Encoding | None] = [None] * len(strings)
+        if self._symbols:
+            symbols = encode_batch(self._symbols.tokenizer.encode_batch, strings)
         parts = [self._make_tokens(*each) for each in zip(strings, encodings, symbols, strict=True)]
         none = np.zeros(0, self._dtype)
         return np.concatenate([none, *parts]), np.array([len(part) for part in parts], np.int64)
@@ -61,15 +59,12 @@ class MarkEncoder:
         byte_lengths: (V,) bytes per id in text without `SPACE`.
     """
 
-    name = "huggingface"
-
     def __init__(self, plain: PlainTokenizer, byte_lengths: np.ndarray) -> None:
         self._fast = HuggingFaceEncoder(plain.tokenizer, plain.description)
         self._exact = SizedEncoder(plain)
         self._byte_lengths = byte_lengths
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
-        """See `Encoder`."""
         ids, counts = self._fast.encode(texts)
         tokens = np.zeros(len(ids), sized_dtype(ids.dtype))
         tokens["id"], tokens["bytes"] = ids, self._byte_lengths[ids]
@@ -97,7 +92,7 @@ class _Symbols:
     """
 
     def __init__(self, plain: PlainTokenizer) -> None:
-        self._tokenizer, self._dropped = plain.load_symbols()
+        self.tokenizer, self._dropped = plain.load_symbols()
         model = plain.description["model"]
         vocabulary = plain.tokenizer.get_vocab(with_added_tokens=True)
         self._sizes = np.zeros(max(vocabulary.values()) + 1, np.int64)
@@ -108,9 +103,6 @@ class _Symbols:
             symbols = token.removeprefix(prefix).removesuffix(suffix) or token
             self._sizes[index] = 1 if token in single else len(symbols)
         self._sizes[list(plain.tokenizer.get_added_tokens_decoder())] = 1
-
-    def encode(self, texts: Sequence[str]) -> list[Encoding]:
-        return _encode(self._tokenizer, texts)
 
     def place(
         self,
@@ -125,13 +117,6 @@ class _Symbols:
         if len(ids) == 0 or ends[-1] != len(symbol_spans):
             return spans[:, 0], spans  # a token is not made of symbols; use the library's offsets
         return symbol_spans[ends - self._sizes[ids], 0], symbol_spans
-
-
-def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
-    try:
-        return tokenizer.encode_batch(texts, add_special_tokens=False)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"the tokenizer cannot encode the text ({error}).") from error
 
 
 def _spans(encoding: Encoding, places: np.ndarray) -> np.ndarray:

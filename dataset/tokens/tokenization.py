@@ -94,7 +94,7 @@ class TextTokenizer:
             )
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         self.eos_id, self.pad_id = vocabulary[self.eos_token], vocabulary[self.pad_token]
-        self.byte_lengths = byte_lengths(self.tokenizer, vocabulary, self._description)
+        self.byte_lengths = byte_lengths(self.tokenizer, self._description)
         self.vocab_size = len(self.byte_lengths)
         self.dtype = token_dtype(self.vocab_size)
         self.ignore_label_id = int(np.iinfo(self.dtype).max)
@@ -122,12 +122,11 @@ class TextTokenizer:
         tokens, counts = self.encoder.encode([text.encode() for text in texts])
         return np.split(tokens.astype(self.token_dtype), np.cumsum(counts)[:-1])
 
-    def append_eos(self, tokens: np.ndarray) -> np.ndarray:
-        """Return tokens (n,) followed by eos."""
-        ended = np.zeros(len(tokens) + 1, tokens.dtype)
-        ended[:-1] = tokens
-        ids_of(ended)[-1] = self.eos_id
-        return ended
+    def append_eos(self, tokens: np.ndarray, counts: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return the tokens of documents with eos after each: tokens (n,), counts (documents,)."""
+        eos = np.zeros(1, self.token_dtype)
+        ids_of(eos)[0] = self.eos_id
+        return np.insert(tokens.astype(self.token_dtype), np.cumsum(counts), eos)
 
     def save(self, path: Path) -> None:
         """Write the tokenizer, including its eos and pad."""

@@ -1,6 +1,7 @@
 """Fixtures of the builders' tests: a small tokenizer, random texts, a way to run a command."""
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 
 from dataset import build_corpus_dataset
-from dataset.common import ARRAY_NAMES, load_metadata
+from dataset.common import load_metadata
 from dataset.train_tokenizer import train_tokenizer
 
+ARRAY_NAMES = (
+    "inputs labels puzzle_identifiers puzzle_indices group_indices iteration_targets domain_ids"
+).split()
 WORDS = [
     "the",
     "quick",
@@ -32,6 +36,10 @@ WORDS = [
     "again!",
     "🙂",
 ]
+
+
+def iteration_target(unique_ratio: float, min_iterations: int, max_iterations: int) -> int:
+    return math.floor(min_iterations + unique_ratio * (max_iterations - min_iterations))
 
 
 def random_text(rng: random.Random, words: int) -> str:

@@ -12,11 +12,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dataset import build_corpus_dataset, pipeline
-from dataset.common import iteration_target, token_byte_lengths, verify_arrays
+from dataset.common import token_byte_lengths, verify_arrays
 from dataset.tokens.tokenization import TextTokenizer
 from dataset.train_tokenizer import train_tokenizer
-from tests.dataset.conftest import file_bytes, random_text, read_split, write_jsonl
-from utils.core.errors import UserError
+from tests.dataset.conftest import (
+    file_bytes,
+    iteration_target,
+    random_text,
+    read_split,
+    write_jsonl,
+)
 
 
 def documents_of(corpus, split) -> dict[str, list[str]]:
@@ -474,7 +479,3 @@ def test_the_documented_command(tmp_path, tokenizer_json, rng):
         encoding="utf-8",
     )
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1
-
-
-def test_user_error_is_a_value_error():
-    assert issubclass(UserError, ValueError)

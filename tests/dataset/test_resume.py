@@ -1,6 +1,7 @@
 """Builds that are killed, and go on: the same bytes as if they had never stopped."""
 
 import gzip
+import json
 import random
 import shutil
 import signal
@@ -123,6 +124,22 @@ def test_an_error_keeps_what_was_built(arguments, tmp_path, fails, monkeypatch):
     assert not (tmp_path / "corpus").exists()
     line = fails(lambda: build_corpus_dataset.main([*damaged, "--resume"]))
     assert "b.txt.gz is truncated" in line
+
+
+def test_counts_of_skipped_documents_continue(arguments, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr("dataset.input.documents.BATCH_BYTES", 3000)
+    options = "--save-every 0 --quality word_count --min-chars 30".split()
+    build_corpus_dataset.main(arguments("whole", *options))
+    strict = arguments("cut", *options, "--max-bad-lines", "0")
+    assert "continue with --resume" in fails(lambda: build_corpus_dataset.main(strict))
+    build_corpus_dataset.main(arguments("cut", *options, "--resume"))
+    skipped = [
+        json.loads((tmp_path / name / "build_report.json").read_bytes())["skipped"]
+        for name in ("whole", "cut")
+    ]
+    assert skipped[0] == skipped[1]
+    kinds = ("duplicates", "documents_by_length", "bad_lines", "quality_word_count")
+    assert all(skipped[0][kind] > 0 for kind in kinds)
 
 
 @pytest.mark.slow

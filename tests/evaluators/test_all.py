@@ -15,7 +15,8 @@ from dataset.build_text_dataset import main as build_text
 from evaluators.generation import compare
 from models.inference.language_model import LanguageModel
 from models.inference.loading import load_language_model
-from sequence_dataset import Corpora, EvalStream
+from sequence_dataset import EvalStream
+from utils.corpus.corpora import Corpora
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,9 @@ from dataset.build_corpus_dataset import main as build_corpus
 from dataset.common import load_metadata
 from models.build import create_model, load_into
 from models.inference.loading import load_language_model
-from sequence_dataset import Corpora, EvalStream
+from sequence_dataset import EvalStream
 from utils.checkpoint.format import load_weights
+from utils.corpus.corpora import Corpora
 
 
 def probabilities(logits: torch.Tensor, loss_type: str) -> torch.Tensor:

@@ -56,7 +56,6 @@ class Corpora:
     ):
         if not data_paths:
             raise UserError("data_paths is empty; pass at least one corpus directory.")
-        self.split = split
         self.data_paths: list[str]
         self.metadata: DatasetMetadata
         roots = [_check_folder(path) for path in data_paths]
@@ -72,7 +71,23 @@ class Corpora:
         self.num_rows = self.num_groups = 0
         opened = zip(folders, metadata, identifier_maps, domain_maps, strict=True)
         for folder, meta, identifier_map, domain_map in opened:
-            self._add_corpus(folder, meta, identifier_map, domain_map, verify)
+            groups_before, size = self.num_groups, 0
+            for name in meta.sets:
+                files = ArrayFolder(folder, name, random_access=split == "train")
+                firsts = (self.num_rows, self.num_groups)
+                part = CorpusPart(files, meta, identifier_map, domain_map, *firsts)
+                self._parts.append(part)
+                self.num_rows += part.num_rows
+                self.num_groups += part.num_groups
+                size += part.nbytes
+            found = self.num_groups - groups_before
+            if found != meta.total_groups:
+                raise UserError(
+                    f"{folder} has {found} groups, but its dataset.json says "
+                    f"{meta.total_groups}: the files do not match; {REBUILD}."
+                )
+            if verify or (verify is None and size <= LARGE_CORPUS):
+                verify_arrays(folder, meta)
         self._row_ends = np.cumsum([part.num_rows for part in self._parts])
         self._group_ends = np.cumsum([part.num_groups for part in self._parts])
         if split == "train" and (self.num_rows == 0 or self.num_groups == 0):
@@ -96,32 +111,6 @@ class Corpora:
         for part in self._parts:
             part.update_fingerprint(digest)
         self.fingerprint = digest.hexdigest()
-
-    def _add_corpus(
-        self,
-        folder: Path,
-        metadata: DatasetMetadata,
-        identifier_map: np.ndarray,
-        domain_map: np.ndarray,
-        verify: bool | None,
-    ) -> None:
-        groups_before, size = self.num_groups, 0
-        for name in metadata.sets:
-            files = ArrayFolder(folder, name, random_access=self.split == "train")
-            maps = (identifier_map, domain_map)
-            part = CorpusPart(files, metadata, *maps, self.num_rows, self.num_groups)
-            self._parts.append(part)
-            self.num_rows += part.num_rows
-            self.num_groups += part.num_groups
-            size += part.nbytes
-        found = self.num_groups - groups_before
-        if found != metadata.total_groups:
-            raise UserError(
-                f"{folder} has {found} groups, but its dataset.json says "
-                f"{metadata.total_groups}: the files do not match; {REBUILD}."
-            )
-        if verify or (verify is None and size <= LARGE_CORPUS):
-            verify_arrays(folder, metadata)
 
     def _group_by_part(
         self, indices: np.ndarray, ends: np.ndarray
@@ -165,22 +154,12 @@ class Corpora:
         self, part: CorpusPart, rows: np.ndarray, tokens: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Return the result of `rows` for local row numbers of one part."""
-        part.tokens(rows, *tokens)
-        out = {
-            "inputs": tokens[0],
-            "labels": tokens[1],
-            "puzzle_identifiers": part.identifiers(rows),
-            "iteration_targets": part.targets(rows),
-            "domain_ids": part.domains(rows),
-        }
-        if self.reasoning_width:
-            reasoning = part.reasoning_labels(rows)
-            if reasoning is None:
-                reasoning = np.full((rows.size, self.reasoning_width), IGNORE_LABEL_ID, np.int32)
-            out["reasoning_labels"] = reasoning
-        if self.has_scored_bytes:
-            sizes = part.scored_bytes(rows)
-            out["scored_bytes"] = np.full(rows.size, -1, np.int64) if sizes is None else sizes
+        out = part.read(rows, *tokens)
+        if self.reasoning_width and "reasoning_labels" not in out:
+            shape = (rows.size, self.reasoning_width)
+            out["reasoning_labels"] = np.full(shape, IGNORE_LABEL_ID, np.int32)
+        if self.has_scored_bytes and "scored_bytes" not in out:
+            out["scored_bytes"] = np.full(rows.size, -1, np.int64)
         return out
 
     def highest_reasoning_label(self) -> int:

@@ -4,14 +4,12 @@ A list would take 8 bytes per group. Cumulative counts take 8 bytes per domain f
 512 groups, and a group is found by a binary search over blocks and a scan of one block.
 """
 
-import itertools
 from collections.abc import Callable
 
 import numpy as np
 
 _BLOCK = 512  # groups
 _BLOCKS_AT_ONCE = 2048  # while building the index
-_DRAWS_AT_ONCE = 64  # keeps their blocks in the CPU cache
 
 
 class DomainIndex:
@@ -29,8 +27,7 @@ class DomainIndex:
         num_domains: int,
     ):
         self._domains_of, self._num_groups = domains_of, num_groups
-        self._blocks = -(-num_groups // _BLOCK)
-        counts = np.zeros((num_domains, self._blocks + 1), np.int64)
+        counts = np.zeros((num_domains, -(-num_groups // _BLOCK) + 1), np.int64)
         step = _BLOCK * _BLOCKS_AT_ONCE
         for first in range(0, num_groups, step):
             groups = np.arange(first, min(first + step, num_groups))
@@ -46,38 +43,18 @@ class DomainIndex:
         """Number of groups of each domain, (num_domains,) int64."""
         return self._before[:, -1]
 
-    def select(self, domains: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Return the group at position `index` among those of its domain, in ascending order.
+    def select(self, domain: int, index: np.ndarray) -> np.ndarray:
+        """Return the group at each position `index` among those of a domain, in ascending order.
 
-        Args: domains (n,) integers; index (n,) int64, below the domain's size.
+        Args: index (n,) int64, below the domain's size.
         Returns: (n,) int64.
         """
-        block = self._find_block(domains, index)
-        index = index - self._before[domains, block]
-        parts = [
-            self._select_within(block[i:j], domains[i:j], index[i:j])
-            for i, j in itertools.pairwise([*range(0, index.size, _DRAWS_AT_ONCE), index.size])
-        ]
-        return np.concatenate(parts) if parts else index
-
-    def _select_within(
-        self, block: np.ndarray, domains: np.ndarray, index: np.ndarray
-    ) -> np.ndarray:
-        """Return the group at position `index` among those of its domain in one block; all (n,)."""
+        before = self._before[domain]
+        block = np.searchsorted(before, index, side="right") - 1
         groups = block[:, None] * _BLOCK + np.arange(_BLOCK)
         inside = np.minimum(groups, self._num_groups - 1).ravel()  # the last block may be short
-        same = self._domains_of(inside).reshape(groups.shape) == domains[:, None]
+        same = self._domains_of(inside).reshape(groups.shape) == domain
         counts = np.count_nonzero(same, axis=1)
         # Position of each draw's group in the flat list of all matches.
-        place = np.cumsum(counts) - counts + index
+        place = np.cumsum(counts) - counts + index - before[block]
         return inside[np.flatnonzero(same)[place]]
-
-    def _find_block(self, domains: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Return the last block preceded by at most `index` groups of the domain, (n,) int64."""
-        low = np.zeros(index.size, np.int64)
-        high = np.full(index.size, self._blocks, np.int64)
-        for _ in range(self._blocks.bit_length()):
-            middle = (low + high) // 2
-            at_most = self._before[domains, middle] <= index
-            low, high = np.where(at_most, middle, low), np.where(at_most, high, middle)
-        return low

@@ -49,17 +49,14 @@ class Examples:
 
     @staticmethod
     def concatenate(parts: Sequence["Examples"]) -> "Examples":
-        columns = zip(*(part._columns() for part in parts), strict=True) if parts else _NONE
+        columns = zip(*(vars(part).values() for part in parts), strict=True) if parts else _NONE
         return Examples(*map(np.concatenate, columns))
-
-    def _columns(self) -> tuple[np.ndarray, ...]:
-        return self.place, self.offset, self.row, self.size
 
     def __len__(self) -> int:
         return self.row.size
 
     def pick(self, which: np.ndarray | slice) -> "Examples":
-        return Examples(*(values[which] for values in self._columns()))
+        return Examples(*(values[which] for values in vars(self).values()))
 
     @property
     def end(self) -> Position:
@@ -103,14 +100,14 @@ class ExampleOrder:
             cycle, index = np.divmod(places, size)
             return permute(index, size, hash64(self._seed, ORDER, cycle)), cycle
         domain, count = self._schedule.draws(places)
-        index, cycle = np.empty_like(places), np.empty_like(places)
+        group, cycle = np.empty_like(places), np.empty_like(places)
         domain_index = self._corpora.domain_index
-        for number in np.unique(domain):
+        for number in np.unique(domain).tolist():
             where, size = np.flatnonzero(domain == number), int(domain_index.sizes[number])
             cycle[where], place = np.divmod(count[where], size)
-            key = hash64(self._seed, ORDER, cycle[where], int(number))
-            index[where] = permute(place, size, key)
-        return domain_index.select(domain, index), cycle
+            key = hash64(self._seed, ORDER, cycle[where], number)
+            group[where] = domain_index.select(number, permute(place, size, key))
+        return group, cycle
 
     def _find_puzzles(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the first row and the number of rows of the puzzle visited at each place."""
@@ -127,18 +124,16 @@ class ExampleOrder:
     def list_from(self, position: Position, wanted: int) -> Examples:
         """Return at least `wanted` examples from a position on; fewer at the end of the run."""
         parts, found = [], 0
+        mean = self._corpora.metadata.mean_puzzle_examples
         place, offset = position.entered - (position.offset > 0), position.offset
         while found < wanted and (self.limit is None or place < self.limit):
-            last = place + self._estimate_visits(max(wanted - found, _AT_ONCE))
+            examples = max(wanted - found, _AT_ONCE)
+            last = place + math.ceil(examples / max(1.0, mean))
             last = last if self.limit is None else min(last, self.limit)
             parts.append(self._list_at(np.arange(place, last), offset))
             found += len(parts[-1])
             place, offset = last, 0
         return Examples.concatenate(parts)
-
-    def _estimate_visits(self, examples: int) -> int:
-        """Estimate how many visits yield this many examples."""
-        return math.ceil(examples / max(1.0, self._corpora.metadata.mean_puzzle_examples))
 
     def _list_at(self, places: np.ndarray, skip: int) -> Examples:
         """Return all examples at consecutive places, except the first `skip`."""
@@ -149,26 +144,3 @@ class ExampleOrder:
         offset = np.arange(owner.size) - (np.cumsum(size) - size)[owner]
         examples = Examples(places[owner], offset, first[owner] + offset, size[owner])
         return examples.pick(slice(skip, None))
-
-
-class Upcoming:
-    """Buffer of upcoming examples, drawn in batches ahead of their use."""
-
-    def __init__(self, order: ExampleOrder):
-        self._order = order
-        self.restart(Position())
-
-    def restart(self, position: Position) -> None:
-        self._drawn, self._used, self._end = Examples.concatenate([]), 0, position
-
-    def take(self, wanted: int) -> Examples:
-        """Return the next examples; fewer than `wanted` only at the end of the run."""
-        if self._used + wanted > len(self._drawn):
-            left = self._drawn.pick(slice(self._used, None))
-            more = self._order.list_from(self._end, wanted - len(left))
-            if len(more):
-                self._end = more.end
-            self._drawn = Examples.concatenate([left, more])
-            self._used = 0
-        begin, self._used = self._used, min(self._used + wanted, len(self._drawn))
-        return self._drawn.pick(slice(begin, self._used))

@@ -66,7 +66,9 @@ class CorpusPart:
         if self._reasoning is not None:
             self._samples["reasoning_labels"] = take_sample(self._reasoning)
             self.nbytes += self._reasoning.nbytes
-        self._prepare_lookups()
+        if self.one_row_a_group:  # the borders of puzzles and groups are no longer needed
+            self._arrays = {name: a for name, a in self._arrays.items() if name in _NUMBERS}
+        self._arrays = {name: files.prepare_lookup(a) for name, a in self._arrays.items()}
 
     def _open_indices(self) -> bool:
         """Open the puzzle and group boundaries; return whether every puzzle has a row."""
@@ -109,12 +111,6 @@ class CorpusPart:
             self._files.fail("reasoning_labels", problem)
         return labels
 
-    def _prepare_lookups(self) -> None:
-        """Drop arrays that are no longer needed and prepare the others for random access."""
-        if self.one_row_a_group:
-            self._arrays = {name: a for name, a in self._arrays.items() if name in _NUMBERS}
-        self._arrays = {name: self._files.prepare_lookup(a) for name, a in self._arrays.items()}
-
     def update_fingerprint(self, digest: "hashlib._Hash") -> None:
         """Add what identifies this corpus, checksums and a sample, to a hash; call once."""
         meta = self.metadata
@@ -131,15 +127,31 @@ class CorpusPart:
     def reasoning_width(self) -> int | None:
         return None if self._reasoning is None else self._reasoning.shape[1]
 
-    def tokens(self, rows: np.ndarray, inputs: np.ndarray, labels: np.ndarray) -> None:
-        """Read rows into `inputs` and `labels`, (n, S) int32, with IGNORE_LABEL_ID if ignored."""
-        self._tokens.read(rows, inputs, labels)
+    def read(
+        self, rows: np.ndarray, inputs: np.ndarray, labels: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Read rows (n,) int64 into `inputs` and `labels`, (n, S) int32, and return their arrays.
 
-    def reasoning_labels(self, rows: np.ndarray) -> np.ndarray | None:
-        """Return (n, R) int32, with IGNORE_LABEL_ID at ignored positions; None without any."""
-        if self._reasoning is None:
-            return None
-        return self._read_labels(self._reasoning, rows)
+        See `Corpora.rows`; `reasoning_labels` and `scored_bytes` only if this corpus has them.
+        """
+        self._tokens.read(rows, inputs, labels)
+        out = {"inputs": inputs, "labels": labels}
+        owners = rows
+        if not self._identifiers_per_row:
+            owners = np.searchsorted(self._arrays["puzzle_indices"], rows, side="right") - 1
+        identifiers = self._arrays["puzzle_identifiers"][owners]
+        out["puzzle_identifiers"] = self._identifier_map[identifiers]
+        out["iteration_targets"] = (
+            self._arrays["iteration_targets"][rows].astype(np.int32)
+            if self.has_targets
+            else np.zeros(rows.size, np.int32)
+        )
+        out["domain_ids"] = self.domains(rows)
+        if self._reasoning is not None:
+            out["reasoning_labels"] = self._read_labels(self._reasoning, rows)
+        if self.has_scored_bytes:
+            out["scored_bytes"] = self._arrays["scored_bytes"][rows].astype(np.int64)
+        return out
 
     def _read_labels(self, stored: RowFile, rows: np.ndarray) -> np.ndarray:
         labels = np.empty((rows.size, *stored.shape[1:]), np.int32)
@@ -156,24 +168,6 @@ class CorpusPart:
             rows = np.arange(first, min(first + size, self.num_rows))
             highest = max(highest, int(self._read_labels(self._reasoning, rows).max(initial=-1)))
         return highest
-
-    def identifiers(self, rows: np.ndarray) -> np.ndarray:
-        """Return joined identifiers of rows (n,) int32, stored by row or (TRM) by puzzle."""
-        if not self._identifiers_per_row:
-            rows = np.searchsorted(self._arrays["puzzle_indices"], rows, side="right") - 1
-        return self._identifier_map[self._arrays["puzzle_identifiers"][rows]]
-
-    def targets(self, rows: np.ndarray) -> np.ndarray:
-        """Return iteration targets of rows (n,) int32; 0 if there are none."""
-        if not self.has_targets:
-            return np.zeros(rows.size, np.int32)
-        return self._arrays["iteration_targets"][rows].astype(np.int32)
-
-    def scored_bytes(self, rows: np.ndarray) -> np.ndarray | None:
-        """Return the bytes of text behind the labels of rows, (n,) int64; None if not stored."""
-        if "scored_bytes" not in self._arrays:
-            return None
-        return self._arrays["scored_bytes"][rows].astype(np.int64)
 
     def domains(self, rows: np.ndarray) -> np.ndarray:
         """Return the joined domains of rows (n,) int32."""

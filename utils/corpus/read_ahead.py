@@ -8,32 +8,38 @@ only discards reads: the run's position counts only examples taken.
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
-from utils.corpus.order import ExampleOrder, Examples, Position, Upcoming
+from utils.corpus.order import ExampleOrder, Examples, Position
 from utils.corpus.row_reader import Batch
 
 Read = Callable[[Examples], Batch]
 
-ALL = slice(None)
-
 
 class InPlace:
-    """Reads rows on demand."""
+    """Reads rows on demand; the examples are drawn in batches ahead of their use."""
 
     def __init__(self, order: ExampleOrder, read: Read):
-        self._upcoming, self._read = Upcoming(order), read
-        self._taken = Examples.concatenate([])
+        self._order, self._read = order, read
+        self.restart(Position())
 
     def restart(self, position: Position) -> None:
         """Continue from a position."""
-        self._upcoming.restart(position)
+        self._drawn, self._used, self._end = Examples.concatenate([]), 0, position
 
     def take(self, wanted: int) -> Examples:
         """Return the next examples; fewer than `wanted` only at the end of the run."""
-        self._taken = self._upcoming.take(wanted)
+        if self._used + wanted > len(self._drawn):
+            left = self._drawn.pick(slice(self._used, None))
+            more = self._order.list_from(self._end, wanted - len(left))
+            if len(more):
+                self._end = more.end
+            self._drawn = Examples.concatenate([left, more])
+            self._used = 0
+        begin, self._used = self._used, min(self._used + wanted, len(self._drawn))
+        self._taken = self._drawn.pick(slice(begin, self._used))
         return self._taken
 
     def rows(self, which: np.ndarray) -> Batch:
@@ -68,9 +74,9 @@ class ReadAhead:
         workers: int,
         chunk: int,
         ahead: int,
-        keep: slice,
+        keep: slice = slice(None),
     ):
-        self._upcoming, self._read = Upcoming(order), read
+        self._upcoming, self._read = InPlace(order, read), read
         self._workers, self._size, self._ahead, self._keep = workers, chunk, ahead, keep
         self._pool: ThreadPoolExecutor | None = None
         self.restart(Position())
@@ -139,18 +145,3 @@ class ReadAhead:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
-
-
-Source: TypeAlias = InPlace | ReadAhead
-
-
-def open_source(
-    order: ExampleOrder, read: Read, workers: int, *, chunk: int, ahead: int, keep: slice = ALL
-) -> Source:
-    """Provide the examples of `order`, prefetched by `workers` threads if there are any.
-
-    chunk, ahead, keep: see `ReadAhead`.
-    """
-    if workers == 0:
-        return InPlace(order, read)
-    return ReadAhead(order, read, workers=workers, chunk=chunk, ahead=ahead, keep=keep)

@@ -39,11 +39,6 @@ def local_path(path: str) -> str:
     return str(fetch(path)) if is_remote(path) else path
 
 
-def expand(url: str) -> list[str]:
-    """Return the sorted URLs of the files that a URL refers to: a file, glob or directory."""
-    return Storage(url).urls()
-
-
 def fetch(url: str, progress: bool = True) -> Path:
     """Return the path of a local copy of a remote file or directory (a corpus).
 
@@ -98,11 +93,8 @@ def _find_latest_copy(home: Path, name: str) -> Path | None:
 
 def _is_complete(target: Path, files: list[RemoteFile]) -> bool:
     """Return whether all files of a copy exist; users may have deleted some from the cache."""
-    for file in files:
-        path = target / file.place
-        if not path.is_file() or file.size not in (None, path.stat().st_size):
-            return False
-    return True
+    paths = [(target / file.place, file.size) for file in files]
+    return all(path.is_file() and size in (None, path.stat().st_size) for path, size in paths)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Quality rules: each threshold from both sides, n-grams against counting them one by one."""
 
-import json
 import random
 import string
 from collections import Counter
@@ -167,18 +166,6 @@ def test_rules_can_be_left_out_of_a_preset():
 def test_names_that_make_no_sense(names, message):
     with pytest.raises(UserError, match=message):
         QualityFilter(names)
-
-
-def test_counting_goes_on_from_a_saved_state():
-    quality = QualityFilter(["gopher"])
-    quality.find_broken_rule("short")
-    state = json.loads(json.dumps(quality.state_dict()))
-    resumed = QualityFilter(["gopher"])
-    resumed.load_state_dict(state)
-    resumed.find_broken_rule("short")
-    assert resumed.counts["word_count"] == 2 and quality.counts["word_count"] == 1
-    with pytest.raises(UserError, match="but stop_words were requested"):
-        QualityFilter(["stop_words"]).load_state_dict(state)
 
 
 def test_ordinary_prose_passes_and_a_menu_does_not():

@@ -115,9 +115,6 @@ def test_damaged_files_are_read_rightly_or_refused(
 @pytest.mark.parametrize(
     "content, expected",
     [
-        (b"", "no documents"),
-        (b"\n \n\t\n", "no documents"),
-        (b'{"body": "x"}\n', "no key 'text' (keys: body"),
         (b'{"text": 3}\n', "a number, not a string"),
         ('{"text": "ä"}\n'.encode("latin-1"), "is not valid UTF-8"),
         ('{"text": "x"}\n'.encode("utf-16"), "looks like UTF-16"),
@@ -178,12 +175,6 @@ def test_only_line_feeds_end_a_line_of_text(tmp_path):
         path.write_bytes(b"\xef\xbb\xbf" + end.join(documents).encode())
         found = DocumentReader(ReadOptions()).texts(find_sources([str(path)])[0][0])
         assert list(found) == documents
-
-
-def test_nul_characters_are_text(tmp_path, build):
-    texts = ["a\x00b", "\x00\x00 c", "plain"]
-    corpus = build(write_jsonl(tmp_path / "a.jsonl", texts), options="--train-ratio 1 --seq-len 8")
-    assert documents_of(corpus, "train")["a"] == texts
 
 
 @pytest.mark.parametrize("ending", COMPRESS)

@@ -40,10 +40,10 @@ def fill(folder, content="x"):
 
 def test_folder_appears_at_the_end_only(tmp_path):
     target = tmp_path / "deep" / "corpus"
-    with create_corpus(target, overwrite=False) as folder:
-        fill(folder)
+    with create_corpus(target, overwrite=False) as workspace:
+        fill(workspace.folder)
         assert not target.exists()
-        assert folder.parent == target.parent
+        assert workspace.folder.parent.parent == target.parent
     assert (target / "train" / "dataset.json").read_text("utf-8") == "x"
     assert os.listdir(target.parent) == ["corpus"]
 
@@ -52,25 +52,33 @@ def test_failure_leaves_what_was_there(tmp_path):
     target = tmp_path / "corpus"
     for _ in range(2):
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(RuntimeError), create_corpus(target, overwrite=True) as folder:
-            fill(folder, "new")
+        with pytest.raises(RuntimeError), create_corpus(target, overwrite=True) as workspace:
+            fill(workspace.folder, "new")
             raise RuntimeError
         assert sorted(tmp_path.rglob("*")) == before
         if not target.exists():
-            with create_corpus(target, overwrite=False) as folder:
-                fill(folder, "old")
+            with create_corpus(target, overwrite=False) as workspace:
+                fill(workspace.folder, "old")
     assert (target / "train" / "dataset.json").read_text("utf-8") == "old"
+
+
+def test_two_builds_of_one_directory_exclude_each_other(tmp_path):
+    with create_corpus(tmp_path / "corpus", overwrite=False) as workspace:
+        with pytest.raises(UserError, match="another build is running"):
+            create_corpus(tmp_path / "corpus", overwrite=False).__enter__()
+        fill(workspace.folder)
+    assert os.listdir(tmp_path) == ["corpus"]
 
 
 def test_overwrite_rules(tmp_path):
     target = tmp_path / "corpus"
     target.mkdir()
-    with create_corpus(target, overwrite=False) as folder:  # an empty folder is free
-        fill(folder, "first")
+    with create_corpus(target, overwrite=False) as workspace:  # an empty folder is free
+        fill(workspace.folder, "first")
     with pytest.raises(UserError, match=r"finished corpus.*--overwrite"):
         create_corpus(target, overwrite=False).__enter__()
-    with create_corpus(target, overwrite=True) as folder:
-        fill(folder, "second")
+    with create_corpus(target, overwrite=True) as workspace:
+        fill(workspace.folder, "second")
         assert (target / "train" / "dataset.json").read_text("utf-8") == "first"
     assert (target / "train" / "dataset.json").read_text("utf-8") == "second"
     assert os.listdir(tmp_path) == ["corpus"]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from seeds import draw_rng
 
-from dataset.common import iteration_target
 from dataset.packing.windows import PackOptions, WindowPacker, iteration_targets
+from tests.dataset.conftest import iteration_target
 
 EOS, PAD, IGNORE = 1, 0, 255
 

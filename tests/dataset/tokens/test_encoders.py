@@ -91,11 +91,8 @@ def test_letters_that_are_new_to_one_library(tokenizer, rng):
     fast = GigatokenEncoder(description, 1)
     reference = HuggingFaceEncoder(tokenizer.tokenizer, description)
     places = [*range(0xD800), *range(0xE000, 0x34000), *range(0xE0000, 0xE0200)]
-    ranges = [range(low, high + 1) for low, high in encoders._NEW_LETTERS.tolist()]
-    new = [p for r in ranges for p in r]
-    borders = [p for r in ranges for p in (r[0] - 1, r[0], r[-1], r[-1] + 1)]
-    for place in borders + rng.sample(places, 1000):
-        assert has_new_letters(chr(place).encode()) == any(place in r for r in ranges)
+    new = [place for place in places if has_new_letters(chr(place).encode())]
+    assert 10_000 < len(new) < 20_000
     filler = odd_text(rng, rng.randrange(3000))
     assert not has_new_letters(filler.encode())
     assert has_new_letters((filler + chr(rng.choice(new)) + "क"[: rng.randrange(2)]).encode())
@@ -104,18 +101,6 @@ def test_letters_that_are_new_to_one_library(tokenizer, rng):
     wanted = reference.encode(texts)
     found = CheckedEncoder(fast, reference).encode(texts)
     assert all(map(np.array_equal, found, wanted))
-
-
-def test_long_texts_one_by_one_or_together(tokenizer, rng, monkeypatch):
-    description = json.loads(tokenizer.tokenizer.to_str())
-    texts = [odd_text(rng, rng.randrange(1, 9000)).encode() for _ in range(40)]
-    wanted = HuggingFaceEncoder(tokenizer.tokenizer, description).encode(texts)
-    for much in (0, 100_000, 1 << 30):
-        monkeypatch.setattr(encoders, "_MUCH_TEXT", much)
-        monkeypatch.setattr(encoders, "_LONG_TEXT", 100)
-        fast = GigatokenEncoder(description, 1)
-        for _ in range(3):
-            assert all(map(np.array_equal, fast.encode(texts), wanted))
 
 
 def test_words_that_were_seen_do_not_fill_memory(tokenizer, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from dataset import build_corpus_dataset, build_text_dataset
+from dataset import build_text_dataset
 from dataset.common import IGNORE_LABEL_ID, load_metadata, token_byte_lengths, verify_arrays
 from evaluators.text import PerplexityEvaluator
 from sequence_dataset import EvalStream
@@ -23,17 +23,13 @@ UNIGRAM, NOUNK = CASES / "unigram.json", CASES / "nounk.json"
 
 
 @pytest.fixture
-def build(tmp_path):
-    def build(tokenizer: Path, *files: Path, options: str = "", out: str = "corpus") -> Path:
-        build_corpus_dataset.main(
-            [
-                *("--tokenizer-json", str(tokenizer), "--output-dir", str(tmp_path / out)),
-                *("--input-files", *map(str, files), *options.split()),
-            ]
-        )
-        return tmp_path / out
+def build(build):
+    """The builder with another tokenizer, given first."""
 
-    return build
+    def run(tokenizer: Path, *files: Path, options: str = "", out: str = "corpus") -> Path:
+        return build(*files, options=f"{options} --tokenizer-json {tokenizer}", out=out)
+
+    return run
 
 
 def texts_for(tokenizer: Path, rng, count: int) -> list[str]:

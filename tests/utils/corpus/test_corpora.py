@@ -10,19 +10,19 @@ import pytest
 from seeds import draw_rng
 
 from dataset.common import IGNORE_LABEL_ID
-from sequence_dataset import (
-    Corpora,
-    EvalStream,
-)
+from sequence_dataset import EvalStream
 from tests.stream_tools import (
     halting,
     ids_of,
+    putting,
     run,
+    saved,
     stream_of,
     write_corpus,
     write_trm,
 )
 from utils.core.errors import UserError
+from utils.corpus.corpora import Corpora
 
 
 def test_trm_labels_and_sets(tmp_path):
@@ -47,20 +47,6 @@ def test_as_many_groups_as_rows_are_not_yet_a_row_a_group(tmp_path):
     write_trm(tmp_path / "t", [[2], [0], [1]])
     first, size = Corpora([tmp_path / "t"]).puzzles(np.arange(3), np.zeros(3, np.uint64))
     assert first.tolist() == [0, 2, 2] and size.tolist() == [2, 0, 1]
-
-
-def test_metadata_names_of_older_corpora(tmp_path):
-    write_corpus(tmp_path / "c", 9, names=("x", "y"))
-    path = tmp_path / "c/train/all/dataset.json"
-    text = path.read_text("utf-8")
-    for new, old in (
-        ("num_puzzle_identifiers", "num_sequence_identifiers"),
-        ("mean_puzzle_examples", "mean_examples_per_group"),
-        ("total_puzzles", "total_sequences"),
-    ):
-        text = text.replace(new, old)
-    path.write_text(text, "utf-8")
-    assert Corpora([tmp_path / "c"]).metadata.num_puzzle_identifiers == 3
 
 
 def test_identifiers_and_domains_join_by_name(tmp_path):
@@ -117,14 +103,6 @@ def _truncate(root: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
-def _save(name: str, change):
-    def apply(root: Path) -> None:
-        path = root / f"train/all/{name}.npy"
-        np.save(path, change(np.load(path)))
-
-    return apply
-
-
 def _checksum(root: Path) -> None:
     folder = root / "train/all"
     meta = json.loads((folder / "dataset.json").read_text("utf-8"))
@@ -134,29 +112,21 @@ def _checksum(root: Path) -> None:
     (folder / "labels.npy").write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
 
 
-def _put(value):
-    def change(array: np.ndarray) -> np.ndarray:
-        array[3] = value
-        return array
-
-    return change
-
-
 @pytest.mark.parametrize(
     "damage, message",
     [
         (lambda root: (root / "train/all/labels.npy").unlink(), r"labels\.npy is missing"),
         (_truncate, r"inputs\.npy is truncated"),
         (lambda root: (root / "train/all/inputs.npy").write_bytes(b""), r"inputs\.npy is trunc"),
-        (_save("inputs", lambda a: a.astype(np.float32)), r"inputs\.npy .*float32"),
-        (_save("inputs", lambda a: a[:, :-1]), r"inputs\.npy has shape .*seq_len 12"),
-        (_save("labels", lambda a: a[:-1]), r"labels\.npy has shape"),
-        (_save("inputs", _put(60)), r"inputs\.npy .*token id 60.*60"),
-        (_save("labels", _put(254)), r"labels\.npy .*token id 254"),
-        (_save("puzzle_indices", _put(9)), r"puzzle_indices\.npy goes from 9 to 4"),
-        (_save("group_indices", lambda a: a[:-1]), r"group_indices\.npy ends at 19, but .* 20 puz"),
-        (_save("puzzle_identifiers", _put(2)), r"puzzle_identifiers\.npy .* 2, .* 2 names"),
-        (_save("domain_ids", lambda a: a[:-1]), r"domain_ids\.npy has shape"),
+        (saved("inputs", lambda a: a.astype(np.float32)), r"inputs\.npy .*float32"),
+        (saved("inputs", lambda a: a[:, :-1]), r"inputs\.npy has shape .*seq_len 12"),
+        (saved("labels", lambda a: a[:-1]), r"labels\.npy has shape"),
+        (saved("inputs", putting(60)), r"inputs\.npy .*token id 60.*60"),
+        (saved("labels", putting(254)), r"labels\.npy .*token id 254"),
+        (saved("puzzle_indices", putting(9)), r"puzzle_indices\.npy goes from 9 to 4"),
+        (saved("group_indices", lambda a: a[:-1]), r"group_indices\.npy ends at 19, but .* 20 puz"),
+        (saved("puzzle_identifiers", putting(2)), r"puzzle_identifiers\.npy .* 2, .* 2 names"),
+        (saved("domain_ids", lambda a: a[:-1]), r"domain_ids\.npy has shape"),
         (_checksum, r"labels\.npy.*checksum"),
         (
             lambda root: (root / "identifiers.json").write_text('["<blank>"]', "utf-8"),

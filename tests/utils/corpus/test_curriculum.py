@@ -9,10 +9,10 @@ from seeds import draw_rng
 from training_tools import contents, make_config, metrics_of
 
 from models.recursive_reasoning.athena_trm import AthenaTRM
-from sequence_dataset import Corpora
 from tests.stream_tools import assert_same, halting, real_rows, run, stream_of, write_corpus
 from utils.config.schema import IterationCurriculumConfig
 from utils.core.errors import UserError
+from utils.corpus.corpora import Corpora
 
 RULE = IterationCurriculumConfig(start=0.25, until=0.5)
 

@@ -1,21 +1,16 @@
 """Domain weights without a list of all rows: the order is that of a list, and every share exact."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 from seeds import draw_rng
 
-from sequence_dataset import Corpora
 from tests.stream_tools import (
-    halting,
     random_windows,
-    run,
-    stream_of,
     write_corpus,
     write_trm,
     write_windows,
 )
+from utils.corpus.corpora import Corpora
 from utils.corpus.domain_index import DomainIndex
 from utils.corpus.order import ORDER, ExampleOrder, Position
 from utils.corpus.permutation import QuotaSchedule, hash64, permute
@@ -31,15 +26,10 @@ def test_select_equals_a_listing(groups, domains, monkeypatch):
         of_group[1000:3000] = 3  # blocks without the others
     index = DomainIndex(lambda wanted: of_group[wanted], groups, domains)
     np.testing.assert_array_equal(index.sizes, np.bincount(of_group, minlength=domains))
-    wanted, number, expected = [], [], []
     for domain in range(domains):
         members = np.flatnonzero(of_group == domain)
-        wanted += [domain] * members.size
-        number += range(members.size)
-        expected += members.tolist()
-    order = rng.permutation(groups)
-    found = index.select(np.array(wanted)[order], np.array(number)[order])
-    np.testing.assert_array_equal(found, np.array(expected)[order])
+        order = rng.permutation(members.size)
+        np.testing.assert_array_equal(index.select(domain, order), members[order])
 
 
 def listed_visits(of_group: np.ndarray, seed: int, weights: list[float], places: np.ndarray):
@@ -106,17 +96,6 @@ def test_shares_are_exact_and_no_cycle_repeats_an_order(tmp_path, layout):
     cycles = [tuple(drawn[i : i + 30]) for i in range(round(begin), drawn.size - 30, 30)]
     assert all(sorted(cycle) == list(range(670, 700)) for cycle in cycles)
     assert len(set(cycles)) == len(cycles) > 40
-
-
-@pytest.mark.parametrize("layout", ["npy", "stream"])
-def test_an_epoch_visits_every_row_once(tmp_path, layout):
-    windows = random_windows(draw_rng(), 97)
-    write_windows(tmp_path / "c", windows, layout)
-    corpora, read = Corpora([tmp_path / "c"]), []
-    rows = corpora.rows
-    corpora.rows = lambda index, *to: read.extend(index.tolist()) or rows(index, *to)
-    run([stream_of(corpora, epochs=1)], halting(1, 8))
-    assert Counter(read) == Counter(range(97))
 
 
 def test_recorded_weights_count_groups_by_domain(tmp_path):

@@ -8,15 +8,12 @@ import pytest
 from seeds import draw_rng
 
 from dataset.common import IGNORE_LABEL_ID
-from sequence_dataset import (
-    Corpora,
-    EvalStream,
-    document_starts,
-    relabel,
-)
+from sequence_dataset import EvalStream
 from tests.stream_tools import run, stream_of, write_corpus
 from utils.core.errors import UserError
+from utils.corpus.corpora import Corpora
 from utils.corpus.permutation import hash64
+from utils.corpus.row_reader import document_starts, relabel
 
 
 @pytest.fixture

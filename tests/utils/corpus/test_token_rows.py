@@ -9,7 +9,7 @@ import pytest
 from seeds import draw_rng
 
 from dataset.common import IGNORE_LABEL_ID
-from sequence_dataset import Corpora, TrainStream
+from sequence_dataset import TrainStream
 from tests.stream_tools import (
     EOS,
     PAD,
@@ -18,15 +18,18 @@ from tests.stream_tools import (
     Windows,
     assert_same,
     halting,
+    putting,
     random_windows,
     rows_of,
     run,
+    saved,
     write_corpus,
     write_split,
     write_windows,
 )
 from tests.utils.corpus.test_row_reader import naive_starts
 from utils.core.errors import UserError
+from utils.corpus.corpora import Corpora
 
 LAYOUTS = ("npy", "stream")
 
@@ -91,23 +94,6 @@ def test_layouts_join(tmp_path):
     assert corpora.one_row_a_group and corpora.num_groups == 63
 
 
-def _save(name: str, change):
-    def apply(root: Path) -> None:
-        path = root / f"train/all/{name}.npy"
-        np.save(path, change(np.load(path)))
-
-    return apply
-
-
-def _put(value: int):
-    def change(array: np.ndarray) -> np.ndarray:
-        array = array.astype(np.int64)
-        array[3] = value
-        return array
-
-    return change
-
-
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -117,21 +103,21 @@ def _put(value: int):
             r"row_lengths\.npy is missing",
         ),
         (lambda root: (root / "train/all/tokens.npy").write_bytes(b""), r"tokens\.npy is truncat"),
-        (_save("tokens", lambda a: a.astype(np.float32)), r"tokens\.npy .*float32"),
-        (_save("tokens", lambda a: a[:, None]), r"tokens\.npy has shape .*one dimension"),
-        (_save("tokens", lambda a: a[:-9]), r"row_starts\.npy .* row .*tokens\.npy"),
-        (_save("tokens", lambda a: np.full_like(a, 60)), r"tokens\.npy .*token id 60.*60"),
-        (_save("row_starts", lambda a: a[:, None]), r"row_starts\.npy has shape"),
-        (_save("row_starts", _put(-1)), r"row_starts\.npy .*row 3 .*token -1"),
-        (_save("row_starts", _put(2**63 - 5)), r"row_starts\.npy .*row 3 .*token 922"),
-        (_save("row_lengths", _put(1)), r"row_lengths\.npy .* 1 at row 3, not 2 to 13"),
-        (_save("row_lengths", _put(14)), r"row_lengths\.npy .* 14 at row 3, not 2 to 13"),
-        (_save("row_lengths", lambda a: a[:-1]), r"row_lengths\.npy has shape .* 20 rows"),
-        (_save("label_starts", lambda a: a[:-1]), r"label_starts\.npy has shape .* 20 rows"),
-        (_save("label_starts", _put(13)), r"label_starts\.npy .* 13 at row 3, not 0 to 12"),
-        (_save("label_starts", _put(-1)), r"label_starts\.npy .* -1 at row 3"),
-        (_save("domain_ids", lambda a: a[:-1]), r"domain_ids\.npy has shape"),
-        (_save("puzzle_identifiers", _put(2)), r"puzzle_identifiers\.npy .* 2, .* 2 names"),
+        (saved("tokens", lambda a: a.astype(np.float32)), r"tokens\.npy .*float32"),
+        (saved("tokens", lambda a: a[:, None]), r"tokens\.npy has shape .*one dimension"),
+        (saved("tokens", lambda a: a[:-9]), r"row_starts\.npy .* row .*tokens\.npy"),
+        (saved("tokens", lambda a: np.full_like(a, 60)), r"tokens\.npy .*token id 60.*60"),
+        (saved("row_starts", lambda a: a[:, None]), r"row_starts\.npy has shape"),
+        (saved("row_starts", putting(-1)), r"row_starts\.npy .*row 3 .*token -1"),
+        (saved("row_starts", putting(2**63 - 5)), r"row_starts\.npy .*row 3 .*token 922"),
+        (saved("row_lengths", putting(1)), r"row_lengths\.npy .* 1 at row 3, not 2 to 13"),
+        (saved("row_lengths", putting(14)), r"row_lengths\.npy .* 14 at row 3, not 2 to 13"),
+        (saved("row_lengths", lambda a: a[:-1]), r"row_lengths\.npy has shape .* 20 rows"),
+        (saved("label_starts", lambda a: a[:-1]), r"label_starts\.npy has shape .* 20 rows"),
+        (saved("label_starts", putting(13)), r"label_starts\.npy .* 13 at row 3, not 0 to 12"),
+        (saved("label_starts", putting(-1)), r"label_starts\.npy .* -1 at row 3"),
+        (saved("domain_ids", lambda a: a[:-1]), r"domain_ids\.npy has shape"),
+        (saved("puzzle_identifiers", putting(2)), r"puzzle_identifiers\.npy .* 2, .* 2 names"),
     ],
 )
 def test_damage_to_a_stream_is_named_with_its_file(tmp_path, damage, message):
@@ -192,7 +178,7 @@ def test_other_byte_and_memory_orders_are_read_alike(tmp_path, change):
     for layout, names in (("npy", ("inputs", "labels")), ("stream", ("tokens",))):
         write_windows(tmp_path / layout, windows, layout)
         for name in names:
-            _save(name, change)(tmp_path / layout)
+            saved(name, change)(tmp_path / layout)
         rows = Corpora([tmp_path / layout]).rows(np.arange(30)[::-1])
         np.testing.assert_array_equal(rows["inputs"], expected[0][::-1])
         np.testing.assert_array_equal(rows["labels"], expected[1][::-1])

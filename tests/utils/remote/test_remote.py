@@ -19,7 +19,8 @@ from utils.core.errors import UserError
 from utils.corpus.data import open_data
 from utils.remote import cache as remote
 from utils.remote import storage as remote_storage
-from utils.remote.cache import expand, fetch, is_remote
+from utils.remote.cache import fetch, is_remote
+from utils.remote.storage import Storage
 
 fsspec = pytest.importorskip("fsspec")
 pytest.importorskip("aiohttp")
@@ -366,15 +367,15 @@ def test_expand_over_the_web(site: Site):
     site.files |= {f"/d/{name}": b"" for name in ("b.jsonl", "a.jsonl", "c.txt", "e/f.jsonl")}
     site.links += ["?C=N;O=D"]
     base = site.url + "/d"
-    assert expand(base + "/*.jsonl") == [base + "/a.jsonl", base + "/b.jsonl"]
-    assert expand(base) == [
+    assert Storage(base + "/*.jsonl").urls() == [base + "/a.jsonl", base + "/b.jsonl"]
+    assert Storage(base).urls() == [
         f"{base}/{name}" for name in ("a.jsonl", "b.jsonl", "c.txt", "e/f.jsonl")
     ]
-    assert expand(base + "/c.txt") == [base + "/c.txt"]
+    assert Storage(base + "/c.txt").urls() == [base + "/c.txt"]
     with pytest.raises(UserError, match="matches no file"):
-        expand(base + "/*.parquet")
+        Storage(base + "/*.parquet").urls()
     with pytest.raises(UserError, match="does not exist"):
-        expand(base + "/none.txt")
+        Storage(base + "/none.txt").urls()
 
 
 @pytest.mark.parametrize("scheme", ["memory", "file"])
@@ -385,9 +386,13 @@ def test_what_expand_gives_can_be_fetched(scheme: str, tmp_path: Path):
         system.makedirs(f"{root}/d", exist_ok=True)
         system.pipe(f"{root}/{name}", name.encode())
     url = f"{scheme}://{root.removeprefix('/') if scheme == 'memory' else root}"
-    urls = expand(f"{url}/[ab].txt")
+    urls = Storage(f"{url}/[ab].txt").urls()
     assert urls == [f"{url}/a.txt", f"{url}/b.txt"]
-    assert [fetch(found).read_bytes() for found in expand(url)] == [b"a.txt", b"b.txt", b"d/c.txt"]
+    assert [fetch(found).read_bytes() for found in Storage(url).urls()] == [
+        b"a.txt",
+        b"b.txt",
+        b"d/c.txt",
+    ]
 
 
 # --- training -----------------------------------------------------------------------------------

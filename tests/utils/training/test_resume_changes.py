@@ -12,10 +12,11 @@ from seeds import draw_rng
 from training_tools import IDENTIFIERS, TEXT, contents, finish, make_config, metrics_of, start
 
 import pretrain
-from sequence_dataset import Corpora, TrainStream
+from sequence_dataset import TrainStream
 from tests.stream_tools import ids_of, joined, real_rows, write_corpus, write_trm
 from utils.checkpoint.format import Checkpoint, checkpoints_of
 from utils.core.errors import UserError
+from utils.corpus.corpora import Corpora
 
 SIZES = (8, 12, 6, 6, 2, 16)  # the fourth resumes without a saved carry
 
