@@ -197,11 +197,11 @@ def train_batch(
 
 def rehearse(run: Run, batch: dict[str, Tensor]) -> None:
     """Run what must run once before the first step counts: a backward pass where the backend asks
-    for it, and every set of step options where they are compiled."""
+    for it, and every set of step options where they are compiled, which takes a while."""
     state, backend = run.state, run.backend
     state.rehearsed = True
     sets = list(state.model.model.option_sets())
-    compiled = len(sets) > 1 and backend.compiles(run.config.compile)
+    compiled = backend.compiles(run.config.compile)
     if compiled or backend.needs_rehearsal(state.step_model):
         for options in sets if compiled else sets[:1]:
             state.rehearse(batch, dict(options), backend.backward)

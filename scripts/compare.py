@@ -1,12 +1,13 @@
-r"""Train two recipes for the same time on the same machine, and print which came out ahead.
+r"""Train recipes for the same time on the same machine, and print which came out ahead.
 
     python scripts/compare.py seconds=360
     python scripts/compare.py seconds=60 seed=1 global_batch_size=16
 
 By default it compares the recursive model of experiment=quickstart with the plain decoder of
 experiment=compare_transformer, which has as many core parameters and reads the same corpus. All
-keys of pretrain.py are passed on to both runs, and so are the presets of config_dir. Each call
-trains in a new folder; output_dir= of an interrupted call resumes it.
+keys of pretrain.py are passed on to all runs, and so are the presets of config_dir. max_steps=N
+compares at equal steps, which a shared machine does not disturb. Each call trains in a new folder;
+output_dir= of an interrupted call resumes it.
 """
 
 import shlex
@@ -27,6 +28,7 @@ from models.inference.loading import saved_arch
 from scripts.plot_run import draw
 from utils.checkpoint.format import Checkpoint, checkpoints_of
 from utils.config.key_values import CommandKeys, run_command, split_key_values
+from utils.config.load import compose_config, load_config
 from utils.config.plugins import use_configured_plugins
 from utils.config.saved import read_arch
 from utils.config.schema import PositiveFloat
@@ -94,10 +96,8 @@ def train(experiment: str, folder: Path, arguments: Sequence[str]) -> None:
     print("+ " + shlex.join(["python", "pretrain.py", *arguments]), flush=True)
     status = subprocess.run([sys.executable, str(ROOT / "pretrain.py"), *arguments]).returncode
     if status:
-        raise UserError(
-            f"the run experiment={experiment} ended with status {status}; "
-            f"output_dir={folder.parent} resumes the comparison"
-        )
+        resumes = f"; output_dir={folder.parent} resumes the comparison" if folder.exists() else ""
+        raise UserError(f"the run experiment={experiment} ended with status {status}{resumes}")
 
 
 def measure(folder: Path) -> Result:
@@ -189,6 +189,28 @@ def verdict(results: Sequence[Result]) -> str:
     )
 
 
+def notes(results: Sequence[Result], max_steps: int | None) -> list[str]:
+    """Return what makes a comparison unfair: a shared machine, and runs that time ended early."""
+    found = []
+    slow, fast = (pick(results, key=lambda r: r.flops / r.seconds) for pick in (min, max))
+    ratio = (fast.flops / fast.seconds) / (slow.flops / slow.seconds)
+    alike = max(r.train_flops for r in results) < 1.1 * min(r.train_flops for r in results)
+    if alike and ratio > 1.1:
+        found.append(
+            f"note: a token costs about the same FLOPs in all runs, but {fast.metrics.name} "
+            f"computed {ratio:.1f} times as many per second as {slow.metrics.name}; if something "
+            f"else ran on this machine, compare at equal steps: max_steps={slow.steps}"
+        )
+    if max_steps is not None:
+        found += [
+            f"note: {r.metrics.name} took {r.steps} of max_steps={max_steps} steps: its time was "
+            "over; raise seconds"
+            for r in results
+            if r.steps < max_steps
+        ]
+    return found
+
+
 def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     """Return the own keys, and the overrides that every run gets."""
     return split_key_values(Options, arguments)
@@ -196,17 +218,24 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
 
 def run(arguments: Sequence[str]) -> None:
     args, overrides = parse(arguments)
+    if stray := next((word for word in overrides if "=" not in word), None):
+        raise UserError(f"cannot read '{stray}': arguments are key=value, and lists have commas")
     experiments = args.experiments.split(",")
     if len(experiments) < 2 or len(set(experiments)) < len(experiments):
         raise UserError(f"experiments={args.experiments}: name at least two, each once")
     given = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("plugins=")]
     use_configured_plugins({"plugins": given[-1] if given else []})
     folder = args.output_dir or Path("checkpoints/compare") / time.strftime("%Y-%m-%d_%H-%M-%S")
-    for experiment in experiments:
-        own = folder / experiment
-        train(experiment, own, training_arguments(args, overrides, experiment, own))
+    arguments_of = {
+        experiment: training_arguments(args, overrides, experiment, folder / experiment)
+        for experiment in experiments
+    }
+    configs = [load_config(compose_config(words)) for words in arguments_of.values()]
+    for experiment, words in arguments_of.items():
+        train(experiment, folder / experiment, words)
     results = [measure(folder / experiment) for experiment in experiments]
-    report = f"{table(results)}\n\n{verdict(results)}\n"
+    remarks = [verdict(results), *notes(results, configs[0].max_steps)]
+    report = "\n".join([table(results), "", *remarks, ""])
     print(f"\n{report}")
     place = f"output_dir={folder}"
     draw([result.metrics for result in results], folder / "compare.png", place)

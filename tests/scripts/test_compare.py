@@ -1,5 +1,6 @@
 """The comparison names whoever is ahead, and counts what each run spent."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,35 @@ def test_the_verdict_does_not_depend_on_the_order(results, order):
     assert compare.verdict([results[i] for i in order]).startswith(f"Ahead: {best.metrics.name},")
 
 
+@pytest.mark.parametrize(
+    ("mistake", "named"),
+    [
+        ("no_such_key=1", "no_such_key"),
+        ("experiments=quickstart,compare_transfomer", "compare_transfomer"),
+        ("experiments=quickstart compare_transformer", "compare_transformer"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_trained(mistake, named, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        compare.main([f"output_dir={tmp_path / 'out'}", "seconds=1", *mistake.split()])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and named in error and "output_dir" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_unfair_comparisons_are_noted(results):
+    """One run on a busy machine, and one whose time was over before the last step."""
+    _, plain = results
+    assert not compare.notes([plain, plain], None)
+    slower = replace(plain, seconds=1.6 * plain.seconds, steps=3)
+    busy, early = compare.notes([plain, slower], max_steps=4)
+    assert "1.6 times" in busy and "max_steps=3" in busy
+    assert "3 of max_steps=4" in early
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_is_named(tmp_path, capsys):
-    arguments = [f"output_dir={tmp_path / 'out'}", "seconds=1", "no_such_key=1"]
+    arguments = [f"output_dir={tmp_path / 'out'}", "seconds=1", "data_paths=[nowhere]"]
     with pytest.raises(SystemExit) as end:
         compare.main(arguments)
     assert end.value.code == 2
