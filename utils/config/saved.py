@@ -13,7 +13,7 @@ import pydantic
 import yaml
 from pydantic.fields import FieldInfo
 
-from utils.config.plugins import gather_terms, load_plugin, options_model
+from utils.config.plugins import gather_terms, load_plugin, options_model, present_name
 from utils.config.schema import (
     PLACEHOLDERS,
     ArchConfig,
@@ -112,6 +112,7 @@ def changed_keys(
     old, gone = read_config(saved)
     rules = _resume_rules(config)
     old, gone_of_plugins = _complete_plugins(old)
+    allow = set(map(present_name, config.resume_allow))
     before, now = _flatten(old), _flatten(_complete_plugins(dump_config(config))[0])
     changed: dict[str, tuple[Any, Any]] = {}
     for key in sorted(before.keys() | now.keys()):
@@ -120,7 +121,7 @@ def changed_keys(
         if names & changed.keys():
             continue  # options of a plug-in that was replaced
         given = {rules.get(name) for name in names}
-        allowed = "any" in given or (names & set(config.resume_allow) and "fixed" not in given)
+        allowed = "any" in given or (names & allow and "fixed" not in given)
         if before.get(key) != now.get(key) and not allowed:
             changed[key] = before.get(key), now.get(key)
     return changed, gone + gone_of_plugins
