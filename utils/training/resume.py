@@ -195,7 +195,7 @@ def restore(
         state.evaluated_step = state.step
     state.apply_stopping_rule(config.early_stopping)
     if backend.is_main and not config.eval_only:
-        checkpoint.link_best(folder, state.best_step)
+        checkpoint.link_best(folder, state.best.step)
     if rows is None:
         reason = "held rows were not saved"
         if size != before:

@@ -1,9 +1,9 @@
 """Save a run: what goes into a checkpoint, and when one is written."""
 
 import json
-import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class Saver:
         """Start a checkpoint of the current state, unless it is saved or in progress."""
         if self.saved_at == self.state.step:
             return
-        best = () if self.state.best_step is None else (self.state.best_step,)
+        best = () if self.state.best.step is None else (self.state.best.step,)
         if not self.writer.begin(self.state.step, self._contents(), best):
             return self._plan_retry()
         self.saved_at, self.retry_at = self.state.step, None
@@ -107,20 +107,16 @@ class Saver:
         state = self.state
         name, mode = self._rule(results)
         figure = self._figure(results, name, mode)
-        if state.best_rule not in (None, f"{mode} {name}"):  # figures of another kind
-            state.best_step = state.best_figure = None
-        state.best_rule = f"{mode} {name}"
-        best = state.best_figure
-        if figure is None or math.isnan(figure) or (best is not None and figure <= best):
+        state.best.follow(f"{mode} {name}")
+        former = replace(state.best)
+        if figure is None or not state.best.add(figure, state.step):
             return
-        former = state.best_step, state.best_figure
-        state.best_step, state.best_figure = state.step, figure
         self.save()
         if not self.writer.wait() or self.saved_at != state.step:
-            state.best_step, state.best_figure = former
+            state.best = former
             return self._plan_retry()
         if self.backend.is_main:
-            checkpoint.link_best(self.folder, state.best_step)
+            checkpoint.link_best(self.folder, state.best.step)
 
     def note_evaluation(self, results: dict[str, Any]) -> None:
         """Record that this step was evaluated, so that a resumed run does not repeat it.

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,6 +35,33 @@ from utils.config.schema import EarlyStoppingConfig, PretrainConfig
 from utils.core.errors import UserError
 from utils.training.ema import EMA
 from utils.training.optimizers import create_optimizers
+
+
+@dataclass
+class Best:
+    """The best figure so far by one rule, such as `min text/bits_per_byte`.
+
+    figure: larger is better. step: of that evaluation. misses: evaluations since.
+    """
+
+    rule: str | None = None
+    figure: float | None = None
+    step: int | None = None
+    misses: int = 0
+
+    def follow(self, rule: str) -> None:
+        """Forget figures by another rule."""
+        if self.rule not in (None, rule):
+            self.figure, self.step, self.misses = None, None, 0
+        self.rule = rule
+
+    def add(self, figure: float, step: int, margin: float = 0.0) -> bool:
+        """Count an evaluation; return whether it is the best so far, by more than `margin`."""
+        if math.isnan(figure) or (self.figure is not None and figure <= self.figure + margin):
+            self.misses += 1
+            return False
+        self.figure, self.step, self.misses = figure, step, 0
+        return True
 
 
 @dataclass
@@ -69,34 +96,22 @@ class TrainState:
     rehearsed: bool = False
     failed_evaluations: int = 0
     """Evaluations of this process in which an evaluator failed."""
-    best: float | None = None
-    """Best figure by early stopping's rule, larger is better."""
-    bad_evaluations: int = 0
-    best_step: int | None = None
-    """Step of the best evaluation by `best_metric`."""
-    best_figure: float | None = None
-    """Its figure, larger is better."""
-    best_rule: str | None = None
-    """Mode and metric of `best_figure`."""
-    stopping_rule: str | None = None
-    """Mode and metric of `best`."""
+    best: Best = field(default_factory=Best)
+    """By `best_metric`, of the checkpoint to keep."""
+    stopping: Best = field(default_factory=Best)
+    """By the rule of early stopping."""
     parameters: list[nn.Parameter] = field(default_factory=list)
 
     COUNTERS = (
-        "step",
-        "progress",
-        "seconds",
-        "nonfinite",
-        "nonfinite_in_a_row",
-        "evaluated_epoch",
+        "step", "progress", "seconds", "nonfinite", "nonfinite_in_a_row", "evaluated_epoch",
         "stopped",
-        "best",
-        "bad_evaluations",
-        "best_step",
-        "best_figure",
-        "best_rule",
-        "stopping_rule",
-    )
+    )  # fmt: skip
+    BEST: ClassVar = {
+        "best_step": ("best", "step"), "best_figure": ("best", "figure"),
+        "best_rule": ("best", "rule"), "best": ("stopping", "figure"),
+        "bad_evaluations": ("stopping", "misses"), "stopping_rule": ("stopping", "rule"),
+    }  # fmt: skip
+    """The name in a checkpoint of what `best` and `stopping` hold."""
 
     @property
     def device(self) -> torch.device:
@@ -138,9 +153,11 @@ class TrainState:
 
     def apply_stopping_rule(self, rule: EarlyStoppingConfig | None) -> None:
         """Apply the rule of the present config after a resume: it may have changed."""
-        if rule is None or self.stopping_rule not in (None, f"{rule.mode} {rule.metric}"):
-            self.best, self.bad_evaluations = None, 0
-        self.stopped = rule is not None and self.bad_evaluations >= rule.patience
+        if rule is None:
+            self.stopping, self.stopped = Best(), False
+        else:
+            self.stopping.follow(f"{rule.mode} {rule.metric}")
+            self.stopped = self.stopping.misses >= rule.patience
 
     def update_stopping(self, rule: EarlyStoppingConfig | None, results: dict[str, Any]) -> bool:
         """Count an evaluation for early stopping; return whether it ends the run."""
@@ -153,13 +170,10 @@ class TrainState:
                 f"early_stopping.metric={rule.metric} was not evaluated; these were: "
                 + ", ".join(sorted(name.removeprefix("eval/") for name in results))
             )
-        self.stopping_rule = f"{rule.mode} {rule.metric}"
+        self.stopping.follow(f"{rule.mode} {rule.metric}")
         value = results[f"eval/{rule.metric}"] * (1 if rule.mode == "max" else -1)
-        if not math.isnan(value) and (self.best is None or value > self.best + rule.min_delta):
-            self.best, self.bad_evaluations = value, 0
-        else:
-            self.bad_evaluations += 1
-        self.stopped = self.bad_evaluations >= rule.patience
+        self.stopping.add(value, self.step, rule.min_delta)
+        self.stopped = self.stopping.misses >= rule.patience
         return self.stopped
 
     def next_eval(self, config: PretrainConfig) -> float:
@@ -173,12 +187,16 @@ class TrainState:
 
     def counters(self) -> dict[str, Any]:
         """Return the numbers that a checkpoint stores."""
-        return {name: getattr(self, name) for name in self.COUNTERS}
+        found = {name: getattr(self, name) for name in self.COUNTERS}
+        return found | {k: getattr(getattr(self, one), of) for k, (one, of) in self.BEST.items()}
 
     def load_counters(self, counters: dict[str, Any]) -> None:
         """Load what `counters` returned; those that are missing keep their values."""
         for name in self.COUNTERS:
             setattr(self, name, counters.get(name, getattr(self, name)))
+        for name, (one, of) in self.BEST.items():
+            best = getattr(self, one)
+            setattr(best, of, counters.get(name, getattr(best, of)))
 
     @contextmanager
     def use_averages(self) -> Iterator[None]:
