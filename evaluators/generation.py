@@ -13,7 +13,7 @@ from pydantic import Field
 
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata
 from evaluators.examples import pick_evenly, read_json_lines
-from evaluators.interface import Batch
+from evaluators.interface import Batch, Examiner
 from models.inference.generation import Written
 from models.inference.language_model import LanguageModel
 from models.inference.sampling import Sampling
@@ -32,7 +32,7 @@ class Example(NamedTuple):
     reference: str
 
 
-class GenerationEvaluator:
+class GenerationEvaluator(Examiner):
     """Continue prompts and compare the texts with references, over all ranks, below <prefix>/:
 
     bleu, chrf              of the whole corpus of texts, by sacrebleu, 0 to 100
@@ -66,10 +66,9 @@ class GenerationEvaluator:
         identifier: str | None = Field(None, description="identifier embedding, by name")
         prefix: str = "generation"
 
-    required_outputs: frozenset[str] = frozenset()
-
     def __init__(self, data_path: str, eval_metadata: DatasetMetadata, **options: Any):
         self.config = config = self.Config(**options)
+        self.prefix = config.prefix
         self.reads_rows = config.path is None
         self.eos_id = eval_metadata.eos_id
         self.pattern = None
@@ -97,8 +96,8 @@ class GenerationEvaluator:
         self.begin_eval()
 
     def begin_eval(self) -> None:
+        super().begin_eval()
         self.rows: list[tuple[list[int], list[int]]] = []
-        self.figures: dict[str, float] = {}
         self.samples: list[dict[str, str]] = []
 
     def update_batch(self, batch: Batch, preds: Batch) -> None:
@@ -176,10 +175,8 @@ class GenerationEvaluator:
     def result(
         self, save_path: str | None, rank: int, world_size: int, group: Any = None
     ) -> dict[str, float] | None:
-        """Return the figures on rank 0, None elsewhere."""
-        if rank != 0:
-            return None
-        if save_path is not None and self.samples:
+        """Write the texts; return the figures on rank 0, None elsewhere."""
+        if rank == 0 and save_path is not None and self.samples:
             path = Path(save_path) / "samples.jsonl"
             try:
                 before = path.read_bytes() if path.is_file() else b""  # of another evaluator
@@ -188,7 +185,7 @@ class GenerationEvaluator:
                     part.write_bytes(before + b"".join(lines))
             except OSError as error:
                 notify(f"warning: {path}: {error.strerror or error}")
-        return {f"{self.config.prefix}/{name}": value for name, value in self.figures.items()}
+        return super().result(save_path, rank, world_size, group)
 
 
 def load_metrics() -> tuple[Any, Any]:

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from evaluators.guard import FAILURES
-from evaluators.loop import create_model_factory, evaluate
+from evaluators.guard import FAILURES, Group
+from evaluators.loop import evaluate
+from models.inference.language_model import LanguageModel
 from sequence_dataset import EvalStream
 from utils.backend.memory import explain_out_of_memory
 from utils.core.console import Progress
@@ -28,6 +29,24 @@ def run_evaluation(run: Run) -> dict[str, Any]:
         run.report("the corpora have no test split, or an empty one: evaluation is skipped")
         return {}
     rows, depth = choose_rows(run), state.model.model.eval_depth(state.progress)
+
+    def ask(group: Group) -> LanguageModel:
+        def between() -> None:
+            group.pause()
+            run.watchdog.sign()
+
+        return LanguageModel(
+            state.model,
+            run.data.train.metadata,
+            run.data.train.identifiers,
+            run.tokenizer,
+            backend,
+            rows=(config.eval_batch_size or rows) // backend.world_size,
+            gather=group.gather_objects,
+            between=between,
+            depth=depth,
+        )
+
     stream = create_stream(run, rows)
     bar = Progress(len(stream), "evaluate, batch", "batch", shown=backend.is_main)
     advice = f"in an evaluation of {rows} rows at once; lower eval_batch_size (now {rows})"
@@ -39,18 +58,10 @@ def run_evaluation(run: Run) -> dict[str, Any]:
             backend,
             received=run.received,
             save_outputs=config.eval_save_outputs,
+            save_path=run.folder / f"evaluation_step_{state.step}",
+            ask=ask,
             depth=depth,
             depths=config.eval_depths,
-            save_path=run.folder / f"evaluation_step_{state.step}",
-            ask=create_model_factory(
-                state.model,
-                run.data.train,
-                run.tokenizer,
-                backend,
-                (config.eval_batch_size or rows) // backend.world_size,
-                run.watchdog.sign,
-                depth,
-            ),
         )
     state.failed_evaluations += FAILURES in results
     results = {f"eval/{name}": value for name, value in results.items()}
