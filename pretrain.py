@@ -101,6 +101,7 @@ def evaluate_only(run: Run) -> int:
 def run_training(run: Run) -> int:
     """Train, save and evaluate until a limit or a signal ends the run; return the exit status."""
     state, first_step = run.state, run.state.step
+    state.progress = run.schedule.progress(state)  # limits may have changed since it was saved
     with run.log.progress(state), run.watchdog:
         try:
             with run.profiler:
@@ -132,8 +133,7 @@ def take_steps(run: Run) -> None:
     state = run.state
     evaluate_if_due(run)
     while not run.schedule.over(state):
-        progress = run.schedule.progress(state)
-        batches = run.stream.next(state.step + 1, state.halted, progress)
+        batches = run.stream.next(state.step + 1, state.halted, state.progress)
         if batches is None:
             break
         options = draw_step_options(run)
@@ -239,7 +239,7 @@ def share_flags(run: Run, finite: Tensor) -> Flags:
     state = run.state
     own = torch.cat([carry.halted for carry in state.carries]).long()
     signal_number = run.received[0] if run.received else 0
-    host = [round(run.clock.seconds * 1000), signal_number, int(run.saver.failed)]
+    host = [round(run.clock.seconds * 1000), signal_number, int(run.saver.writer.failed)]
     moved = run.backend.to_device({"host": np.array(host)})["host"]
     flags = torch.cat((own, finite.long().view(1), moved))
     table = run.backend.to_host(run.backend.all_gather(flags.unsqueeze(0)))

@@ -10,7 +10,6 @@ import torch
 from dataset.tokens.tokenization import TextTokenizer
 from evaluators.interface import Evaluator
 from evaluators.loop import create_evaluators
-from models.base import OptionsKey
 from models.build import create_model, load_into
 from models.inference.loading import base_loader, fitting_weights, open_tokenizer
 from models.losses import ACTLossHead, create_terms
@@ -31,7 +30,7 @@ from utils.monitoring.profiling import StepProfiler
 from utils.monitoring.watchdog import Watchdog
 from utils.training.log import TrainingLog
 from utils.training.lr_finder import Sweep
-from utils.training.plan import MemoryPlan, count_present_bytes, count_train_flops
+from utils.training.plan import MemoryPlan, count_present_bytes
 from utils.training.resume import prepare_resume, restore
 from utils.training.save import Saver
 from utils.training.schedule import Schedule
@@ -80,7 +79,7 @@ class Run:
 
     def close(self) -> None:
         """Wait for the checkpoint in progress, then close threads and loggers."""
-        self.saver.close()
+        self.saver.writer.close()
         self.stream.close()
         self.loggers.close()
 
@@ -118,7 +117,8 @@ def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path
     names = config.logger if backend.is_main else []
     start = None if config.eval_only else state.step
     loggers = Loggers(names, folder, dump_config(config), start)
-    log = create_log(config, model, data, backend, schedule, loggers)
+    dtype = model.model.config.dtype
+    log = TrainingLog(config, data.train.metadata, dtype, backend, stream, loggers)
     saver = Saver(config, state, stream, backend, folder, data.train, data.tokenizer)
     clock = Clock(state.seconds)
     file, metadata = data.tokenizer, data.train.metadata
@@ -169,20 +169,6 @@ def build_model(
     choose_kernels(config, model, backend)
     if not config.load_checkpoint or resumed is not None:
         return model, {}
-    source, counters = load_pretrained(config, model, data)
-    if backend.is_main:
-        print(f"starting from the {source}")
-    return model, counters
-
-
-def load_pretrained(
-    config: PretrainConfig, model: ACTLossHead, data: Data
-) -> tuple[str, dict[str, Any]]:
-    """Load the weights that `load_checkpoint` names into a new run's model.
-
-    Returns a description of them, and the counters of their run, {} if not known.
-    """
-    assert config.load_checkpoint is not None
     weights, opened = fitting_weights(
         "load_checkpoint",
         config.load_checkpoint,
@@ -191,11 +177,13 @@ def load_pretrained(
         data.tokenizer,
     )
     load_into(model.model, weights)
-    if opened is None:
-        return f"weights of {config.load_checkpoint}", {}
-    averaged = config.load_weights == "ema" and "ema.pt" in opened
-    source = f"{'averaged' if averaged else 'raw'} weights of {opened.folder}"
-    return source, opened.state["counters"]
+    source = f"weights of {config.load_checkpoint}"
+    if opened is not None:
+        averaged = config.load_weights == "ema" and "ema.pt" in opened
+        source = f"{'averaged' if averaged else 'raw'} weights of {opened.folder}"
+    if backend.is_main:
+        print(f"starting from the {source}")
+    return model, {} if opened is None else opened.state["counters"]
 
 
 def create_stream(
@@ -224,31 +212,6 @@ def create_stream(
         rank=backend.rank,
         world_size=backend.world_size,
         micro_batches=micro_batches,
-    )
-
-
-def create_log(
-    config: PretrainConfig,
-    model: ACTLossHead,
-    data: Data,
-    backend: Backend,
-    schedule: Schedule,
-    loggers: Loggers,
-) -> TrainingLog:
-    """Create the log of training metrics, which knows what a token costs."""
-    peak = backend.peak_flops(model.model.config.dtype)
-    flops: dict[OptionsKey, float] = {}
-    if backend.is_main and not config.eval_only:
-        with backend.one_rank_at_a_time():
-            flops = count_train_flops(config.arch, data.train.metadata)
-    return TrainingLog(
-        loggers,
-        backend,
-        schedule,
-        row_tokens=data.train.metadata.seq_len,
-        rows=config.global_batch_size,
-        flops=flops,
-        peak_flops=None if peak is None else peak * backend.world_size,
     )
 
 

@@ -12,7 +12,7 @@ from models.source_code import source_files
 from sequence_dataset import TrainStream, drop_halted
 from utils.backend import Backend
 from utils.checkpoint import format as checkpoint
-from utils.checkpoint.writer import CheckpointWriter, Contents
+from utils.checkpoint.writer import CheckpointWriter
 from utils.config.saved import config_yaml
 from utils.config.schema import PretrainConfig
 from utils.core.console import notify
@@ -58,13 +58,11 @@ class Saver:
         self.saved_at = state.step if exists else -1  # a resumed checkpoint is saved already
         self.retry_at: float | None = None
 
-    @property
-    def failed(self) -> bool:
-        """Whether this rank failed to write; `check` receives whether any rank did."""
-        return self.writer.failed
-
     def check(self, failed: bool) -> None:
-        """Drop the checkpoint in progress if a rank failed to write it, and schedule a retry."""
+        """Drop the checkpoint in progress if a rank failed to write it, and schedule a retry.
+
+        failed: whether any rank did.
+        """
         if failed and not self.writer.wait():
             self._plan_retry()
 
@@ -79,7 +77,7 @@ class Saver:
         if self.saved_at == self.state.step:
             return
         best = () if self.state.best.step is None else (self.state.best.step,)
-        if not self.writer.begin(self.state.step, self._contents(), best):
+        if not self.writer.begin(self.state.step, self._copy_files(), best):
             return self._plan_retry()
         self.saved_at, self.retry_at = self.state.step, None
 
@@ -153,31 +151,31 @@ class Saver:
             return None
         return value if mode == "max" else -value
 
-    def close(self) -> None:
-        """Wait for the checkpoint in progress, and stop the writer's thread."""
-        self.writer.close()
-
     def _plan_retry(self) -> None:
         self.saved_at, self.retry_at = -1, self.state.seconds + self.RETRY_SECONDS
 
-    def _contents(self) -> Contents:
-        """Copy everything the checkpoint needs to the host, so that training can continue."""
-        config, state = self.config, self.state
-        shard = None
-        if config.checkpoint_carry and state.carries:
-            share = len(state.halted) // self.backend.world_size
-            slots = [self.backend.rank * share, (self.backend.rank + 1) * share]
-            shard = {"slots": slots, "carry": state.carry_rows()}
+    def _copy_files(self) -> dict[str, Any]:
+        """Copy what this rank writes of the checkpoint to the host, so that training can continue.
+
+        Ranks other than 0 write their held rows alone.
+        """
+        state, rank = self.state, self.backend.rank
+        files: dict[str, Any] = {}
         position = self.stream.state_dict()
-        if shard is None:  # held rows will restart
+        if self.config.checkpoint_carry and state.carries:
+            share = len(state.halted) // self.backend.world_size
+            slots = [rank * share, (rank + 1) * share]
+            files[f"carry_{rank}.pt"] = {"slots": slots, "carry": state.carry_rows()}
+        else:  # held rows will restart
             position = drop_halted(position, state.halted.tolist())
         tensors = state.tensors(keep=self.backend.is_main)
         if not self.backend.is_main:
-            return Contents({}, {}, shard)
+            return files
         saved = {
             "format": checkpoint.FORMAT,
             "counters": state.counters(),
             "stream": position,
             "micro_rows": len(state.carries[0].halted) if state.carries else None,
         }
-        return Contents(tensors, self.files | {"state.json": json.dumps(saved).encode()}, shard)
+        files |= {f"{stem}.pt": value for stem, value in tensors.items()}
+        return files | self.files | {"state.json": json.dumps(saved).encode()}
