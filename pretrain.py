@@ -107,20 +107,20 @@ def run_training(run: Run) -> int:
             with run.profiler:
                 take_steps(run)
             if run.config.lr_find:
-                if run.backend.is_main:
-                    run.report(lr_finder.conclude(run.folder, run.config.lr_find))
+                if run.backend.is_main:  # which has the log
+                    run.backend.report(lr_finder.conclude(run.folder, run.config.lr_find))
                 return 0
             with run.clock.paused():
                 patience = min(600, (run.config.step_timeout or math.inf) / 2)
                 if not run.saver.finish(patience, run.received):
-                    run.report(f"error: step {state.step}, the last, could not be saved")
+                    run.backend.report(f"error: step {state.step}, the last, could not be saved")
                     return FAILED_IN_PART
                 if state.evaluated_step != state.step:
                     evaluate_and_save(run)
         except Interrupted as interrupted:
             return save_on_signal(run, interrupted.signal)
     last = checkpoint.step_folder(run.folder, state.step)
-    run.report(messages.describe_end(run.config, last, state, first_step))
+    run.backend.report(messages.describe_end(run.config, last, state, first_step))
     return FAILED_IN_PART if state.failed_evaluations else 0
 
 
@@ -154,7 +154,7 @@ def take_steps(run: Run) -> None:
         evaluate_if_due(run)
     run.log.write(state)
     if state.step < (warmup := run.config.lr_warmup_steps):
-        run.report(f"note: the run ended at step {state.step} of {warmup} in its "
+        run.backend.report(f"note: the run ended at step {state.step} of {warmup} in its "
                    "warm-up, below lr; lower lr_warmup_steps or train for longer")  # fmt: skip
 
 
@@ -190,8 +190,7 @@ def train_batch(
         state.update(run.schedule.learning_rate_factor(state))
     else:
         skip_update(run)
-    for optimizer in state.optimizers:
-        optimizer.zero_grad()
+    state.drop_gradients()
     return totals, flags
 
 
@@ -204,7 +203,11 @@ def rehearse(run: Run, batch: dict[str, Tensor]) -> None:
     compiled = len(sets) > 1 and backend.compiles(run.config.compile)
     if compiled or backend.needs_rehearsal(state.step_model):
         for options in sets if compiled else sets[:1]:
-            state.rehearse(batch, dict(options), backend.backward)
+            _, loss, *_ = state.step_model(
+                return_keys=(), carry=state.carries[0], batch=batch, **dict(options)
+            )
+            backend.backward(loss)
+            state.drop_gradients()
 
 
 def accumulate_gradients(
@@ -258,7 +261,7 @@ def skip_update(run: Run) -> None:
     state.nonfinite_in_a_row += 1
     own = state.free_broken_rows()
     state.halted = run.backend.to_host(run.backend.all_gather(own.int())).astype(bool)
-    run.report(f"step {state.step}: loss or gradient is not finite, update skipped")
+    run.backend.report(f"step {state.step}: loss or gradient is not finite, update skipped")
     if state.nonfinite_in_a_row >= run.config.max_nonfinite:
         run.saver.writer.wait()  # one may be in progress
         saved = checkpoint.checkpoints_of(run.folder)
@@ -269,13 +272,13 @@ def save_on_signal(run: Run, number: int) -> int:
     """Save the present state when signal `number` ends the run; return the exit status."""
     name, step = signal.Signals(number).name, run.state.step
     if run.config.lr_find:
-        run.report(f"stopped by {name}; a sweep keeps no weights, begin it again")
+        run.backend.report(f"stopped by {name}; a sweep keeps no weights, begin it again")
         return 128 + number
     again = f"resume it with the same command and run_name={run.config.run_name}"
     if not run.saver.finish(patience=5):
-        run.report(f"stopped by {name}, but step {step} could not be saved; {again}")
+        run.backend.report(f"stopped by {name}, but step {step} could not be saved; {again}")
         return FAILED_IN_PART
-    run.report(f"stopped by {name} after saving step {step}; {again}")
+    run.backend.report(f"stopped by {name} after saving step {step}; {again}")
     return 128 + number
 
 
@@ -297,7 +300,7 @@ def evaluate_and_save(run: Run) -> None:
     results = run_evaluation(run)
     state.evaluated_epoch, state.evaluated_step = run.stream.epoch, state.step
     if state.update_stopping(run.config.early_stopping, results):
-        run.report("stopped early: the evaluations no longer improve")
+        run.backend.report("stopped early: the evaluations no longer improve")
     run.saver.keep_best(results)
     run.saver.note_evaluation(results)
 

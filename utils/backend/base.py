@@ -29,6 +29,7 @@ from utils.backend.board import Board, connect_store
 from utils.backend.memory import free_host_memory, peak_host_memory
 from utils.backend.process import Received, catch_stop_signals, end_with_launcher
 from utils.backend.state import accumulate, is_sharded, shard
+from utils.core.console import notify
 from utils.core.errors import UserError
 
 T = TypeVar("T")
@@ -65,6 +66,11 @@ class Backend:
     def is_main(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
+
+    def report(self, message: str) -> None:
+        """Print `message` on rank 0."""
+        if self.is_main:
+            notify(message)
 
     def describe(self) -> str:
         """Return the name of the device for messages."""

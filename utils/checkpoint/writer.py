@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_iter
 
 from utils.backend import Backend
 from utils.checkpoint.format import MANIFEST, checkpoints_of, prune, sha256, step_folder
@@ -187,17 +188,10 @@ def _make_folder(folder: Path, files: Mapping[str, Any]) -> None:
     """Create an empty directory; raise OSError if the disk has no room for the files."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    needed, free = _bytes_of(files), shutil.disk_usage(folder).free
+    needed = sum(leaf.nbytes for leaf in tree_iter(files) if isinstance(leaf, torch.Tensor))
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(f"it takes {_size(needed)}, but only {_size(free)} are free")
-
-
-def _bytes_of(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, Mapping):
-        return sum(map(_bytes_of, value.values()))
-    return sum(map(_bytes_of, value)) if isinstance(value, list | tuple) else 0
 
 
 def _size(count: float) -> str:

@@ -72,11 +72,6 @@ class Run:
         """Rows of a micro-batch of this replica."""
         return self.config.rows_per_rank(self.backend.world_size) // self.micro_batches
 
-    def report(self, message: str) -> None:
-        """Print `message` on rank 0."""
-        if self.backend.is_main:
-            notify(message)
-
     def close(self) -> None:
         """Wait for the checkpoint in progress, then close threads and loggers."""
         self.saver.writer.close()
@@ -104,9 +99,8 @@ def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path
         micro_rows = try_rows(plan, state, backend, micro_rows)
     micro_batches = rows // micro_rows
     stream = create_stream(config, model, data, backend, micro_batches)
-    if backend.is_main and data.test is not None:
-        for note in model.model.notes():
-            print(f"note: {note}")
+    for note in model.model.notes() if data.test is not None else ():
+        backend.report(f"note: {note}")
     if resumed is not None:
         restore(config, state, stream, backend, resumed, folder, micro_batches)
     elif config.eval_only:
@@ -181,8 +175,7 @@ def build_model(
     if opened is not None:
         averaged = config.load_weights == "ema" and "ema.pt" in opened
         source = f"{'averaged' if averaged else 'raw'} weights of {opened.folder}"
-    if backend.is_main:
-        print(f"starting from the {source}")
+    backend.report(f"starting from the {source}")
     return model, {} if opened is None else opened.state["counters"]
 
 
@@ -266,11 +259,10 @@ def choose_micro_batch_rows(
         try:
             own = plan.fitting_rows(free)
         except Untraceable as error:
-            if backend.is_main:
-                notify(
-                    f"note: micro_batch_size=auto takes all {rows} rows of a rank at once, because "
-                    f"{error}; give micro_batch_size=<rows> if memory runs out"
-                )
+            backend.report(
+                f"note: micro_batch_size=auto takes all {rows} rows of a rank at once, because "
+                f"{error}; give micro_batch_size=<rows> if memory runs out"
+            )
             return rows, None
     return min(backend.gather_objects(own)), plan  # each divides the rows of a rank
 
@@ -327,8 +319,7 @@ def _fits(plan: MemoryPlan, state: TrainState, backend: Backend, rows: int) -> b
             raise
         return False
     finally:
-        for optimizer in state.optimizers:
-            optimizer.zero_grad()
+        state.drop_gradients()
         backend.release_memory()
     return True
 

@@ -26,7 +26,7 @@ def run_evaluation(run: Run) -> dict[str, Any]:
                 f"there is nothing to evaluate: {', '.join(run.data.test_paths)} has no test "
                 "split, or an empty one; name another corpus with data_paths_test"
             )
-        run.report("the corpora have no test split, or an empty one: evaluation is skipped")
+        run.backend.report("the corpora have no test split, or an empty one: evaluation is skipped")
         return {}
     rows, depth = choose_rows(run), state.model.model.eval_depth(state.progress)
 
@@ -66,7 +66,7 @@ def run_evaluation(run: Run) -> dict[str, Any]:
     state.failed_evaluations += FAILURES in results
     results = {f"eval/{name}": value for name, value in results.items()}
     run.loggers.log(results, state.step)
-    run.report(format_evaluation(results, state.step))
+    run.backend.report(format_evaluation(results, state.step))
     return results
 
 

@@ -95,9 +95,10 @@ class Saver:
             waited = time.monotonic() - begun
             if self.backend.broadcast_object(waited >= patience or bool(received)):
                 return False
-            if self.backend.is_main:
-                left = patience - waited
-                notify(f"retrying every {pause:.0f} s for {left:.0f} s: free up disk space")
+            left = patience - waited
+            self.backend.report(
+                f"retrying every {pause:.0f} s for {left:.0f} s: free up disk space"
+            )
             time.sleep(pause)
 
     def keep_best(self, results: dict[str, Any]) -> None:
@@ -142,9 +143,9 @@ class Saver:
         """Return the value of that metric, larger is better; None if it was not evaluated."""
         value = results.get(f"eval/{name}")
         if not isinstance(value, int | float):
-            if results and self.backend.is_main:
+            if results:
                 names = [key.removeprefix("eval/") for key in results]
-                notify(
+                self.backend.report(
                     f"warning: best_metric={name} was not evaluated; no checkpoint counts as best; "
                     + suggest(name, names)
                 )

@@ -4,8 +4,8 @@ Model, optimizers, averages, held rows and counters; the stream keeps its own po
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ from utils.backend.state import (
     model_state,
     optimizer_state,
     release,
-    scalar,
+    whole,
 )
 from utils.checkpoint.format import Checkpoint
 from utils.config.schema import EarlyStoppingConfig, PretrainConfig
@@ -113,26 +113,20 @@ class TrainState:
     }  # fmt: skip
     """The name in a checkpoint of what `best` and `stopping` hold."""
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return next(self.model.parameters()).device
-
     def learning_rates(self) -> dict[str, float]:
         """Return the rates of the last step: lr, and puzzle_emb_lr if identifiers train."""
-        return {
-            "puzzle_emb_lr" if isinstance(o, SparseEmbeddingSignSGD) else "lr": o.param_groups[0][
-                "lr"
-            ]
-            for o in self.optimizers
-        }
+        found = {}
+        for optimizer in self.optimizers:
+            own = isinstance(optimizer, SparseEmbeddingSignSGD)
+            found["puzzle_emb_lr" if own else "lr"] = optimizer.param_groups[0]["lr"]
+        return found
 
     def clip_gradients(self, max_norm: float | None) -> Tensor | None:
         """Clip the gradients to `max_norm`, if there is one; return their norm before that."""
         if not self.parameters:
             return None
         limit = math.inf if max_norm is None else max_norm
-        return scalar(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        return whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
 
     def update(self, factor: float) -> None:
         """Update the weights by their gradients, with `factor` times the base learning rates."""
@@ -201,22 +195,13 @@ class TrainState:
     @contextmanager
     def use_averages(self) -> Iterator[None]:
         """Put the averaged weights, if there are any, into the model inside the block."""
-        if self.ema is None:
-            gather(self.model)
-            yield
-            return
         release(self.model)
-        with self.ema.swap():
+        with nullcontext() if self.ema is None else self.ema.swap():
             gather(self.model)
             yield
             release(self.model)
 
-    def rehearse(
-        self, batch: dict[str, Tensor], options: dict[str, int], backward: Callable[[Tensor], None]
-    ) -> None:
-        """Run a forward and a backward pass with these step options and drop the gradients."""
-        _, loss, *_ = self.step_model(return_keys=(), carry=self.carries[0], batch=batch, **options)
-        backward(loss)
+    def drop_gradients(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
@@ -250,7 +235,7 @@ class TrainState:
         states = opened.tensors("optimizer")
         same = moments and len(states) == len(self.main_optimizers)
         for optimizer, state in zip(self.main_optimizers, states, strict=True) if same else ():
-            load_optimizer(self.model, optimizer, state)
+            load_optimizer_state(self.model, optimizer, state)
         if self.ema is not None:
             saved = opened.tensors("ema") if "ema.pt" in opened else {"updates": 0, "shadow": {}}
             self.ema.load_state_dict(saved)
@@ -259,12 +244,10 @@ class TrainState:
 
     def load_carry(self, rows: dict[str, Tensor], micro_batches: int) -> None:
         """Load the held rows of this replica's slots, split into its micro-batches."""
-        split = {k: v.chunk(micro_batches) for k, v in rows.items()}
-        most_steps = int(rows["steps"].max())
+        device, most_steps = next(self.model.parameters()).device, int(rows["steps"].max())
+        split = {k: v.to(device).chunk(micro_batches) for k, v in rows.items()}
         self.carries = [
-            self.model.begin(
-                carry_from_rows({k: v[i].to(self.device) for k, v in split.items()}), most_steps
-            )
+            self.model.begin(carry_from_rows({k: v[i] for k, v in split.items()}), most_steps)
             for i in range(micro_batches)
         ]
 
@@ -295,16 +278,12 @@ def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend)
     if isinstance(inner, Backbone) and (reason := inner.choose_attention(backend)) is not None:
         what = "attention takes more time and memory, with dense document masks"
         slow.setdefault(reason, []).append(what)
-    if backend.is_main:
-        for reason, effects in slow.items():
-            print(f"note: {' and '.join(effects)}: {reason}")
+    for reason, effects in slow.items():
+        backend.report(f"note: {' and '.join(effects)}: {reason}")
 
 
 def create_train_state(
-    config: PretrainConfig,
-    model: ACTLossHead,
-    *,
-    backend: Backend,
+    config: PretrainConfig, model: ACTLossHead, *, backend: Backend
 ) -> TrainState:
     """Build optimizers and averages for a model that is already on its device."""
     if config.freeze_weights:
@@ -353,16 +332,6 @@ def _compile(module: nn.Module, method: str) -> None:
         module.compile(dynamic=False)
     else:
         setattr(module, method, torch.compile(getattr(module, method), dynamic=False))
-
-
-def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load moments and step counts; learning rates and decays stay those of the present config."""
-    present = [
-        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
-    ]
-    load_optimizer_state(model, optimizer, state)
-    for group, values in zip(optimizer.param_groups, present, strict=True):
-        group.update(values)
 
 
 # Of format 2, in which latents and memory had the names of AthenaTRM's fields.

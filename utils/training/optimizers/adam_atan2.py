@@ -20,9 +20,7 @@ class AdamATan2(Optimizer):
     p ← p·(1 − lr·wd) − lr/(1 − β1^t) · atan2(m, √v / √(1 − β2^t))
     """
 
-    class Config(pydantic.BaseModel):
-        model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-
+    class Config(pydantic.BaseModel, extra="forbid", strict=True):
         fused: bool | None = Field(
             None,
             description="one kernel, of the package adam-atan2; null: on CUDA, where it loads",
