@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
@@ -23,13 +23,6 @@ from utils.core.console import notify
 from utils.core.errors import UserError
 
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]
-
-
-class Example(NamedTuple):
-    """prompt: ids. reference: text, empty if there is none."""
-
-    prompt: list[int]
-    reference: str
 
 
 class GenerationEvaluator(Examiner):
@@ -116,29 +109,29 @@ class GenerationEvaluator(Examiner):
         config, examples = self.config, self._examples(model, group)
         if not examples:
             return
+        ids, references = zip(*examples, strict=True)
         how = Sampling(**{name: getattr(config, name) for name in Sampling.model_fields})
-        written = model.write_all(
-            [example.prompt for example in examples], how, config.stop, config.identifier
-        )
-        prompts = [model.decode(example.prompt) for example in examples]
-        self.figures = self._scores(prompts, written, [example.reference for example in examples])
+        written = model.write_all(ids, how, config.stop, config.identifier)
+        prompts = list(map(model.decode, ids))
+        self.figures = self._scores(prompts, written, list(references))
         self.samples = [
             {"evaluator": config.prefix, "prompt": prompt, "text": text.text}
-            | ({"reference": example.reference} if self.references else {})
-            for prompt, text, example in zip(prompts, written, examples, strict=True)
+            | ({"reference": reference} if self.references else {})
+            for prompt, text, reference in zip(prompts, written, references, strict=True)
         ]
 
-    def _examples(self, model: LanguageModel, group: Any) -> list[Example]:
+    def _examples(self, model: LanguageModel, group: Any) -> list[tuple[list[int], str]]:
+        """Return the ids of prompts, and the references, empty where there is none."""
         if self.reads_rows:
             # in an order of their own, whichever rank read them
             rows = sorted(row for part in group.gather_objects(self.rows) for row in part)
             found = [
-                Example(prompt, model.decode([i for i in response if i != self.eos_id]))
+                (prompt, model.decode([i for i in response if i != self.eos_id]))
                 for prompt, response in rows
             ]
         else:
             found = [
-                Example(model.encode_pair(record["prompt"], "")[0], record.get("response", ""))
+                (model.encode_pair(record["prompt"], "")[0], record.get("response", ""))
                 for _, record in self.lines
             ]
         return [found[i] for i in pick_evenly(len(found), self.config.limit)]

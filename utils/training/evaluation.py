@@ -47,7 +47,16 @@ def run_evaluation(run: Run) -> dict[str, Any]:
             depth=depth,
         )
 
-    stream = create_stream(run, rows)
+    stream: EvalStream | list[Any] = []
+    if run.data.test is not None:
+        stream = EvalStream.from_config(
+            run.data.test,
+            config,
+            state.model.model.max_steps,
+            rows,
+            rank=backend.rank,
+            world_size=backend.world_size,
+        )
     bar = Progress(len(stream), "evaluate, batch", "batch", shown=backend.is_main)
     advice = f"in an evaluation of {rows} rows at once; lower eval_batch_size (now {rows})"
     with explain_out_of_memory(advice), bar, state.use_averages():
@@ -78,17 +87,3 @@ def choose_rows(run: Run) -> int:
     if not backend.compiles(config.compile) and test is not None:
         rows = min(rows, ranks * -(-test.num_rows // ranks))  # more would be padding alone
     return rows  # another shape than in training, if compiled, takes long
-
-
-def create_stream(run: Run, rows: int) -> EvalStream | list[Any]:
-    """Create the stream of the test split in batches of `rows`; an empty one without a split."""
-    if run.data.test is None:
-        return []
-    return EvalStream.from_config(
-        run.data.test,
-        run.config,
-        run.state.model.model.max_steps,
-        rows,
-        rank=run.backend.rank,
-        world_size=run.backend.world_size,
-    )

@@ -183,10 +183,9 @@ def restore(
             "note: the checkpoint has no moments for this optimizer; they start from zero"
         )
     state.load_counters(saved["counters"])
-    done = None
-    if backend.is_main and opened.folder.parent.resolve() == folder.resolve():
-        done = checkpoint.read_evaluation(folder, state.step)
-    if (done := backend.broadcast_object(done)) is not None:
+    own = opened.folder.parent.resolve() == folder.resolve()
+    done = backend.from_main(lambda: checkpoint.read_evaluation(folder) if own else {})
+    if done.get("step") == state.step:
         state.load_counters(done)
         state.evaluated_step = state.step
     state.apply_stopping_rule(config.early_stopping)

@@ -103,12 +103,19 @@ class Saver:
 
     def keep_best(self, results: dict[str, Any]) -> None:
         """Save and keep this step's checkpoint if its evaluation is the best so far."""
-        state = self.state
-        name, mode = self._rule(results)
-        figure = self._figure(results, name, mode)
+        state, (name, mode) = self.state, self._rule(results)
         state.best.follow(f"{mode} {name}")
+        figure = results.get(f"eval/{name}")
+        if not isinstance(figure, int | float):
+            if results:
+                names = [key.removeprefix("eval/") for key in results]
+                self.backend.report(
+                    f"warning: best_metric={name} was not evaluated; no checkpoint counts as best; "
+                    + suggest(name, names)
+                )
+            return
         former = replace(state.best)
-        if figure is None or not state.best.add(figure, state.step):
+        if not state.best.add(figure if mode == "max" else -figure, state.step):
             return
         self.save()
         if not self.writer.wait() or self.saved_at != state.step:
@@ -138,19 +145,6 @@ class Saver:
             losses = [key for key in results if key.endswith("/lm_loss") and "/step_" not in key]
             name = (losses[0] if losses else "eval/lm_loss").removeprefix("eval/")
         return name, mode
-
-    def _figure(self, results: dict[str, Any], name: str, mode: str) -> float | None:
-        """Return the value of that metric, larger is better; None if it was not evaluated."""
-        value = results.get(f"eval/{name}")
-        if not isinstance(value, int | float):
-            if results:
-                names = [key.removeprefix("eval/") for key in results]
-                self.backend.report(
-                    f"warning: best_metric={name} was not evaluated; no checkpoint counts as best; "
-                    + suggest(name, names)
-                )
-            return None
-        return value if mode == "max" else -value
 
     def _plan_retry(self) -> None:
         self.saved_at, self.retry_at = -1, self.state.seconds + self.RETRY_SECONDS
