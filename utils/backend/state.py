@@ -47,17 +47,6 @@ def release(model: nn.Module) -> None:
         model.reshard()
 
 
-def accumulate(model: nn.Module, last: bool) -> None:
-    """Reduce gradients in the next backward pass of a sharded model only if it is the `last`."""
-    assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(last)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether `shard` was applied to the model."""
-    return isinstance(model, FSDPModule)
-
-
 def host_copy(value: Any, keep: bool = True) -> Any:
     """Copy nested dicts and lists, with every tensor unsharded and in host memory.
 
@@ -96,7 +85,7 @@ def local_part(value: Tensor) -> Tensor:
 
 
 def _options(model: nn.Module) -> StateDictOptions:
-    sharded = is_sharded(model)
+    sharded = isinstance(model, FSDPModule)
     return StateDictOptions(full_state_dict=sharded, cpu_offload=sharded)
 
 
@@ -107,7 +96,7 @@ def model_state(model: nn.Module) -> dict[str, Any]:
 
 def load_model_state(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load whole weights, the same on every rank."""
-    options = StateDictOptions(full_state_dict=is_sharded(model))
+    options = StateDictOptions(full_state_dict=isinstance(model, FSDPModule))
     set_model_state_dict(model, dict(weights), options=options)
 
 
@@ -126,7 +115,7 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str
     if not state:
         return
     present = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    options = StateDictOptions(full_state_dict=is_sharded(model))
+    options = StateDictOptions(full_state_dict=isinstance(model, FSDPModule))
     set_optimizer_state_dict(model, optimizer, state, options=options)
     for group, values in zip(optimizer.param_groups, present, strict=True):
         group.update(values)

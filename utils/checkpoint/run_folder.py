@@ -117,13 +117,8 @@ def _lock(path: Path) -> TextIO:
         file = (path / LOCK).open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), (path / LOCK).stat()):
-                break
-        except FileNotFoundError:
-            pass
         except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
+            owner = _owner(path) or "another process"
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{owner} is training the run in {path}; wait for it, end it, or choose "
@@ -132,27 +127,32 @@ def _lock(path: Path) -> TextIO:
             if not notified:
                 print(f"note: {owner} still holds the run's folder, waiting {_WAIT:.0f} s")
                 notified = True
+            file.close()
             time.sleep(0.2)
+            continue
         except OSError:  # storage without locks: train without one
             print(f"note: {path} cannot be locked; do not run two processes on it at a time")
-            break
-    file.truncate(0)
-    file.write(_describe_process())
-    file.flush()
-    with suppress(OSError):
-        os.fsync(file.fileno())  # so that other machines see it
-    return file
+        file.truncate(0)
+        file.write(_describe_process())
+        file.flush()
+        with suppress(OSError):
+            os.fsync(file.fileno())  # so that other machines see it
+        if _owner(path) == _describe_process() or time.monotonic() > deadline:
+            return file
+        file.close()  # it was removed after it was opened
+
+
+def _owner(path: Path) -> str | None:
+    """Return what the lock file says; None if it cannot be read."""
+    try:
+        return (path / LOCK).read_text("utf-8").strip()
+    except OSError:
+        return None
 
 
 def _sees(path: Path, token: str) -> bool:
     """Return whether the lock file contains `token`, as rank 0 wrote it."""
     deadline = time.monotonic() + 4 * _WAIT  # network storage may cache for a minute
-    while True:
-        try:
-            if (path / LOCK).read_text("utf-8") == token:
-                return True
-        except OSError:
-            pass
-        if time.monotonic() > deadline:
-            return False
+    while (seen := _owner(path)) != token and time.monotonic() < deadline:
         time.sleep(0.1)
+    return seen == token

@@ -43,7 +43,7 @@ class Run:
 
     Args:
         state: all that training changes; what a checkpoint holds.
-        micro_batches: forward passes of this replica per optimizer step.
+        rows_at_once: rows of a micro-batch of this replica.
         tokenizer: loaded at startup; its file may be deleted while the run is in progress.
         clock: seconds of training, without evaluation and saving.
         received: numbers of the signals that ask the run to stop.
@@ -55,7 +55,7 @@ class Run:
     folder: Path
     state: TrainState
     stream: TrainStream
-    micro_batches: int
+    rows_at_once: int
     schedule: Schedule
     evaluators: list[Evaluator]
     tokenizer: TextTokenizer | None
@@ -66,11 +66,6 @@ class Run:
     watchdog: Watchdog
     profiler: StepProfiler
     received: Sequence[int] = ()
-
-    @property
-    def rows_at_once(self) -> int:
-        """Rows of a micro-batch of this replica."""
-        return self.config.rows_per_rank(self.backend.world_size) // self.micro_batches
 
     def close(self) -> None:
         """Wait for the checkpoint in progress, then close threads and loggers."""
@@ -127,7 +122,7 @@ def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path
         folder=folder,
         state=state,
         stream=stream,
-        micro_batches=micro_batches,
+        rows_at_once=micro_rows,
         schedule=schedule,
         evaluators=evaluators,
         tokenizer=tokenizer,
@@ -242,7 +237,11 @@ def choose_micro_batch_rows(
     """
     ranks, device = backend.world_size, backend.device.type
     rows = config.rows_per_rank(ranks)
-    known = config.micro_rows(ranks) or backend.broadcast_object(read_micro_rows(resumed, rows))
+    # as before, so that a resumed run stays exact whatever memory is free today
+    before = resumed.state.get("micro_rows") if resumed is not None else None
+    if before is not None and rows % before != 0:  # of another world size
+        before = None
+    known = config.micro_rows(ranks) or backend.broadcast_object(before)
     if known is not None:
         return known, None
     with backend.one_rank_at_a_time():
@@ -322,13 +321,3 @@ def _fits(plan: MemoryPlan, state: TrainState, backend: Backend, rows: int) -> b
         state.drop_gradients()
         backend.release_memory()
     return True
-
-
-def read_micro_rows(resumed: Checkpoint | None, rows: int) -> int | None:
-    """Return the rows of a micro-batch as before, so that a resumed run stays exact whatever memory
-    is free today.
-
-    None for a new run, or where they do not divide the `rows` of a rank (another world size).
-    """
-    saved = resumed.state.get("micro_rows") if resumed is not None else None
-    return saved if saved is not None and rows % saved == 0 else None
