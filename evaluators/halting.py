@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from dataset.common import DatasetMetadata
-from evaluators.interface import Batch, Sums
+from evaluators.interface import Batch, Summing
 from models.inference.language_model import LanguageModel
 from utils.core.console import notify
 from utils.core.errors import UserError
@@ -21,7 +21,7 @@ from utils.monitoring.plotting import save_figure, with_slack
 BINS = 10  # of the halting head's probability
 
 
-class HaltingEvaluator:
+class HaltingEvaluator(Summing):
     """Figures over all rows and ranks, below <prefix>/:
 
     step_<k>/loss, accuracy, exact_accuracy   after k ACT steps, mean of the rows' means
@@ -58,7 +58,7 @@ class HaltingEvaluator:
         self.begin_eval()
 
     def begin_eval(self) -> None:
-        self.sums = Sums()
+        super().begin_eval()
         self.flops: list[float] = []
 
     def update_batch(self, batch: Batch, preds: Batch) -> None:
@@ -75,12 +75,12 @@ class HaltingEvaluator:
             if name.endswith("_change_by_step")
         }
         count, steps = curves["loss"].shape
-        self.sums.add("rows", np.array([count]))
+        self.add("rows", np.array([count]))
         for name, curve in curves.items():
-            self.sums.add(name, curve.sum(0))
+            self.add(name, curve.sum(0))
         if "iteration_targets" in batch:
             budget = _rows(batch["iteration_targets"], valid).clip(1, steps)
-            self.sums.add("budget", np.array([budget.sum()]))
+            self.add("budget", np.array([budget.sum()]))
         if all(name in preds for name in self.HEAD):
             logits, right = (_rows(preds[name], valid) for name in self.HEAD)
             self._add_head(logits, right, curves)
@@ -91,27 +91,21 @@ class HaltingEvaluator:
         says = logits > 0
         says[:, -1] = True
         last = says.argmax(1)
-        self.sums.add("share", np.bincount(last, minlength=steps))
+        self.add("share", np.bincount(last, minlength=steps))
         for name in ("loss", "accuracy"):
-            self.sums.add(f"act/{name}", curves[name][np.arange(count), last].sum(keepdims=True))
+            self.add(f"act/{name}", curves[name][np.arange(count), last].sum(keepdims=True))
         probability = 1 / (1 + np.exp(-logits.ravel()))
         place = np.minimum((probability * BINS).astype(int), BINS - 1)
         for name, weights in (("said", probability), ("right", right.ravel()), ("answers", None)):
-            self.sums.add(name, np.bincount(place, weights, BINS))
-        self.sums.add("brier", np.square(probability - right.ravel()).sum(keepdims=True))
+            self.add(name, np.bincount(place, weights, BINS))
+        self.add("brier", np.square(probability - right.ravel()).sum(keepdims=True))
 
     def examine(self, model: LanguageModel, group: Any) -> None:
         """Read the cost of each step from the model."""
         depths = [model.steps] if model.model.takes_depth else range(1, model.steps + 1)
         self.flops = [model.flops_per_token(depth) for depth in depths]
 
-    def result(
-        self, save_path: str | None, rank: int, world_size: int, group: Any = None
-    ) -> dict[str, float] | None:
-        """Return the figures on rank 0, None elsewhere. A collective if `group` is given."""
-        sums = self.sums.over_ranks(group)
-        if rank != 0:
-            return None
+    def summarize(self, sums: dict[str, np.ndarray], save_path: str | None) -> dict[str, float]:
         if not sums or sums["rows"][0] == 0:
             return {}
         rows = sums["rows"][0]

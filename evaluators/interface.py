@@ -57,17 +57,25 @@ class Examiner:
         return {f"{self.prefix}/{name}": value for name, value in self.figures.items()}
 
 
-class Sums:
-    """Arrays by name, added up over batches and ranks in float64."""
+class Summing:
+    """Base of evaluators whose figures follow from sums over batches and ranks."""
 
-    def __init__(self) -> None:
-        self.own: dict[str, np.ndarray] = {}
+    def begin_eval(self) -> None:
+        self.sums: dict[str, np.ndarray] = {}
 
     def add(self, name: str, values: np.ndarray) -> None:
-        self.own[name] = self.own.get(name, 0) + values.astype(np.float64)
+        """Add an array of a batch to the sum of this name, in float64."""
+        self.sums[name] = self.sums.get(name, 0) + values.astype(np.float64)
 
-    def over_ranks(self, group: Any) -> dict[str, np.ndarray]:
-        """Return the sums of all ranks. A collective unless `group` is None: this rank alone."""
-        parts = [self.own] if group is None else group.gather_objects(self.own)
+    def result(
+        self, save_path: str | None, rank: int, world_size: int, group: Any = None
+    ) -> dict[str, float] | None:
+        """Return the figures on rank 0, None elsewhere. A collective if `group` is given."""
+        parts = [self.sums] if group is None else group.gather_objects(self.sums)
         names = dict.fromkeys(name for part in parts for name in part)
-        return {n: np.sum([part[n] for part in parts if n in part], axis=0) for n in names}
+        sums = {n: np.sum([part[n] for part in parts if n in part], axis=0) for n in names}
+        return self.summarize(sums, save_path) if rank == 0 else None
+
+    def summarize(self, sums: dict[str, np.ndarray], save_path: str | None) -> dict[str, float]:
+        """Return the figures that follow from the sums of all ranks."""
+        raise NotImplementedError

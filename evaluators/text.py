@@ -2,17 +2,16 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
 from torch import Tensor
 
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, token_byte_lengths
-from evaluators.interface import Batch, Sums
+from evaluators.interface import Batch, Summing
 
 
-class PerplexityEvaluator:
+class PerplexityEvaluator(Summing):
     """Reduced over all ranks; padding and ignored labels never count.
 
     Reports <prefix>/perplexity, /nats_per_token, /bits_per_byte (nats / ln 2 / bytes of the text
@@ -32,9 +31,6 @@ class PerplexityEvaluator:
         tokenizer = Path(data_path) / "tokenizer.json"
         self.bytes_of = token_byte_lengths(tokenizer) if tokenizer.is_file() else None
         self.begin_eval()
-
-    def begin_eval(self) -> None:
-        self.sums = Sums()  # nats, tokens, bytes
 
     def update_batch(self, batch: Batch, preds: Batch) -> None:
         """Add a batch: labels (B, S), domain_ids (B,), scored_bytes (B,) where ids do not tell the
@@ -62,15 +58,9 @@ class PerplexityEvaluator:
                 self._add(f"domain_{name}/", nats[here], tokens[here], size[here])
 
     def _add(self, name: str, nats: np.ndarray, tokens: np.ndarray, size: np.ndarray) -> None:
-        self.sums.add(name, np.array([nats.sum(), tokens.sum(), size.sum()]))
+        self.add(name, np.array([nats.sum(), tokens.sum(), size.sum()]))
 
-    def result(
-        self, save_path: str | None, rank: int, world_size: int, group: Any = None
-    ) -> dict[str, float] | None:
-        """Return the figures on rank 0, None elsewhere. A collective if `group` is given."""
-        sums = self.sums.over_ranks(group)
-        if rank != 0:
-            return None
+    def summarize(self, sums: dict[str, np.ndarray], save_path: str | None) -> dict[str, float]:
         metrics: dict[str, float] = {}
         for name, (nats, tokens, size) in sums.items():
             if tokens == 0:
