@@ -183,8 +183,8 @@ def restore(
             "note: the checkpoint has no moments for this optimizer; they start from zero"
         )
     state.load_counters(saved["counters"])
-    own = opened.folder.parent.resolve() == folder.resolve()
-    done = backend.from_main(lambda: checkpoint.read_evaluation(folder) if own else {})
+    same_run = opened.folder.parent.resolve() == folder.resolve()
+    done = backend.from_main(lambda: checkpoint.read_evaluation(folder) if same_run else {})
     if done.get("step") == state.step:
         state.load_counters(done)
         state.evaluated_step = state.step
