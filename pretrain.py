@@ -203,11 +203,7 @@ def rehearse(run: Run, batch: dict[str, Tensor]) -> None:
     compiled = len(sets) > 1 and backend.compiles(run.config.compile)
     if compiled or backend.needs_rehearsal(state.step_model):
         for options in sets if compiled else sets[:1]:
-            _, loss, *_ = state.step_model(
-                return_keys=(), carry=state.carries[0], batch=batch, **dict(options)
-            )
-            backend.backward(loss)
-            state.drop_gradients()
+            state.rehearse(batch, dict(options), backend.backward)
 
 
 def accumulate_gradients(

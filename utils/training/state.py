@@ -4,7 +4,7 @@ Model, optimizers, averages, held rows and counters; the stream keeps its own po
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -200,6 +200,14 @@ class TrainState:
             gather(self.model)
             yield
             release(self.model)
+
+    def rehearse(
+        self, batch: dict[str, Tensor], options: dict[str, int], backward: Callable[[Tensor], None]
+    ) -> None:
+        """Run a forward and a backward pass with these step options and drop the gradients."""
+        _, loss, *_ = self.step_model(return_keys=(), carry=self.carries[0], batch=batch, **options)
+        backward(loss)
+        self.drop_gradients()
 
     def drop_gradients(self) -> None:
         for optimizer in self.optimizers:
