@@ -101,25 +101,26 @@ def evaluate_only(run: Run) -> int:
 def run_training(run: Run) -> int:
     """Train, save and evaluate until a limit or a signal ends the run; return the exit status."""
     state, first_step = run.state, run.state.step
+    state.progress = run.schedule.progress(state)  # limits may have changed since it was saved
     with run.log.progress(state), run.watchdog:
         try:
             with run.profiler:
                 take_steps(run)
             if run.config.lr_find:
-                if run.backend.is_main:
-                    run.report(lr_finder.conclude(run.folder, run.config.lr_find))
+                if run.backend.is_main:  # which has the log
+                    run.backend.report(lr_finder.conclude(run.folder, run.config.lr_find))
                 return 0
             with run.clock.paused():
                 patience = min(600, (run.config.step_timeout or math.inf) / 2)
                 if not run.saver.finish(patience, run.received):
-                    run.report(f"error: step {state.step}, the last, could not be saved")
+                    run.backend.report(f"error: step {state.step}, the last, could not be saved")
                     return FAILED_IN_PART
                 if state.evaluated_step != state.step:
                     evaluate_and_save(run)
         except Interrupted as interrupted:
             return save_on_signal(run, interrupted.signal)
     last = checkpoint.step_folder(run.folder, state.step)
-    run.report(messages.describe_end(run.config, last, state, first_step))
+    run.backend.report(messages.describe_end(run.config, last, state, first_step))
     return FAILED_IN_PART if state.failed_evaluations else 0
 
 
@@ -132,8 +133,7 @@ def take_steps(run: Run) -> None:
     state = run.state
     evaluate_if_due(run)
     while not run.schedule.over(state):
-        progress = run.schedule.progress(state)
-        batches = run.stream.next(state.step + 1, state.halted, progress)
+        batches = run.stream.next(state.step + 1, state.halted, state.progress)
         if batches is None:
             break
         options = draw_step_options(run)
@@ -154,7 +154,7 @@ def take_steps(run: Run) -> None:
         evaluate_if_due(run)
     run.log.write(state)
     if state.step < (warmup := run.config.lr_warmup_steps):
-        run.report(f"note: the run ended at step {state.step} of {warmup} in its "
+        run.backend.report(f"note: the run ended at step {state.step} of {warmup} in its "
                    "warm-up, below lr; lower lr_warmup_steps or train for longer")  # fmt: skip
 
 
@@ -190,8 +190,7 @@ def train_batch(
         state.update(run.schedule.learning_rate_factor(state))
     else:
         skip_update(run)
-    for optimizer in state.optimizers:
-        optimizer.zero_grad()
+    state.drop_gradients()
     return totals, flags
 
 
@@ -239,7 +238,7 @@ def share_flags(run: Run, finite: Tensor) -> Flags:
     state = run.state
     own = torch.cat([carry.halted for carry in state.carries]).long()
     signal_number = run.received[0] if run.received else 0
-    host = [round(run.clock.seconds * 1000), signal_number, int(run.saver.failed)]
+    host = [round(run.clock.seconds * 1000), signal_number, int(run.saver.writer.failed)]
     moved = run.backend.to_device({"host": np.array(host)})["host"]
     flags = torch.cat((own, finite.long().view(1), moved))
     table = run.backend.to_host(run.backend.all_gather(flags.unsqueeze(0)))
@@ -258,7 +257,7 @@ def skip_update(run: Run) -> None:
     state.nonfinite_in_a_row += 1
     own = state.free_broken_rows()
     state.halted = run.backend.to_host(run.backend.all_gather(own.int())).astype(bool)
-    run.report(f"step {state.step}: loss or gradient is not finite, update skipped")
+    run.backend.report(f"step {state.step}: loss or gradient is not finite, update skipped")
     if state.nonfinite_in_a_row >= run.config.max_nonfinite:
         run.saver.writer.wait()  # one may be in progress
         saved = checkpoint.checkpoints_of(run.folder)
@@ -269,13 +268,13 @@ def save_on_signal(run: Run, number: int) -> int:
     """Save the present state when signal `number` ends the run; return the exit status."""
     name, step = signal.Signals(number).name, run.state.step
     if run.config.lr_find:
-        run.report(f"stopped by {name}; a sweep keeps no weights, begin it again")
+        run.backend.report(f"stopped by {name}; a sweep keeps no weights, begin it again")
         return 128 + number
     again = f"resume it with the same command and run_name={run.config.run_name}"
     if not run.saver.finish(patience=5):
-        run.report(f"stopped by {name}, but step {step} could not be saved; {again}")
+        run.backend.report(f"stopped by {name}, but step {step} could not be saved; {again}")
         return FAILED_IN_PART
-    run.report(f"stopped by {name} after saving step {step}; {again}")
+    run.backend.report(f"stopped by {name} after saving step {step}; {again}")
     return 128 + number
 
 
@@ -297,7 +296,7 @@ def evaluate_and_save(run: Run) -> None:
     results = run_evaluation(run)
     state.evaluated_epoch, state.evaluated_step = run.stream.epoch, state.step
     if state.update_stopping(run.config.early_stopping, results):
-        run.report("stopped early: the evaluations no longer improve")
+        run.backend.report("stopped early: the evaluations no longer improve")
     run.saver.keep_best(results)
     run.saver.note_evaluation(results)
 

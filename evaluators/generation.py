@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
@@ -13,7 +13,7 @@ from pydantic import Field
 
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata
 from evaluators.examples import pick_evenly, read_json_lines
-from evaluators.interface import Batch
+from evaluators.interface import Batch, Examiner
 from models.inference.generation import Written
 from models.inference.language_model import LanguageModel
 from models.inference.sampling import Sampling
@@ -25,14 +25,7 @@ from utils.core.errors import UserError
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]
 
 
-class Example(NamedTuple):
-    """prompt: ids. reference: text, empty if there is none."""
-
-    prompt: list[int]
-    reference: str
-
-
-class GenerationEvaluator:
+class GenerationEvaluator(Examiner):
     """Continue prompts and compare the texts with references, over all ranks, below <prefix>/:
 
     bleu, chrf              of the whole corpus of texts, by sacrebleu, 0 to 100
@@ -66,10 +59,9 @@ class GenerationEvaluator:
         identifier: str | None = Field(None, description="identifier embedding, by name")
         prefix: str = "generation"
 
-    required_outputs: frozenset[str] = frozenset()
-
     def __init__(self, data_path: str, eval_metadata: DatasetMetadata, **options: Any):
         self.config = config = self.Config(**options)
+        self.prefix = config.prefix
         self.reads_rows = config.path is None
         self.eos_id = eval_metadata.eos_id
         self.pattern = None
@@ -97,8 +89,8 @@ class GenerationEvaluator:
         self.begin_eval()
 
     def begin_eval(self) -> None:
+        super().begin_eval()
         self.rows: list[tuple[list[int], list[int]]] = []
-        self.figures: dict[str, float] = {}
         self.samples: list[dict[str, str]] = []
 
     def update_batch(self, batch: Batch, preds: Batch) -> None:
@@ -117,29 +109,29 @@ class GenerationEvaluator:
         config, examples = self.config, self._examples(model, group)
         if not examples:
             return
+        ids, references = zip(*examples, strict=True)
         how = Sampling(**{name: getattr(config, name) for name in Sampling.model_fields})
-        written = model.write_all(
-            [example.prompt for example in examples], how, config.stop, config.identifier
-        )
-        prompts = [model.decode(example.prompt) for example in examples]
-        self.figures = self._scores(prompts, written, [example.reference for example in examples])
+        written = model.write_all(ids, how, config.stop, config.identifier)
+        prompts = list(map(model.decode, ids))
+        self.figures = self._scores(prompts, written, list(references))
         self.samples = [
             {"evaluator": config.prefix, "prompt": prompt, "text": text.text}
-            | ({"reference": example.reference} if self.references else {})
-            for prompt, text, example in zip(prompts, written, examples, strict=True)
+            | ({"reference": reference} if self.references else {})
+            for prompt, text, reference in zip(prompts, written, references, strict=True)
         ]
 
-    def _examples(self, model: LanguageModel, group: Any) -> list[Example]:
+    def _examples(self, model: LanguageModel, group: Any) -> list[tuple[list[int], str]]:
+        """Return the ids of prompts, and the references, empty where there is none."""
         if self.reads_rows:
             # in an order of their own, whichever rank read them
             rows = sorted(row for part in group.gather_objects(self.rows) for row in part)
             found = [
-                Example(prompt, model.decode([i for i in response if i != self.eos_id]))
+                (prompt, model.decode([i for i in response if i != self.eos_id]))
                 for prompt, response in rows
             ]
         else:
             found = [
-                Example(model.encode_pair(record["prompt"], "")[0], record.get("response", ""))
+                (model.encode_pair(record["prompt"], "")[0], record.get("response", ""))
                 for _, record in self.lines
             ]
         return [found[i] for i in pick_evenly(len(found), self.config.limit)]
@@ -176,10 +168,8 @@ class GenerationEvaluator:
     def result(
         self, save_path: str | None, rank: int, world_size: int, group: Any = None
     ) -> dict[str, float] | None:
-        """Return the figures on rank 0, None elsewhere."""
-        if rank != 0:
-            return None
-        if save_path is not None and self.samples:
+        """Write the texts; return the figures on rank 0, None elsewhere."""
+        if rank == 0 and save_path is not None and self.samples:
             path = Path(save_path) / "samples.jsonl"
             try:
                 before = path.read_bytes() if path.is_file() else b""  # of another evaluator
@@ -188,7 +178,7 @@ class GenerationEvaluator:
                     part.write_bytes(before + b"".join(lines))
             except OSError as error:
                 notify(f"warning: {path}: {error.strerror or error}")
-        return {f"{self.config.prefix}/{name}": value for name, value in self.figures.items()}
+        return super().result(save_path, rank, world_size, group)
 
 
 def load_metrics() -> tuple[Any, Any]:

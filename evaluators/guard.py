@@ -14,7 +14,6 @@ from evaluators.interface import Batch, Evaluator
 from models.inference.language_model import LanguageModel
 from utils.backend import Backend
 from utils.backend.determinism import allow_any_algorithm
-from utils.core.console import notify
 from utils.core.errors import UserError
 
 T = TypeVar("T")
@@ -135,10 +134,9 @@ class Guarded:
             figures.append(backend.broadcast_object(self._try(place, _checked, own) or {}))
         self._share_faults()
         for place, fault in sorted(self.faults.items()):
-            if backend.is_main:
-                name = type(self.evaluators[place]).__name__
-                why = fault or "its ranks called gather_objects a different number of times"
-                notify(f"warning: evaluator {name} failed, its figures are missing: {why}")
+            name = type(self.evaluators[place]).__name__
+            why = fault or "its ranks called gather_objects a different number of times"
+            backend.report(f"warning: evaluator {name} failed, its figures are missing: {why}")
         sound = (found for place, found in enumerate(figures) if place not in self.faults)
         found = {name: value for of_one in sound for name, value in of_one.items()}
         if self.faults:

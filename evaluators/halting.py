@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 
 from dataset.common import DatasetMetadata
-from evaluators.interface import Batch
+from evaluators.interface import Batch, Summing
 from models.inference.language_model import LanguageModel
 from utils.core.console import notify
 from utils.core.errors import UserError
@@ -21,7 +21,7 @@ from utils.monitoring.plotting import save_figure, with_slack
 BINS = 10  # of the halting head's probability
 
 
-class HaltingEvaluator:
+class HaltingEvaluator(Summing):
     """Figures over all rows and ranks, below <prefix>/:
 
     step_<k>/loss, accuracy, exact_accuracy   after k ACT steps, mean of the rows' means
@@ -38,8 +38,7 @@ class HaltingEvaluator:
     and halting.png in the run's evaluation folder.
     """
 
-    class Config(BaseModel):
-        model_config = ConfigDict(extra="forbid")
+    class Config(BaseModel, extra="forbid"):
         prefix: str = "halting"
         plot: bool = True
 
@@ -59,11 +58,8 @@ class HaltingEvaluator:
         self.begin_eval()
 
     def begin_eval(self) -> None:
-        self.sums: dict[str, np.ndarray] = {}
+        super().begin_eval()
         self.flops: list[float] = []
-
-    def _add(self, name: str, values: np.ndarray) -> None:
-        self.sums[name] = self.sums.get(name, 0) + values.astype(np.float64)
 
     def update_batch(self, batch: Batch, preds: Batch) -> None:
         """Add a batch. preds: valid (B,), outputs by step (B, steps)."""
@@ -79,12 +75,12 @@ class HaltingEvaluator:
             if name.endswith("_change_by_step")
         }
         count, steps = curves["loss"].shape
-        self._add("rows", np.array([count]))
+        self.add("rows", np.array([count]))
         for name, curve in curves.items():
-            self._add(name, curve.sum(0))
+            self.add(name, curve.sum(0))
         if "iteration_targets" in batch:
             budget = _rows(batch["iteration_targets"], valid).clip(1, steps)
-            self._add("budget", np.array([budget.sum()]))
+            self.add("budget", np.array([budget.sum()]))
         if all(name in preds for name in self.HEAD):
             logits, right = (_rows(preds[name], valid) for name in self.HEAD)
             self._add_head(logits, right, curves)
@@ -95,29 +91,21 @@ class HaltingEvaluator:
         says = logits > 0
         says[:, -1] = True
         last = says.argmax(1)
-        self._add("share", np.bincount(last, minlength=steps))
+        self.add("share", np.bincount(last, minlength=steps))
         for name in ("loss", "accuracy"):
-            self._add(f"act/{name}", curves[name][np.arange(count), last].sum(keepdims=True))
+            self.add(f"act/{name}", curves[name][np.arange(count), last].sum(keepdims=True))
         probability = 1 / (1 + np.exp(-logits.ravel()))
         place = np.minimum((probability * BINS).astype(int), BINS - 1)
         for name, weights in (("said", probability), ("right", right.ravel()), ("answers", None)):
-            self._add(name, np.bincount(place, weights, BINS))
-        self._add("brier", np.square(probability - right.ravel()).sum(keepdims=True))
+            self.add(name, np.bincount(place, weights, BINS))
+        self.add("brier", np.square(probability - right.ravel()).sum(keepdims=True))
 
     def examine(self, model: LanguageModel, group: Any) -> None:
         """Read the cost of each step from the model."""
         depths = [model.steps] if model.model.takes_depth else range(1, model.steps + 1)
         self.flops = [model.flops_per_token(depth) for depth in depths]
 
-    def result(
-        self, save_path: str | None, rank: int, world_size: int, group: Any = None
-    ) -> dict[str, float] | None:
-        """Return the figures on rank 0, None elsewhere. A collective if `group` is given."""
-        parts = [self.sums] if group is None else group.gather_objects(self.sums)
-        if rank != 0:
-            return None
-        names = dict.fromkeys(name for part in parts for name in part)
-        sums = {n: np.sum([part[n] for part in parts if n in part], axis=0) for n in names}
+    def summarize(self, sums: dict[str, np.ndarray], save_path: str | None) -> dict[str, float]:
         if not sums or sums["rows"][0] == 0:
             return {}
         rows = sums["rows"][0]
@@ -137,7 +125,10 @@ class HaltingEvaluator:
         if "share" in curves:
             figures |= self._of_head(sums, curves["share"])
         if save_path is not None and self.config.plot:
-            self._plot(Path(save_path), curves, sums)
+            try:
+                draw(Path(save_path) / "halting.png", curves, sums)
+            except (UserError, ImportError) as error:
+                notify(f"warning: halting.png was not drawn ({error})")
         return {f"{self.config.prefix}/{name}": value for name, value in figures.items()}
 
     def _of_head(self, sums: dict[str, np.ndarray], share: np.ndarray) -> dict[str, float]:
@@ -149,15 +140,6 @@ class HaltingEvaluator:
             "calibration_error": float(np.abs(sums["said"] - sums["right"]).sum() / answers),
             "brier": sums["brier"][0] / answers,
         }
-
-    def _plot(
-        self, folder: Path, curves: dict[str, np.ndarray], sums: dict[str, np.ndarray]
-    ) -> None:
-        """Draw halting.png: quality by step and by FLOPs, latents, and the halting head."""
-        try:
-            draw(folder / "halting.png", curves, sums)
-        except (UserError, ImportError) as error:
-            notify(f"warning: halting.png was not drawn ({error})")
 
 
 def _rows(values: Tensor, valid: np.ndarray) -> np.ndarray:

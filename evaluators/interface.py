@@ -1,8 +1,9 @@
-"""What an evaluator is, and what it may use."""
+"""What an evaluator is, what it may use, and what several of them share."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 Batch = dict[str, Tensor]
@@ -33,3 +34,48 @@ class Evaluator(Protocol):
     def result(
         self, save_path: str | None, rank: int, world_size: int, group: Any
     ) -> dict[str, float] | None: ...
+
+
+class Examiner:
+    """Base of evaluators whose `examine` sets `figures`, which are reported below <prefix>/."""
+
+    required_outputs: Iterable[str] = frozenset()
+    prefix: str
+
+    def begin_eval(self) -> None:
+        self.figures: dict[str, float] = {}
+
+    def update_batch(self, batch: Batch, preds: Batch) -> None:
+        """Ignore the rows of the corpus."""
+
+    def result(
+        self, save_path: str | None, rank: int, world_size: int, group: Any = None
+    ) -> dict[str, float] | None:
+        """Return the figures on rank 0, None elsewhere."""
+        if rank != 0:
+            return None
+        return {f"{self.prefix}/{name}": value for name, value in self.figures.items()}
+
+
+class Summing:
+    """Base of evaluators whose figures follow from sums over batches and ranks."""
+
+    def begin_eval(self) -> None:
+        self.sums: dict[str, np.ndarray] = {}
+
+    def add(self, name: str, values: np.ndarray) -> None:
+        """Add an array of a batch to the sum of this name, in float64."""
+        self.sums[name] = self.sums.get(name, 0) + values.astype(np.float64)
+
+    def result(
+        self, save_path: str | None, rank: int, world_size: int, group: Any = None
+    ) -> dict[str, float] | None:
+        """Return the figures on rank 0, None elsewhere. A collective if `group` is given."""
+        parts = [self.sums] if group is None else group.gather_objects(self.sums)
+        names = dict.fromkeys(name for part in parts for name in part)
+        sums = {n: np.sum([part[n] for part in parts if n in part], axis=0) for n in names}
+        return self.summarize(sums, save_path) if rank == 0 else None
+
+    def summarize(self, sums: dict[str, np.ndarray], save_path: str | None) -> dict[str, float]:
+        """Return the figures that follow from the sums of all ranks."""
+        raise NotImplementedError

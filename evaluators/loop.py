@@ -9,17 +9,14 @@ import torch
 from torch import Tensor
 
 from dataset.common import IGNORE_LABEL_ID
-from dataset.tokens.tokenization import TextTokenizer
 from evaluators.guard import FAILURES, Group, Guarded, interrupt_if_asked
 from evaluators.interface import Batch, Evaluator
 from models.inference.language_model import LanguageModel
-from models.losses import ACTLossHead
 from utils.backend import Backend
 from utils.checkpoint.writer import save_tensors
 from utils.core.atomic import write_atomically
 from utils.core.console import notify
 from utils.core.functions import load_class
-from utils.corpus.corpora import Corpora
 from utils.corpus.data import Data
 
 
@@ -174,84 +171,64 @@ def evaluate(
     evaluators: Sequence[Evaluator],
     backend: Backend,
     *,
-    received: Sequence[int] = (),
-    save_outputs: Sequence[str] = (),
-    save_path: Path | None = None,
-    ask: Callable[[Group], LanguageModel] | None = None,
-    depth: int | None = None,
-    depths: Sequence[int] = (),
+    received: Sequence[int],
+    save_outputs: Sequence[str],
+    save_path: Path,
+    ask: Callable[[Group], LanguageModel],
+    depth: int,
+    depths: Sequence[int],
 ) -> dict[str, Any]:
     """Return <set>/<metric>, <set>/step_<k>/<metric>, <set>/hist/<metric> (row counts) and each
     evaluator's figures; the same on all ranks.
 
-    depth: ACT steps or loops of every row; None: those of the trained model. depths: further ones,
-    whose figures are named depth_<d>/. received: numbers of signals that ask to stop, which raise
-    Interrupted. ask: makes the model
-    that evaluators with inputs of their own examine. Under `eval_halting` budget or act the depth
+    depth: ACT steps or loops of every row. depths: further ones, whose figures are named
+    depth_<d>/. received: numbers of signals that ask to stop, which raise Interrupted.
+    save_outputs: names of outputs and data to save below `save_path`. ask: makes the model that
+    evaluators with inputs of their own examine. Under `eval_halting` budget or act the depth
     at which a token is scored depends on the whole row, later tokens included: the names of those
     figures carry the rule.
     """
+    guarded = Guarded(evaluators, backend, received)
+    steps = 1 if model.model.takes_depth else depth
+    dtype = model.model.config.dtype
+    keys = guarded.begin() | set(save_outputs)
+    sets: dict[str, SetFigures] = {}
+    saved: dict[str, list[Tensor]] = {}
     was_training = model.training
     model.eval()
     try:
-        guarded = Guarded(evaluators, backend, received)
-        depth = model.model.eval_depth() if depth is None else depth
-        figures = run_all(
-            model, stream, guarded, backend, depth, depths, received, save_outputs, save_path
-        )
-        if ask is not None:
-            guarded.examine(ask)
-        results = {
-            f"{set_name}/{name}": value
-            for set_name, of_set in figures.items()
-            for name, value in of_set.read(backend.sum).items()
-        }
-        results |= guarded.results(None if save_path is None else str(save_path))
+        for set_name, batch, _ in backend.batches(stream):
+            interrupt_if_asked(received, backend)
+            if set_name not in sets:
+                sets[set_name] = SetFigures(steps, backend.device, dtype)
+                sets[set_name].depths = {d: SetFigures(1, backend.device, dtype) for d in depths}
+            preds = run_batch(model, batch, keys, depth, sets[set_name], backend.end_step)
+            for d, figures in sets[set_name].depths.items():
+                figures.add_rows(model.score_at(batch, d))
+                backend.end_step()
+            guarded.update(batch, preds)
+            for name in save_outputs:
+                if (value := preds.get(name, batch.get(name))) is not None:
+                    saved.setdefault(name, []).append(value.cpu())
+        if missing := sorted(set(save_outputs) - set(saved)):
+            warnings.warn(f"eval_save_outputs: there is no {', '.join(missing)}", stacklevel=2)
+        if saved:
+            save_predictions(saved, save_path, backend.rank)
+        guarded.examine(ask)
     finally:
         model.train(was_training)
+    results = {
+        f"{set_name}/{name}": value
+        for set_name, of_set in sets.items()
+        for name, value in of_set.read(backend.sum).items()
+    }
+    results |= guarded.results(str(save_path))
     if (prefix := model.model.row_depth) is not None:
         results = {
             name if name == FAILURES or "/depth_" in name else f"{prefix}/{name}": value
             for name, value in results.items()
         }
     return results
-
-
-def run_all(
-    model,
-    stream: Iterable,
-    guarded: Guarded,
-    backend: Backend,
-    depth: int,
-    depths: Sequence[int],
-    received: Sequence[int],
-    save_outputs: Sequence[str],
-    save_path: Path | None,
-) -> dict[str, SetFigures]:
-    """Run every batch for figures and evaluators, save `save_outputs`; return figures by set."""
-    steps = 1 if model.model.takes_depth else depth
-    dtype = model.model.config.dtype
-    keys = guarded.begin() | set(save_outputs)
-    sets: dict[str, SetFigures] = {}
-    saved: dict[str, list[Tensor]] = {}
-    for set_name, batch, _ in backend.batches(stream):
-        interrupt_if_asked(received, backend)
-        if set_name not in sets:
-            sets[set_name] = SetFigures(steps, backend.device, dtype)
-            sets[set_name].depths = {d: SetFigures(1, backend.device, dtype) for d in depths}
-        preds = run_batch(model, batch, keys, depth, sets[set_name], backend.end_step)
-        for d, figures in sets[set_name].depths.items():
-            figures.add_rows(model.score_at(batch, d))
-            backend.end_step()
-        guarded.update(batch, preds)
-        for name in save_outputs:
-            if (value := preds.get(name, batch.get(name))) is not None:
-                saved.setdefault(name, []).append(value.cpu())
-    if missing := sorted(set(save_outputs) - set(saved)):
-        warnings.warn(f"eval_save_outputs: there is no {', '.join(missing)}", stacklevel=2)
-    if saved and save_path is not None:
-        save_predictions(saved, save_path, backend.rank)
-    return sets
 
 
 def save_predictions(saved: dict[str, list[Tensor]], folder: Path, rank: int) -> None:
@@ -275,38 +252,3 @@ def create_evaluators(named: Sequence[Any], data: Data) -> list[Evaluator]:
         for entry in named
     ]
     return [one for one in made if data.test is not None or not getattr(one, "reads_rows", True)]
-
-
-def create_model_factory(
-    head: ACTLossHead,
-    corpora: Corpora,
-    tokenizer: TextTokenizer | None,
-    backend: Backend,
-    rows: int,
-    sign: Callable[[], None],
-    depth: int,
-) -> Callable[[Group], LanguageModel]:
-    """Return a function that builds the run's model for an evaluator with inputs of its own.
-
-    corpora: those that it trains on, which name its tokens and identifiers. rows: texts that a rank
-    computes at once. sign: called between batches, as a sign of life. depth: as of `evaluate`.
-    """
-
-    def ask(group: Group) -> LanguageModel:
-        def between() -> None:
-            group.pause()
-            sign()
-
-        return LanguageModel(
-            head,
-            corpora.metadata,
-            corpora.identifiers,
-            tokenizer,
-            backend,
-            rows=rows,
-            gather=group.gather_objects,
-            between=between,
-            depth=depth,
-        )
-
-    return ask

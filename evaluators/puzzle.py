@@ -4,10 +4,10 @@ import math
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata
-from evaluators.interface import Batch
+from evaluators.interface import Batch, Examiner
 from models.inference.language_model import LanguageModel
 from utils.config.schema import PositiveInt
 from utils.core.errors import UserError
@@ -29,7 +29,7 @@ class View:
         return np.argsort(self.names)[rows][:, np.argsort(self.cells)]
 
 
-class ExactMatchEvaluator:
+class ExactMatchEvaluator(Examiner):
     """Figures over all rows and ranks, below <prefix>/:
 
     exact_accuracy         share of rows whose every scored cell is right
@@ -45,9 +45,7 @@ class ExactMatchEvaluator:
     square may be flipped, but not turned.
     """
 
-    class Config(BaseModel):
-        model_config = ConfigDict(extra="forbid")
-
+    class Config(BaseModel, extra="forbid"):
         views: PositiveInt = Field(1, description="renamings of the ids that may be renamed")
         geometry: Literal["none", "flips", "dihedral"] = Field("none", description="of the grid")
         grid: list[PositiveInt] | None = Field(
@@ -60,6 +58,7 @@ class ExactMatchEvaluator:
 
     def __init__(self, data_path: str, eval_metadata: DatasetMetadata, **options: Any):
         self.config, self.metadata = self.Config(**options), eval_metadata
+        self.prefix = self.config.prefix
         self.views = self._views()
         self.begin_eval()
 
@@ -104,8 +103,8 @@ class ExactMatchEvaluator:
         return [np.concatenate((look.ravel(), rest)) for look in looks]
 
     def begin_eval(self) -> None:
+        super().begin_eval()
         self.rows: list[dict[str, np.ndarray]] = []
-        self.figures: dict[str, float] = {}
 
     def update_batch(self, batch: Batch, preds: Batch) -> None:
         """Collect rows. batch: inputs, labels (B, S), others by row; preds: (B, S)."""
@@ -137,14 +136,6 @@ class ExactMatchEvaluator:
         }
         if len(answers) > 1:
             self.figures |= vote(np.stack(answers), np.stack(sure), labels)
-
-    def result(
-        self, save_path: str | None, rank: int, world_size: int, group: Any = None
-    ) -> dict[str, float] | None:
-        """Return the figures on rank 0, None elsewhere."""
-        if rank != 0:
-            return None
-        return {f"{self.config.prefix}/{name}": value for name, value in self.figures.items()}
 
 
 def vote(answers: np.ndarray, sure: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from dataset.common import DatasetMetadata
 from evaluators.examples import pick_evenly, read_json_lines
-from evaluators.interface import Batch
+from evaluators.interface import Examiner
 from models.inference.language_model import LanguageModel
 from utils.config.schema import PositiveInt
 from utils.core.errors import UserError
@@ -49,7 +49,7 @@ class Item(NamedTuple):
         return context + continuation
 
 
-class MultipleChoiceEvaluator:
+class MultipleChoiceEvaluator(Examiner):
     """Figures of one file, over all ranks, below <prefix>/<task>/:
 
     accuracy            of the choice with the largest summed log-probability
@@ -63,9 +63,7 @@ class MultipleChoiceEvaluator:
     Of several choices that are equally likely the first counts as chosen.
     """
 
-    class Config(BaseModel):
-        model_config = ConfigDict(extra="forbid")
-
+    class Config(BaseModel, extra="forbid"):
         path: str = Field(description="JSON lines, plain or compressed, here or remote")
         task: str | None = Field(None, description="name in the figures; null: the file's")
         delimiter: str = Field(
@@ -81,13 +79,12 @@ class MultipleChoiceEvaluator:
         seed: int = Field(0, ge=0, description="of the choice of solved examples")
         prefix: str = "tasks"
 
-    required_outputs: frozenset[str] = frozenset()
     reads_rows = False
 
     def __init__(self, data_path: str, eval_metadata: DatasetMetadata, **options: Any):
         self.config = config = self.Config(**options)
         name = config.task or Path(config.path).name.split(".")[0]
-        self.place = f"{config.prefix}/{name}"
+        self.prefix = f"{config.prefix}/{name}"
         records = read_json_lines(config.path)
         self.items = [read_item(where, record, config) for where, record in records]
         shots = self.items
@@ -118,12 +115,6 @@ class MultipleChoiceEvaluator:
         others = np.delete(np.arange(len(shots)), [number] if own else [])
         drawn = rng.choice(others, self.config.num_few_shot, replace=False)
         return "".join(shots[i].solved() + "\n\n" for i in drawn)
-
-    def begin_eval(self) -> None:
-        self.figures: dict[str, float] = {}
-
-    def update_batch(self, batch: Batch, preds: Batch) -> None:
-        """Ignore the rows of the corpus."""
 
     def examine(self, model: LanguageModel, group: Any) -> None:
         """Score every choice of every item."""
@@ -169,14 +160,6 @@ class MultipleChoiceEvaluator:
             "chance": float(np.mean([1 / len(item.pairs) for item in items])),
             "examples": len(items),
         }
-
-    def result(
-        self, save_path: str | None, rank: int, world_size: int, group: Any = None
-    ) -> dict[str, float] | None:
-        """Return the figures on rank 0, None elsewhere."""
-        if rank != 0:
-            return None
-        return {f"{self.place}/{name}": value for name, value in self.figures.items()}
 
 
 def _accuracy(suffix: str, right: np.ndarray) -> dict[str, float]:

@@ -2,16 +2,16 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 
 from dataset.common import IGNORE_LABEL_ID, DatasetMetadata, token_byte_lengths
+from evaluators.interface import Batch, Summing
 
 
-class PerplexityEvaluator:
+class PerplexityEvaluator(Summing):
     """Reduced over all ranks; padding and ignored labels never count.
 
     Reports <prefix>/perplexity, /nats_per_token, /bits_per_byte (nats / ln 2 / bytes of the text
@@ -21,8 +21,7 @@ class PerplexityEvaluator:
     passes changed the headline.
     """
 
-    class Config(BaseModel):
-        model_config = ConfigDict(extra="forbid")
+    class Config(BaseModel, extra="forbid"):
         prefix: str = "text"
 
     required_outputs = frozenset({"token_nll", "unrefined_token_nll", "row_nll_by_step"})
@@ -33,10 +32,7 @@ class PerplexityEvaluator:
         self.bytes_of = token_byte_lengths(tokenizer) if tokenizer.is_file() else None
         self.begin_eval()
 
-    def begin_eval(self) -> None:
-        self.sums: dict[str, np.ndarray] = {}  # name -> nats, tokens, bytes
-
-    def update_batch(self, batch: dict[str, Tensor], preds: dict[str, Tensor]) -> None:
+    def update_batch(self, batch: Batch, preds: Batch) -> None:
         """Add a batch: labels (B, S), domain_ids (B,), scored_bytes (B,) where ids do not tell the
         bytes of text. preds: token_nll (B, S) in nats, and where there are any
         unrefined_token_nll (B, S), row_nll_by_step (B, steps)."""
@@ -62,20 +58,11 @@ class PerplexityEvaluator:
                 self._add(f"domain_{name}/", nats[here], tokens[here], size[here])
 
     def _add(self, name: str, nats: np.ndarray, tokens: np.ndarray, size: np.ndarray) -> None:
-        total = np.array([nats.sum(), tokens.sum(), size.sum()], dtype=np.float64)
-        self.sums[name] = self.sums.get(name, 0) + total
+        self.add(name, np.array([nats.sum(), tokens.sum(), size.sum()]))
 
-    def result(
-        self, save_path: str | None, rank: int, world_size: int, group: Any = None
-    ) -> dict[str, float] | None:
-        """Return the figures on rank 0, None elsewhere. A collective if `group` is given."""
-        parts = [self.sums] if group is None else group.gather_objects(self.sums)
-        if rank != 0:
-            return None
-        names = list(dict.fromkeys(name for part in parts for name in part))
+    def summarize(self, sums: dict[str, np.ndarray], save_path: str | None) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for name in names:
-            nats, tokens, size = np.sum([part[name] for part in parts if name in part], axis=0)
+        for name, (nats, tokens, size) in sums.items():
             if tokens == 0:
                 continue
             place = f"{self.prefix}/{name}"

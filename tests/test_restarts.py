@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_tools import IDENTIFIERS, TEXT, contents, finish, metrics_of, start
+from training_tools import IDENTIFIERS, TEXT, contents, differing, finish, metrics_of, start
 
 import pretrain
 from dataset.build_corpus_dataset import main as build_corpus
@@ -27,9 +27,8 @@ def test_n_plus_n_steps_equal_2n_steps_bit_for_bit(text_corpus, run_training, op
     options += ["keep_checkpoints=null", "evaluators=[]", "ema_rate=0.9"]
     whole = run_training(text_corpus, "whole", *options, "checkpoint_interval=7")
     parts = run_training(text_corpus, "parts", *options, f"resume={whole / 'step_7'}")
-    one, other = contents(whole / "step_14"), contents(parts / "step_14")
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert differing(whole / "step_14", parts / "step_14") == []
+    one = contents(whole / "step_14")
     assert any(name.startswith("ema") for name in one)
     saved = [Checkpoint(run / "step_14").json("state.json")["stream"] for run in (whole, parts)]
     assert saved[0] == saved[1]
@@ -68,9 +67,8 @@ def test_ranks_with_mixed_corpora_and_workers_go_on_bit_for_bit(
     for run, more in ((whole, "resume=auto"), (parts, f"resume={whole / 'step_7'}")):
         code, out, err = finish(start(*options, f"checkpoint_path={run}", more, ranks=ranks))
         assert code == 0, out + err
-    one, two = contents(whole / "step_14"), contents(parts / "step_14")
-    assert one.keys() == two.keys() and any(name.startswith("carry_1") for name in one)
-    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert differing(whole / "step_14", parts / "step_14") == []
+    assert any(name.startswith("carry_1") for name in contents(whole / "step_14"))
 
 
 def test_auto_resume_goes_on_in_the_same_folder(text_corpus, run_training):
@@ -111,8 +109,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(
     out = capsys.readouterr().out
     assert "step_6 is damaged: model.pt" in out and "step_4 is damaged: manifest.json" in out
     assert "resuming from" in out and "step_2" in out
-    one, other = contents(whole / "step_6"), contents(run / "step_6")
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert differing(whole / "step_6", run / "step_6") == []
     assert len(list(run.glob("damaged_step_*"))) == 2
 
 
@@ -418,7 +415,7 @@ def test_more_can_be_better(text_corpus, run_training, capsys):
 def test_a_crash_between_two_renames_loses_nothing(text_corpus, run_training, capsys):
     options = ["evaluators=[]", "epochs=20", "keep_checkpoints=null", "checkpoint_interval=2"]
     run = run_training(text_corpus, "run", *options, "max_steps=4")
-    before = contents(run / "step_4")
+    before = Path(shutil.copytree(run / "step_4", run.with_name("before")))
     shutil.copytree(run / "step_4", run / ".step_4.tmp")  # about to take the place of ...
     (run / "step_4").rename(run / ".step_4.old")  # ... the one that stood there
     shutil.copytree(run / "step_2", run / ".step_1.pruned")
@@ -426,8 +423,7 @@ def test_a_crash_between_two_renames_loses_nothing(text_corpus, run_training, ca
     (run / ".step_6.tmp" / "model.pt").write_bytes(b"half")
     run_training(text_corpus, "run", *options, "max_steps=4")
     assert f"resuming from {run / 'step_4'}" in capsys.readouterr().out
-    after = contents(run / "step_4")
-    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert differing(before, run / "step_4") == []
     assert not list(run.glob(".step_*"))
 
 
@@ -452,8 +448,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(text_corpus, run_trainin
     monkeypatch.setattr(writer, "save_tensors", save)
     run = run_training(text_corpus, "run", *options)
     for step in ("step_2", "step_8"):
-        one, other = contents(whole / step), contents(run / step)
-        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+        assert differing(whole / step, run / step) == []
 
 
 def test_lines_of_steps_that_are_trained_again_stand_there_once(text_corpus, run_training):

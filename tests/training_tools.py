@@ -239,6 +239,12 @@ def metrics_of(run: Path, name: str) -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
+def differing(one: Path, other: Path) -> list[str]:
+    """Names of the tensors in which two checkpoints differ, or that one of them lacks."""
+    a, b = contents(one), contents(other)
+    return sorted(a.keys() ^ b.keys() | {n for n in a.keys() & b.keys() if not a[n].equal(b[n])})
+
+
 def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, which must be whole."""
     opened = Checkpoint(checkpoint)

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from scripts.training_step import make_step
 from utils.backend import select_backend
-from utils.checkpoint.writer import CheckpointWriter, Contents
+from utils.checkpoint.writer import CheckpointWriter
 from utils.config.key_values import CommandKeys, run_command, split_key_values
 from utils.config.load import compose_config, load_config
 from utils.config.schema import PositiveInt
@@ -61,7 +61,8 @@ def run(arguments: Sequence[str]) -> None:
             number += 1
             tensors, carry = copied()
             slots = [0, config.global_batch_size]
-            writer.begin(number, Contents(tensors, {}, {"slots": slots, "carry": carry}))
+            files = {f"{stem}.pt": value for stem, value in tensors.items()}
+            writer.begin(number, files | {"carry_0.pt": {"slots": slots, "carry": carry}})
 
         def save_and_wait() -> None:
             save()

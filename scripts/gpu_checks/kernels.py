@@ -14,7 +14,8 @@ from models.token_losses import stablemax_cross_entropy
 from scripts.gpu_checks.session import Session
 from scripts.gpu_checks.speed import median_seconds
 from utils.config.schema import OptimizerConfig
-from utils.training.optimizers import AdamATan2, create_optimizers
+from utils.training.optimizers import create_optimizers
+from utils.training.optimizers.adam_atan2 import AdamATan2
 
 BARS = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.float64: 1e-9}
 # tokens, prefix, query heads, key and value heads, head size, dtype

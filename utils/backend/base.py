@@ -22,13 +22,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from utils.backend.board import Board, connect_store
 from utils.backend.memory import free_host_memory, peak_host_memory
 from utils.backend.process import Received, catch_stop_signals, end_with_launcher
-from utils.backend.state import accumulate, is_sharded, shard
+from utils.backend.state import shard
+from utils.core.console import notify
 from utils.core.errors import UserError
 
 T = TypeVar("T")
@@ -65,6 +67,11 @@ class Backend:
     def is_main(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
+
+    def report(self, message: str) -> None:
+        """Print `message` on rank 0."""
+        if self.is_main:
+            notify(message)
 
     def describe(self) -> str:
         """Return the name of the device for messages."""
@@ -204,8 +211,8 @@ class Backend:
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
         """Reduce no gradients inside the block, unless this is the last micro-batch."""
-        if is_sharded(model):
-            accumulate(model, last)
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
         elif isinstance(model, DistributedDataParallel) and not last:
             return model.no_sync()
         return nullcontext()

@@ -1,12 +1,15 @@
 """NVIDIA GPUs: one per process, NCCL between them."""
 
+import importlib.util
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from utils.backend.base import Backend
-from utils.backend.triton import missing_for_triton
 from utils.core.errors import UserError
 
 BF16_PEAK = {
@@ -117,3 +120,24 @@ class CUDABackend(Backend):
             return None
         name = torch.cuda.get_device_name(self.device)
         return next((peak for part, peak in BF16_PEAK.items() if part in name), None)
+
+
+def missing_for_triton() -> str | None:
+    """Return what Triton is missing here to compile a launcher for each kernel; None if nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    named = os.environ.get("CC")
+    if not any(shutil.which(name) for name in ([named] if named else ["gcc", "clang"])):
+        wanted = f"CC={named} is not a program" if named else "there is neither gcc nor clang"
+        return f"Triton needs a C compiler, and {wanted}"
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own has no headers
+    own = sysconfig.get_paths(scheme)["include"]
+    folders = [own]
+    for name in ("CPATH", "C_INCLUDE_PATH"):
+        folders += filter(None, os.environ.get(name, "").split(os.pathsep))
+    if not any((Path(folder) / "Python.h").is_file() for folder in folders):
+        return (
+            f"Triton needs Python's C headers, and there is no {own}/Python.h: install python3-dev"
+        )
+    return None

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 
 def shard(model: nn.Module, device_type: str, world_size: int) -> nn.Module:
@@ -46,17 +47,6 @@ def release(model: nn.Module) -> None:
         model.reshard()
 
 
-def accumulate(model: nn.Module, last: bool) -> None:
-    """Reduce gradients in the next backward pass of a sharded model only if it is the `last`."""
-    assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(last)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether `shard` was applied to the model."""
-    return isinstance(model, FSDPModule)
-
-
 def host_copy(value: Any, keep: bool = True) -> Any:
     """Copy nested dicts and lists, with every tensor unsharded and in host memory.
 
@@ -64,29 +54,21 @@ def host_copy(value: Any, keep: bool = True) -> Any:
     are None then.
     """
     devices: set[torch.device] = set()
-    copied = _host_copy(value, keep, devices)
+
+    def copy(tensor: Tensor) -> Tensor | None:
+        source = whole(tensor).detach()
+        if not keep:
+            return None
+        if not source.is_cuda:
+            return source.to("cpu", copy=True)
+        devices.add(source.device)
+        pinned = torch.empty_like(source, device="cpu", pin_memory=True)
+        return pinned.copy_(source, non_blocking=True)
+
+    copied = tree_map_only(Tensor, copy, value)
     for device in devices:  # once per device, after all its copies were started
         torch.cuda.synchronize(device)
     return copied
-
-
-def _host_copy(value: Any, keep: bool, devices: set[torch.device]) -> Any:
-    if isinstance(value, dict):
-        return {key: _host_copy(item, keep, devices) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_host_copy(item, keep, devices) for item in value]
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    if not isinstance(value, Tensor):
-        return value
-    if not keep:
-        return None
-    source = value.detach()
-    if not source.is_cuda:
-        return source.to("cpu", copy=True)
-    devices.add(source.device)
-    pinned = torch.empty_like(source, device="cpu", pin_memory=True)
-    return pinned.copy_(source, non_blocking=True)
 
 
 def part_like(value: Tensor, reference: Tensor) -> Tensor:
@@ -103,7 +85,7 @@ def local_part(value: Tensor) -> Tensor:
 
 
 def _options(model: nn.Module) -> StateDictOptions:
-    sharded = is_sharded(model)
+    sharded = isinstance(model, FSDPModule)
     return StateDictOptions(full_state_dict=sharded, cpu_offload=sharded)
 
 
@@ -114,7 +96,7 @@ def model_state(model: nn.Module) -> dict[str, Any]:
 
 def load_model_state(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load whole weights, the same on every rank."""
-    options = StateDictOptions(full_state_dict=is_sharded(model))
+    options = StateDictOptions(full_state_dict=isinstance(model, FSDPModule))
     set_model_state_dict(model, dict(weights), options=options)
 
 
@@ -126,13 +108,19 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load what `optimizer_state` returned, the same on every rank."""
+    """Load moments and step counts that `optimizer_state` returned, the same on every rank.
+
+    Learning rates, decays and the like stay as they are.
+    """
     if not state:
         return
-    options = StateDictOptions(full_state_dict=is_sharded(model))
+    present = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    options = StateDictOptions(full_state_dict=isinstance(model, FSDPModule))
     set_optimizer_state_dict(model, optimizer, state, options=options)
+    for group, values in zip(optimizer.param_groups, present, strict=True):
+        group.update(values)
 
 
-def scalar(value: Tensor) -> Tensor:
-    """Return a norm over sharded gradients as a plain tensor, the same on all ranks."""
+def whole(value: Tensor) -> Tensor:
+    """Return a sharded tensor, or a norm over sharded gradients, as a plain one. A collective."""
     return value.full_tensor() if isinstance(value, DTensor) else value

@@ -84,19 +84,19 @@ def note_evaluation(run: Path, counters: dict[str, Any]) -> None:
         part.write_text(json.dumps(counters), "utf-8")
 
 
-def read_evaluation(run: Path, step: int) -> dict[str, Any] | None:
-    """Return the counters of the last recorded evaluation if it was at `step`, else None."""
+def read_evaluation(run: Path) -> dict[str, Any]:
+    """Return the run's counters after its last recorded evaluation; {} if there is none."""
     try:
         counters = json.loads((run / EVALUATED).read_text("utf-8"))
-        return counters if counters["step"] == step else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (OSError, ValueError):
+        return {}
+    return counters if isinstance(counters, dict) else {}
 
 
 def forget_evaluation(run: Path, after: int) -> None:
     """Delete the record of an evaluation later than step `after`: the run repeats those steps."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        if json.loads((run / EVALUATED).read_text("utf-8"))["step"] > after:
+    if read_evaluation(run).get("step", after) > after:
+        with suppress(OSError):
             (run / EVALUATED).unlink()
 
 

@@ -24,8 +24,9 @@ class RunFolder:
     """Create and lock the directory `path` of a run, until the end of the context.
 
     A collective. Gives the run the same name on all ranks; raises UserError if the directory cannot
-    be written, is in use, or is not visible to every rank. An evaluation takes no lock, and deletes
-    the directories that it created if it fails before its first result.
+    be written, is in use, or is not visible to every rank. An evaluation takes no lock. A failure
+    before anything worth keeping is written leaves nothing: neither the lock nor directories that
+    were created.
     """
 
     def __init__(self, config: PretrainConfig, backend: Backend):
@@ -40,7 +41,7 @@ class RunFolder:
         self.failed = False
         """Set it after a failure that is not raised through the context manager."""
         self._lock: TextIO | None = None
-        self._made: list[Path] = []  # created for an evaluation, innermost first
+        self._made: list[Path] = []  # created here, innermost first
         token = backend.from_main(lambda: self._open(config))
         if not config.eval_only and not _sees(self.path, token):
             raise UserError(
@@ -52,10 +53,8 @@ class RunFolder:
         """Create and lock the directory; return the content of the lock file."""
         print(f"run: {config.run_name}, folder {self.path}", flush=True)
         try:
-            missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+            self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
-            if config.eval_only:
-                self._made = missing
             self._lock = None if config.eval_only else _lock(self.path)
         except OSError as error:
             raise UserError(
@@ -68,19 +67,21 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
-        if (self.failed or kind is not None) and self._made:
+        if self.failed or kind is not None:
             with suppress(OSError):
                 self._remove_unused()
+        if self._lock is not None:
+            self._lock.close()
 
     def _remove_unused(self) -> None:
-        """Delete the directories created for an evaluation, unless they contain a result."""
-        entries = list(self.path.iterdir())
-        if any(e.name != "config.yaml" and (e.is_dir() or e.stat().st_size) for e in entries):
+        """Delete the lock and the directories created here, unless there is a result."""
+        entries = list(self.path.iterdir()) if self._made or self._lock is not None else []
+        ours = {LOCK, "config.yaml"} if self._made else {LOCK}
+        if any(e.name not in ours and (e.is_dir() or e.stat().st_size) for e in entries):
             return
         for entry in entries:
-            entry.unlink()
+            if self._made or entry.name == LOCK:
+                entry.unlink()
         for folder in self._made:
             folder.rmdir()
 
@@ -110,15 +111,14 @@ def _describe_process() -> str:
 
 def _lock(path: Path) -> TextIO:
     """Lock the directory and return the lock file: closing it or ending the process unlocks."""
-    file = (path / LOCK).open("a+", encoding="utf-8")
     deadline, notified = time.monotonic() + _WAIT, False
     while True:
+        path.mkdir(parents=True, exist_ok=True)  # the process that had it may have removed both
+        file = (path / LOCK).open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
         except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
+            owner = _owner(path) or "another process"
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{owner} is training the run in {path}; wait for it, end it, or choose "
@@ -127,27 +127,32 @@ def _lock(path: Path) -> TextIO:
             if not notified:
                 print(f"note: {owner} still holds the run's folder, waiting {_WAIT:.0f} s")
                 notified = True
+            file.close()
             time.sleep(0.2)
+            continue
         except OSError:  # storage without locks: train without one
             print(f"note: {path} cannot be locked; do not run two processes on it at a time")
-            break
-    file.truncate(0)
-    file.write(_describe_process())
-    file.flush()
-    with suppress(OSError):
-        os.fsync(file.fileno())  # so that other machines see it
-    return file
+        file.truncate(0)
+        file.write(_describe_process())
+        file.flush()
+        with suppress(OSError):
+            os.fsync(file.fileno())  # so that other machines see it
+        if _owner(path) == _describe_process() or time.monotonic() > deadline:
+            return file
+        file.close()  # it was removed after it was opened
+
+
+def _owner(path: Path) -> str | None:
+    """Return what the lock file says; None if it cannot be read."""
+    try:
+        return (path / LOCK).read_text("utf-8").strip()
+    except OSError:
+        return None
 
 
 def _sees(path: Path, token: str) -> bool:
     """Return whether the lock file contains `token`, as rank 0 wrote it."""
     deadline = time.monotonic() + 4 * _WAIT  # network storage may cache for a minute
-    while True:
-        try:
-            if (path / LOCK).read_text("utf-8") == token:
-                return True
-        except OSError:
-            pass
-        if time.monotonic() > deadline:
-            return False
+    while (seen := _owner(path)) != token and time.monotonic() < deadline:
         time.sleep(0.1)
+    return seen == token

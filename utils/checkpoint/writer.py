@@ -17,23 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_iter
 
 from utils.backend import Backend
 from utils.checkpoint.format import MANIFEST, checkpoints_of, prune, sha256, step_folder
 from utils.core.console import notify
-
-
-class Contents(NamedTuple):
-    """What one rank writes; in host memory, and not shared with training.
-
-    tensors: file stem -> value for torch.save. files: name -> content. shard: this rank's held
-    rows. Ranks other than 0 have only a shard.
-    """
-
-    tensors: Mapping[str, Any]
-    files: Mapping[str, bytes]
-    shard: Mapping[str, Any] | None
-
 
 _PATIENCE = 120.0  # seconds until a file that another machine wrote must be visible here
 
@@ -59,22 +47,23 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
 
-    def begin(self, step: int, contents: Contents, spare: Collection[int] = ()) -> bool:
+    def begin(self, step: int, files: Mapping[str, Any], spare: Collection[int] = ()) -> bool:
         """Start writing `step` after the previous checkpoint; return False if that is impossible.
 
-        spare: steps to keep besides the newest.
+        files: what this rank writes, by name: bytes, or a value for torch.save, in host memory and
+        not shared with training. spare: steps to keep besides the newest.
         """
         self.wait()
         temporary = self.run / f".step_{step}.tmp"
         fault = None
         if self.backend.is_main:
-            fault = _fault_of(lambda: _make_folder(temporary, contents))
+            fault = _fault_of(lambda: _make_folder(temporary, files))
         fault = self.backend.broadcast_object(fault)
         if fault is not None:
             self._report(step, fault, temporary)
             return False
         abandon, committed = threading.Event(), None
-        written = self._pool.submit(self._write, temporary, contents)
+        written = self._pool.submit(self._write, temporary, files)
         if self.backend.is_main:
             committed = self._pool.submit(
                 self._commit, step, temporary, written, abandon, frozenset(spare)
@@ -135,25 +124,22 @@ class CheckpointWriter:
         last = f"the last good checkpoint is {good[-1].name}" if good else "there is none yet"
         notify(f"warning: step {step} could not be saved ({fault}); {last}")
 
-    def _write(self, folder: Path, contents: Contents) -> None:
+    def _write(self, folder: Path, files: Mapping[str, Any]) -> None:
         """Write this rank's files, flush them to disk, and write the marker."""
-        rank, names = self.backend.rank, []
-        for stem, value in contents.tensors.items():
-            names.append(f"{stem}.pt")
-            save_tensors(value, folder / names[-1])
-        if contents.shard is not None:
-            names.append(f"carry_{rank}.pt")
-            save_tensors(contents.shard, folder / names[-1])
-        for name, content in contents.files.items():
-            names.append(name)
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-        for name in names:
+        for name, content in files.items():
+            path = folder / name
+            if isinstance(content, bytes):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            else:
+                save_tensors(content, path)
+        for name in files:
             _fsync(folder / name)
-        digests = {name: sha256(folder / name) for name in names}
-        part = folder / f".written_{rank}.part"
+        digests = {name: sha256(folder / name) for name in files}
+        marker = _marker(folder, self.backend.rank)
+        part = marker.with_suffix(".part")
         part.write_text(json.dumps(digests), "utf-8")
-        part.rename(_marker(folder, rank))
+        part.rename(marker)
 
     def _commit(
         self,
@@ -198,21 +184,14 @@ def _marker(folder: Path, rank: int) -> Path:
     return folder / f".written_{rank}"
 
 
-def _make_folder(folder: Path, contents: Contents) -> None:
-    """Create an empty directory; raise OSError if the disk has no room for the contents."""
+def _make_folder(folder: Path, files: Mapping[str, Any]) -> None:
+    """Create an empty directory; raise OSError if the disk has no room for the files."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    needed, free = _bytes_of(contents), shutil.disk_usage(folder).free
+    needed = sum(leaf.nbytes for leaf in tree_iter(files) if isinstance(leaf, torch.Tensor))
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(f"it takes {_size(needed)}, but only {_size(free)} are free")
-
-
-def _bytes_of(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, Mapping):
-        return sum(map(_bytes_of, value.values()))
-    return sum(map(_bytes_of, value)) if isinstance(value, list | tuple) else 0
 
 
 def _size(count: float) -> str:

@@ -155,6 +155,15 @@ def gather_terms(loss: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"terms": terms}
 
 
+def present_name(key: str) -> str:
+    """Return the name that a key has now if it is an older one of a loss term's option."""
+    for term in short_names(LossTermConfig.PREFIX) if key.startswith("arch.loss.") else ():
+        flat = load_plugin(LossTermConfig.model_construct(name=term)).flat_keys
+        if (option := flat.get(key.removeprefix("arch.loss."))) is not None:
+            return f"arch.loss.terms.{term}.{option}"
+    return key
+
+
 def checkpoint_options(loss: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (term, option) of every option of a loss's terms that names a checkpoint, by
     `"checkpoint": True` in its declaration."""

@@ -20,6 +20,7 @@ from utils.config.plugins import (
     gather_terms,
     named_plugins,
     options_model,
+    present_name,
 )
 from utils.config.schema import PLACEHOLDERS, ArchConfig, Component, PretrainConfig
 from utils.config.values import flatten
@@ -95,6 +96,7 @@ def changed_keys(
     rules = _resume_rules(config)
     before, gone_of_plugins = _comparable(old)
     now, _ = _comparable(dump_config(config))
+    allow = set(map(present_name, config.resume_allow))
     changed: dict[str, tuple[Any, Any]] = {}
     for key in sorted(before.keys() | now.keys()):
         parts = key.split(".")
@@ -102,7 +104,7 @@ def changed_keys(
         if names & changed.keys():
             continue  # options of a plug-in that was replaced
         given = {rules.get(name) for name in names}
-        allowed = "any" in given or (names & set(config.resume_allow) and "fixed" not in given)
+        allowed = "any" in given or (names & allow and "fixed" not in given)
         if before.get(key) != now.get(key) and not allowed:
             changed[key] = before.get(key), now.get(key)
     return changed, gone + gone_of_plugins

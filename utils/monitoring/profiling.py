@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch.autograd import DeviceType
@@ -43,8 +42,10 @@ class StepProfiler:
         )
         self._profile.start()
         self._profile.step()  # so that the trace names steps by their number
-        if self._backend.is_main and self._backend.name == "xla":
-            notify("note: profile=true sees what the host does; on XLA most happens on the device")
+        if self._backend.name == "xla":
+            self._backend.report(
+                "note: profile=true sees what the host does; on XLA most happens on the device"
+            )
         return self
 
     def step(self) -> None:
@@ -53,18 +54,15 @@ class StepProfiler:
             self._steps += 1
             self._profile.step()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self._profile is None:
             return
         self._profile.stop()
-        if kind is None and self._steps < FIRST and self._backend.is_main:
-            notify(f"note: profile=true traces steps {FIRST} to {LAST}, but the run took only "
-                 f"{self._steps}: nothing was written")  # fmt: skip
+        if kind is None and self._steps < FIRST:
+            self._backend.report(
+                f"note: profile=true traces steps {FIRST} to {LAST}, but the run took only "
+                f"{self._steps}: nothing was written"
+            )
 
     def _write(self, found: profile) -> None:
         """Write the trace; a failure is reported and never ends the run."""
@@ -87,8 +85,7 @@ class StepProfiler:
         table = events.table(sort_by=order, row_limit=-1, max_name_column_width=80)
         with write_atomically(folder / f"{name}.txt") as part:
             part.write_text(table, encoding="utf-8")
-        if self._backend.is_main:
-            notify(costliest(events, last - FIRST + 1) + f"\n  trace: {trace}")
+        self._backend.report(costliest(events, last - FIRST + 1) + f"\n  trace: {trace}")
 
 
 def kernels(events: Iterable[Any]) -> list[Any]:

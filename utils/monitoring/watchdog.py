@@ -13,7 +13,7 @@ import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import NamedTuple
 
 from utils.backend import Backend
@@ -58,9 +58,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._over.set()
         self._thread.join(_SPEAK)
 
@@ -75,20 +73,17 @@ class Watchdog:
         """Something other than a step is done, such as a batch of an evaluation."""
         self._sign = time.monotonic()
 
-    @property
-    def usual(self) -> float | None:
-        """Seconds of a step, or None as long as there were few."""
-        durations = list(self._durations)
-        return statistics.median(durations) if len(durations) >= _KNOWN else None
-
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, LEAST_SECONDS / 4)):
-            usual, taken = self.usual, self.clock.seconds - self._began
+            durations, taken = list(self._durations), self.clock.seconds - self._began
             silent = time.monotonic() - self._sign
             if self.timeout is not None and silent > self.timeout:
                 self._report(f"error: no sign of life for {silent:.0f} s in step {self._step + 1}")
                 self.backend.end_now(STALLED)
-            if usual is None or taken < max(LEAST_SECONDS, self.factor * usual, 2 * self._told):
+            if len(durations) < _KNOWN:
+                continue
+            usual = statistics.median(durations)
+            if taken < max(LEAST_SECONDS, self.factor * usual, 2 * self._told):
                 continue
             self._told = taken
             self._report(

@@ -10,7 +10,6 @@ import torch
 from dataset.tokens.tokenization import TextTokenizer
 from evaluators.interface import Evaluator
 from evaluators.loop import create_evaluators
-from models.base import OptionsKey
 from models.build import create_model, load_into
 from models.inference.loading import base_loader, fitting_weights, open_tokenizer
 from models.losses import ACTLossHead, create_terms
@@ -31,7 +30,7 @@ from utils.monitoring.profiling import StepProfiler
 from utils.monitoring.watchdog import Watchdog
 from utils.training.log import TrainingLog
 from utils.training.lr_finder import Sweep
-from utils.training.plan import MemoryPlan, count_present_bytes, count_train_flops
+from utils.training.plan import MemoryPlan, count_present_bytes
 from utils.training.resume import prepare_resume, restore
 from utils.training.save import Saver
 from utils.training.schedule import Schedule
@@ -44,7 +43,7 @@ class Run:
 
     Args:
         state: all that training changes; what a checkpoint holds.
-        micro_batches: forward passes of this replica per optimizer step.
+        rows_at_once: rows of a micro-batch of this replica.
         tokenizer: loaded at startup; its file may be deleted while the run is in progress.
         clock: seconds of training, without evaluation and saving.
         received: numbers of the signals that ask the run to stop.
@@ -56,7 +55,7 @@ class Run:
     folder: Path
     state: TrainState
     stream: TrainStream
-    micro_batches: int
+    rows_at_once: int
     schedule: Schedule
     evaluators: list[Evaluator]
     tokenizer: TextTokenizer | None
@@ -68,19 +67,9 @@ class Run:
     profiler: StepProfiler
     received: Sequence[int] = ()
 
-    @property
-    def rows_at_once(self) -> int:
-        """Rows of a micro-batch of this replica."""
-        return self.config.rows_per_rank(self.backend.world_size) // self.micro_batches
-
-    def report(self, message: str) -> None:
-        """Print `message` on rank 0."""
-        if self.backend.is_main:
-            notify(message)
-
     def close(self) -> None:
         """Wait for the checkpoint in progress, then close threads and loggers."""
-        self.saver.close()
+        self.saver.writer.close()
         self.stream.close()
         self.loggers.close()
 
@@ -105,9 +94,8 @@ def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path
         micro_rows = try_rows(plan, state, backend, micro_rows)
     micro_batches = rows // micro_rows
     stream = create_stream(config, model, data, backend, micro_batches)
-    if backend.is_main and data.test is not None:
-        for note in model.model.notes():
-            print(f"note: {note}")
+    for note in model.model.notes() if data.test is not None else ():
+        backend.report(f"note: {note}")
     if resumed is not None:
         restore(config, state, stream, backend, resumed, folder, micro_batches)
     elif config.eval_only:
@@ -118,7 +106,8 @@ def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path
     names = config.logger if backend.is_main else []
     start = None if config.eval_only else state.step
     loggers = Loggers(names, folder, dump_config(config), start)
-    log = create_log(config, model, data, backend, schedule, loggers)
+    dtype = model.model.config.dtype
+    log = TrainingLog(config, data.train.metadata, dtype, backend, stream, loggers)
     saver = Saver(config, state, stream, backend, folder, data.train, data.tokenizer)
     clock = Clock(state.seconds)
     file, metadata = data.tokenizer, data.train.metadata
@@ -133,7 +122,7 @@ def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path
         folder=folder,
         state=state,
         stream=stream,
-        micro_batches=micro_batches,
+        rows_at_once=micro_rows,
         schedule=schedule,
         evaluators=evaluators,
         tokenizer=tokenizer,
@@ -169,20 +158,6 @@ def build_model(
     choose_kernels(config, model, backend)
     if not config.load_checkpoint or resumed is not None:
         return model, {}
-    source, counters = load_pretrained(config, model, data)
-    if backend.is_main:
-        print(f"starting from the {source}")
-    return model, counters
-
-
-def load_pretrained(
-    config: PretrainConfig, model: ACTLossHead, data: Data
-) -> tuple[str, dict[str, Any]]:
-    """Load the weights that `load_checkpoint` names into a new run's model.
-
-    Returns a description of them, and the counters of their run, {} if not known.
-    """
-    assert config.load_checkpoint is not None
     weights, opened = fitting_weights(
         "load_checkpoint",
         config.load_checkpoint,
@@ -191,11 +166,12 @@ def load_pretrained(
         data.tokenizer,
     )
     load_into(model.model, weights)
-    if opened is None:
-        return f"weights of {config.load_checkpoint}", {}
-    averaged = config.load_weights == "ema" and "ema.pt" in opened
-    source = f"{'averaged' if averaged else 'raw'} weights of {opened.folder}"
-    return source, opened.state["counters"]
+    source = f"weights of {config.load_checkpoint}"
+    if opened is not None:
+        averaged = config.load_weights == "ema" and "ema.pt" in opened
+        source = f"{'averaged' if averaged else 'raw'} weights of {opened.folder}"
+    backend.report(f"starting from the {source}")
+    return model, {} if opened is None else opened.state["counters"]
 
 
 def create_stream(
@@ -224,31 +200,6 @@ def create_stream(
         rank=backend.rank,
         world_size=backend.world_size,
         micro_batches=micro_batches,
-    )
-
-
-def create_log(
-    config: PretrainConfig,
-    model: ACTLossHead,
-    data: Data,
-    backend: Backend,
-    schedule: Schedule,
-    loggers: Loggers,
-) -> TrainingLog:
-    """Create the log of training metrics, which knows what a token costs."""
-    peak = backend.peak_flops(model.model.config.dtype)
-    flops: dict[OptionsKey, float] = {}
-    if backend.is_main and not config.eval_only:
-        with backend.one_rank_at_a_time():
-            flops = count_train_flops(config.arch, data.train.metadata)
-    return TrainingLog(
-        loggers,
-        backend,
-        schedule,
-        row_tokens=data.train.metadata.seq_len,
-        rows=config.global_batch_size,
-        flops=flops,
-        peak_flops=None if peak is None else peak * backend.world_size,
     )
 
 
@@ -286,7 +237,11 @@ def choose_micro_batch_rows(
     """
     ranks, device = backend.world_size, backend.device.type
     rows = config.rows_per_rank(ranks)
-    known = config.micro_rows(ranks) or backend.broadcast_object(read_micro_rows(resumed, rows))
+    # as before, so that a resumed run stays exact whatever memory is free today
+    before = resumed.state.get("micro_rows") if resumed is not None else None
+    if before is not None and rows % before != 0:  # of another world size
+        before = None
+    known = config.micro_rows(ranks) or backend.broadcast_object(before)
     if known is not None:
         return known, None
     with backend.one_rank_at_a_time():
@@ -303,11 +258,10 @@ def choose_micro_batch_rows(
         try:
             own = plan.fitting_rows(free)
         except Untraceable as error:
-            if backend.is_main:
-                notify(
-                    f"note: micro_batch_size=auto takes all {rows} rows of a rank at once, because "
-                    f"{error}; give micro_batch_size=<rows> if memory runs out"
-                )
+            backend.report(
+                f"note: micro_batch_size=auto takes all {rows} rows of a rank at once, because "
+                f"{error}; give micro_batch_size=<rows> if memory runs out"
+            )
             return rows, None
     return min(backend.gather_objects(own)), plan  # each divides the rows of a rank
 
@@ -364,17 +318,6 @@ def _fits(plan: MemoryPlan, state: TrainState, backend: Backend, rows: int) -> b
             raise
         return False
     finally:
-        for optimizer in state.optimizers:
-            optimizer.zero_grad()
+        state.drop_gradients()
         backend.release_memory()
     return True
-
-
-def read_micro_rows(resumed: Checkpoint | None, rows: int) -> int | None:
-    """Return the rows of a micro-batch as before, so that a resumed run stays exact whatever memory
-    is free today.
-
-    None for a new run, or where they do not divide the `rows` of a rank (another world size).
-    """
-    saved = resumed.state.get("micro_rows") if resumed is not None else None
-    return saved if saved is not None and rows % saved == 0 else None

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from models.cost import Cost, evaluation_flops
+from models.cost import evaluation_flops
 from utils.backend import select_backend
 from utils.checkpoint.format import missing_advice
 from utils.config.plugins import checkpoint_options
@@ -39,20 +39,16 @@ def dry_run(config: PretrainConfig) -> None:
         micro_rows = plan.fitting_rows(free)
         why = "chosen for" if plan.total(micro_rows) < free else "which is still too much for"
         why += f" the {free / 1e9:.1f} GB free on this {backend.name}"
-    lines = describe_step(plan, micro_rows)
-    model = plan.head.model
-    lines = describe_model(plan.cost, evaluation_flops(model), model.eval_depth()) + lines
+    lines = [*describe(plan, micro_rows), ("rows at once", f"{micro_rows} of {plan.rows}, {why}")]
     print("\n".join(f"{name:<26}{value}" for name, value in lines))
-    print(f"{'rows at once':<26}{micro_rows} of {plan.rows}, {why}")
 
 
-def describe_model(counted: Cost, evaluation: float, depth: int) -> list[tuple[str, str]]:
-    """Return parameters, layer passes and FLOPs as (name, value).
-
-    evaluation: FLOPs for each token of an evaluation at `depth`.
-    """
+def describe(plan: MemoryPlan, micro_rows: int) -> list[tuple[str, str]]:
+    """Return the parameters, layer passes, FLOPs and memory of a run as (name, value)."""
+    counted, model, rows = plan.cost, plan.head.model, plan.rows * plan.ranks
     parameters, steps = counted.parameters, counted.max_steps
     plain = counted.passes - counted.gradient_passes
+    again = counted.row_recomputed_flops * rows
     return [
         ("parameters", format_count(parameters.total)),
         ("  core", format_count(parameters.core)),
@@ -68,16 +64,9 @@ def describe_model(counted: Cost, evaluation: float, depth: int) -> list[tuple[s
         (
             "FLOPs per token",
             f"{format_flops(counted.train_flops)} per ACT step in training, "
-            f"{format_flops(evaluation)} in an evaluation of depth {depth}",
+            f"{format_flops(evaluation_flops(model))} in an evaluation of depth "
+            f"{model.eval_depth()}",
         ),
-    ]
-
-
-def describe_step(plan: MemoryPlan, micro_rows: int) -> list[tuple[str, str]]:
-    """Return the FLOPs of an optimizer step and the memory of a replica as (name, value)."""
-    counted, rows = plan.cost, plan.rows * plan.ranks
-    again = counted.row_recomputed_flops * rows
-    return [
         (
             "FLOPs per optimizer step",
             f"{format_flops(counted.row_train_flops * rows)} "

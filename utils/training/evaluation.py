@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from evaluators.guard import FAILURES
-from evaluators.loop import create_model_factory, evaluate
+from evaluators.guard import FAILURES, Group
+from evaluators.loop import evaluate
+from models.inference.language_model import LanguageModel
 from sequence_dataset import EvalStream
 from utils.backend.memory import explain_out_of_memory
 from utils.core.console import Progress
@@ -25,10 +26,37 @@ def run_evaluation(run: Run) -> dict[str, Any]:
                 f"there is nothing to evaluate: {', '.join(run.data.test_paths)} has no test "
                 "split, or an empty one; name another corpus with data_paths_test"
             )
-        run.report("the corpora have no test split, or an empty one: evaluation is skipped")
+        run.backend.report("the corpora have no test split, or an empty one: evaluation is skipped")
         return {}
     rows, depth = choose_rows(run), state.model.model.eval_depth(state.progress)
-    stream = create_stream(run, rows)
+
+    def ask(group: Group) -> LanguageModel:
+        def between() -> None:
+            group.pause()
+            run.watchdog.sign()
+
+        return LanguageModel(
+            state.model,
+            run.data.train.metadata,
+            run.data.train.identifiers,
+            run.tokenizer,
+            backend,
+            rows=(config.eval_batch_size or rows) // backend.world_size,
+            gather=group.gather_objects,
+            between=between,
+            depth=depth,
+        )
+
+    stream: EvalStream | list[Any] = []
+    if run.data.test is not None:
+        stream = EvalStream.from_config(
+            run.data.test,
+            config,
+            state.model.model.max_steps,
+            rows,
+            rank=backend.rank,
+            world_size=backend.world_size,
+        )
     bar = Progress(len(stream), "evaluate, batch", "batch", shown=backend.is_main)
     advice = f"in an evaluation of {rows} rows at once; lower eval_batch_size (now {rows})"
     with explain_out_of_memory(advice), bar, state.use_averages():
@@ -39,23 +67,15 @@ def run_evaluation(run: Run) -> dict[str, Any]:
             backend,
             received=run.received,
             save_outputs=config.eval_save_outputs,
+            save_path=run.folder / f"evaluation_step_{state.step}",
+            ask=ask,
             depth=depth,
             depths=config.eval_depths,
-            save_path=run.folder / f"evaluation_step_{state.step}",
-            ask=create_model_factory(
-                state.model,
-                run.data.train,
-                run.tokenizer,
-                backend,
-                (config.eval_batch_size or rows) // backend.world_size,
-                run.watchdog.sign,
-                depth,
-            ),
         )
     state.failed_evaluations += FAILURES in results
     results = {f"eval/{name}": value for name, value in results.items()}
     run.loggers.log(results, state.step)
-    run.report(format_evaluation(results, state.step))
+    run.backend.report(format_evaluation(results, state.step))
     return results
 
 
@@ -67,17 +87,3 @@ def choose_rows(run: Run) -> int:
     if not backend.compiles(config.compile) and test is not None:
         rows = min(rows, ranks * -(-test.num_rows // ranks))  # more would be padding alone
     return rows  # another shape than in training, if compiled, takes long
-
-
-def create_stream(run: Run, rows: int) -> EvalStream | list[Any]:
-    """Create the stream of the test split in batches of `rows`; an empty one without a split."""
-    if run.data.test is None:
-        return []
-    return EvalStream.from_config(
-        run.data.test,
-        run.config,
-        run.state.model.model.max_steps,
-        rows,
-        rank=run.backend.rank,
-        world_size=run.backend.world_size,
-    )

@@ -4,44 +4,44 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from dataset.common import DatasetMetadata
 from models.base import OptionsKey, options_key
+from sequence_dataset import TrainStream
 from utils.backend import Backend
+from utils.config.schema import PretrainConfig
 from utils.core.console import LINE_SECONDS
 from utils.monitoring.loggers import Loggers
 from utils.monitoring.metrics import Metric, MetricSums
-from utils.training.schedule import Schedule
+from utils.training.plan import count_train_flops
 
 
 class TrainingLog:
-    """Sum the metrics of steps on the device, and write their means on request.
-
-    Args:
-        row_tokens: tokens of a row.
-        rows: rows of a step, over all ranks.
-        flops: per token of one step, forward and backward, by step options.
-        peak_flops: FLOP/s of all devices together; None if unknown.
-    """
+    """Sum the metrics of steps on the device, and write their means on request."""
 
     def __init__(
         self,
-        loggers: Loggers,
+        config: PretrainConfig,
+        metadata: DatasetMetadata,
+        dtype: torch.dtype,
         backend: Backend,
-        schedule: Schedule,
-        *,
-        row_tokens: int,
-        rows: int,
-        flops: Mapping[OptionsKey, float],
-        peak_flops: float | None,
+        stream: TrainStream,
+        loggers: Loggers,
     ):
-        self.loggers, self.backend, self.schedule = loggers, backend, schedule
-        self.row_tokens, self.step_tokens = row_tokens, row_tokens * rows
-        self.flops, self.peak_flops = flops, peak_flops
+        self.backend, self.stream, self.loggers = backend, stream, loggers
+        self.row_tokens = metadata.seq_len
+        self.step_tokens = self.row_tokens * config.global_batch_size
+        self.peak_flops = backend.peak_flops(dtype)  # of one device, per second
+        self.flops: dict[OptionsKey, float] = {}  # per token, forward and backward
+        if backend.is_main and not config.eval_only:
+            with backend.one_rank_at_a_time():
+                self.flops = count_train_flops(config.arch, metadata)
         self.interval_flops = 0.0
         self.sums = MetricSums()
         self.options: Counter[str] = Counter()
@@ -55,10 +55,10 @@ class TrainingLog:
 
         Without a terminal, print lines instead: a bar makes a log file hard to read.
         """
-        self._last = (state.seconds, state.step, self.schedule.stream.examples_entered)
+        self._last = (state.seconds, state.step, self.stream.examples_entered)
         self.bar = tqdm(
             total=1.0,
-            initial=self.schedule.progress(state),
+            initial=state.progress,
             disable=not (self.backend.is_main and sys.stderr.isatty()),
             desc="train",
             bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}",
@@ -77,7 +77,7 @@ class TrainingLog:
         # options met later than any that were counted cost about as much as the costliest
         known = self.flops.get(options_key(options), max(self.flops.values(), default=0.0))
         self.interval_flops += known * self.step_tokens
-        self.bar.update(self.schedule.progress(state) - self.bar.n)
+        self.bar.update(state.progress - self.bar.n)
 
     def write(self, state: Any) -> None:
         """Write the means since the last call to the loggers and the bar. A collective."""
@@ -87,7 +87,7 @@ class TrainingLog:
         interval_flops, self.interval_flops = self.interval_flops, 0.0
         if not self.backend.is_main or not values:
             return
-        stream, done = self.schedule.stream, self.schedule.progress(state)
+        stream, done = self.stream, state.progress
         now = (state.seconds, state.step, stream.examples_entered)
         seconds, steps, entered = (a - b for a, b in zip(now, self._last, strict=True))
         self._last, seconds = now, max(seconds, 1e-9)
@@ -109,7 +109,7 @@ class TrainingLog:
         if (memory := self.backend.memory_bytes()) is not None:
             metrics["train/memory_bytes"] = memory
         if self.peak_flops is not None:
-            metrics["train/mfu"] = flops / self.peak_flops
+            metrics["train/mfu"] = flops / self.peak_flops / self.backend.world_size
         self.loggers.log(metrics, state.step)
         # of the whole run: rows that halt together would make the bar jump, down to 0
         rate = stream.examples_entered * self.row_tokens / max(state.seconds, 1e-9)

@@ -53,24 +53,20 @@ class Sweep(Schedule):
 
 
 class Findings(NamedTuple):
-    """rates (N,), losses (N,) in nats per token and their running mean; `steepest` is the rate
-    where that mean falls fastest, `lowest` where it is least."""
+    """The rates where the running mean of the losses falls fastest and where it is least."""
 
-    rates: np.ndarray
-    losses: np.ndarray
-    smooth: np.ndarray
     steepest: float
     lowest: float
 
 
 def analyze(rates: np.ndarray, losses: np.ndarray) -> Findings | None:
-    """Find the rates of interest on the curve; None if the loss never falls."""
+    """Find the rates of interest on the curve of losses (N,); None if the loss never falls."""
     smooth = running_mean(losses)
     least = int(smooth.argmin())
     if least < 3:
         return None
     slopes = np.gradient(smooth, np.log(rates))[: least + 1]
-    return Findings(rates, losses, smooth, float(rates[slopes.argmin()]), float(rates[least]))
+    return Findings(float(rates[slopes.argmin()]), float(rates[least]))
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
@@ -85,11 +81,17 @@ def conclude(folder: Path, rule: LRFindConfig) -> str:
     # a step whose update was skipped logs the rate of the one before it
     points = [(rate_at(r["step"], rule), r["train/lm_loss"]) for r in read_records(folder)]
     rates, losses = np.array([p for p in points if None not in p], dtype=float).reshape(-1, 2).T
-    found = analyze(rates, losses) if len(rates) else None
-    picture = _draw_if_possible(folder / "lr_find.png", rates, losses, found)
-    ended = ""
-    if len(rates) < rule.steps:
-        ended = f"; the loss was no longer finite after lr {rates[-1]:.2g}" if len(rates) else ""
+    found, picture, ended = None, "", ""
+    if len(rates):
+        found = analyze(rates, losses)
+        path = folder / "lr_find.png"
+        try:
+            draw(path, rates, losses, found)
+            picture = f"; see {path}"
+        except UserError as error:  # the findings themselves are worth more than the picture
+            picture = f"; {error}"
+        if len(rates) < rule.steps:
+            ended = f"; the loss was no longer finite after lr {rates[-1]:.2g}"
     if found is None:
         return (
             f"the loss did not fall between lr {rule.low:g} and {rule.high:g}{ended}: lower "
@@ -108,19 +110,6 @@ def conclude(folder: Path, rule: LRFindConfig) -> str:
     return said
 
 
-def _draw_if_possible(
-    path: Path, rates: np.ndarray, losses: np.ndarray, found: Findings | None
-) -> str:
-    """Draw the sweep if it has points; return a clause with the path, or the reason for none."""
-    if len(rates) == 0:
-        return ""
-    try:
-        draw(path, rates, losses, found)
-    except UserError as error:  # the findings themselves are worth more than the picture
-        return f"; {error}"
-    return f"; see {path}"
-
-
 def draw(path: Path, rates: np.ndarray, losses: np.ndarray, found: Findings | None) -> None:
     """Draw the losses over the rates into an image file."""
     from matplotlib.figure import Figure
@@ -128,15 +117,16 @@ def draw(path: Path, rates: np.ndarray, losses: np.ndarray, found: Findings | No
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot(rates, losses, color="tab:blue", alpha=0.3, linewidth=1, label="loss of a step")
-    axes.plot(rates, running_mean(losses), color="tab:blue", label="running mean")
+    smooth = running_mean(losses)
+    axes.plot(rates, smooth, color="tab:blue", label="running mean")
     if found is not None:
         for rate, name, colour in (
             (found.steepest, "falls fastest", "tab:green"),
             (found.lowest, "lowest", "tab:red"),
         ):
             axes.axvline(rate, color=colour, linestyle="--", label=f"{name}: {rate:.2g}")
-    if found is not None:  # what comes after a blow-up would flatten all the rest
-        low, first = losses.min(), found.smooth[0]
+        # what comes after a blow-up would flatten all the rest
+        low, first = losses.min(), smooth[0]
         axes.set_ylim(low - 0.1 * (first - low), first + 0.5 * (first - low))
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, nats per token")
     axes.set_title(f"Sweep of the learning rate over {len(rates)} steps")

@@ -11,14 +11,13 @@ from utils.training.state import TrainState
 
 def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
     """Print the device, the reason for it, and notes on config values that are rarely intended."""
-    if backend.is_main:
-        ranks = f", {backend.world_size} ranks" if backend.world_size > 1 else ""
-        print(f"device: {backend.describe()} ({reason}){ranks}")
-        notes = config_warnings(config)
-        if config.parallel == "fsdp" and backend.world_size == 1:
-            notes.append("parallel=fsdp has no effect on one rank: there is nobody to share with")
-        for line in notes:
-            print(f"note: {line}")
+    ranks = f", {backend.world_size} ranks" if backend.world_size > 1 else ""
+    backend.report(f"device: {backend.describe()} ({reason}){ranks}")
+    notes = config_warnings(config)
+    if config.parallel == "fsdp" and backend.world_size == 1:
+        notes.append("parallel=fsdp has no effect on one rank: there is nobody to share with")
+    for line in notes:
+        backend.report(f"note: {line}")
 
 
 def advise_on_memory(rows: int) -> str:

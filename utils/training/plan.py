@@ -204,7 +204,7 @@ class MemoryPlan:
             # later micro-batches find the gradients of earlier ones, and DDP holds room for them
             absent = gradients if self.ranks == share == 1 else 0
             if absent:
-                _drop_gradients(state)
+                state.drop_gradients()
             batch = make_fake_batch(head.model, micro_rows, **self._kinds)
             carry = head.initial_carry(batch)
             saved = head.saved_memory(carry)
@@ -216,7 +216,7 @@ class MemoryPlan:
             costs = self._costs
             for options in head.model.option_sets():
                 if absent:
-                    _drop_gradients(state)
+                    state.drop_gradients()
                 costs[options] = take_step(tracer, head, carry, batch, options)
             counted = mean_cost(head.model, costs)
             step, there = tracer.peak - lasting, tracer.live
@@ -227,7 +227,7 @@ class MemoryPlan:
             moments = (v for o in state.optimizers for s in o.state.values() for v in s.values())
             optimizer = _bytes(value for value in moments if isinstance(value, Tensor))
             averages = _bytes(state.ema.shadow.values()) if state.ema else 0
-            _drop_gradients(state)
+            state.drop_gradients()
         weights = _bytes(head.parameters())
         parts = {
             # FSDP keeps a part, and whole weights and gradients through the backward pass
@@ -258,11 +258,6 @@ class MemoryPlan:
             parameter.grad = torch.zeros_like(parameter)
         state.update(1.0)
         return state
-
-
-def _drop_gradients(state: TrainState) -> None:
-    for optimizer in state.optimizers:
-        optimizer.zero_grad()
 
 
 def count_present_bytes(head: ACTLossHead, device: str) -> int:

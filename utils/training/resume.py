@@ -33,8 +33,7 @@ def prepare_resume(config: PretrainConfig, folder: Path, backend: Backend) -> Ch
         if backend.is_main and not config.eval_only:
             checkpoint.forget_evaluation(folder, after=-1)
         return None
-    if backend.is_main:
-        print(f"resuming from {source}", flush=True)
+    backend.report(f"resuming from {source}")
     opened = Checkpoint(source)
     if opened.state.get("format") not in checkpoint.READABLE:
         raise UserError(
@@ -47,14 +46,10 @@ def prepare_resume(config: PretrainConfig, folder: Path, backend: Backend) -> Ch
     check_unchanged(config, saved, opened)
     if not config.eval_only:
         step = opened.state["counters"]["step"]
-        backend.from_main(lambda: start_from(folder, source, step, config.resume))
+        backend.from_main(lambda: checkpoint.set_aside(folder, source, step))
+        if backend.is_main:
+            checkpoint.note_start(folder, config.resume)
     return opened
-
-
-def start_from(folder: Path, source: Path, step: int, resume: str) -> None:
-    """Prepare the directory of a run that resumes from the checkpoint `source`, at `step`."""
-    checkpoint.set_aside(folder, source, step)
-    checkpoint.note_start(folder, resume)
 
 
 def choose_dtype(config: PretrainConfig, backend: Backend, saved: dict[str, Any] | None) -> None:
@@ -72,8 +67,7 @@ def choose_dtype(config: PretrainConfig, backend: Backend, saved: dict[str, Any]
         message = f"this device has no bfloat16: the run uses arch.forward_dtype={usable}"
     else:
         message = "the run is resumed in bfloat16, which this device does not have: it will be slow"
-    if backend.is_main:
-        print(f"note: {message}", flush=True)
+    backend.report(f"note: {message}")
 
 
 def find_checkpoint(config: PretrainConfig, folder: Path) -> Path | None:
@@ -184,24 +178,24 @@ def restore(
     stream.load_state_dict(position, restart_held=rows is None)
     values, _ = read_config(opened.config)
     kept = share_moments(config.optimizer, OptimizerConfig.model_validate(values["optimizer"]))
-    if not state.load_tensors(opened, moments=kept) and backend.is_main:
-        print("note: the checkpoint has no moments for this optimizer; they start from zero")
+    if not state.load_tensors(opened, moments=kept):
+        backend.report(
+            "note: the checkpoint has no moments for this optimizer; they start from zero"
+        )
     state.load_counters(saved["counters"])
-    done = None
-    if backend.is_main and opened.folder.parent.resolve() == folder.resolve():
-        done = checkpoint.read_evaluation(folder, state.step)
-    if (done := backend.broadcast_object(done)) is not None:
+    same_run = opened.folder.parent.resolve() == folder.resolve()
+    done = backend.from_main(lambda: checkpoint.read_evaluation(folder) if same_run else {})
+    if done.get("step") == state.step:
         state.load_counters(done)
         state.evaluated_step = state.step
     state.apply_stopping_rule(config.early_stopping)
     if backend.is_main and not config.eval_only:
-        checkpoint.link_best(folder, state.best_step)
+        checkpoint.link_best(folder, state.best.step)
     if rows is None:
         reason = "held rows were not saved"
         if size != before:
             reason = f"global_batch_size is {size} and was {before}"
-        if backend.is_main:
-            print(f"note: {reason}, so held rows restart and the run is not exact")
+        backend.report(f"note: {reason}, so held rows restart and the run is not exact")
         return
     state.load_carry(rows, micro_batches)
     own = torch.cat([carry.halted for carry in state.carries])

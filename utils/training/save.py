@@ -1,9 +1,9 @@
 """Save a run: what goes into a checkpoint, and when one is written."""
 
 import json
-import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from models.source_code import source_files
 from sequence_dataset import TrainStream, drop_halted
 from utils.backend import Backend
 from utils.checkpoint import format as checkpoint
-from utils.checkpoint.writer import CheckpointWriter, Contents
+from utils.checkpoint.writer import CheckpointWriter
 from utils.config.saved import config_yaml
 from utils.config.schema import PretrainConfig
 from utils.core.console import notify
@@ -58,13 +58,11 @@ class Saver:
         self.saved_at = state.step if exists else -1  # a resumed checkpoint is saved already
         self.retry_at: float | None = None
 
-    @property
-    def failed(self) -> bool:
-        """Whether this rank failed to write; `check` receives whether any rank did."""
-        return self.writer.failed
-
     def check(self, failed: bool) -> None:
-        """Drop the checkpoint in progress if a rank failed to write it, and schedule a retry."""
+        """Drop the checkpoint in progress if a rank failed to write it, and schedule a retry.
+
+        failed: whether any rank did.
+        """
         if failed and not self.writer.wait():
             self._plan_retry()
 
@@ -78,8 +76,8 @@ class Saver:
         """Start a checkpoint of the current state, unless it is saved or in progress."""
         if self.saved_at == self.state.step:
             return
-        best = () if self.state.best_step is None else (self.state.best_step,)
-        if not self.writer.begin(self.state.step, self._contents(), best):
+        best = () if self.state.best.step is None else (self.state.best.step,)
+        if not self.writer.begin(self.state.step, self._copy_files(), best):
             return self._plan_retry()
         self.saved_at, self.retry_at = self.state.step, None
 
@@ -97,30 +95,34 @@ class Saver:
             waited = time.monotonic() - begun
             if self.backend.broadcast_object(waited >= patience or bool(received)):
                 return False
-            if self.backend.is_main:
-                left = patience - waited
-                notify(f"retrying every {pause:.0f} s for {left:.0f} s: free up disk space")
+            left = patience - waited
+            self.backend.report(
+                f"retrying every {pause:.0f} s for {left:.0f} s: free up disk space"
+            )
             time.sleep(pause)
 
     def keep_best(self, results: dict[str, Any]) -> None:
         """Save and keep this step's checkpoint if its evaluation is the best so far."""
-        state = self.state
-        name, mode = self._rule(results)
-        figure = self._figure(results, name, mode)
-        if state.best_rule not in (None, f"{mode} {name}"):  # figures of another kind
-            state.best_step = state.best_figure = None
-        state.best_rule = f"{mode} {name}"
-        best = state.best_figure
-        if figure is None or math.isnan(figure) or (best is not None and figure <= best):
+        state, (name, mode) = self.state, self._rule(results)
+        state.best.follow(f"{mode} {name}")
+        figure = results.get(f"eval/{name}")
+        if not isinstance(figure, int | float):
+            if results:
+                names = [key.removeprefix("eval/") for key in results]
+                self.backend.report(
+                    f"warning: best_metric={name} was not evaluated; no checkpoint counts as best; "
+                    + suggest(name, names)
+                )
             return
-        former = state.best_step, state.best_figure
-        state.best_step, state.best_figure = state.step, figure
+        former = replace(state.best)
+        if not state.best.add(figure if mode == "max" else -figure, state.step):
+            return
         self.save()
         if not self.writer.wait() or self.saved_at != state.step:
-            state.best_step, state.best_figure = former
+            state.best = former
             return self._plan_retry()
         if self.backend.is_main:
-            checkpoint.link_best(self.folder, state.best_step)
+            checkpoint.link_best(self.folder, state.best.step)
 
     def note_evaluation(self, results: dict[str, Any]) -> None:
         """Record that this step was evaluated, so that a resumed run does not repeat it.
@@ -144,44 +146,31 @@ class Saver:
             name = (losses[0] if losses else "eval/lm_loss").removeprefix("eval/")
         return name, mode
 
-    def _figure(self, results: dict[str, Any], name: str, mode: str) -> float | None:
-        """Return the value of that metric, larger is better; None if it was not evaluated."""
-        value = results.get(f"eval/{name}")
-        if not isinstance(value, int | float):
-            if results and self.backend.is_main:
-                names = [key.removeprefix("eval/") for key in results]
-                notify(
-                    f"warning: best_metric={name} was not evaluated; no checkpoint counts as best; "
-                    + suggest(name, names)
-                )
-            return None
-        return value if mode == "max" else -value
-
-    def close(self) -> None:
-        """Wait for the checkpoint in progress, and stop the writer's thread."""
-        self.writer.close()
-
     def _plan_retry(self) -> None:
         self.saved_at, self.retry_at = -1, self.state.seconds + self.RETRY_SECONDS
 
-    def _contents(self) -> Contents:
-        """Copy everything the checkpoint needs to the host, so that training can continue."""
-        config, state = self.config, self.state
-        shard = None
-        if config.checkpoint_carry and state.carries:
-            share = len(state.halted) // self.backend.world_size
-            slots = [self.backend.rank * share, (self.backend.rank + 1) * share]
-            shard = {"slots": slots, "carry": state.carry_rows()}
+    def _copy_files(self) -> dict[str, Any]:
+        """Copy what this rank writes of the checkpoint to the host, so that training can continue.
+
+        Ranks other than 0 write their held rows alone.
+        """
+        state, rank = self.state, self.backend.rank
+        files: dict[str, Any] = {}
         position = self.stream.state_dict()
-        if shard is None:  # held rows will restart
+        if self.config.checkpoint_carry and state.carries:
+            share = len(state.halted) // self.backend.world_size
+            slots = [rank * share, (rank + 1) * share]
+            files[f"carry_{rank}.pt"] = {"slots": slots, "carry": state.carry_rows()}
+        else:  # held rows will restart
             position = drop_halted(position, state.halted.tolist())
         tensors = state.tensors(keep=self.backend.is_main)
         if not self.backend.is_main:
-            return Contents({}, {}, shard)
+            return files
         saved = {
             "format": checkpoint.FORMAT,
             "counters": state.counters(),
             "stream": position,
             "micro_rows": len(state.carries[0].halted) if state.carries else None,
         }
-        return Contents(tensors, self.files | {"state.json": json.dumps(saved).encode()}, shard)
+        files |= {f"{stem}.pt": value for stem, value in tensors.items()}
+        return files | self.files | {"state.json": json.dumps(saved).encode()}

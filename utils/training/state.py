@@ -5,9 +5,9 @@ Model, optimizers, averages, held rows and counters; the stream keeps its own po
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,13 +28,40 @@ from utils.backend.state import (
     model_state,
     optimizer_state,
     release,
-    scalar,
+    whole,
 )
 from utils.checkpoint.format import Checkpoint
 from utils.config.schema import EarlyStoppingConfig, PretrainConfig
 from utils.core.errors import UserError
 from utils.training.ema import EMA
 from utils.training.optimizers import create_optimizers
+
+
+@dataclass
+class Best:
+    """The best figure so far by one rule, such as `min text/bits_per_byte`.
+
+    figure: larger is better. step: of that evaluation. misses: evaluations since.
+    """
+
+    rule: str | None = None
+    figure: float | None = None
+    step: int | None = None
+    misses: int = 0
+
+    def follow(self, rule: str) -> None:
+        """Forget figures by another rule."""
+        if self.rule not in (None, rule):
+            self.figure, self.step, self.misses = None, None, 0
+        self.rule = rule
+
+    def add(self, figure: float, step: int, margin: float = 0.0) -> bool:
+        """Count an evaluation; return whether it is the best so far, by more than `margin`."""
+        if math.isnan(figure) or (self.figure is not None and figure <= self.figure + margin):
+            self.misses += 1
+            return False
+        self.figure, self.step, self.misses = figure, step, 0
+        return True
 
 
 @dataclass
@@ -69,55 +96,37 @@ class TrainState:
     rehearsed: bool = False
     failed_evaluations: int = 0
     """Evaluations of this process in which an evaluator failed."""
-    best: float | None = None
-    """Best figure by early stopping's rule, larger is better."""
-    bad_evaluations: int = 0
-    best_step: int | None = None
-    """Step of the best evaluation by `best_metric`."""
-    best_figure: float | None = None
-    """Its figure, larger is better."""
-    best_rule: str | None = None
-    """Mode and metric of `best_figure`."""
-    stopping_rule: str | None = None
-    """Mode and metric of `best`."""
+    best: Best = field(default_factory=Best)
+    """By `best_metric`, of the checkpoint to keep."""
+    stopping: Best = field(default_factory=Best)
+    """By the rule of early stopping."""
     parameters: list[nn.Parameter] = field(default_factory=list)
 
     COUNTERS = (
-        "step",
-        "progress",
-        "seconds",
-        "nonfinite",
-        "nonfinite_in_a_row",
-        "evaluated_epoch",
+        "step", "progress", "seconds", "nonfinite", "nonfinite_in_a_row", "evaluated_epoch",
         "stopped",
-        "best",
-        "bad_evaluations",
-        "best_step",
-        "best_figure",
-        "best_rule",
-        "stopping_rule",
-    )
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return next(self.model.parameters()).device
+    )  # fmt: skip
+    BEST: ClassVar = {
+        "best_step": ("best", "step"), "best_figure": ("best", "figure"),
+        "best_rule": ("best", "rule"), "best": ("stopping", "figure"),
+        "bad_evaluations": ("stopping", "misses"), "stopping_rule": ("stopping", "rule"),
+    }  # fmt: skip
+    """The name in a checkpoint of what `best` and `stopping` hold."""
 
     def learning_rates(self) -> dict[str, float]:
         """Return the rates of the last step: lr, and puzzle_emb_lr if identifiers train."""
-        return {
-            "puzzle_emb_lr" if isinstance(o, SparseEmbeddingSignSGD) else "lr": o.param_groups[0][
-                "lr"
-            ]
-            for o in self.optimizers
-        }
+        found = {}
+        for optimizer in self.optimizers:
+            own = isinstance(optimizer, SparseEmbeddingSignSGD)
+            found["puzzle_emb_lr" if own else "lr"] = optimizer.param_groups[0]["lr"]
+        return found
 
     def clip_gradients(self, max_norm: float | None) -> Tensor | None:
         """Clip the gradients to `max_norm`, if there is one; return their norm before that."""
         if not self.parameters:
             return None
         limit = math.inf if max_norm is None else max_norm
-        return scalar(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        return whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
 
     def update(self, factor: float) -> None:
         """Update the weights by their gradients, with `factor` times the base learning rates."""
@@ -138,9 +147,11 @@ class TrainState:
 
     def apply_stopping_rule(self, rule: EarlyStoppingConfig | None) -> None:
         """Apply the rule of the present config after a resume: it may have changed."""
-        if rule is None or self.stopping_rule not in (None, f"{rule.mode} {rule.metric}"):
-            self.best, self.bad_evaluations = None, 0
-        self.stopped = rule is not None and self.bad_evaluations >= rule.patience
+        if rule is None:
+            self.stopping, self.stopped = Best(), False
+        else:
+            self.stopping.follow(f"{rule.mode} {rule.metric}")
+            self.stopped = self.stopping.misses >= rule.patience
 
     def update_stopping(self, rule: EarlyStoppingConfig | None, results: dict[str, Any]) -> bool:
         """Count an evaluation for early stopping; return whether it ends the run."""
@@ -153,13 +164,10 @@ class TrainState:
                 f"early_stopping.metric={rule.metric} was not evaluated; these were: "
                 + ", ".join(sorted(name.removeprefix("eval/") for name in results))
             )
-        self.stopping_rule = f"{rule.mode} {rule.metric}"
+        self.stopping.follow(f"{rule.mode} {rule.metric}")
         value = results[f"eval/{rule.metric}"] * (1 if rule.mode == "max" else -1)
-        if not math.isnan(value) and (self.best is None or value > self.best + rule.min_delta):
-            self.best, self.bad_evaluations = value, 0
-        else:
-            self.bad_evaluations += 1
-        self.stopped = self.bad_evaluations >= rule.patience
+        self.stopping.add(value, self.step, rule.min_delta)
+        self.stopped = self.stopping.misses >= rule.patience
         return self.stopped
 
     def next_eval(self, config: PretrainConfig) -> float:
@@ -173,22 +181,22 @@ class TrainState:
 
     def counters(self) -> dict[str, Any]:
         """Return the numbers that a checkpoint stores."""
-        return {name: getattr(self, name) for name in self.COUNTERS}
+        found = {name: getattr(self, name) for name in self.COUNTERS}
+        return found | {k: getattr(getattr(self, one), of) for k, (one, of) in self.BEST.items()}
 
     def load_counters(self, counters: dict[str, Any]) -> None:
         """Load what `counters` returned; those that are missing keep their values."""
         for name in self.COUNTERS:
             setattr(self, name, counters.get(name, getattr(self, name)))
+        for name, (one, of) in self.BEST.items():
+            best = getattr(self, one)
+            setattr(best, of, counters.get(name, getattr(best, of)))
 
     @contextmanager
     def use_averages(self) -> Iterator[None]:
         """Put the averaged weights, if there are any, into the model inside the block."""
-        if self.ema is None:
-            gather(self.model)
-            yield
-            return
         release(self.model)
-        with self.ema.swap():
+        with nullcontext() if self.ema is None else self.ema.swap():
             gather(self.model)
             yield
             release(self.model)
@@ -199,6 +207,9 @@ class TrainState:
         """Run a forward and a backward pass with these step options and drop the gradients."""
         _, loss, *_ = self.step_model(return_keys=(), carry=self.carries[0], batch=batch, **options)
         backward(loss)
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
@@ -232,7 +243,7 @@ class TrainState:
         states = opened.tensors("optimizer")
         same = moments and len(states) == len(self.main_optimizers)
         for optimizer, state in zip(self.main_optimizers, states, strict=True) if same else ():
-            load_optimizer(self.model, optimizer, state)
+            load_optimizer_state(self.model, optimizer, state)
         if self.ema is not None:
             saved = opened.tensors("ema") if "ema.pt" in opened else {"updates": 0, "shadow": {}}
             self.ema.load_state_dict(saved)
@@ -241,12 +252,10 @@ class TrainState:
 
     def load_carry(self, rows: dict[str, Tensor], micro_batches: int) -> None:
         """Load the held rows of this replica's slots, split into its micro-batches."""
-        split = {k: v.chunk(micro_batches) for k, v in rows.items()}
-        most_steps = int(rows["steps"].max())
+        device, most_steps = next(self.model.parameters()).device, int(rows["steps"].max())
+        split = {k: v.to(device).chunk(micro_batches) for k, v in rows.items()}
         self.carries = [
-            self.model.begin(
-                carry_from_rows({k: v[i].to(self.device) for k, v in split.items()}), most_steps
-            )
+            self.model.begin(carry_from_rows({k: v[i] for k, v in split.items()}), most_steps)
             for i in range(micro_batches)
         ]
 
@@ -284,16 +293,12 @@ def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend)
     ):
         what = "attention takes more time and memory, with dense document masks"
         slow.setdefault(reason, []).append(what)
-    if backend.is_main:
-        for reason, effects in slow.items():
-            print(f"note: {' and '.join(effects)}: {reason}")
+    for reason, effects in slow.items():
+        backend.report(f"note: {' and '.join(effects)}: {reason}")
 
 
 def create_train_state(
-    config: PretrainConfig,
-    model: ACTLossHead,
-    *,
-    backend: Backend,
+    config: PretrainConfig, model: ACTLossHead, *, backend: Backend
 ) -> TrainState:
     """Build optimizers and averages for a model that is already on its device."""
     if config.freeze_weights:
@@ -343,16 +348,6 @@ def _compile(module: nn.Module, method: str) -> None:
         module.compile(dynamic=False)
     else:
         setattr(module, method, torch.compile(getattr(module, method), dynamic=False))
-
-
-def load_optimizer(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load moments and step counts; learning rates and decays stay those of the present config."""
-    present = [
-        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
-    ]
-    load_optimizer_state(model, optimizer, state)
-    for group, values in zip(optimizer.param_groups, present, strict=True):
-        group.update(values)
 
 
 # Of format 2, in which latents and memory had the names of AthenaTRM's fields.

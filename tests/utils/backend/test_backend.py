@@ -14,9 +14,8 @@ from models.inference.loading import base_loader
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from pretrain import train
 from utils.backend.cpu import CPUBackend
-from utils.backend.cuda import CUDABackend
+from utils.backend.cuda import CUDABackend, missing_for_triton
 from utils.backend.memory import explain_out_of_memory
-from utils.backend.triton import missing_for_triton
 from utils.core.errors import UserError
 from utils.corpus.data import open_data
 from utils.training.build import choose_micro_batch_rows

@@ -1,13 +1,17 @@
-"""Names of runs that have none."""
+"""Folders of runs: names of those that have none, and starts that fail."""
 
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from training_tools import make_config
 
 from utils.backend.cpu import CPUBackend
-from utils.checkpoint.run_folder import RunFolder
+from utils.checkpoint.run_folder import LOCK, RunFolder
+from utils.core.errors import UserError
 
 
 @pytest.fixture
@@ -39,3 +43,31 @@ def test_each_start_is_a_new_run(unnamed):
 def test_a_launcher_finds_its_run_again(unnamed):
     assert unnamed("job") == unnamed("job")
     assert len({unnamed("job"), unnamed("job", 1), unnamed("other")}) == 3
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_start_that_fails_leaves_nothing(text_corpus, run_training, tmp_path, existed):
+    place = tmp_path / "made" / "run"
+    if existed:
+        place.mkdir(parents=True)
+    before = list(tmp_path.rglob("*"))
+    for fault in ("load_checkpoint=none", "evaluators=[text@Nobody]"):
+        with pytest.raises(UserError):
+            run_training(text_corpus, "made/run", "max_steps=1", fault)
+        assert list(tmp_path.rglob("*")) == before, fault
+    run_training(text_corpus, "made/run", "max_steps=1", "evaluators=[]")
+    with pytest.raises(UserError, match="resume=none"):
+        run_training(text_corpus, "made/run", "max_steps=1", "resume=none")
+    assert (place / "step_1").is_dir() and (place / "config.yaml").is_file()
+
+
+def test_a_start_that_waits_for_one_that_fails_locks_the_folder(tmp_path):
+    """The first removes the file that the second has opened in order to lock it."""
+    config = make_config(Path("corpus"), f"checkpoint_path={tmp_path / 'run'}")
+    with ThreadPoolExecutor(1) as pool:
+        with suppress(UserError), RunFolder(config, CPUBackend()):
+            second = pool.submit(RunFolder, config, CPUBackend())
+            time.sleep(0.3)
+            raise UserError("no corpus")
+        with second.result(timeout=20) as folder:
+            assert (folder.path / LOCK).is_file()

@@ -5,10 +5,9 @@ import json
 import re
 
 import pytest
-import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEvent
-from training_tools import TEXT, contents, finish, start
+from training_tools import TEXT, differing, finish, start
 
 from utils.monitoring.profiling import costliest
 
@@ -35,8 +34,7 @@ def test_each_rank_traces_its_steps_and_trains_as_ever(text_corpus, tmp_path):
         assert steps == {f"ProfilerStep#{step}" for step in range(10, 16)}
         assert "aten::mm" in events
         assert "aten::mm" in (folder / f"steps_10_to_15_rank_{rank}.txt").read_text("utf-8")
-    one, other = (contents(tmp_path / name / "step_18") for name in ("plain", "traced"))
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert differing(tmp_path / "plain" / "step_18", tmp_path / "traced" / "step_18") == []
 
 
 def test_a_run_that_is_too_short_says_so(text_corpus, run_training, capfd):

@@ -14,8 +14,8 @@ from training_tools import ROOT, TINY, contents, finish, start
 from models.base import Architecture
 from utils.config.schema import OptimizerConfig
 from utils.core.errors import UserError
-from utils.training.optimizers import AdamATan2, create_optimizers
-from utils.training.optimizers.adam_atan2 import fused_adam_atan2
+from utils.training.optimizers import create_optimizers
+from utils.training.optimizers.adam_atan2 import AdamATan2, fused_adam_atan2
 
 pytestmark = pytest.mark.slow
 

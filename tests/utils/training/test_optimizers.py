@@ -7,7 +7,8 @@ import torch
 
 from models.recursive_reasoning.athena_trm import AthenaTRM
 from utils.config.schema import OptimizerConfig
-from utils.training.optimizers import AdamATan2, create_optimizers, parameter_groups
+from utils.training.optimizers import create_optimizers, parameter_groups
+from utils.training.optimizers.adam_atan2 import AdamATan2
 
 
 def test_adam_atan2_follows_its_formula():

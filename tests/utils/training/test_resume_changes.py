@@ -227,6 +227,19 @@ def test_what_cannot_work_is_not_offered(text_corpus, run_training, ended, chang
     run_training(text_corpus, "other", *RESUMED, change, "max_steps=1", f"load_checkpoint={ended}")
 
 
+def test_loss_options_are_allowed_by_the_names_that_they_had_before(
+    text_corpus, run_training, ended
+):
+    changed = ["arch.loss.plateau_threshold=0.5", "arch.loss.label_smoothing=0.1"]
+    options = [*RESUMED, "max_steps=3", f"resume={ended}", *changed]
+    with pytest.raises(UserError, match=r"terms\.label_smoothing\.weight \(was None, is 0\.1\)"):
+        run_training(text_corpus, "run", *options,
+                     "resume_allow=[max_steps,arch.loss.plateau_threshold]")  # fmt: skip
+    names = ",".join(key.partition("=")[0] for key in changed)
+    run = run_training(text_corpus, "run", *options, f"resume_allow=[max_steps,{names}]")
+    assert (run / "step_3").is_dir()
+
+
 def test_the_length_of_held_rows_stays_though_arch_is_allowed(text_corpus, run_training, ended):
     options = [*RESUMED, "max_steps=2", f"resume={ended}", "arch.puzzle_emb_len=2"]
     with pytest.raises(UserError, match=r"arch\.puzzle_emb_len \(was .*, is 2\)"):

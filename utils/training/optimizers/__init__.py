@@ -24,9 +24,6 @@ from models.base import Architecture
 from utils.config.plugins import load_plugin, read_options
 from utils.config.schema import OptimizerConfig
 from utils.core.errors import UserError
-from utils.training.optimizers.adam_atan2 import AdamATan2
-
-__all__ = ["NAMES", "AdamATan2", "create_optimizers", "parameter_groups", "share_moments"]
 
 NAMES = {
     "adam_atan2": "adam_atan2@AdamATan2",

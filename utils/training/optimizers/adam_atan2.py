@@ -20,9 +20,7 @@ class AdamATan2(Optimizer):
     p ← p·(1 − lr·wd) − lr/(1 − β1^t) · atan2(m, √v / √(1 − β2^t))
     """
 
-    class Config(pydantic.BaseModel):
-        model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-
+    class Config(pydantic.BaseModel, extra="forbid", strict=True):
         fused: bool | None = Field(
             None,
             description="one kernel, of the package adam-atan2; null: on CUDA, where it loads",
@@ -61,10 +59,7 @@ class AdamATan2(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _call(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -93,6 +88,11 @@ class AdamATan2(Optimizer):
         p.sub_(torch.atan2(mean, root), alpha=lr / (1 - beta1 ** state["step"]))
 
 
+@torch.enable_grad()
+def _call(closure: Any) -> Any:
+    return None if closure is None else closure()
+
+
 def fused_adam_atan2() -> type[Optimizer]:
     """Return `AdamATan2` as one CUDA kernel, from the package adam-atan2.
 
@@ -109,10 +109,7 @@ def fused_adam_atan2() -> type[Optimizer]:
 
         @torch.no_grad()
         def step(self, closure=None):
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
+            loss = _call(closure)
             super().step()
             return loss
 

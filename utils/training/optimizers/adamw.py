@@ -8,9 +8,7 @@ from torch.optim import Optimizer
 
 
 class AdamW:
-    class Config(pydantic.BaseModel):
-        model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-
+    class Config(pydantic.BaseModel, extra="forbid", strict=True):
         eps: float = Field(1e-8, gt=0, description="added to the root of the squared mean")
 
     moments = "adam"
