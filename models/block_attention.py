@@ -72,18 +72,6 @@ def _probabilities(
     return scores.softmax(-1)
 
 
-_library = torch.library.Library("athena", "DEF")
-_library.define(
-    "block_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor first,"
-    " bool causal) -> Tensor"
-)
-_library.define(
-    "block_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask,"
-    " Tensor first, bool causal) -> (Tensor, Tensor, Tensor)"
-)
-
-
-@torch.library.impl(_library, "block_attention", "CPU")
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, first: Tensor, causal: bool
 ) -> Tensor:
@@ -99,7 +87,6 @@ def _forward(
     return out
 
 
-@torch.library.impl(_library, "block_attention_backward", "CPU")
 def _backward(
     grad: Tensor,
     query: Tensor,
@@ -134,13 +121,11 @@ def _backward(
     )
 
 
-@torch.library.register_fake("athena::block_attention", lib=_library)
-def _(query, key, value, mask, first, causal):
+def _fake_forward(query, key, value, mask, first, causal):
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("athena::block_attention_backward", lib=_library)
-def _(grad, query, key, value, mask, first, causal):
+def _fake_backward(grad, query, key, value, mask, first, causal):
     return (
         torch.empty_like(query, memory_format=torch.contiguous_format),
         torch.empty(key.shape, dtype=key.dtype, device=key.device),
@@ -162,6 +147,20 @@ def _differentiate(ctx, grad: Tensor):
     return *grads, None, None, None
 
 
-torch.library.register_autograd(
-    "athena::block_attention", _differentiate, setup_context=_save, lib=_library
-)
+def _register() -> torch.library.Library:
+    """Make the functions operators, which torch.compile takes as they are."""
+    library = torch.library.Library("athena", "FRAGMENT")
+    inputs = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor first, bool causal"
+    library.define(f"block_attention({inputs}) -> Tensor")
+    library.define(f"block_attention_backward(Tensor grad, {inputs}) -> (Tensor, Tensor, Tensor)")
+    library.impl("block_attention", _forward, "CPU")
+    library.impl("block_attention_backward", _backward, "CPU")
+    name = "athena::block_attention"
+    torch.library.register_fake(name, _fake_forward, lib=library)
+    torch.library.register_fake(f"{name}_backward", _fake_backward, lib=library)
+    torch.library.register_autograd(name, _differentiate, setup_context=_save, lib=library)
+    return library
+
+
+if not hasattr(torch.ops.athena, "block_attention"):  # an exported model holds a copy of this file
+    _LIBRARY = _register()  # its operators end with it
