@@ -76,7 +76,8 @@ def load_language_model(
     if cast:
         cast_weights(head)
     head.to(backend.device).eval()
-    head.model.inner.choose_attention(backend, trial=False)
+    # the kernel that exported models have, so that both compute the same
+    head.model.inner.choose_attention(backend, trial=False, blocks=False)
     tokenizer = open_tokenizer(opened.folder / "tokenizer.json", metadata)
     names = opened.json("identifiers.json")
     progress = opened.json("state.json")["counters"].get("progress", 1.0)

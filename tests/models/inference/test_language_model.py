@@ -92,7 +92,6 @@ def test_kept_weights_of_the_forward_dtype_change_nothing(text_run, tmp_path):
     values, opened = load_weights(folder, "ema")
     plain, _ = build_model(opened)
     load_into(plain.model, values)
-    plain.model.inner.choose_attention(model.backend)
     assert model.model.inner.lm_head.weight.dtype == torch.bfloat16
     pair = [(random_ids(model, 5), random_ids(model, 9))]
     cast = model.score(pair)
