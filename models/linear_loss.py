@@ -90,7 +90,7 @@ class _LinearLoss(torch.autograd.Function):
                 _losses(logits, labels[places], scale[places], loss_type, terms, compiled, graded)
             )  # from here on `logits` are their gradient
             if grad_hidden is not None:
-                torch.mm(logits, cast, out=grad_hidden[places])
+                grad_hidden[places] = logits @ cast
             if graded and ctx.needs_input_grad[1]:
                 product = (logits.T @ part).to(wide)
                 grad_weight = product if grad_weight is None else grad_weight.add_(product)
