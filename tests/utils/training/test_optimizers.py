@@ -11,13 +11,20 @@ from utils.training.optimizers import create_optimizers, parameter_groups
 from utils.training.optimizers.adam_atan2 import AdamATan2
 
 
-def test_adam_atan2_follows_its_formula():
-    weight = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+@pytest.mark.parametrize("shape", [(4, 3), (700, 750)], ids=["small", "in pieces"])
+@pytest.mark.parametrize("turned", [False, True], ids=["", "not contiguous"])
+def test_adam_atan2_follows_its_formula(shape, turned):
+    drawn = torch.randn(shape, dtype=torch.float64)
+    weight = torch.nn.Parameter(drawn.T if turned else drawn)
     beta1, beta2, lr, decay = 0.9, 0.95, 0.01, 0.1
     optimizer = AdamATan2([weight], lr=lr, betas=(beta1, beta2), weight_decay=decay)
-    p, m, v = weight.detach().clone(), torch.zeros(4, 3), torch.zeros(4, 3)
+    p, m, v = (
+        weight.detach().clone(),
+        torch.zeros_like(weight.detach()),
+        torch.zeros_like(weight.detach()),
+    )
     for t in range(1, 6):
-        grad = torch.randn(4, 3, dtype=torch.float64)
+        grad = torch.randn_like(p)
         weight.grad = grad.clone()
         optimizer.step()
         m = beta1 * m + (1 - beta1) * grad

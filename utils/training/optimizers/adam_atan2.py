@@ -2,6 +2,7 @@
 
 import importlib.util
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pydantic
@@ -12,6 +13,8 @@ from torch.optim import Optimizer
 
 from utils.backend.state import local_part
 from utils.core.errors import UserError
+
+_PIECE = 1 << 18
 
 
 class AdamATan2(Optimizer):
@@ -77,15 +80,28 @@ class AdamATan2(Optimizer):
         if not state:
             state |= dict(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         state["step"] += 1
-        mean = state["exp_avg"].lerp_(grad, 1 - beta1)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         correction: Any = (1 - beta2 ** state["step"]) ** 0.5
         if p.device.type == "xla":
             # some hundred steps on it rounds to 1, and a number that is 1 is another program there
             correction = torch.full((1,), correction, dtype=p.dtype).to(p.device)
-        root = square.sqrt().div_(correction)
-        p.mul_(1 - lr * group["weight_decay"])
-        p.sub_(torch.atan2(mean, root), alpha=lr / (1 - beta1 ** state["step"]))
+        tensors = (
+            local_part(p),
+            local_part(grad),
+            *map(local_part, (state["exp_avg"], state["exp_avg_sq"])),
+        )
+        for part, slope, mean, square in _pieces(tensors):
+            mean.lerp_(slope, 1 - beta1)
+            square.mul_(beta2).addcmul_(slope, slope, value=1 - beta2)
+            root = square.sqrt().div_(correction)
+            part.mul_(1 - lr * group["weight_decay"])
+            part.sub_(torch.atan2(mean, root), alpha=lr / (1 - beta1 ** state["step"]))
+
+
+def _pieces(tensors: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
+    """Cut tensors of one shape, on a CPU, into pieces that stay in its cache between operations."""
+    if tensors[0].device.type != "cpu" or not all(x.is_contiguous() for x in tensors):
+        return [tensors]
+    return zip(*(x.view(-1).split(_PIECE) for x in tensors), strict=True)
 
 
 @torch.enable_grad()
