@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from utils.config.errors import did_you_mean, expected, show
 from utils.config.schema import ArchConfig, LossTermConfig, PretrainConfig
 from utils.config.values import hydra_override
-from utils.core.console import check_decoded, guarded_output
+from utils.core.console import check_decoded, describe_error, guarded_output
 from utils.core.errors import UserError
 from utils.core.functions import load_class, load_named, nearest, suggest
 
@@ -80,8 +80,8 @@ def compose_config(overrides: list[str], config_name: str = CONFIG_NAME) -> Dict
 def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
     """Decorate `fn(cfg)` as a command that takes no arguments and reads sys.argv.
 
-    A UserError, of the command line or of `fn`, is printed as one sentence and exits with status 2;
-    any other exception keeps its traceback.
+    A UserError, of the command line or of `fn`, or an error in a plug-in is printed as one sentence
+    and exits with status 2; any other exception keeps its traceback.
     """
 
     @functools.wraps(fn)
@@ -108,15 +108,17 @@ def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
 def _print_user_errors(
     fn: Callable[[DictConfig], Any], arguments: list[str]
 ) -> Callable[[DictConfig], Any]:
-    """Wrap `fn` to exit on a UserError before Hydra reports it."""
+    """Wrap `fn` to exit on a user's error before Hydra reports it."""
 
     @functools.wraps(fn)
     def task(cfg: DictConfig) -> Any:
         try:
             _check_plugins(cfg, arguments)
             return fn(cfg)
-        except UserError as error:
-            _end(str(error))
+        except Exception as error:
+            if (sentence := describe_error(error)) is None:
+                raise
+            _end(sentence)
 
     return task
 
