@@ -18,7 +18,7 @@ from utils.config.errors import clashes_within, coerced, did_you_mean, problems_
 from utils.config.hydra_entry import compose_config, hydra_entry
 from utils.config.plugins import (
     gather_terms,
-    load_plugin,
+    load_plugin_of_kind,
     options_model,
     use_configured_plugins,
 )
@@ -161,7 +161,7 @@ class _ComponentCheck:
         self.model: type[pydantic.BaseModel] | None = None
         self.problem: str | None = None
         try:
-            self.plugin = load_plugin(kind.model_construct(name=options["name"]))
+            self.plugin = load_plugin_of_kind(kind.model_construct(name=options["name"]))
         except UserError as error:
             self.problem = f"{where if isinstance(given, str) else f'{where}.name'}: {error}"
             return

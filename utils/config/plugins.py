@@ -5,6 +5,7 @@ annotation of its third parameter.
 """
 
 import inspect
+import sys
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -40,6 +41,30 @@ def load_plugin(named: Component) -> Any:
     Raises UserError, naming the nearest that exists.
     """
     return load_named(named.name, named.PREFIX, named.KIND)
+
+
+def load_plugin_of_kind(named: Component) -> Any:
+    """Return what `load_plugin` does; raise UserError, naming those of the right kind in the same
+    module, where the class is of another kind than its key needs."""
+    found = load_plugin(named)
+    if _is_one(found, named):
+        return found
+    module = sys.modules[found.__module__]
+    own = [
+        name
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and value.__module__ == module.__name__ and _is_one(value, named)
+    ]
+    bases = [base for base in found.__mro__[1:-1] if base.__module__ != found.__module__]
+    what = f"a {bases[0].__name__}, " if bases else ""
+    raise UserError(
+        f"'{named.name}' is {what}not {named.NOUN}; {named.name.partition('@')[0]} has: "
+        + (", ".join(own) or "none")
+    )
+
+
+def _is_one(plugin: Any, named: Component) -> bool:
+    return all(hasattr(plugin, member) for member in named.MEMBERS)
 
 
 def options_model(plugin: Any, kind: type[Component]) -> type[pydantic.BaseModel] | None:

@@ -226,7 +226,9 @@ def evaluator(tmp_path, monkeypatch):
     import evaluators
 
     (tmp_path / "plugin_for_test.py").write_text(
-        "class Plugin:\n    def __init__(self, data_path, eval_metadata, depth=1): pass\n", "utf-8"
+        "class Plugin:\n    begin_eval = result = None\n"
+        "    def __init__(self, data_path, eval_metadata, depth=1): pass\n",
+        "utf-8",
     )
     monkeypatch.setattr(evaluators, "__path__", [*evaluators.__path__, str(tmp_path)])
     yield "plugin_for_test@Plugin"
