@@ -1,5 +1,6 @@
 """Build a model, and load weights into it."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 
 from dataset.common import BLANK_IDENTIFIER, DatasetMetadata
 from models.losses import ACTLossHead, create_terms
+from models.source_code import changed_plugins
 from utils.backend.state import load_model_state
+from utils.checkpoint.format import Checkpoint
 from utils.config.schema import ArchConfig
 from utils.core.errors import UserError
 from utils.core.functions import load_class
@@ -79,8 +82,14 @@ def _with_terms_options(arch: ArchConfig, architecture: Any) -> dict[str, Any]:
     return options
 
 
-def load_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load weights by name. Raises UserError that names what does not fit."""
+def load_into(
+    model: nn.Module, weights: dict[str, Tensor], opened: Checkpoint | None = None
+) -> None:
+    """Load weights by name. Raises UserError that names what does not fit.
+
+    opened: where they come from; plug-ins that differ from its copies are named in a warning.
+    """
+    changed = [] if opened is None else changed_plugins(opened.folder, model)
     own = model.state_dict()
     faults = [f"{name} is missing" for name in own if name not in weights]
     faults += [f"{name} is not part of this architecture" for name in weights if name not in own]
@@ -94,6 +103,12 @@ def load_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
         raise UserError(
             f"the checkpoint is of another architecture: {shown}. Give the arch options that it "
             "was trained with (its config.yaml has them)"
+            + "".join(f"; or {file} has changed: its copy is {copy}" for file, copy in changed)
+        )
+    for file, copy in changed:
+        warnings.warn(
+            f"{file} differs from the copy that the checkpoint was written with, {copy}",
+            stacklevel=2,
         )
     load_model_state(model, weights)
 

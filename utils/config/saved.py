@@ -27,6 +27,7 @@ from utils.config.schema import (
 )
 from utils.core.errors import UserError
 from utils.core.functions import MissingModuleError
+from utils.core.plugins import PACKAGE, source_copy
 
 # keys that name a plug-in which shapes the training curve
 _PLUGINS: dict[str, type[Component]] = {
@@ -81,6 +82,13 @@ def check_plugins_given(saved: Mapping[str, Any], source: Path) -> None:
                 f"{source} was trained with plugins=[{folders}]: give that too, if you trust what "
                 f"is in there, or wherever its '{name}' is now ({error})"
             ) from None
+        except UserError as error:
+            module = name.partition("@")[0].replace(".", "/")
+            if (copy := source_copy(source, f"{PACKAGE}/{module}.py")) is None:
+                raise
+            raise UserError(
+                f"{source} was trained with '{name}', of which it has a copy, {copy}: {error}"
+            ) from error
 
 
 def read_config(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

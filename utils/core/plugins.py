@@ -64,6 +64,12 @@ def plugin_modules() -> dict[str, Path]:
     return found
 
 
+def source_copy(checkpoint: Path, name: str) -> Path | None:
+    """Return the copy of a plug-in, such as `athena_plugins/banded.py`, in a checkpoint, if any."""
+    copy = checkpoint / "source" / name
+    return copy if name.startswith(f"{PACKAGE}/") and copy.is_file() else None
+
+
 def import_plugin(name: str) -> ModuleType:
     """Import the plug-in of this name.
 

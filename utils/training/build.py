@@ -190,7 +190,7 @@ def load_pretrained(
         data.train.identifiers,
         data.tokenizer,
     )
-    load_into(model.model, weights)
+    load_into(model.model, weights, opened)
     if opened is None:
         return f"weights of {config.load_checkpoint}", {}
     averaged = config.load_weights == "ema" and "ema.pt" in opened

@@ -228,7 +228,7 @@ class TrainState:
         moments: whether the optimizers may load the saved ones. Averages that were not saved start
         from the weights.
         """
-        load_into(self.model, opened.tensors("model"))
+        load_into(self.model, opened.tensors("model"), opened)
         states = opened.tensors("optimizer")
         same = moments and len(states) == len(self.main_optimizers)
         for optimizer, state in zip(self.main_optimizers, states, strict=True) if same else ():
