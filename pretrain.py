@@ -105,6 +105,8 @@ def run_training(run: Run) -> int:
         try:
             with run.profiler:
                 take_steps(run)
+            if not state.updated and state.step > 0:
+                raise UserError(messages.describe_never_finite(run.config, state.step))
             if run.config.lr_find:
                 if run.backend.is_main:
                     run.report(lr_finder.conclude(run.folder, run.config.lr_find))
@@ -258,8 +260,11 @@ def skip_update(run: Run) -> None:
     state.nonfinite_in_a_row += 1
     own = state.free_broken_rows()
     state.halted = run.backend.to_host(run.backend.all_gather(own.int())).astype(bool)
-    run.report(f"step {state.step}: loss or gradient is not finite, update skipped")
+    untrained = "" if state.updated else ", although no weight has changed yet"
+    run.report(f"step {state.step}: loss or gradient is not finite, update skipped{untrained}")
     if state.nonfinite_in_a_row >= run.config.max_nonfinite:
+        if not state.updated:
+            raise UserError(messages.describe_never_finite(run.config, state.step))
         run.saver.writer.wait()  # one may be in progress
         saved = checkpoint.checkpoints_of(run.folder)
         raise UserError(messages.describe_nonfinite(run.config, state.nonfinite_in_a_row, saved))

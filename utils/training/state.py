@@ -103,6 +103,11 @@ class TrainState:
         """The device of the weights."""
         return next(self.model.parameters()).device
 
+    @property
+    def updated(self) -> bool:
+        """Whether a step of this run, resumed ones included, has changed the weights."""
+        return self.step > self.nonfinite
+
     def learning_rates(self) -> dict[str, float]:
         """Return the rates of the last step: lr, and puzzle_emb_lr if identifiers train."""
         return {
