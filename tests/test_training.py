@@ -51,7 +51,7 @@ def test_a_non_finite_loss_skips_the_update_and_at_last_stops(
 def test_a_loss_that_is_never_finite_is_the_model_s(
     text_corpus, run_training, monkeypatch, capsys, limit
 ):
-    """Also where the run ends before `max_nonfinite`: it has trained nothing, so is not finished."""
+    """Also where the run ends before `max_nonfinite`: it trained nothing, so it is not finished."""
     real = ACTLossHead.__init__
 
     def init_with_nan(self, model, **options):
