@@ -57,10 +57,10 @@ def launch(cfg: DictConfig) -> None:
         config = load_config(
             apply_trained_config(cfg), world_size=int(os.environ.get("WORLD_SIZE", 1))
         )
-    if config.lr_find:
-        config = lr_finder.configure_sweep(config)
-    if config.dry_run:
-        return dry_run(config)
+        if config.lr_find:
+            config = lr_finder.configure_sweep(config)
+        if config.dry_run:
+            return dry_run(config)
     backend, reason = select_backend(config.device_type)
     with warnings_as_notes(shown=backend.is_main):
         status = backend.launch(train, config, reason)

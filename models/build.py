@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dataset.common import BLANK_IDENTIFIER, DatasetMetadata
+from models.block_checks import describe_unused
 from models.losses import ACTLossHead, create_terms
 from models.source_code import changed_plugins
 from utils.backend.state import load_model_state
@@ -50,6 +51,8 @@ def create_model(
     except ValidationError as error:
         messages = "; ".join(fault["msg"] for fault in error.errors())
         raise UserError(f"arch and the corpus do not fit: {messages}") from None
+    for note in describe_unused(model):
+        warnings.warn(note, stacklevel=2)
     head = load_class(arch.loss.name)(model, **arch.loss.options)
     if highest is None:
         return head

@@ -44,10 +44,10 @@ def run_mine(tmp_path, text_corpus, monkeypatch, capsys) -> Callable[..., str]:
     folder.mkdir()
 
     def run(source: str, *overrides: str, status: int = 2) -> str:
-        (folder / "mine.py").write_text(source, "utf-8")
+        (folder / "broken.py").write_text(source, "utf-8")
         words = [
             *TINY, f"data_paths=[{text_corpus}]", f"plugins=[{folder}]", "max_steps=1",
-            "arch.name=mine@Recursive", f"checkpoint_path={tmp_path / 'run'}", *overrides,
+            "arch.name=broken@Recursive", f"checkpoint_path={tmp_path / 'run'}", *overrides,
         ]  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
         if status == 0:
@@ -87,7 +87,7 @@ def write(norm: str, before: str = SUPER, width: str = "1") -> str:
 def test_an_error_in_a_norm_names_its_line(run_mine, tmp_path, source, place, parts, how):
     printed = run_mine(source, how)
     (sentence,) = printed.splitlines()
-    assert sentence.count(f"{tmp_path / 'ideas' / 'mine.py'}:{place}") == 1
+    assert sentence.count(f"{tmp_path / 'ideas' / 'broken.py'}:{place}") == 1
     assert all(part in sentence for part in parts), sentence
     if parts[0].endswith("Error: "):
         assert sentence.count(parts[0]) == 1 and "ATHENA_TRACEBACK=1" in sentence
@@ -97,20 +97,20 @@ def test_the_whole_traceback_on_request(run_mine, monkeypatch):
     monkeypatch.setenv("ATHENA_TRACEBACK", "1")
     printed = run_mine(write("return rmsnorm(x)"), "micro_batch_size=4")
     assert "Traceback" in printed and "models/layers.py" in printed
-    assert "mine.py:13 (norm)" in printed.splitlines()[-1]
+    assert "broken.py:13 (norm)" in printed.splitlines()[-1]
 
 
 def test_an_error_under_the_compiler_names_its_line(tmp_path, capsys):
     """What torch.compile raises has no frame of the plug-in."""
-    (tmp_path / "mine.py").write_text(write("return x * self.gain", width="7"), "utf-8")
+    (tmp_path / "broken.py").write_text(write("return x * self.gain", width="7"), "utf-8")
     use_plugins([tmp_path])
-    block = import_plugin("mine").Mine(32, 2, 1, 4.0, "post", 1e-5)
+    block = import_plugin("broken").Mine(32, 2, 1, 4.0, "post", 1e-5)
     compiled = torch.compile(block.norm, backend="eager")
     with pytest.raises(SystemExit) as ended:
         run_cli(lambda: compiled(torch.ones(2, 3, 32)), check_arguments=False)
     printed = capsys.readouterr().err
     assert ended.value.code == 2 and len(printed.splitlines()) == 1
-    assert f"{tmp_path / 'mine.py'}:13 (norm): RuntimeError: " in printed and "7" in printed
+    assert f"{tmp_path / 'broken.py'}:13 (norm): RuntimeError: " in printed and "7" in printed
 
 
 def test_an_error_of_athena_keeps_its_traceback():
@@ -120,7 +120,7 @@ def test_an_error_of_athena_keeps_its_traceback():
 
 def test_a_tensor_s_value_that_a_trace_needs_is_placed(run_mine, tmp_path):
     printed = run_mine(write("return x[x > 0].sum() * x"), "dry_run=true")
-    assert f"{tmp_path / 'ideas' / 'mine.py'}:13 (norm)" in printed and "torch.where" in printed
+    assert f"{tmp_path / 'ideas' / 'broken.py'}:13 (norm)" in printed and "torch.where" in printed
 
 
 def test_a_block_that_calls_its_norm_otherwise_is_free(tmp_path, run_mine):
