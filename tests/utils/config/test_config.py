@@ -259,6 +259,18 @@ def test_unknown_keys_name_the_nearest_valid_one(override, meant):
     assert line.startswith(f"unknown key '{key}") and line.endswith(f"did you mean {meant}?")
 
 
+def test_an_unknown_option_of_a_plugin_is_answered_with_its_own(tmp_path):
+    (tmp_path / "p_norm.py").write_text(
+        "from models.recursive_reasoning.athena_trm import AthenaTRM, AthenaTRMConfig\n"
+        "class Config(AthenaTRMConfig):\n    p: float = 2.0\n    both: bool = True\n"
+        "class Recursive(AthenaTRM):\n    Config = Config\n",
+        "utf-8",
+    )
+    given = [f"plugins=[{tmp_path}]", "arch.name=p_norm@Recursive"]
+    line = complaint(*given, "arch.q=1.5")
+    assert "arch.q" in line and "arch.p, arch.both" in line and "--help" in line
+
+
 @pytest.mark.parametrize(
     ("override", "needed"),
     [
