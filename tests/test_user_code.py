@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from training_tools import TINY
+from training_tools import TINY, finish, start
 
 from pretrain import main
 from utils.core.console import run_cli
@@ -91,6 +91,18 @@ def test_an_error_in_a_norm_names_its_line(run_mine, tmp_path, source, place, pa
     assert all(part in sentence for part in parts), sentence
     if parts[0].endswith("Error: "):
         assert sentence.count(parts[0]) == 1 and "ATHENA_TRACEBACK=1" in sentence
+
+
+@pytest.mark.slow
+def test_an_error_on_two_ranks_is_one_sentence(tmp_path, text_corpus):
+    (tmp_path / "broken.py").write_text(write("return rmsnorm(x)"), "utf-8")
+    words = [
+        *TINY, f"data_paths=[{text_corpus}]", f"plugins=[{tmp_path}]", "max_steps=1", TRAIN,
+        "arch.name=broken@Recursive", f"checkpoint_path={tmp_path / 'run'}",
+    ]  # fmt: skip
+    status, out, err = finish(start(*words, ranks=2))
+    assert status != 0 and "steps" not in out
+    assert err.count(f"error: {tmp_path / 'broken.py'}:13 (norm): NameError: ") == 1, err
 
 
 def test_the_whole_traceback_on_request(run_mine, monkeypatch):

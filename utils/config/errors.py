@@ -223,7 +223,7 @@ def _line(
         siblings = [f"{above}.{name}" if above else name for name in fields]
         advice = did_you_mean(path, siblings, everywhere)
         own = [f"{above}.{name}" for name in _own_options(owner)]
-        if own and advice.startswith("--help"):
+        if owner and own and advice.startswith("--help"):
             advice = f"{owner.__name__} adds {', '.join(own)}; {advice}"
         return f"unknown key '{path}': {advice}"
     if kind == "missing":
