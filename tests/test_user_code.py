@@ -94,15 +94,23 @@ def test_an_error_in_a_norm_names_its_line(run_mine, tmp_path, source, place, pa
 
 
 @pytest.mark.slow
-def test_an_error_on_two_ranks_is_one_sentence(tmp_path, text_corpus):
-    (tmp_path / "broken.py").write_text(write("return rmsnorm(x)"), "utf-8")
+@pytest.mark.parametrize(
+    ("norm", "sentence"),
+    [
+        ("return rmsnorm(x)", "13 (norm): NameError: "),
+        ("x / 2", "12 (norm): Mine.norm returns None"),
+    ],
+)
+def test_an_error_on_two_ranks_is_one_sentence(tmp_path, text_corpus, norm, sentence):
+    (tmp_path / "broken.py").write_text(write(norm), "utf-8")
     words = [
         *TINY, f"data_paths=[{text_corpus}]", f"plugins=[{tmp_path}]", "max_steps=1", TRAIN,
         "arch.name=broken@Recursive", f"checkpoint_path={tmp_path / 'run'}",
     ]  # fmt: skip
     status, out, err = finish(start(*words, ranks=2))
     assert status != 0 and "steps" not in out
-    assert err.count(f"error: {tmp_path / 'broken.py'}:13 (norm): NameError: ") == 1, err
+    assert err.count(f"error: {tmp_path / 'broken.py'}:{sentence}") == 1, err
+    assert "[rank" not in err, "the traceback of another rank"
 
 
 def test_the_whole_traceback_on_request(run_mine, monkeypatch):

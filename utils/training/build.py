@@ -237,10 +237,12 @@ def create_log(
 ) -> TrainingLog:
     """Create the log of training metrics, which knows what a token costs."""
     peak = backend.peak_flops(model.model.config.dtype)
-    flops: dict[OptionsKey, float] = {}
-    if backend.is_main and not config.eval_only:
+
+    def count() -> dict[OptionsKey, float]:
         with backend.one_rank_at_a_time():
-            flops = count_train_flops(config.arch, data.train.metadata)
+            return count_train_flops(config.arch, data.train.metadata)
+
+    flops = {} if config.eval_only else backend.from_main(count)  # a plug-in may fail there
     return TrainingLog(
         loggers,
         backend,
