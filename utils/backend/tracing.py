@@ -111,13 +111,13 @@ class Tracer(TorchDispatchMode):
         place = _place(error)
         if isinstance(error, DynamicOutputShapeException | UnsupportedFakeTensorException):
             raise Untraceable(
-                f"the model cannot be traced without running it: {place}{error} depends on the "
-                "values of a tensor; replace it by an operation of a fixed shape, such as "
+                f"{place}{error} depends on the values of a tensor, so the model cannot be traced "
+                "without running it; replace it by an operation of a fixed shape, such as "
                 "torch.where"
             ) from None
         # what fails for real as well fails again in the first step, with its own message
         raise Untraceable(
-            f"the model cannot be traced without running it: {place}{first_line(error)}"
+            f"{place}{first_line(error)} (in a trace, which counts FLOPs and memory)"
         ) from error
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
