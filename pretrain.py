@@ -57,10 +57,10 @@ def launch(cfg: DictConfig) -> None:
         config = load_config(
             apply_trained_config(cfg), world_size=int(os.environ.get("WORLD_SIZE", 1))
         )
-    if config.lr_find:
-        config = lr_finder.configure_sweep(config)
-    if config.dry_run:
-        return dry_run(config)
+        if config.lr_find:
+            config = lr_finder.configure_sweep(config)
+        if config.dry_run:
+            return dry_run(config)
     backend, reason = select_backend(config.device_type)
     with warnings_as_notes(shown=backend.is_main):
         status = backend.launch(train, config, reason)
@@ -106,6 +106,8 @@ def run_training(run: Run) -> int:
         try:
             with run.profiler:
                 take_steps(run)
+            if not state.updated and state.step > 0:
+                raise UserError(messages.describe_never_finite(run.config, state.step))
             if run.config.lr_find:
                 if run.backend.is_main:  # which has the log
                     run.backend.report(lr_finder.conclude(run.folder, run.config.lr_find))
@@ -257,8 +259,13 @@ def skip_update(run: Run) -> None:
     state.nonfinite_in_a_row += 1
     own = state.free_broken_rows()
     state.halted = run.backend.to_host(run.backend.all_gather(own.int())).astype(bool)
-    run.backend.report(f"step {state.step}: loss or gradient is not finite, update skipped")
+    untrained = "" if state.updated else ", although no weight has changed yet"
+    run.backend.report(
+        f"step {state.step}: loss or gradient is not finite, update skipped{untrained}"
+    )
     if state.nonfinite_in_a_row >= run.config.max_nonfinite:
+        if not state.updated:
+            raise UserError(messages.describe_never_finite(run.config, state.step))
         run.saver.writer.wait()  # one may be in progress
         saved = checkpoint.checkpoints_of(run.folder)
         raise UserError(messages.describe_nonfinite(run.config, state.nonfinite_in_a_row, saved))

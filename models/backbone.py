@@ -3,6 +3,7 @@
 Shape letters: B rows, S tokens, P prefix positions, L = P + S, D hidden, V vocabulary.
 """
 
+import inspect
 import math
 from typing import Any, Literal
 
@@ -161,15 +162,20 @@ class Backbone(nn.Module):
         mixer_size: P + S where an MLP mixes positions; None for attention.
         """
         config = self.config
-        return self.block_type(
-            config.hidden_size,
-            config.num_heads,
-            config.key_value_heads,
-            config.expansion,
-            config.norm_type,
-            config.rms_norm_eps,
-            mixer_size,
-        )
+        sizes: dict[str, Any] = {
+            "hidden_size": config.hidden_size,
+            "num_heads": config.num_heads,
+            "num_key_value_heads": config.key_value_heads,
+            "expansion": config.expansion,
+            "norm_type": config.norm_type,
+            "rms_norm_eps": config.rms_norm_eps,
+            "mixer_size": mixer_size,
+        }
+        try:
+            inspect.signature(self.block_type).bind(**sizes)
+        except TypeError:  # a subclass that takes them by position, as *sizes
+            return self.block_type(*sizes.values())
+        return self.block_type(**sizes)
 
     def answer(self, x: Tensor, info: SequenceInfo, depth: int) -> Tensor:
         """Return what the output head reads after this many ACT steps, or loops where there is one

@@ -1,5 +1,6 @@
 """Build a model, and load weights into it."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,8 +9,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dataset.common import BLANK_IDENTIFIER, DatasetMetadata
+from models.block_checks import describe_unused
 from models.losses import ACTLossHead, create_terms
+from models.source_code import changed_plugins
 from utils.backend.state import load_model_state
+from utils.checkpoint.format import Checkpoint
 from utils.config.schema import ArchConfig
 from utils.core.errors import UserError
 from utils.core.functions import load_class
@@ -47,6 +51,8 @@ def create_model(
     except ValidationError as error:
         messages = "; ".join(fault["msg"] for fault in error.errors())
         raise UserError(f"arch and the corpus do not fit: {messages}") from None
+    for note in describe_unused(model):
+        warnings.warn(note, stacklevel=2)
     head = load_class(arch.loss.name)(model, **arch.loss.options)
     if highest is None:
         return head
@@ -79,8 +85,14 @@ def _with_terms_options(arch: ArchConfig, architecture: Any) -> dict[str, Any]:
     return options
 
 
-def load_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load weights by name. Raises UserError that names what does not fit."""
+def load_into(
+    model: nn.Module, weights: dict[str, Tensor], opened: Checkpoint | None = None
+) -> None:
+    """Load weights by name. Raises UserError that names what does not fit.
+
+    opened: where they come from; plug-ins that differ from its copies are named in a warning.
+    """
+    changed = [] if opened is None else changed_plugins(opened.folder, model)
     own = model.state_dict()
     faults = [f"{name} is missing" for name in own if name not in weights]
     faults += [f"{name} is not part of this architecture" for name in weights if name not in own]
@@ -94,6 +106,12 @@ def load_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
         raise UserError(
             f"the checkpoint is of another architecture: {shown}. Give the arch options that it "
             "was trained with (its config.yaml has them)"
+            + "".join(f"; or {file} has changed: its copy is {copy}" for file, copy in changed)
+        )
+    for file, copy in changed:
+        warnings.warn(
+            f"{file} differs from the copy that the checkpoint was written with, {copy}",
+            stacklevel=2,
         )
     load_model_state(model, weights)
 

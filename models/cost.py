@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.base import Architecture, Carry, OptionsKey
+from models.block_checks import checked_norms
 from models.flex import Kernel
 from models.losses import ACTLossHead
 from models.sparse_embedding import sparse_embeddings
@@ -168,7 +169,7 @@ def trace(module: Architecture | ACTLossHead, kernel: Kernel = "unmasked") -> It
             tracer.place(one)
             if isinstance(one.inner, Backbone):
                 one.inner.masked_attention = kernel
-        with tracer.watch(model.inner, model.blocks()):
+        with tracer.watch(model.inner, model.blocks()), checked_norms(model):
             yield tracer
 
 

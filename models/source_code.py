@@ -6,8 +6,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from torch import nn
+
 from utils.core.functions import PROJECT_ROOT
-from utils.core.plugins import PACKAGE
+from utils.core.plugins import PACKAGE, plugin_folders, source_copy
 
 
 def source_files(objects: Iterable[object]) -> dict[str, Path]:
@@ -27,6 +29,19 @@ def source_files(objects: Iterable[object]) -> dict[str, Path]:
         found[f"{name.replace('.', '/')}{'/__init__' if package else ''}.py"] = path
         todo += _imports(path, name if package else name.rpartition(".")[0])
     return dict(sorted(found.items()))
+
+
+def changed_plugins(checkpoint: Path, model: nn.Module) -> list[tuple[Path, Path]]:
+    """Return the files of plug-ins that differ from their copies in a checkpoint of `model`, each
+    with its copy."""
+    if not plugin_folders():
+        return []
+    found = []
+    for name, file in source_files(model.modules()).items():
+        copy = source_copy(checkpoint, name)
+        if copy is not None and copy.read_bytes() != file.read_bytes():
+            found.append((file, copy))
+    return found
 
 
 def _imports(path: Path, package: str) -> list[str]:

@@ -94,7 +94,7 @@ def export_trm(options: Options) -> None:
     if opened is None:
         raise UserError(f"checkpoint={options.checkpoint} is already in TRM's format")
     head, _ = build_model(opened)
-    load_into(head.model, values)
+    load_into(head.model, values, opened)
     trm.write_file(head.model, options.output)
     print(f"wrote {options.output}; for TRM's pretrain.py: load_checkpoint={options.output} "
           f"{trm.options(head.model.config)}")  # fmt: skip

@@ -91,7 +91,7 @@ def small(words: list[str]) -> list[str]:
 
 def test_the_page_shows_a_file_for_every_kind_of_plugin():
     assert {Path(name).stem for name in files() if name.endswith(".py")} >= set(
-        "echo looped tanh_norm entropy lion stairs table halves subtitles".split()
+        "echo looped gain_norm gain_start entropy lion stairs table halves subtitles".split()
     )
     assert len(commands("pretrain.py")) >= 7 and len(commands("scripts/compare.py")) >= 6
 
@@ -145,19 +145,37 @@ def test_every_comparison_names_runs_that_exist(home, words):
 
 
 def test_the_norm_is_used_in_both_architectures(home):
-    for experiment in ("tanh_norm", "tanh_norm_plain"):
+    for experiment in ("gain_norm", "gain_norm_plain"):
         words = ["--config-dir", "presets", f"experiment={experiment}", "plugins=[ideas]"]
         config = load_config(compose_config([*words, "data_paths=[data/mine]"]))
         metadata = open_data(config).train.metadata
         model = create_model(config.arch, metadata, batch_size=8).model
         for block in model.blocks():  # a norm that gives zeros: nothing passes but the residual
-            torch.nn.init.zeros_(block.scale)
+            torch.nn.init.zeros_(block.gain)
             x = torch.randn(1, 5, config.arch.options["hidden_size"])
             left = x if block.norm_type == "pre" else torch.zeros_like(x)
             info = SequenceInfo(None, None, None, causal=True)
             assert torch.equal(block(x, info), left)
-        assert all(type(block).__name__ == "TanhBlock" for block in model.blocks())
-        assert any(name.endswith(".scale") for name, _ in model.named_parameters())
+        assert all(type(block).__name__ == "GainBlock" for block in model.blocks())
+        assert any(name.endswith(".gain") for name, _ in model.named_parameters())
+
+
+def test_an_option_reaches_the_norm(home):
+    (words,) = (words for words in commands("pretrain.py") if "arch.gain_start=0.5" in words)
+    config = load_config(compose_config(words))
+    metadata = open_data(config).train.metadata
+    model = create_model(config.arch, metadata, batch_size=8).model
+    assert all((block.gain == 0.5).all() for block in model.blocks())
+
+
+def test_a_block_may_take_its_sizes_by_position(home):
+    """As this page had it before they were passed by keyword."""
+    source = (home / "ideas" / "gain_norm.py").read_text("utf-8")
+    source = source.replace("hidden_size, **sizes", "*sizes").replace(
+        "ones(hidden_size)", "ones(sizes[0])"
+    )
+    (home / "ideas" / "gain_norm.py").write_text(source, "utf-8")
+    test_the_norm_is_used_in_both_architectures(home)
 
 
 @pytest.mark.parametrize("words", commands("scripts/estimate.py"), ids=shlex.join)

@@ -27,6 +27,31 @@ from utils.training.schedule import Schedule
 def test_a_non_finite_loss_skips_the_update_and_at_last_stops(
     text_corpus, run_training, monkeypatch
 ):
+    real, calls = ACTLossHead.forward, []
+
+    def diverging(self, *args, **options):
+        carry, loss, *others = real(self, *args, **options)
+        if not isinstance(loss, FakeTensor):  # of a trace, which counts FLOPs
+            calls.append(loss)
+        return carry, loss * (torch.nan if len(calls) > 1 else 1), *others
+
+    monkeypatch.setattr(ACTLossHead, "forward", diverging)
+    options = ["evaluators=[]", "max_nonfinite=3", "lr_warmup_steps=7"]
+    with pytest.raises(UserError, match="max_nonfinite=3") as error:
+        run_training(text_corpus, "run", "max_steps=9", *options)
+    advice = str(error.value)
+    assert "resume" not in advice, "there is nothing to resume"
+    assert "lr (now 0.001)" in advice and "lr_warmup_steps (now 7)" in advice
+    calls.clear()
+    with pytest.raises(UserError, match=r"step_2.*lr.*resume_allow=\[lr\]"):
+        run_training(text_corpus, "run", "max_steps=9", *options, "checkpoint_interval=2")
+
+
+@pytest.mark.parametrize("limit", ["max_steps=9", "max_steps=2"])
+def test_a_loss_that_is_never_finite_is_the_model_s(
+    text_corpus, run_training, monkeypatch, capsys, limit
+):
+    """Also where the run ends before `max_nonfinite`: it trained nothing, so it is not finished."""
     real = ACTLossHead.__init__
 
     def init_with_nan(self, model, **options):
@@ -35,14 +60,12 @@ def test_a_non_finite_loss_skips_the_update_and_at_last_stops(
             model.inner.lm_head.weight[0, 0] = torch.nan
 
     monkeypatch.setattr(ACTLossHead, "__init__", init_with_nan)
-    options = ["evaluators=[]", "max_nonfinite=3", "lr_warmup_steps=7"]
-    with pytest.raises(UserError, match="max_nonfinite=3") as error:
-        run_training(text_corpus, "run", "max_steps=9", *options)
-    advice = str(error.value)
-    assert "resume" not in advice, "there is nothing to resume"
-    assert "lr (now 0.001)" in advice and "lr_warmup_steps (now 7)" in advice
-    with pytest.raises(UserError, match=r"step_2.*lr.*resume_allow=\[lr\]"):
-        run_training(text_corpus, "run", "max_steps=9", *options, "checkpoint_interval=2")
+    with pytest.raises(UserError) as error:
+        run_training(text_corpus, "run", limit, "evaluators=[]", "max_nonfinite=3")
+    assert "arch.name=recursive_reasoning.athena_trm@AthenaTRM" in str(error.value)
+    assert "lower lr" not in str(error.value) and "warmup" not in str(error.value)
+    printed = capsys.readouterr().out
+    assert "finished" not in printed and "step 1: " in printed
 
 
 def test_freeze_weights_trains_identifiers_only(text_corpus, run_training):

@@ -72,7 +72,7 @@ def load_language_model(
     if "tokenizer.json" not in opened:
         raise UserError(f"{opened.folder} has no tokenizer.json: it was not trained on text")
     # a head for z_L, where one was trained, is part of the model: see build_model
-    load_into(head.model, values)
+    load_into(head.model, values, opened)
     if cast:
         cast_weights(head)
     head.to(backend.device).eval()
@@ -217,7 +217,7 @@ def base_loader(data: Data, backend: Backend) -> LoadBase:
         assert opened is not None  # settle_bases has seen a directory
         head = build_base(opened, data.train.metadata, backend)
         try:
-            load_into(head.model, weights)
+            load_into(head.model, weights, opened)
         except UserError as error:
             raise UserError(f"{key}={path} does not fit the corpora: {error}") from None
         cast_weights(head)

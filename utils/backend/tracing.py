@@ -5,10 +5,13 @@ traced in seconds on a machine with little memory and without the device. They a
 because no other kind is differentiated without its device.
 """
 
+import logging
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ from torch.utils.flop_counter import flop_registry
 
 from utils.backend.cpu import CPUBackend
 from utils.core.errors import UserError, first_line
+from utils.core.functions import PROJECT_ROOT
+from utils.core.plugins import locate_failure
 
 aten = torch.ops.aten
 # Fused attention on a CPU, which torch's own counter does not know: products of the size of all
@@ -35,8 +40,24 @@ _ATTENTION = {
 }
 
 
+# The exception says the same as this log, which has a line for each line of its traceback.
+logging.getLogger("torch._subclasses.fake_tensor").addFilter(
+    lambda record: not str(record.msg).startswith("failed while attempting to run meta")
+)
+
+
 class Untraceable(UserError):
     """A computation whose shapes depend on values, which fake tensors do not have."""
+
+
+def _place(error: Exception) -> str:
+    """Return file, line and function of the innermost code that an exception passed through, of a
+    plug-in or else of Athena's models, with a colon; empty if there is none."""
+    found = locate_failure(error)
+    for frame in traceback.extract_tb(error.__traceback__) if found is None else ():
+        if Path(frame.filename).is_relative_to(PROJECT_ROOT / "models"):
+            found = frame.filename, frame.lineno, frame.name
+    return "{}:{} ({}): ".format(*found) if found else ""
 
 
 class Replica(CPUBackend):
@@ -85,17 +106,19 @@ class Tracer(TorchDispatchMode):
     def __exit__(self, kind, error, traceback):
         super().__exit__(kind, error, traceback)
         self._fake.__exit__(kind, error, traceback)
+        if not isinstance(error, Exception) or isinstance(error, UserError):
+            return
+        place = _place(error)
         if isinstance(error, DynamicOutputShapeException | UnsupportedFakeTensorException):
             raise Untraceable(
-                f"the model cannot be traced without running it: {error} depends on the values of "
-                "a tensor; replace it by an operation of a fixed shape, such as torch.where"
+                f"{place}{error} depends on the values of a tensor, so the model cannot be traced "
+                "without running it; replace it by an operation of a fixed shape, such as "
+                "torch.where"
             ) from None
-        if isinstance(error, Exception) and not isinstance(error, UserError):
-            # what fails for real as well fails again in the first step, with its own message
-            raise Untraceable(
-                f"the model cannot be traced without running it: {type(error).__name__}: "
-                f"{first_line(error)}"
-            ) from error
+        # what fails for real as well fails again in the first step, with its own message
+        raise Untraceable(
+            f"{place}{first_line(error)} (in a trace, which counts FLOPs and memory)"
+        ) from error
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is aten._local_scalar_dense.default:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from utils.backend.base import Backend
 from utils.backend.process import STOP_SIGNALS, Received
 from utils.backend.xla_replica import COMPILES_ITSELF, Replica, write_whole
-from utils.core.console import warnings_as_notes
+from utils.core.console import describe_error, warnings_as_notes
 from utils.core.errors import UserError
 
 T = TypeVar("T")
@@ -190,10 +190,11 @@ def run_replica(ordinal: int, folder: Path, wanted: str, fn: Callable[..., Any],
             raise UserError(f"device_type=tpu was asked for, but this is a {backend.hardware}")
         with warnings_as_notes(shown=backend.is_main):
             outcome = "value", backend.launch(fn, *args)
-    except UserError as error:
-        outcome = "sentence", str(error)
-    except BaseException:
+    except BaseException as error:
+        sentence = describe_error(error) if isinstance(error, Exception) else None
         outcome = "traceback", traceback.format_exc()
+        if sentence is not None:
+            outcome = "sentence", sentence
     write_whole(folder / f"outcome_{ordinal:06}", pickle.dumps(outcome))
 
 

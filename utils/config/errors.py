@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pydantic
 
 from utils.core.functions import form, nearest, short_names
+from utils.core.plugins import PACKAGE
 
 
 def to_int(value: Any) -> Any:
@@ -206,7 +207,11 @@ def _line(item: Any, path: str, annotation: Any, owner: type | None, everywhere:
         above = path.rpartition(".")[0]
         fields = getattr(owner, "model_fields", {})
         siblings = [f"{above}.{name}" if above else name for name in fields]
-        return f"unknown key '{path}': {did_you_mean(path, siblings, everywhere)}"
+        advice = did_you_mean(path, siblings, everywhere)
+        own = [f"{above}.{name}" for name in _own_options(owner)]
+        if owner and own and advice.startswith("--help"):
+            advice = f"{owner.__name__} adds {', '.join(own)}; {advice}"
+        return f"unknown key '{path}': {advice}"
     if kind == "missing":
         hint = f"give {expected(annotation)}, {path}=..."
         if path == "arch":
@@ -223,6 +228,13 @@ def _line(item: Any, path: str, annotation: Any, owner: type | None, everywhere:
     if kind == "finite_number":
         return f"{path} must be a finite number, got {show(value)}"
     return _wrong_type(path, annotation, value)
+
+
+def _own_options(owner: type | None) -> list[str]:
+    """Return the options that classes of plug-ins declare, of a model that may be one of them."""
+    classes = [cls for cls in getattr(owner, "__mro__", ()) if cls.__module__.startswith(PACKAGE)]
+    names = [name for cls in reversed(classes) for name in cls.__annotations__]
+    return [name for name in names if name in getattr(owner, "model_fields", {})]
 
 
 def coerced(model: type[pydantic.BaseModel], data: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +28,7 @@ from utils.config.errors import did_you_mean, expected, show
 from utils.config.plugins import find_plugin, named_plugins
 from utils.config.schema import PretrainConfig
 from utils.config.values import flatten, hydra_override, in_quotes
-from utils.core.console import check_decoded, guarded_output
+from utils.core.console import check_decoded, describe_error, guarded_output
 from utils.core.errors import UserError
 from utils.core.functions import nearest, suggest
 
@@ -73,7 +73,7 @@ def compose_config(overrides: list[str]) -> DictConfig:
             _check_plugins(cfg, given)
             return cfg
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
+        raise UserError(explain(error, folders)) from error
     finally:
         GlobalHydra.instance().hydra = before
 
@@ -81,8 +81,8 @@ def compose_config(overrides: list[str]) -> DictConfig:
 def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
     """Decorate `fn(cfg)` as a command that takes no arguments and reads sys.argv.
 
-    A UserError, of the command line or of `fn`, is printed as one sentence and exits with status 2;
-    any other exception keeps its traceback.
+    A UserError, of the command line or of `fn`, or an error in a plug-in is printed as one sentence
+    and exits with status 2; any other exception keeps its traceback.
     """
 
     @functools.wraps(fn)
@@ -90,6 +90,7 @@ def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
     def main() -> Any:
         try:
             check_decoded(sys.argv)
+            split_config_dirs(sys.argv[1:])
             arguments = _arguments(sys.argv[1:])
             if any(flag in arguments for flag in ("--help", "-h")):
                 print(help_text(Path(sys.argv[0]).name))
@@ -98,7 +99,7 @@ def hydra_entry(fn: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         except UserError as error:
             _end(str(error))
         except (HydraException, OmegaConfBaseException) as error:
-            _end(explain(error))
+            _end(explain(error, split_config_dirs(arguments)[1]))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             raise SystemExit(128 + signal.SIGINT) from None
@@ -112,8 +113,10 @@ def _run_hydra(fn: Callable[[DictConfig], Any], arguments: list[str]) -> Any:
         try:
             _check_plugins(cfg, arguments)
             return fn(cfg)
-        except UserError as error:
-            _end(str(error))  # before Hydra prints lines of its own
+        except Exception as error:
+            if (sentence := describe_error(error)) is None:
+                raise
+            _end(sentence)  # before Hydra prints lines of its own
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [argv[0], *arguments]
@@ -178,7 +181,11 @@ def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:
             continue
         folders.append(Path(value if sign else next(tokens, "")).expanduser())
         if not folders[-1].is_dir():
-            raise UserError(f"{flag} {folders[-1]} is not a directory: name one that holds presets")
+            beside = folders[-1].absolute().parent
+            names = [path.name for path in beside.glob("*") if path.is_dir()]
+            near = nearest(folders[-1].name, names)
+            advice = f"did you mean {beside / near}?" if near else "name one that holds presets"
+            raise UserError(f"{flag} {folders[-1]} is not a directory: {advice}")
     return rest, folders
 
 
@@ -277,13 +284,22 @@ def _normalised(overrides: list[str], groups: set[str], sweep: bool) -> list[str
 # --- sentences ----------------------------------------------------------------------------
 
 
-def explain(error: BaseException) -> str:
-    """Return one sentence for an exception of Hydra or OmegaConf."""
+def explain(error: BaseException, folders: Sequence[Path] = ()) -> str:
+    """Return one sentence for an exception of Hydra or OmegaConf.
+
+    folders: those of --config-dir.
+    """
     if isinstance(error, MissingConfigException) and error.options:
         group, _, preset = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
         near, presets = nearest(preset, list(error.options)), ", ".join(sorted(error.options))
         advice = f"did you mean '{group}={near}'? " if near else ""
-        return f"there is no preset '{group}={preset}': {advice}Presets: {presets}"
+        lacking = "".join(
+            f"; --config-dir {folder} has no directory {group}/ for such presets"
+            + (f": give {folder.absolute().parent}" if folder.absolute().name == group else "")
+            for folder in folders
+            if not (folder / group).is_dir()
+        )
+        return f"there is no preset '{group}={preset}': {advice}Presets: {presets}{lacking}"
     if isinstance(error, OverrideParseException):
         key, sign, _ = error.override.lstrip("+").partition("=")
         if not sign:

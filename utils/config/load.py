@@ -18,7 +18,7 @@ from utils.config.errors import clashes_within, coerced, did_you_mean, problems_
 from utils.config.hydra_entry import compose_config, hydra_entry
 from utils.config.plugins import (
     Named,
-    find_plugin,
+    find_plugin_of_kind,
     gather_terms,
     named_plugins,
     options_model,
@@ -138,7 +138,7 @@ class _PluginCheck:
         self.plugin: Any = None
         self.problem: str | None = None
         try:
-            self.plugin = find_plugin(named.name, named.kind)
+            self.plugin = find_plugin_of_kind(named.name, named.kind)
         except UserError as error:
             self.problem = f"{self.where}{'' if self.kind.BARE else '.name'}: {error}"
         self.model = options_model(self.plugin, self.kind) if self.plugin is not None else None

@@ -5,6 +5,7 @@ annotation of its third parameter.
 """
 
 import inspect
+import sys
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -93,6 +94,30 @@ def find_plugin(name: str, kind: type[Component]) -> Any:
 def load_plugin(named: Component) -> Any:
     """Return what a component of the config names; as `find_plugin` otherwise."""
     return find_plugin(named.name, type(named))
+
+
+def find_plugin_of_kind(identifier: str, kind: type[Component]) -> Any:
+    """Return what `find_plugin` does; raise UserError, naming those of the right kind in the same
+    module, where the class is of another kind than its key needs."""
+    found = find_plugin(identifier, kind)
+    if _is_one(found, kind):
+        return found
+    module = sys.modules[found.__module__]
+    own = [
+        name
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and value.__module__ == module.__name__ and _is_one(value, kind)
+    ]
+    bases = [base for base in found.__mro__[1:-1] if base.__module__ != found.__module__]
+    what = f"a {bases[0].__name__}, " if bases else ""
+    raise UserError(
+        f"'{identifier}' is {what}not {kind.NOUN}; {identifier.partition('@')[0]} has: "
+        + (", ".join(own) or "none")
+    )
+
+
+def _is_one(plugin: Any, kind: type[Component]) -> bool:
+    return all(hasattr(plugin, member) for member in kind.MEMBERS)
 
 
 def options_model(plugin: Any, kind: type[Component]) -> type[pydantic.BaseModel] | None:

@@ -26,6 +26,7 @@ from utils.config.schema import PLACEHOLDERS, ArchConfig, Component, PretrainCon
 from utils.config.values import flatten
 from utils.core.errors import UserError
 from utils.core.functions import MissingModuleError
+from utils.core.plugins import PACKAGE, source_copy
 
 
 def dump_config(config: PretrainConfig) -> dict[str, Any]:
@@ -64,6 +65,13 @@ def check_plugins_given(saved: Mapping[str, Any], source: Path) -> None:
                 f"{source} was trained with plugins=[{folders}]: give that too, if you trust what "
                 f"is in there, or wherever its '{named.name}' is now ({error})"
             ) from None
+        except UserError as error:
+            module = named.name.partition("@")[0].replace(".", "/")
+            if (copy := source_copy(source, f"{PACKAGE}/{module}.py")) is None:
+                raise
+            raise UserError(
+                f"{source} was trained with '{named.name}', of which it has a copy, {copy}: {error}"
+            ) from error
 
 
 def read_config(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

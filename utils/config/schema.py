@@ -90,6 +90,10 @@ class Component(pydantic.BaseModel):
     """The options of a plug-in that declares none; None: the arguments of its constructor."""
     FIRST_ARGUMENTS: ClassVar[int] = 0
     """Leading arguments of the constructor that are not options."""
+    NOUN: ClassVar[str] = ""
+    """What a class of this kind is called, with its article."""
+    MEMBERS: ClassVar[tuple[str, ...]] = ()
+    """Attributes that every class of this kind has."""
 
     name: str = Field(description="the class, as module@Class")
 
@@ -109,6 +113,7 @@ class LossConfig(Component):
 
     PREFIX = "models."
     FIRST_ARGUMENTS = 1
+    NOUN, MEMBERS = "a loss head", ("initial_carry", "prepare")
 
 
 class LossTermConfig(Component):
@@ -116,12 +121,14 @@ class LossTermConfig(Component):
 
     PREFIX = "models.terms."
     FIRST_ARGUMENTS = 1
+    NOUN, MEMBERS = "a loss term (Term)", ("needs", "training_only", "prepare")
 
 
 class ArchConfig(Component):
     """An architecture below `models.` and its options."""
 
     PREFIX = "models."
+    NOUN, MEMBERS = "an Architecture", ("Config", "initial_carry", "eval_depth")
 
     loss: LossConfig = Field(description="the loss head and its options")
 
@@ -132,6 +139,7 @@ class EvaluatorConfig(Component):
     PREFIX = "evaluators."
     BARE = True
     FIRST_ARGUMENTS = 2
+    NOUN, MEMBERS = "an evaluator", ("begin_eval", "result")
 
 
 class _SavedByName(Component):
@@ -161,6 +169,7 @@ class OptimizerConfig(_SavedByName):
 
     PREFIX = "utils.training.optimizers."
     NO_OPTIONS = Strict
+    NOUN, MEMBERS = "an optimizer", ("build",)
 
 
 class ScheduleConfig(_SavedByName):
@@ -176,6 +185,7 @@ class LoggerConfig(_SavedByName):
 
     PREFIX = "utils.monitoring.loggers."
     FIRST_ARGUMENTS = 3
+    NOUN, MEMBERS = "a logger", ("log", "close")
 
 
 class EarlyStoppingConfig(Strict):

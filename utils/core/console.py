@@ -7,6 +7,7 @@ import os
 import select
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from tqdm import tqdm
 
 from utils.core.errors import UserError
+from utils.core.plugins import describe_failure
 
 LINE_SECONDS = 20.0  # between two lines where there is no terminal for a bar
 
@@ -158,8 +160,25 @@ def check_decoded(texts: Iterable[str]) -> None:
             raise UserError(f"{shown!r} cannot be read in the encoding {encoding}; {advice}")
 
 
+def describe_error(error: Exception) -> str | None:
+    """Return the sentence for an error that a user can fix: a UserError, or one in the code of a
+    plug-in. None for a fault of Athena's, which keeps its traceback.
+
+    With ATHENA_TRACEBACK=1 the traceback is printed as well.
+    """
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    inside = None if cause is None else describe_failure(cause)
+    sentence = str(error) if isinstance(error, UserError) else inside
+    if sentence is not None and os.environ.get("ATHENA_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    elif inside is not None:
+        sentence = f"{sentence}; ATHENA_TRACEBACK=1 shows the whole traceback"
+    return sentence
+
+
 def run_cli(fn: Callable[[], T], closed_status: int = 128 + 13, check_arguments: bool = True) -> T:
-    """Call a command's body; a `UserError` ends in one line on stderr and exit code 2.
+    """Call a command's body; what `describe_error` describes ends in one line on stderr and exit
+    code 2.
 
     closed_status: see `guarded_output`; 0 for a command that only shows things. check_arguments:
     refuse arguments that the locale cannot decode; False for a command that decodes its own.
@@ -170,8 +189,10 @@ def run_cli(fn: Callable[[], T], closed_status: int = 128 + 13, check_arguments:
                 check_decoded(sys.argv)
             with warnings_as_notes():
                 return fn()
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except Exception as error:
+            if (sentence := describe_error(error)) is None:
+                raise
+            print(f"error: {sentence}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -47,8 +47,12 @@ def suggest(word: str, candidates: Iterable[str]) -> str:
     known = list(candidates)
     if best := nearest(word, known, cutoff=0.5):
         return f"did you mean '{best}'?"
+    return f"available: {_some(known)}"
+
+
+def _some(known: list[str]) -> str:
     more = f" and {len(known) - _MAX_LISTED} more" if len(known) > _MAX_LISTED else ""
-    return f"available: {', '.join(known[:_MAX_LISTED]) or 'none'}{more}"
+    return f"{', '.join(known[:_MAX_LISTED]) or 'none'}{more}"
 
 
 def _modules_below(prefix: str) -> dict[str, Path]:
@@ -103,10 +107,9 @@ def _import(identifier: str, module_name: str, prefix: str) -> ModuleType:
     elif module_name in plugins:
         return import_plugin(module_name)
     else:
-        places = "".join(f" nor in {folder}" for folder in plugin_folders())
-        advice = suggest(module_name, _modules_below(prefix))
         raise MissingModuleError(
-            f"'{identifier}' names the module '{full_name}', which does not exist{places}: {advice}"
+            f"'{identifier}' names the module '{module_name}', which is "
+            + _describe_search(module_name, prefix, list(plugins))
         )
     try:
         return importlib.import_module(full_name)
@@ -118,6 +121,24 @@ def _import(identifier: str, module_name: str, prefix: str) -> ModuleType:
             f"'{identifier}' needs the Python package '{missing}', which is not installed: "
             f"pip install {missing}"
         ) from error
+
+
+def _describe_search(module: str, prefix: str, plugins: list[str]) -> str:
+    """Describe where a module was looked for in vain, and what was probably meant."""
+    own, folders = prefix.rstrip("."), plugin_folders()
+    best = nearest(module, [*plugins, *_modules_below(prefix)], cutoff=0.5)
+    empty = [folder for folder in folders if not any(Path(folder).rglob("*.py"))]
+    advice = [f"{folder} holds no Python file" for folder in empty]
+    if plugins and not best:
+        advice.append(f"your plug-ins are {_some(plugins)}")
+    if not folders:
+        key = "--plugins <directory>" if own.startswith("dataset") else "plugins=[<directory>]"
+        advice.append(f"if it is your own, add {key}")
+    if best:
+        advice.append(f"did you mean '{best}'?")
+    places = "".join(f" nor in {folder}" for folder in folders)
+    looked = f"neither in Athena's {own}{places}" if folders else f"not in Athena's {own}"
+    return f"{looked}: {'; '.join(advice)}"
 
 
 def load_class(identifier: str, prefix: str = "models.") -> type:

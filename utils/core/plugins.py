@@ -64,6 +64,12 @@ def plugin_modules() -> dict[str, Path]:
     return found
 
 
+def source_copy(checkpoint: Path, name: str) -> Path | None:
+    """Return the copy of a plug-in, such as `athena_plugins/banded.py`, in a checkpoint, if any."""
+    copy = checkpoint / "source" / name
+    return copy if name.startswith(f"{PACKAGE}/") and copy.is_file() else None
+
+
 def import_plugin(name: str) -> ModuleType:
     """Import the plug-in of this name.
 
@@ -74,17 +80,44 @@ def import_plugin(name: str) -> ModuleType:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(_describe_failure(name, error)) from error
+        raise UserError(_describe_import(name, error)) from error
 
 
-def _describe_failure(name: str, error: Exception) -> str:
-    path = plugin_modules()[name]
-    line: int | None = None
-    for frame in traceback.extract_tb(error.__traceback__):
-        if any(Path(frame.filename).is_relative_to(folder) for folder in plugin_folders()):
-            path, line = Path(frame.filename), frame.lineno
+def locate_failure(error: BaseException) -> tuple[str, int | None, str] | None:
+    """Return file, line and function of the innermost code of a plug-in that an exception passed
+    through; None if there is none."""
+    found = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__")).startswith(f"{PACKAGE}."):
+            found = frame.f_code.co_filename, line, frame.f_code.co_name
+    files = {
+        getattr(module, "__file__", None)
+        for name, module in list(sys.modules.items())
+        if name.startswith(f"{PACKAGE}.")
+    }
+    for traced in getattr(error, "real_stack", None) or ():  # of torch.compile
+        if traced.filename in files:
+            found = traced.filename, traced.lineno, traced.name
+    return found
+
+
+def describe_failure(error: BaseException) -> str | None:
+    """Describe an exception in the code of a plug-in by file, line, function and its message; None
+    for any other."""
+    if (place := locate_failure(error)) is None:
+        return None
+    file, line, function = place
+    while type(error).__module__.startswith("torch._dynamo"):  # it wraps what the code raised
+        if (inner := error.__cause__ or error.__context__) is None:
+            break
+        error = inner
+    return f"{file}:{line} ({function}): {first_line(error)}"
+
+
+def _describe_import(name: str, error: Exception) -> str:
+    path, line, _ = locate_failure(error) or (plugin_modules()[name], None, "")
     if isinstance(error, SyntaxError) and error.filename is not None:
-        path, line = Path(error.filename), error.lineno
+        path, line = error.filename, error.lineno
     advice = ""
     if isinstance(error, ModuleNotFoundError) and error.name:
         missing = error.name.partition(".")[0]

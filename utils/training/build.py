@@ -165,7 +165,7 @@ def build_model(
         data.train.identifiers,
         data.tokenizer,
     )
-    load_into(model.model, weights)
+    load_into(model.model, weights, opened)
     source = f"weights of {config.load_checkpoint}"
     if opened is not None:
         averaged = config.load_weights == "ema" and "ema.pt" in opened

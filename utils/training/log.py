@@ -38,10 +38,13 @@ class TrainingLog:
         self.row_tokens = metadata.seq_len
         self.step_tokens = self.row_tokens * config.global_batch_size
         self.peak_flops = backend.peak_flops(dtype)  # of one device, per second
-        self.flops: dict[OptionsKey, float] = {}  # per token, forward and backward
-        if backend.is_main and not config.eval_only:
+
+        def count() -> dict[OptionsKey, float]:
             with backend.one_rank_at_a_time():
-                self.flops = count_train_flops(config.arch, metadata)
+                return count_train_flops(config.arch, metadata)
+
+        # per token, forward and backward; rank 0 counts, where a plug-in may fail
+        self.flops = {} if config.eval_only else backend.from_main(count)
         self.interval_flops = 0.0
         self.sums = MetricSums()
         self.options: Counter[str] = Counter()

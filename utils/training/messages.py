@@ -48,6 +48,21 @@ def describe_nonfinite(config: PretrainConfig, skipped: int, saved: Sequence[Pat
     )
 
 
+def describe_never_finite(config: PretrainConfig, steps: int) -> str:
+    """Describe a run in whose every step loss or gradient was not finite, so that the weights are
+    what they were at the start."""
+    name = f"arch.name={config.arch.name}"
+    weights = "its initial weights"
+    if config.load_checkpoint is not None:
+        weights = f"the weights of load_checkpoint={config.load_checkpoint}"
+    return (
+        f"loss or gradient was not finite in each of the {steps:,} steps so far, so nothing was "
+        f"trained and lr is not the reason: {name} computes it with {weights}; look for a "
+        "division by 0, the log or root of a negative number or an overflow "
+        "(arch.forward_dtype=float32)"
+    )
+
+
 def describe_end(config: PretrainConfig, last: Path, state: TrainState, first_step: int) -> str:
     """Describe where the last checkpoint of a run is, or why nothing was left to train and which
     key would change that. first_step: the step that this process started from."""

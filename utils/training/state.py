@@ -113,6 +113,11 @@ class TrainState:
     }  # fmt: skip
     """The name in a checkpoint of what `best` and `stopping` hold."""
 
+    @property
+    def updated(self) -> bool:
+        """Whether a step of this run, resumed ones included, has changed the weights."""
+        return self.step > self.nonfinite
+
     def learning_rates(self) -> dict[str, float]:
         """Return the rates of the last step: lr, and puzzle_emb_lr if identifiers train."""
         found = {}
@@ -239,7 +244,7 @@ class TrainState:
         moments: whether the optimizers may load the saved ones. Averages that were not saved start
         from the weights.
         """
-        load_into(self.model, opened.tensors("model"))
+        load_into(self.model, opened.tensors("model"), opened)
         states = opened.tensors("optimizer")
         same = moments and len(states) == len(self.main_optimizers)
         for optimizer, state in zip(self.main_optimizers, states, strict=True) if same else ():

@@ -201,7 +201,9 @@ def evaluator(tmp_path, monkeypatch):
     import evaluators
 
     (tmp_path / "plugin_for_test.py").write_text(
-        "class Plugin:\n    def __init__(self, data_path, eval_metadata, depth=1): pass\n", "utf-8"
+        "class Plugin:\n    begin_eval = result = None\n"
+        "    def __init__(self, data_path, eval_metadata, depth=1): pass\n",
+        "utf-8",
     )
     monkeypatch.setattr(evaluators, "__path__", [*evaluators.__path__, str(tmp_path)])
     yield "plugin_for_test@Plugin"
@@ -230,6 +232,18 @@ def test_unknown_keys_name_the_nearest_valid_one(override, meant):
     key = override.lstrip("+").partition("=")[0]
     line = complaint(override, "eval_interval=1")
     assert line.startswith(f"unknown key '{key}") and line.endswith(f"did you mean {meant}?")
+
+
+def test_an_unknown_option_of_a_plugin_is_answered_with_its_own(tmp_path):
+    (tmp_path / "p_norm.py").write_text(
+        "from models.recursive_reasoning.athena_trm import AthenaTRM, AthenaTRMConfig\n"
+        "class Config(AthenaTRMConfig):\n    p: float = 2.0\n    both: bool = True\n"
+        "class Recursive(AthenaTRM):\n    Config = Config\n",
+        "utf-8",
+    )
+    given = [f"plugins=[{tmp_path}]", "arch.name=p_norm@Recursive"]
+    line = complaint(*given, "arch.q=1.5")
+    assert "arch.q" in line and "arch.p, arch.both" in line and "--help" in line
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 from utils.config.hydra_entry import CONFIG_DIR
 from utils.config.load import compose_config, hydra_entry, load_config
+from utils.core.errors import UserError
 
 RECIPE = ("global_batch_size", "lr", "lr_warmup_steps", "feed", "weight_decay_all", "ema_warmup")
 LARGE = (768, 8e-5, 4000, "consume", False, True)
@@ -98,3 +99,29 @@ def test_a_preset_of_ones_own_names_a_net_and_a_size(tmp_path, monkeypatch, caps
     (cfg,) = seen
     assert (cfg.arch.hidden_size, cfg.arch.H_cycles, cfg.arch.L_cycles) == (64, 1, 6)
     assert (cfg.lr, cfg.feed) == (5e-3, "consume")
+
+
+@pytest.mark.parametrize("program", ["pretrain", "compose"])
+@pytest.mark.parametrize(
+    ("folder", "parts"),
+    [
+        ("preset", ["--config-dir", "preset is not a directory", "did you mean", "presets"]),
+        ("presets/experiment", ["experiment=gain_norm", "--config-dir", "presets/experiment"]),
+    ],
+)
+def test_a_wrong_directory_of_presets(tmp_path, monkeypatch, capsys, folder, parts, program):
+    presets = tmp_path / "presets"
+    (presets / "experiment").mkdir(parents=True)
+    (presets / "experiment" / "gain_norm.yaml").write_text("# @package _global_\nlr: 1\n", "utf-8")
+    words = ["--config-dir", str(tmp_path / folder), "experiment=gain_norm"]
+    if program == "compose":
+        with pytest.raises(UserError) as raised:
+            compose_config(words)
+        sentence = str(raised.value)
+    else:
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+        with pytest.raises(SystemExit):
+            hydra_entry(lambda cfg: None)()
+        sentence = capsys.readouterr().err
+    assert all(part in sentence for part in parts), sentence
+    assert str(presets) in sentence.replace(str(presets / "experiment"), "")
