@@ -155,7 +155,7 @@ def take_steps(run: Run) -> None:
                 run.saver.save()
         evaluate_if_due(run)
     run.log.write(state)
-    if state.step < (warmup := run.config.lr_warmup_steps):
+    if state.updated and state.step < (warmup := run.config.lr_warmup_steps):
         run.backend.report(f"note: the run ended at step {state.step} of {warmup} in its "
                    "warm-up, below lr; lower lr_warmup_steps or train for longer")  # fmt: skip
 
