@@ -34,7 +34,7 @@ _HELD_OUT = 1  # digest kind of held-out documents
 
 @dataclass
 class Counts:
-    """Counts of what one domain contributed to one split."""
+    """Counts of one domain in one split."""
 
     documents: int = 0
     text_bytes: int = 0
@@ -48,7 +48,7 @@ class Counts:
     unknown_tokens: int = 0
     """Tokens that replace text the vocabulary cannot represent."""
     unknown_bytes: int = 0
-    """Bytes of text behind those tokens."""
+    """Bytes of text represented by those tokens."""
     lost_bytes: int = 0
     """Bytes of text not covered by any token."""
 

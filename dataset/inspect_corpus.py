@@ -50,7 +50,7 @@ HIDDEN_OPTIONS = {"output_dir", "overwrite", "input_files", "tokenizer_json", "w
 
 @dataclass
 class Corpus:
-    """What the splits of one corpus share."""
+    """The parts shared by all splits of a corpus."""
 
     path: str
     """The path or URL that the user passed; `root` is the local directory."""
@@ -59,7 +59,7 @@ class Corpus:
     metadata: dict[str, DatasetMetadata]
     report: dict[str, Any]
     tokenizer: Any = None
-    """The `tokenizers.Tokenizer`, if the corpus has one."""
+    """The corpus' `tokenizers.Tokenizer`; None if it has none."""
     tokenizer_kind: str = ""
     byte_lengths: np.ndarray | None = None
 
@@ -151,7 +151,7 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 
 def describe(corpus: Corpus, verified: bool) -> list[str]:
-    """Describe what all splits share."""
+    """Describe the properties shared by all splits."""
     meta = corpus.any_metadata
     lines = [corpus.path]
     if is_remote(corpus.path):

@@ -96,7 +96,7 @@ class ExactMatchEvaluator(Examiner):
                             "grid=[rows, columns]")  # fmt: skip
         if config.geometry == "dihedral" and height != width:
             raise UserError(
-                f"geometry=dihedral rotates grids, but this one has {height} rows, {width} columns; "
+                f"geometry=dihedral rotates grids, but these have {height} rows, {width} columns; "
                 "use geometry=flips"
             )
         cells = np.arange(height * width).reshape(height, width)

@@ -25,7 +25,7 @@ MAGIC = {
     b"PAR1": "parquet",
 }
 MAX_LINE_BYTES = 1 << 30
-"""A longer line means that the file is not line-based at all."""
+"""Maximum length of a line; a file with longer lines is not line-based."""
 
 MAX_LISTED_SOURCES = 3
 

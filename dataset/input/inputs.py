@@ -47,7 +47,9 @@ def _find_held_out(
         matches = [
             source
             for source in named or sources
-            if not Path(pattern).is_file()  # else exactly that file, not others of the same name
+            if not Path(
+                pattern
+            ).is_file()  # otherwise exactly that file, not others of the same name
             and (
                 source in named
                 or fnmatch.fnmatchcase(source.path.name, pattern)
@@ -69,7 +71,7 @@ def _find_held_out(
 def _assign_labels(
     given: list[str] | None, groups: list[list[Source]], extra_groups: list[list[Source]]
 ) -> dict[Source, str]:
-    """Return the domain of each source: one label per argument or file, else the file's stem."""
+    """Return the domain of each source: the label of its argument or file, or the file's stem."""
     sources = [source for group in groups for source in group]
     extras = [source for group in extra_groups for source in group]
     labels = {source: source.label for source in sources + extras}

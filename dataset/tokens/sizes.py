@@ -1,4 +1,4 @@
-"""Token arrays of the builders: plain ids, or ids with the bytes of text they stand for.
+"""Token arrays of the builders: plain ids, or ids with their number of text bytes.
 
 If the ids determine the bytes, an array of tokens contains ids. Otherwise each element also carries
 its bytes, so that they stay with the token when it is packed, cut, spooled or saved.

@@ -1,8 +1,7 @@
-"""Count what a computation takes without running it: its FLOPs and its memory.
-
-Tensors are fake. They have a shape and a dtype and hold nothing, so that the largest model can be
-traced in seconds on a machine with little memory and without the device. They are fake CPU tensors,
-because no other kind is differentiated without its device.
+"""Count the FLOPs and the memory of a computation without running it. Tensors are fake: they have a
+shape and a dtype, but no data, so that the largest model can be traced in seconds on a machine with
+little memory and without the device. They are fake CPU tensors, because autograd on others needs
+their device.
 """
 
 import weakref
@@ -26,9 +25,9 @@ from utils.backend.cpu import CPUBackend
 from utils.core.errors import UserError, first_line
 
 aten = torch.ops.aten
-# Fused attention on a CPU, which torch's own counter does not know: products of the size of all
-# scores (the forward pass makes two, the backward pass the scores again and four more), and the
-# places of the query, the key and `is_causal` among the arguments.
+# Fused attention on a CPU, which torch's own counter does not support: the number of products of
+# the size of all scores (two in the forward pass; in the backward pass the scores again and four
+# more), and the positions of the query, the key and `is_causal` in the arguments.
 _ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: (2, 0, 1, 4),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (5, 1, 2, 7),
@@ -40,7 +39,7 @@ class Untraceable(UserError):
 
 
 class Replica(CPUBackend):
-    """The only replica of a run whose tensors are fake, whatever this process was launched as."""
+    """The only replica of a run with fake tensors, regardless of how this process was launched."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,22 +51,20 @@ class Replica(CPUBackend):
 
 
 class Tracer(TorchDispatchMode):
-    """Trace what runs inside `with tracer:`, which may be entered again.
-
-    FLOPs are those of matrix products and attention, 2 for a multiplication and its addition. A
-    question about a value, such as `bool(tensor)`, is answered with yes or 1. Raises Untraceable
-    where a shape depends on values.
+    """Trace the operations inside `with tracer:`, which may be entered repeatedly. FLOPs are those
+    of matrix products and attention, counting 2 for a multiplication and its addition. Reading a
+    value, as in `bool(tensor)`, gives True or 1. Raises Untraceable if a shape depends on values.
 
     Attributes:
-        flops: of all that ran, without recomputation.
+        flops: of all operations, without recomputation.
         recomputed: FLOPs of forward operations that the backward pass repeats.
         live: bytes of the tensors that exist.
-        peak: the most bytes that existed at once since `start_peak`.
+        peak: the maximum of `live` since `start_peak`.
         passes: calls of the modules that `watch` was given, (without gradient, with gradient).
     """
 
     def __init__(self, *, causal: bool):
-        """Start at zero. causal: position t attends up to t only, whatever the mask says."""
+        """Start at zero. causal: count position t as attending only up to t, whatever the mask."""
         super().__init__()
         self.causal = causal
         self.flops = self.recomputed = 0
@@ -88,10 +85,10 @@ class Tracer(TorchDispatchMode):
         if isinstance(error, DynamicOutputShapeException | UnsupportedFakeTensorException):
             raise Untraceable(
                 f"the model cannot be traced without running it: {error} depends on the values of "
-                "a tensor; replace it by an operation of a fixed shape, such as torch.where"
+                "a tensor; replace it by an operation with a fixed shape, such as torch.where"
             ) from None
         if isinstance(error, Exception) and not isinstance(error, UserError):
-            # what fails for real as well fails again in the first step, with its own message
+            # a genuine failure occurs again in the first step, with its own message
             raise Untraceable(
                 f"the model cannot be traced without running it: {type(error).__name__}: "
                 f"{first_line(error)}"
@@ -118,7 +115,7 @@ class Tracer(TorchDispatchMode):
             flops = flop_registry[operation](*args, **kwargs, out_val=out)
         else:
             return
-        if self._in_backward and torch.is_grad_enabled():  # a backward pass alone needs no graph
+        if self._in_backward and torch.is_grad_enabled():  # a backward pass needs no graph
             self.recomputed += flops
         else:
             self.flops += flops
@@ -136,7 +133,7 @@ class Tracer(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
     def start_peak(self) -> None:
-        """Look for a new peak from here on."""
+        """Reset the peak to the current memory."""
         self.peak = self.live
 
     def backward(self, loss: Tensor) -> None:
@@ -150,8 +147,9 @@ class Tracer(TorchDispatchMode):
             self._in_backward = False
 
     def place(self, module: nn.Module) -> None:
-        """Replace the parameters and buffers of `module`, which may lie on the meta device, by fake
-        ones."""
+        """Replace the parameters and buffers of `module`, which may be on the meta device, by fake
+        ones.
+        """
         placed: dict[int, Tensor] = {}
 
         def fake(tensor: Tensor) -> Tensor:
@@ -174,9 +172,9 @@ class Tracer(TorchDispatchMode):
     def watch(self, root: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
         """Count calls of `blocks` inside the `with` block.
 
-        A call without gradient, of a block or of a module below `root` that holds blocks, is traced
-        once for each kind of arguments: others like it return empty tensors of the same shapes, and
-        count as much.
+        Calls without gradient, of a block or of a module in `root` that contains blocks, are traced
+        once for each kind of arguments; similar calls then return empty tensors of the same shapes
+        and add the same counts.
         """
         own = set(blocks)
         repeated = [m for m in root.modules() if m is not root and own & set(m.modules())]
@@ -219,8 +217,9 @@ class Tracer(TorchDispatchMode):
 
 
 def _attention_flops(products: int, query: Sequence[int], keys: int, causal: bool) -> int:
-    """Return 2 FLOPs for each product, channel and pair of positions that a causal kernel does not
-    skip. query: (B, N, L, K)."""
+    """Return the FLOPs of attention: 2 for each product, channel and pair of positions that a
+    causal kernel does not skip. query: (B, N, L, K).
+    """
     rows, heads, length, width = query
     triangle = causal and length == keys
     pairs = length * (length + 1) // 2 if triangle else length * keys

@@ -129,9 +129,7 @@ def set_aside(run: Path, start: Path, step: int) -> None:
             continue
         aside = folder.with_name(f"abandoned_{folder.name}_{int(time.time())}")
         folder.rename(aside)
-        notify(
-            f"note: {folder.name} does not belong to the run resumed from {start}; renamed to {aside.name}"
-        )
+        notify(f"note: {folder.name} does not precede {start}; renamed to {aside.name}")
     forget_evaluation(run, step if start.parent.resolve() == run.resolve() else -1)
 
 
@@ -198,7 +196,7 @@ class Checkpoint:
             path = self.folder / name
             if not path.is_file() or sha256(path) != digest:
                 raise UserError(
-                    f"checkpoint {self.folder} is damaged: {name} has changed since it was saved; resume an "
+                    f"checkpoint {self.folder} is damaged: {name} has changed; resume an "
                     "older step_<n> with resume=<directory>"
                 )
 

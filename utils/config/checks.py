@@ -165,7 +165,7 @@ def _length(c: Context) -> Iterator[str]:
     config = c.config
     limits = (config.epochs, config.max_steps, config.max_seconds)
     if limits == (None, None, None) and not (config.dry_run or config.eval_only or config.lr_find):
-        yield "epochs, max_steps and max_seconds are all null: the run would never end; set one of them"
+        yield "epochs, max_steps and max_seconds are all null: the run would never end; set one"
 
 
 @_reads("epochs", "eval_interval", "min_eval_interval")

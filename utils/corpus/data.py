@@ -24,9 +24,8 @@ class Data(NamedTuple):
     tokenizer: Path | None
 
     def highest_values(self, names: Iterable[str]) -> dict[str, int]:
-        """Return the highest value in both splits of those arrays that training has.
-
-        names: arrays per token beside the usual ones; a corpus may have `reasoning_labels`.
+        """Return the highest value in both splits of each array in `names` that training has.
+        names: additional per-token arrays, such as `reasoning_labels`.
         """
         if "reasoning_labels" not in names or not self.train.reasoning_width:
             return {}

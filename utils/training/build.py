@@ -276,7 +276,7 @@ def try_rows(plan: MemoryPlan, state: TrainState, backend: Backend, planned: int
         if smaller:
             where = f"rank {backend.rank}" if backend.world_size > 1 else "this device"
             notify(
-                f"note: {where} ran out of memory in a trial of {own} rows at once; trying {smaller} "
+                f"note: {where} ran out of memory in a trial of {own} rows; trying {smaller} "
                 f"instead (micro_batch_size={smaller} would skip the trial)"
             )
         own = smaller

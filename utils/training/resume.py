@@ -80,7 +80,7 @@ def find_checkpoint(config: PretrainConfig, folder: Path) -> Path | None:
     if config.resume == "none":
         if own and saved:
             raise UserError(
-                f"resume=none starts a new run, but {folder} contains {saved[-1]} of an earlier one; "
+                f"resume=none starts a new run, but {folder} contains {saved[-1]}; "
                 "choose another run_name, or move the folder away"
             )
         return None

@@ -111,7 +111,7 @@ class Saver:
             if results:
                 names = [key.removeprefix("eval/") for key in results]
                 self.backend.report(
-                    f"warning: best_metric={name} was not evaluated, so no checkpoint counts as the best; "
+                    f"warning: best_metric={name} was not evaluated: no checkpoint is the best; "
                     + suggest(name, names)
                 )
             return

@@ -23,7 +23,7 @@ class AdamATan2(Optimizer):
     class Config(pydantic.BaseModel, extra="forbid", strict=True):
         fused: bool | None = Field(
             None,
-            description="use the fused kernel of the package adam-atan2; null: on CUDA, if it loads",
+            description="use the kernel of the package adam-atan2; null: on CUDA, if it loads",
             json_schema_extra={"on_resume": "any"},
         )
 
