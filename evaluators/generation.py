@@ -31,8 +31,7 @@ class GenerationEvaluator(Examiner):
     bleu, chrf              of the whole corpus of texts, by sacrebleu, 0 to 100
     rouge1, rouge2, rougeL  mean F-measure, by rouge-score, 0 to 1
     exact_match             share of texts equal to the reference after stripping; if
-                                                   `answer_pattern` is given, only what it matches
-                                                   is compared
+                            `answer_pattern` is given, only what it matches is compared
     ended                   share of texts that the model ended before the token limit
     <function>              mean of `score_function(prompts, texts, references) -> numbers`
     examples                number of examples

@@ -25,16 +25,16 @@ class HaltingEvaluator(Summing):
     """Figures over all rows and ranks, below <prefix>/:
 
     step_<k>/loss, accuracy, exact_accuracy   after k ACT steps, mean of the rows' means
-    step_<k>/flops_per_token                  cost of k steps, including the output head after the
-    last step_<k>/<latent>_change                  ‖z_k − z_{k−1}‖ of a scored position
+    step_<k>/flops_per_token                  cost of k steps and one pass of the output head
+    step_<k>/<latent>_change                  ‖z_k − z_{k−1}‖ of a scored position
     step_<k>/share                            share of rows that the head first halts at step k
                                               (at the last step: all remaining rows)
     act/steps, act/loss, act/accuracy         if the head decided when to halt
-    budget/steps                              mean iteration budget of the corpus, capped at the
-    last step calibration_error                         |share of correct halts − predicted
-    probability|,
-                                              averaged over ten bins of predictions (ECE: Guo et al.
-                                              2017, arXiv 1706.04599); brier: the mean squared error
+    budget/steps                              mean iteration budget, capped at the last step
+    calibration_error                         |share of correct halts − predicted probability|,
+                                              averaged over ten bins of predictions (ECE: Guo et
+                                              al. 2017, arXiv 1706.04599)
+    brier                                     mean squared error of the predicted probability
 
     and halting.png in the run's evaluation folder.
     """

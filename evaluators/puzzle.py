@@ -36,14 +36,14 @@ class ExactMatchEvaluator(Examiner):
 
     exact_accuracy         share of rows in which every scored cell is right
     cell_accuracy          share of scored cells that are right
-    voted/exact_accuracy   the same for the answer with most votes of a row's views (as TRM does for
-    ARC); ties are broken by the halting head's confidence voted/within_two       share of rows
-    whose right answer has most or second most votes voted/agreement        share of views that
-    voted for the winning answer
+    voted/exact_accuracy   the same for the answer that gets most votes of a row's views, as in
+                           TRM for ARC; ties are broken by the halting head's confidence
+    voted/within_two       share of rows whose right answer has most or second most votes
+    voted/agreement        share of views that voted for the winning answer
 
-    Views: `views` ways to rename the ids in the corpus' relabel_ids (a sudoku's digits), the first
-    as it is; each in all the `geometry` of the grid: its flips, or all eight rotations and
-    reflections. Choose only transformations that keep the puzzle valid: a sudoku with non-square
+    Each row is shown in `views` renamings of the ids in the corpus' relabel_ids (a sudoku's
+    digits), the first of which changes nothing, and each of these in all transformations of
+    `geometry`: flips, or all eight rotations and reflections (dihedral). Choose only transformations that keep the puzzle valid: a sudoku with non-square
     boxes may be flipped, but not rotated.
     """
 

@@ -53,8 +53,8 @@ class Item(NamedTuple):
 class MultipleChoiceEvaluator(Examiner):
     """Figures of one file, over all ranks, below <prefix>/<task>/:
 
-    accuracy            of the choice with the largest summed log-probability
-    accuracy_norm       … with the largest log-probability per character of the choice, which is
+    accuracy            share of examples whose right choice has the largest log-probability
+    accuracy_norm       the same with the log-probability per character of the choice, which is
                         `acc_norm` of lm-evaluation-harness
     stderr, stderr_norm their standard errors, sqrt(p(1 - p)/(n - 1))
     chance              accuracy of guessing
