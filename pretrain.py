@@ -40,9 +40,10 @@ FAILED_IN_PART = 3  # exit status: the run is over, but a warning says that some
 
 
 class Flags(NamedTuple):
-    """The flags that all ranks share after computing the gradients of a step. finite: loss and
-    gradients are finite on all ranks. stop: number of a signal that a rank received, or 0.
-    save_failed: a rank could not write its part of a checkpoint.
+    """The flags that all ranks share after computing the gradients of a step.
+
+    finite: loss and gradients are finite on all ranks. stop: number of a signal that a rank
+    received, or 0. save_failed: a rank could not write its part of a checkpoint.
     """
 
     finite: bool
@@ -288,8 +289,9 @@ def evaluate_if_due(run: Run) -> None:
 
 
 def evaluate_and_save(run: Run) -> None:
-    """Save a checkpoint, evaluate it, and update the best checkpoint and early stopping. The
-    checkpoint is saved first, because the evaluation may fail.
+    """Save a checkpoint, evaluate it, and update the best checkpoint and early stopping.
+
+    The checkpoint is saved first, because the evaluation may fail.
     """
     state = run.state
     if run.config.checkpoint_every_eval:

@@ -72,10 +72,12 @@ def _count_draws(corpora: Corpora, epochs: float, max_draws: int | None) -> floa
 
 
 class _Feed:
-    """Base of both feeds. `size` counts the slots of all ranks; `slots` are this rank's. A feed has
-    `progress` (0..1), and `next(halted)`, which takes a step and returns the new examples for this
-    rank's slots; None at the end of the run. halted: (G,) bool, flags of all slots. ahead:
-    arguments of `ReadAhead` if there are workers.
+    """Base of both feeds.
+
+    `size` counts the slots of all ranks; `slots` are this rank's. A feed has `progress` (0..1), and
+    `next(halted)`, which takes a step and returns the new examples for this rank's slots; None at
+    the end of the run. halted: (G,) bool, flags of all slots. ahead: arguments of `ReadAhead` if
+    there are workers.
     """
 
     total_steps: int | None = None
@@ -420,6 +422,7 @@ class TrainStream:
 
 def drop_halted(state: dict[str, Any], halted: Sequence[bool]) -> dict[str, Any]:
     """Return a stream's `state_dict` without the examples in halted slots, which are finished.
+
     halted: (G,) flags. Needed if examples in progress restart; `present` stores none.
     """
     if "held_places" not in state:

@@ -1,6 +1,7 @@
-"""Constants, metadata and checks of a corpus that every part of Athena shares. A leaf module: it
-imports nothing from the project except the error type, so that builders, the data stream, models
-and scripts can all use it.
+"""Constants, metadata and checks of a corpus that every part of Athena shares.
+
+A leaf module: it imports nothing from the project except the error type, so that builders, the data
+stream, models and scripts can all use it.
 """
 
 import hashlib

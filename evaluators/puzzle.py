@@ -43,8 +43,9 @@ class ExactMatchEvaluator(Examiner):
 
     Each row is shown in `views` renamings of the ids in the corpus' relabel_ids (a sudoku's
     digits), the first of which changes nothing, and each of these in all transformations of
-    `geometry`: flips, or all eight rotations and reflections (dihedral). Choose only transformations that keep the puzzle valid: a sudoku with non-square
-    boxes may be flipped, but not rotated.
+    `geometry`: flips, or all eight rotations and reflections (dihedral). Choose only
+    transformations that keep the puzzle valid: a sudoku with non-square boxes may be flipped, but
+    not rotated.
     """
 
     class Config(BaseModel, extra="forbid"):

@@ -5,10 +5,10 @@ r"""Score multiple-choice tasks by the probability that the model assigns to eac
 The keys in the file determine the kind of task:
 
     question (or query), choices, answer (or gold)   which choice is most likely after the question
-    context_options, continuation, answer            which context makes the continuation most
-    likely sentence_good, sentence_bad                      whether the good sentence is more likely
-    (BLiMP) context, continuation                            whether each token is the most likely
-    (LAMBADA) text                                             the same for its last word
+    context_options, continuation, answer            which context best predicts the continuation
+    sentence_good, sentence_bad                      whether the good one is more likely (BLiMP)
+    context, continuation                            whether each token is the top one (LAMBADA)
+    text                                             the same for its last word
 """
 
 import math

@@ -48,9 +48,10 @@ def attention_kernel(
     capability: tuple[int, int] = OLDEST,
     cannot_compile: str | None = None,
 ) -> Choice:
-    """Choose the attention kernel; `flex` and `dense` apply only to document masks. capability:
-    compute capability of the GPU. cannot_compile: the reason why torch.compile does not work on the
-    device; None if it works.
+    """Choose the attention kernel; `flex` and `dense` apply only to document masks.
+
+    capability: compute capability of the GPU. cannot_compile: the reason why torch.compile does not
+    work on the device; None if it works.
     """
     if device_type != "cuda":
         return Choice("blocks" if device_type == "cpu" and dtype == torch.bfloat16 else "dense")
@@ -149,8 +150,9 @@ def flex_attend(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
 def failure(
     device: torch.device, dtype: torch.dtype, heads: int, key_value_heads: int, head_size: int
 ) -> str | None:
-    """Try flex attention, forward and backward; return the reason if it fails, else None. It
-    depends on compilers, drivers and hardware limits that cannot all be queried.
+    """Try flex attention, forward and backward; return the reason if it fails, else None.
+
+    It depends on compilers, drivers and hardware limits that cannot all be queried.
     """
     length = 2 * BLOCK
     owner = torch.zeros(1, length, dtype=torch.int32, device=device)

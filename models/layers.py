@@ -51,8 +51,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def maybe_any(mask: Tensor) -> bool:
-    """Return whether any element is true; on XLA always return True. Reading the value on XLA would
-    execute the pending graph, and its programs must not depend on data.
+    """Return whether any element is true; on XLA always return True.
+
+    Reading the value on XLA would execute the pending graph, and its programs must not depend on
+    data.
     """
     return mask.device.type == "xla" or bool(mask.any())
 
@@ -94,8 +96,9 @@ class CastedLinear(nn.Module):
 
 @contextmanager
 def cast_once(blocks: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """Cast the weights of all `CastedLinear` in `blocks` once for all uses within the context. The
-    gradients of those uses are summed in `dtype` and added to the parameter together.
+    """Cast the weights of all `CastedLinear` in `blocks` once for all uses within the context.
+
+    The gradients of those uses are summed in `dtype` and added to the parameter together.
     """
     linears = {m for block in blocks for m in block.modules() if isinstance(m, CastedLinear)}
     try:

@@ -1,7 +1,8 @@
-"""The output head fused with the token loss, computed in parts of the tokens. The logits (T, V) of
-a batch are its largest tensor, and here they never exist as a whole: each part of them yields its
-losses, its predictions and, while it is in the cache, its share of the gradients of hidden states
-and weight. The backward pass only scales these gradients.
+"""The output head fused with the token loss, computed in parts of the tokens.
+
+The logits (T, V) of a batch are its largest tensor, and here they never exist as a whole: each part
+of them yields its losses, its predictions and, while it is in the cache, its share of the gradients
+of hidden states and weight. The backward pass only scales these gradients.
 
 Shape letters: T tokens, D hidden, V vocabulary.
 """

@@ -42,9 +42,10 @@ class ACTLossConfig(BaseModel):
 
 class ACTLossHead(nn.Module):
     """The model with its loss: the token loss, averaged over each row's labels and summed over
-    rows, plus weight × the sum over valid rows of each term. The default is TRM's loss, because the
-    halting term is included unless it is null. Rows without a label do not count in loss or
-    metrics.
+    rows, plus weight × the sum over valid rows of each term.
+
+    The default is TRM's loss, because the halting term is included unless it is null. Rows without
+    a label do not count in loss or metrics.
     """
 
     Config = ACTLossConfig
@@ -87,8 +88,9 @@ class ACTLossHead(nn.Module):
 
     def begin(self, carry: Carry, most_steps: int) -> Carry:
         """Return the carry with the memory of the terms, restored from the checkpoint that the
-        carry comes from, if any, and otherwise recomputed. most_steps: upper limit of the steps
-        taken by its rows.
+        carry comes from, if any, and otherwise recomputed.
+
+        most_steps: upper limit of the steps taken by its rows.
         """
         memory: Batch = {}
         for term in self.active_terms:

@@ -92,8 +92,9 @@ _MATRIX_ELEMENTS = 1 << 24
 
 
 def _sums_by_id(wanted: Tensor, ids: Tensor, grads: Tensor) -> Tensor:
-    """Return the sum of the gradients (N, D) of each of the `wanted` ids (M,), as (M, D). The
-    number of distinct ids depends on the data: determining it would make the host wait for the
+    """Return the sum of the gradients (N, D) of each of the `wanted` ids (M,), as (M, D).
+
+    The number of distinct ids depends on the data: determining it would make the host wait for the
     device and XLA compile another program. Multiplying by the matrix of equal pairs has a fixed
     shape and, unlike scattered additions on a GPU, a fixed order of additions.
     """

@@ -1,6 +1,8 @@
-"""Losses per token, and their maps from logits to probabilities. The loss that a model was trained
-with defines its probabilities: for each `loss_type`, `LOSSES` holds the loss and a map from logits
-to values whose softmax gives the probabilities. Perplexity, sampling and export all use that map.
+"""Losses per token, and their maps from logits to probabilities.
+
+The loss that a model was trained with defines its probabilities: for each `loss_type`, `LOSSES`
+holds the loss and a map from logits to values whose softmax gives the probabilities. Perplexity,
+sampling and export all use that map.
 """
 
 from collections.abc import Callable

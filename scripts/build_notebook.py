@@ -204,8 +204,9 @@ def notebook(archive: bytes, text: str) -> str:
 
 
 def is_current(path: Path) -> bool:
-    """Return whether a notebook is up to date. Archives are compared unpacked, because versions of
-    liblzma compress differently.
+    """Return whether a notebook is up to date.
+
+    Archives are compared unpacked, because versions of liblzma compress differently.
     """
     archive = pack()
     try:

@@ -169,8 +169,10 @@ class Search:
             )
 
     def _plausible(self) -> PretrainConfig:
-        """Return a config that a trial may get. Raises UserError if eight draws give no valid
-        config. Single invalid combinations only fail their own trials.
+        """Return a config that a trial may get.
+
+        Raises UserError if eight draws give no valid config. Single invalid combinations only fail
+        their own trials.
         """
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         mistake = UserError("")

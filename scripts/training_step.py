@@ -29,6 +29,7 @@ def make_step(
     documents: bool = True,
 ) -> tuple[Callable[[], None], TrainState]:
     """Return a function that takes one optimizer step on random tokens, and the training state.
+
     documents: whether attention uses a document mask.
     """
     rows = config.global_batch_size

@@ -25,8 +25,9 @@ NAMES = tuple(dict.fromkeys(FORMATS.values()))
 
 
 class TextFormat(Protocol):
-    """A user-defined format, constructed without arguments. extensions: file extensions of its
-    files (`.srt`), without that of the compression.
+    """A user-defined format, constructed without arguments.
+
+    extensions: file extensions of its files (`.srt`), without that of the compression.
     """
 
     extensions: Sequence[str]
@@ -59,8 +60,9 @@ def load_format(name: str) -> type[TextFormat]:
 
 
 def extensions_with(given: str | None) -> dict[str, str]:
-    """Return the format of each file extension, including those of the given `--format`. Raises
-    UserError if `given` is neither a known format nor the name of a class.
+    """Return the format of each file extension, including those of the given `--format`.
+
+    Raises UserError if `given` is neither a known format nor the name of a class.
     """
     if given is None or given in NAMES:
         return FORMATS

@@ -19,8 +19,10 @@ _FILE = MODEL.rpartition(".")[2]
 
 
 def write_folder(model: LanguageModel, folder: Path, dtype: torch.dtype, weights: str) -> None:
-    """Write a model in `dtype`. It must have been loaded with `cast=False`. folder: created here;
-    must not exist. weights: description of the weights for the model card.
+    """Write a model in `dtype`.
+
+    It must have been loaded with `cast=False`. folder: created here; must not exist. weights:
+    description of the weights for the model card.
     """
     try:
         from safetensors import SafetensorError

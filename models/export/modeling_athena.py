@@ -30,6 +30,7 @@ _CACHE_FIELD = next(
 
 class RecursionCache(DynamicCache):
     """Keys and values of earlier tokens, where every pass of the recursion is a separate layer.
+
     Each pass attends to the keys and values of the same pass, so the result is exact. The cache's
     length is that of the text; the identifier's prefix is stored separately.
     """
@@ -58,8 +59,10 @@ class RecursionCache(DynamicCache):
 
 
 class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
-    """See `forward`. The softmax of the logits gives the model's probabilities, whatever loss it
-    was trained with. Activations take the dtype of `from_pretrained(..., dtype=...)`.
+    """See `forward`.
+
+    The softmax of the logits gives the model's probabilities, whatever loss it was trained with.
+    Activations take the dtype of `from_pretrained(..., dtype=...)`.
     """
 
     config_class = AthenaConfig

@@ -26,9 +26,10 @@ _PARTS = {
 
 
 def remote_code(architecture: type) -> dict[str, str]:
-    """Return the source files that a model of this class needs, as text by file name. All files go
-    in one directory. Raises UserError if the class needs code from outside `models` and the
-    plug-ins.
+    """Return the source files that a model of this class needs, as text by file name.
+
+    All files go in one directory. Raises UserError if the class needs code from outside `models`
+    and the plug-ins.
     """
     found: dict[str, str] = {}
     todo, seen = [MODEL], {MODEL}

@@ -1,6 +1,7 @@
-"""Generate texts token by token, with a cache of earlier tokens. Rows are texts of any lengths,
-aligned left; a token sees only its own text. Every token is computed with the same number of ACT
-steps.
+"""Generate texts token by token, with a cache of earlier tokens.
+
+Rows are texts of any lengths, aligned left; a token sees only its own text. Every token is computed
+with the same number of ACT steps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -171,11 +172,12 @@ class Written(NamedTuple):
 
 
 class Writer:
-    """Decode one continuation id by id, in pieces that can be shown immediately. Joined, the pieces
-    are what the continuation adds to the decoded prompt. Text that later ids may change is held
-    back: the bytes of an incomplete character, a run of byte tokens (a decoder replaces all of it
-    if one byte is wrong), and a possible start of a stop string. The text ends before its first
-    stop string. Invalid bytes become U+FFFD. A character that starts in the last
+    """Decode one continuation id by id, in pieces that can be shown immediately.
+
+    Joined, the pieces are what the continuation adds to the decoded prompt. Text that later ids may
+    change is held back: the bytes of an incomplete character, a run of byte tokens (a decoder
+    replaces all of it if one byte is wrong), and a possible start of a stop string. The text ends
+    before its first stop string. Invalid bytes become U+FFFD. A character that starts in the last
     bytes of the prompt is part of the continuation.
     """
 

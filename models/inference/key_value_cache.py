@@ -36,9 +36,10 @@ class KeyValueCache:
         """Number of outer cycles in the last forward pass."""
 
     def begin(self, places: Tensor | None, used: int) -> None:
-        """Start a forward pass. places: (B,) position of each row's single new token; None: all of
-        the first `used` positions are new. used: positions filled by the longest row after this
-        pass.
+        """Start a forward pass.
+
+        places: (B,) position of each row's single new token; None: all of the first `used`
+        positions are new. used: positions filled by the longest row after this pass.
         """
         self.places, self.used = places, used
         self.cycles, self._part, self._calls = 0, _BEFORE, 0

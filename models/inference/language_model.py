@@ -1,5 +1,6 @@
-"""A trained model with its tokenizer, to score and continue texts: the interface used by scripts,
-evaluators and lm-evaluation-harness.
+"""A trained model with its tokenizer, to score and continue texts.
+
+Scripts, evaluators and lm-evaluation-harness use this interface.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,8 +118,9 @@ class LanguageModel:
         return self.tokenizer.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def opening(self) -> list[int]:
-        """Return the context used for a text without one: a line break. An eos would not work,
-        because training never predicts the token after it.
+        """Return the context used for a text without one: a line break.
+
+        An eos would not work, because training never predicts the token after it.
         """
         return self.encode("\n") or [self.metadata.eos_id or 0]
 

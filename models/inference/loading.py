@@ -94,8 +94,9 @@ def open_tokenizer(path: Path, metadata: DatasetMetadata) -> TextTokenizer:
 
 
 def cast_weights(head: ACTLossHead) -> None:
-    """Convert the weights of linear layers to the dtype that every forward pass casts them to. The
-    results are the same, but a model that is not trained need not cast for each token.
+    """Convert the weights of linear layers to the dtype that every forward pass casts them to.
+
+    The results are the same, but a model that is not trained need not cast for each token.
     """
     config: Any = head.model.config
     for name, module in head.model.named_modules():
@@ -105,8 +106,9 @@ def cast_weights(head: ACTLossHead) -> None:
 
 def saved_arch(opened: Checkpoint) -> dict[str, Any]:
     """Return a checkpoint's options of the architecture, including its name and its loss, which are
-    the only part of the config needed to use the model. Raises UserError, naming `plugins`, if a
-    class is not found.
+    the only part of the config needed to use the model.
+
+    Raises UserError, naming `plugins`, if a class is not found.
     """
     saved = yaml.safe_load(opened.text("config.yaml"))
     needed = {key: saved[key] for key in ("arch", "plugins") if key in saved}

@@ -216,8 +216,10 @@ class AthenaTRM(Architecture):
         return self.config.force_min_steps
 
     def expected_steps(self, budget: int) -> float:
-        """See `Architecture`. Halting by the head is not predicted. A row that explores at its k-th
-        step continues with the probability that a number drawn from 2..halt_max_steps exceeds k.
+        """See `Architecture`. Halting by the head is not predicted.
+
+        A row that explores at its k-th step continues with the probability that a number drawn from
+        2..halt_max_steps exceeds k.
         """
         most = self.max_steps
         first = min(max(budget or most, self.min_steps, 1), most)
@@ -237,8 +239,10 @@ class AthenaTRM(Architecture):
     def row_options(
         self, progress: float, rng: np.random.Generator, rows: int
     ) -> dict[str, np.ndarray]:
-        """Draw `explore`, the minimum number of ACT steps of each row, int32. With probability
-        `halt_exploration_prob` it is uniform in 2..halt_max_steps inclusive; otherwise it is 0.
+        """Draw `explore`, the minimum number of ACT steps of each row, int32.
+
+        With probability `halt_exploration_prob` it is uniform in 2..halt_max_steps inclusive;
+        otherwise it is 0.
         """
         chance, most = self.config.halt_exploration_prob, self.config.halt_max_steps
         if chance == 0:

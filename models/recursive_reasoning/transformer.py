@@ -1,6 +1,7 @@
-"""The plain decoder: each block runs once, without recursion or halting. The baseline with equal
-parameters or equal FLOPs. It has AthenaTRM's interface and halts after its only step, so that both
-use the same loop, stream, loss head and evaluators.
+"""The plain decoder: each block runs once, without recursion or halting.
+
+The baseline with equal parameters or equal FLOPs. It has AthenaTRM's interface and halts after its
+only step, so that both use the same loop, stream, loss head and evaluators.
 """
 
 from dataclasses import replace

@@ -33,13 +33,17 @@ class Seen:
         outputs: outputs of the architecture, by name.
         data: the batch entries of the rows' current examples.
         carry: the carry after the step; a row with `carry.steps == 1` has started its example in
-        this step. memory: the memory that this term returned for these rows in the previous step,
-        or from `begin`. mask: (B, S) bool, positions with a label. valid: (B,) bool, rows with a
-        label; others do not count in loss or metrics. row_loss: (B,) nats per label of the row,
-        without gradient; use the logits if you need one. exact: (B,) bool, whether every label of
-        the row is predicted. loss_type: the token loss, and its map from logits to probabilities.
-        training: False in evaluation. token_values: (B, S) by name of the term, for each
-        `TokenTerm` whose loss is already counted.
+            this step.
+        memory: the memory that this term returned for these rows in the previous step, or from
+            `begin`.
+        mask: (B, S) bool, positions with a label.
+        valid: (B,) bool, rows with a label; others do not count in loss or metrics.
+        row_loss: (B,) nats per label of the row, without gradient; use the logits if you need one.
+        exact: (B,) bool, whether every label of the row is predicted.
+        loss_type: the token loss, and its map from logits to probabilities.
+        training: False in evaluation.
+        token_values: (B, S) by name of the term, for each `TokenTerm` whose loss is already
+            counted.
     """
 
     outputs: Mapping[str, Tensor]
@@ -136,6 +140,7 @@ class Term:
 
     def begin(self, carry: Carry, most_steps: int) -> dict[str, Tensor]:
         """Return the initial memory of rows when a run starts or resumes. Default: none.
+
         most_steps: upper limit of the steps taken by the rows of `carry`.
         """
         return {}

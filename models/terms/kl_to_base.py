@@ -96,9 +96,10 @@ class KLToBase(Term):
 
     @torch.no_grad()
     def _step(self, z: Batch, done: Tensor, data: Batch) -> tuple[Batch, Tensor]:
-        """Run the next step of the base for rows that have taken `done` (B,) steps. Rows with 0
-        start from the initial latents; rows that have taken all steps of the base keep theirs.
-        data: the rows' own batch entries.
+        """Run the next step of the base for rows that have taken `done` (B,) steps.
+
+        Rows with 0 start from the initial latents; rows that have taken all steps of the base keep
+        theirs. data: the rows' own batch entries.
         """
         options = {"depth": self.base.eval_depth()} if self.base.takes_depth else {}
         carry, outputs = self.base(
@@ -111,8 +112,10 @@ def kl_divergence(
     logits: Tensor, base_logits: Tensor, own: SoftmaxLogits, of_base: SoftmaxLogits
 ) -> Tensor:
     """Return Σ p · log(p / q) over the vocabulary in nats, p the model's probabilities, q the
-    base's, with a gradient for `logits`. logits, base_logits: (..., V). own, of_base: their losses'
-    maps from logits to probabilities. Returns (...), at least float32.
+    base's, with a gradient for `logits`.
+
+    logits, base_logits: (..., V). own, of_base: their losses' maps from logits to probabilities.
+    Returns (...), at least float32.
     """
 
     def of_tokens(x: Tensor, y: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ def compare_probabilities(
     model: LanguageModel, precise: LanguageModel, texts: list[list[int]], prompt: int
 ) -> None:
     """Print the nats of the true tokens by the number of outer cycles that the cache keeps.
+
     precise: the model in float64, to compare with the model's own rounding errors.
     """
     total = lay_out(model.model.inner, model.steps).cycles

@@ -1,6 +1,8 @@
-"""A plain implementation of TRM, as a reference for the speed of a training step. Every use of a
-weight casts it, every norm and rotation is a chain of operations, the logits of the whole batch are
-materialised, and the loss is stablemax in float64 (Jolicoeur-Martineau 2025, arXiv 2510.04871).
+"""A plain implementation of TRM, as a reference for the speed of a training step.
+
+Every use of a weight casts it, every norm and rotation is a chain of operations, the logits of the
+whole batch are materialised, and the loss is stablemax in float64 (Jolicoeur-Martineau 2025, arXiv
+2510.04871).
 """
 
 import torch

@@ -18,8 +18,10 @@ COMPILED, EAGER = "compile=true", "compile=false"
 
 @dataclass
 class Session:
-    """One part of the check in its process. folder: the part's own; parts share corpora next to it.
-    tiny: use sizes that take seconds on a CPU. emit: receives each result, a JSON-compatible dict.
+    """One part of the check in its process.
+
+    folder: the part's own; parts share corpora next to it. tiny: use sizes that take seconds on a
+    CPU. emit: receives each result, a JSON-compatible dict.
     """
 
     backend: Backend
@@ -35,7 +37,9 @@ class Session:
     @contextmanager
     def check(self, name: str) -> Iterator[dict[str, Any]]:
         """Emit the results that the `with` block stores in the dict. If it raises, the check has
-        failed. `passed` remains None for a measurement, which has no expected value.
+        failed.
+
+        `passed` remains None for a measurement, which has no expected value.
         """
         found: dict[str, Any] = {"check": name, "passed": None}
         try:

@@ -1,4 +1,5 @@
 """Draw the charts of a report as SVG with matplotlib; the page's style sheet sets their colours.
+
 Each run has the same colour, marker and dash pattern in all charts. The drawing numbers the
 colours, and the style sheet defines them for light and dark mode.
 """

@@ -1,6 +1,8 @@
-"""Build tables and charts that compare the metrics logged by runs. The name of a figure is the last
-part of its key, and its place is the part before: eval/text/bits_per_byte is `bits_per_byte` of
-`text`. Places within another place that has figures (domains, groups of a task) are its parts.
+"""Build tables and charts that compare the metrics logged by runs.
+
+The name of a figure is the last part of its key, and its place is the part before:
+eval/text/bits_per_byte is `bits_per_byte` of `text`. Places within another place that has figures
+(domains, groups of a task) are its parts.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,8 @@
-"""The interface to devices: where tensors are stored, and how ranks communicate. `Backend` handles
-a single process and, under torchrun, a process group of torch.distributed; its subclasses define
-the device and the collective library. Only this package imports torch.distributed.
+"""The interface to devices: where tensors are stored, and how ranks communicate.
+
+`Backend` handles a single process and, under torchrun, a process group of torch.distributed; its
+subclasses define the device and the collective library. Only this package imports
+torch.distributed.
 """
 
 import gc
@@ -157,8 +159,9 @@ class Backend:
         return "it needs a C++ compiler, but neither g++ nor clang++ is installed"
 
     def set_deterministic(self, wanted: bool) -> None:
-        """Make operations deterministic on devices where they are not by default. Operations
-        without a deterministic implementation then raise a RuntimeError; see
+        """Make operations deterministic on devices where they are not by default.
+
+        Operations without a deterministic implementation then raise a RuntimeError; see
         `explain_nondeterminism`.
         """
 
@@ -204,6 +207,7 @@ class Backend:
 
     def needs_rehearsal(self, model: nn.Module) -> bool:
         """Return whether the first backward pass sums gradients in another order than later ones.
+
         DDP reorders its buckets after the first pass. With three or more ranks this changes the
         last bits of the sum, so a resumed run would differ.
         """

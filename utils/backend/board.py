@@ -22,10 +22,11 @@ def connect_store(launch_number: int, timeout: timedelta) -> dist.Store:
 
 
 class Board:
-    """Texts by name that every rank can read without a collective. Does nothing in a single
-    process, or once the store does not answer: its process has then ended, and each further attempt
-    would take seconds. Uses a separate connection, so that a thread can post while the main thread
-    is in a collective.
+    """Texts by name that every rank can read without a collective.
+
+    Does nothing in a single process, or once the store does not answer: its process has then ended,
+    and each further attempt would take seconds. Uses a separate connection, so that a thread can
+    post while the main thread is in a collective.
     """
 
     def __init__(self, world_size: int, launch_number: int):

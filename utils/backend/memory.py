@@ -23,8 +23,9 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Raise UserError if memory runs out within the context. advice: when it happened and what to
-    change, to complete the sentence "out of memory ...".
+    """Raise UserError if memory runs out within the context.
+
+    advice: when it happened and what to change, to complete the sentence "out of memory ...".
     """
     try:
         yield

@@ -24,10 +24,11 @@ from torch.utils._pytree import tree_map_only
 
 
 def shard(model: nn.Module, device_type: str, world_size: int) -> nn.Module:
-    """Shard every weight, and its gradient, moments and average, over the ranks. The model is one
-    unit: the recursion applies the same blocks many times in a step, so gathering them block by
-    block would repeat every transfer many times. Whole weights exist from the start of a forward
-    pass to the end of its backward pass.
+    """Shard every weight, and its gradient, moments and average, over the ranks.
+
+    The model is one unit: the recursion applies the same blocks many times in a step, so gathering
+    them block by block would repeat every transfer many times. Whole weights exist from the start
+    of a forward pass to the end of its backward pass.
     """
     mesh = init_device_mesh(device_type, (world_size,))
     fully_shard(model, mesh=mesh, reshard_after_forward=False)

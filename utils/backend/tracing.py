@@ -1,7 +1,8 @@
-"""Count the FLOPs and the memory of a computation without running it. Tensors are fake: they have a
-shape and a dtype, but no data, so that the largest model can be traced in seconds on a machine with
-little memory and without the device. They are fake CPU tensors, because autograd on others needs
-their device.
+"""Count the FLOPs and the memory of a computation without running it.
+
+Tensors are fake: they have a shape and a dtype, but no data, so that the largest model can be
+traced in seconds on a machine with little memory and without the device. They are fake CPU tensors,
+because autograd on others needs their device.
 """
 
 import weakref
@@ -51,9 +52,11 @@ class Replica(CPUBackend):
 
 
 class Tracer(TorchDispatchMode):
-    """Trace the operations inside `with tracer:`, which may be entered repeatedly. FLOPs are those
-    of matrix products and attention, counting 2 for a multiplication and its addition. Reading a
-    value, as in `bool(tensor)`, gives True or 1. Raises Untraceable if a shape depends on values.
+    """Trace the operations inside `with tracer:`, which may be entered repeatedly.
+
+    FLOPs are those of matrix products and attention, counting 2 for a multiplication and its
+    addition. Reading a value, as in `bool(tensor)`, gives True or 1. Raises Untraceable if a shape
+    depends on values.
 
     Attributes:
         flops: of all operations, without recomputation.

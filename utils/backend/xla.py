@@ -1,6 +1,7 @@
-"""TPUs, and XLA's own CPU, through PyTorch/XLA: find the device and start its replicas. The user's
-process never touches the device: `torch_xla.launch` spawns the processes that do, one replica per
-core, and fails if their parent has touched it. Replicas use xla_replica.py.
+"""TPUs, and XLA's own CPU, through PyTorch/XLA: find the device and start its replicas.
+
+The user's process never touches the device: `torch_xla.launch` spawns the processes that do, one
+replica per core, and fails if their parent has touched it. Replicas use xla_replica.py.
 """
 
 import importlib.metadata

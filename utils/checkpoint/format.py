@@ -108,8 +108,9 @@ def note_start(run: Path, resume: str) -> None:
 
 
 def is_restart(run: Path, resume: str) -> bool:
-    """Return whether an earlier attempt of this launch has resumed from the checkpoint `resume`. If
-    so, this attempt continues from the last checkpoint of that one.
+    """Return whether an earlier attempt of this launch has resumed from the checkpoint `resume`.
+
+    If so, this attempt continues from the last checkpoint of that one.
     """
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
@@ -121,8 +122,10 @@ def is_restart(run: Path, resume: str) -> bool:
 
 def set_aside(run: Path, start: Path, step: int) -> None:
     """Rename the checkpoints of a run that do not precede `start`, at `step`, from which it
-    resumes: all later ones, and others of the same step. Otherwise they would count as the newest,
-    and the run would delete its new checkpoints as old ones.
+    resumes: all later ones, and others of the same step.
+
+    Otherwise they would count as the newest, and the run would delete its new checkpoints as old
+    ones.
     """
     for folder in checkpoints_of(run):
         if step_of(folder) < step or (folder.exists() and folder.samefile(start)):

@@ -1,6 +1,7 @@
-"""Check values that are valid individually but conflict with each other. Each check declares the
-keys that it reads and is skipped if one of them is invalid, so that no message mentions a value
-that the user did not set.
+"""Check values that are valid individually but conflict with each other.
+
+Each check declares the keys that it reads and is skipped if one of them is invalid, so that no
+message mentions a value that the user did not set.
 """
 
 import os

@@ -1,5 +1,6 @@
-"""Describe the mistakes in a configuration, one sentence for each. Converts pydantic's errors to
-lines with the key, the invalid value and what to do.
+"""Describe the mistakes in a configuration, one sentence for each.
+
+Converts pydantic's errors to lines with the key, the invalid value and what to do.
 """
 
 import inspect
@@ -122,8 +123,9 @@ def branches(annotation: Any) -> list[Any]:
 
 
 def _locate(model: type[pydantic.BaseModel], loc: tuple) -> tuple[tuple, Any, type | None]:
-    """Return the keys in an error's location, the type there, and the model that declares it. The
-    rest of the location is the branch of a union, which is meaningless to a user.
+    """Return the keys in an error's location, the type there, and the model that declares it.
+
+    The rest of the location is the branch of a union, which is meaningless to a user.
     """
     annotation: Any = model
     owner: type | None = model

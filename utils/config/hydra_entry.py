@@ -1,8 +1,9 @@
-"""Run Hydra, with errors of one sentence. Hydra stops at the first unknown key, with a chain of
-exceptions. Therefore keys are passed to it as `++key=value`, which it always accepts, and
-`load_config` reports all unknown keys together; `run_name=x` and `+run_name=x` mean the same.
-Errors that Hydra itself finds (an unknown preset, an override that it cannot parse) are printed as
-one sentence.
+"""Run Hydra, with errors of one sentence.
+
+Hydra stops at the first unknown key, with a chain of exceptions. Therefore keys are passed to it as
+`++key=value`, which it always accepts, and `load_config` reports all unknown keys together;
+`run_name=x` and `+run_name=x` mean the same. Errors that Hydra itself finds (an unknown preset, an
+override that it cannot parse) are printed as one sentence.
 """
 
 import functools
@@ -165,6 +166,7 @@ def _check_plugins(cfg: DictConfig, overrides: list[str]) -> None:
 
 def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:
     """Split `--config-dir DIRECTORY` from the other arguments; return these and the directories.
+
     Raises UserError for a path that is not a directory.
     """
     rest, folders = [], []

@@ -22,9 +22,10 @@ class CommandKeys(BaseModel):
 def parse_key_values(
     model: type[Options], arguments: Sequence[str], verbatim: Container[str] = ()
 ) -> Options:
-    """Parse the arguments into `model`. Values are taken literally, not as YAML, so that a text may
-    contain colons and brackets; null means no value, except for the keys in `verbatim`. Raises a
-    UserError that lists every mistake.
+    """Parse the arguments into `model`.
+
+    Values are taken literally, not as YAML, so that a text may contain colons and brackets; null
+    means no value, except for the keys in `verbatim`. Raises a UserError that lists every mistake.
     """
     given: dict[str, Any] = {}
     for argument in arguments:
@@ -40,8 +41,9 @@ def parse_key_values(
 
 
 def split_key_values(model: type[Options], arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """Return the keys of `model`, and the other arguments, which are keys of pretrain.py. Earlier
-    forms of commands still work: `--trials 20`, `--trials=20`, and `--updates 0 25` for
+    """Return the keys of `model`, and the other arguments, which are keys of pretrain.py.
+
+    Earlier forms of commands still work: `--trials 20`, `--trials=20`, and `--updates 0 25` for
     `updates=0,25`.
     """
     given: dict[str, Any] = {}

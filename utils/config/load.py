@@ -39,9 +39,11 @@ __all__ = [
 
 
 def load_config(cfg: DictConfig | Mapping[str, Any], world_size: int = 1) -> PretrainConfig:
-    """Check a composed config and convert it to `PretrainConfig`. world_size: number of ranks, of
-    which batch sizes must be multiples. Raises a UserError that lists every problem: unknown keys
-    with the nearest valid one, wrong types, values out of range, conflicting values.
+    """Check a composed config and convert it to `PretrainConfig`.
+
+    world_size: number of ranks, of which batch sizes must be multiples. Raises a UserError that
+    lists every problem: unknown keys with the nearest valid one, wrong types, values out of range,
+    conflicting values.
     """
     raw = _plain(cfg)
     use_configured_plugins(raw)

@@ -50,9 +50,10 @@ def read_arch(saved: Mapping[str, Any]) -> tuple[ArchConfig, list[str]]:
 
 
 def check_plugins_given(saved: Mapping[str, Any], source: Path) -> None:
-    """Raise UserError if a saved config names a class from a plug-in that is not active. saved: the
-    keys that are needed, and `plugins`. A checkpoint never imports its plug-in directories by
-    itself, because it may come from somebody else.
+    """Raise UserError if a saved config names a class from a plug-in that is not active.
+
+    saved: the keys that are needed, and `plugins`. A checkpoint never imports its plug-in
+    directories by itself, because it may come from somebody else.
     """
     for named in named_plugins(saved) if saved.get("plugins") else ():
         try:

@@ -12,7 +12,9 @@ from utils.core.errors import UserError
 @contextmanager
 def write_atomically(target: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `target` for a file or a folder; move it to `target` at the
-    end. The path has the file extension of `target`. A file replaces an existing file and keeps its
+    end.
+
+    The path has the file extension of `target`. A file replaces an existing file and keeps its
     mode; the files of a folder replace those of the same name in an existing folder, one by one. If
     an exception is raised within the context, `target` is unchanged, and the temporary path and new
     parent folders are deleted. Only if moving the files of a folder fails midway may some have been
@@ -44,8 +46,9 @@ def write_atomically(target: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def write_result(target: str | Path, setting: str) -> Iterator[Path]:
-    """Call `write_atomically`; raise UserError if writing fails. setting: the option that sets the
-    target, and its value, as the user gave them.
+    """Call `write_atomically`; raise UserError if writing fails.
+
+    setting: the option that sets the target, and its value, as the user gave them.
     """
     try:
         with write_atomically(target) as part:

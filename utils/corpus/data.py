@@ -25,6 +25,7 @@ class Data(NamedTuple):
 
     def highest_values(self, names: Iterable[str]) -> dict[str, int]:
         """Return the highest value in both splits of each array in `names` that training has.
+
         names: additional per-token arrays, such as `reasoning_labels`.
         """
         if "reasoning_labels" not in names or not self.train.reasoning_width:

@@ -128,7 +128,9 @@ class RowReader:
 
     def scatter(self, parts: Sequence[tuple[np.ndarray, Batch]], size: int) -> Batch:
         """Return a batch of `size` rows with the rows of each part, (places (n,) ascending, rows
-        (n, ..)), at its places. All other rows are marked as ignored.
+        (n, ..)), at its places.
+
+        All other rows are marked as ignored.
         """
         if len(parts) == 1 and parts[0][0].size == size:
             return parts[0][1]

@@ -1,5 +1,7 @@
-"""Sum metrics on the device until they are read. A metric is a pair (sum, count) of scalars: pairs
-are added over micro-batches, steps and ranks, and logged as the quotient.
+"""Sum metrics on the device until they are read.
+
+A metric is a pair (sum, count) of scalars: pairs are added over micro-batches, steps and ranks, and
+logged as the quotient.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,10 +29,11 @@ def _widen(value: Tensor) -> Tensor:
 
 
 class MetricSums:
-    """Add up dicts of metrics; `read` copies all of them to the host in one transfer. On XLA the
-    sums start from zeros copied from the host: without them, or with zeros created on the device,
-    which are constants, the first addition would be another program than later ones. On other
-    devices that copy would make the host wait.
+    """Add up dicts of metrics; `read` copies all of them to the host in one transfer.
+
+    On XLA the sums start from zeros copied from the host: without them, or with zeros created on
+    the device, which are constants, the first addition would be another program than later ones. On
+    other devices that copy would make the host wait.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
-"""Report which rank delays a step, and where, if a step takes many times the median. Ranks wait for
-each other in collectives, so when one hangs, all look the same from outside. Therefore a thread of
-each rank posts the position of its main thread to a board that all ranks can read, and the lowest
-rank that responds reports the ranks that are not waiting for others.
+"""Report which rank delays a step, and where, if a step takes many times the median.
+
+Ranks wait for each other in collectives, so when one hangs, all look the same from outside.
+Therefore a thread of each rank posts the position of its main thread to a board that all ranks can
+read, and the lowest rank that responds reports the ranks that are not waiting for others.
 """
 
 import json
@@ -133,8 +134,10 @@ def _name(frame: FrameType, path: Path) -> str:
 
 def describe(places: dict[int, Place], world_size: int, on_device: bool = False) -> str:
     """Describe in one sentence which ranks do not answer, which delay the others, and the position
-    of each. on_device: whether ranks compute on devices; waiting for a collective then looks the
-    same as waiting for the device.
+    of each.
+
+    on_device: whether ranks compute on devices; waiting for a collective then looks the same as
+    waiting for the device.
     """
     awaited = ["other ranks"] * (world_size > 1) + ["its device"] * on_device
     silent = [rank for rank in range(world_size) if rank not in places]

@@ -138,9 +138,10 @@ def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path
 def build_model(
     config: PretrainConfig, backend: Backend, data: Data, resumed: Checkpoint | None
 ) -> tuple[ACTLossHead, dict[str, Any]]:
-    """Build the model on the host, with the initial weights of a new run. Returns the model, and
-    the counters of the run that those weights come from, {} if unknown. `restore` loads the weights
-    of a resumed run later.
+    """Build the model on the host, with the initial weights of a new run.
+
+    Returns the model, and the counters of the run that those weights come from, {} if unknown.
+    `restore` loads the weights of a resumed run later.
     """
     terms = create_terms(config.arch.loss.options.get("terms") or {})
     highest = data.highest_values({name for term in terms for name in term.needs_data})
@@ -230,8 +231,9 @@ def choose_micro_batch_rows(
     resumed: Checkpoint | None,
 ) -> tuple[int, MemoryPlan | None]:
     """Return the number of rows that a rank processes at once: as configured, as before the resume,
-    or as many as fit in the memory of every rank. A collective. Also returns the memory plan if the
-    number is based on it.
+    or as many as fit in the memory of every rank. A collective.
+
+    Also returns the memory plan if the number is based on it.
     """
     ranks, device = backend.world_size, backend.device.type
     rows = config.rows_per_rank(ranks)
@@ -266,9 +268,11 @@ def choose_micro_batch_rows(
 
 def try_rows(plan: MemoryPlan, state: TrainState, backend: Backend, planned: int) -> int:
     """Return the largest number of rows at once, at most `planned`, with which every rank can take
-    a step. A collective. Runs a forward and a backward pass without collectives while as much
-    memory as in a run is allocated; only the compilation cache changes. Raises UserError if even
-    one row does not fit in memory.
+    a step. A collective.
+
+    Runs a forward and a backward pass without collectives while as much memory as in a run is
+    allocated; only the compilation cache changes. Raises UserError if even one row does not fit in
+    memory.
     """
     own = planned
     while own and not _fits(plan, state, backend, own):

@@ -51,8 +51,9 @@ class TrainingLog:
 
     @contextmanager
     def progress(self, state: Any) -> Iterator[None]:
-        """Show a progress bar of the run, 0..1, starting from `state`. Without a terminal, print
-        lines instead, because a bar makes a log file hard to read.
+        """Show a progress bar of the run, 0..1, starting from `state`.
+
+        Without a terminal, print lines instead, because a bar makes a log file hard to read.
         """
         self._last = (state.seconds, state.step, self.stream.examples_entered)
         self.bar = tqdm(

@@ -31,8 +31,9 @@ def advise_on_memory(rows: int) -> str:
 
 
 def describe_nonfinite(config: PretrainConfig, skipped: int, saved: Sequence[Path]) -> str:
-    """Describe a run that ends because of non-finite updates, and how to avoid them. skipped:
-    number of consecutive non-finite updates. saved: the run's checkpoints, oldest first.
+    """Describe a run that ends because of non-finite updates, and how to avoid them.
+
+    skipped: number of consecutive non-finite updates. saved: the run's checkpoints, oldest first.
     """
     lower = f"lower lr (now {config.lr:g})"
     if saved:

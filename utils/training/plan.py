@@ -97,9 +97,11 @@ def plan_metadata(config: PretrainConfig) -> tuple[DatasetMetadata, Data | None]
 
 
 class MemoryPlan:
-    """Memory of one of `ranks` replicas of a run, in bytes, and the cost of a step. A step is
-    traced as it runs without a compiler; a compiled model needs less memory, and the memory used by
-    PyTorch/XLA is unknown. The first call for each number of rows takes up to a second.
+    """Memory of one of `ranks` replicas of a run, in bytes, and the cost of a step.
+
+    A step is traced as it runs without a compiler; a compiled model needs less memory, and the
+    memory used by PyTorch/XLA is unknown. The first call for each number of rows takes up to a
+    second.
 
     Args:
         metadata: of the data; rows hold several documents if it has an eos id.
@@ -141,6 +143,7 @@ class MemoryPlan:
 
     def parts(self, micro_rows: int) -> dict[str, int]:
         """Return the peak memory of a training step with this many rows at once, by part.
+
         `activations` includes all temporaries, minus the gradients that are not yet allocated at
         the peak. `base`: the models that loss terms compare with.
         """

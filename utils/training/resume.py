@@ -161,7 +161,9 @@ def restore(
     micro_batches: int,
 ) -> None:
     """Restore weights, optimizers, averages, stream, rows in progress and counters from a
-    checkpoint. If the evaluation at that step was finished, it is not repeated.
+    checkpoint.
+
+    If the evaluation at that step was finished, it is not repeated.
     """
     saved = opened.state
     position, rows = saved["stream"], None

@@ -59,8 +59,9 @@ class Saver:
         self.retry_at: float | None = None
 
     def check(self, failed: bool) -> None:
-        """Drop the checkpoint in progress if it failed, and schedule a retry. failed: whether any
-        rank failed to write it.
+        """Drop the checkpoint in progress if it failed, and schedule a retry.
+
+        failed: whether any rank failed to write it.
         """
         if failed and not self.writer.wait():
             self._plan_retry()
@@ -151,8 +152,9 @@ class Saver:
         self.saved_at, self.retry_at = -1, self.state.seconds + self.RETRY_SECONDS
 
     def _copy_files(self) -> dict[str, Any]:
-        """Copy this rank's part of the checkpoint to the host, so that training can continue. Ranks
-        other than 0 write only their rows in progress.
+        """Copy this rank's part of the checkpoint to the host, so that training can continue.
+
+        Ranks other than 0 write only their rows in progress.
         """
         state, rank = self.state, self.backend.rank
         files: dict[str, Any] = {}

@@ -39,8 +39,9 @@ from utils.training.optimizers import create_optimizers
 
 @dataclass
 class Best:
-    """The best figure so far under a rule such as `min text/bits_per_byte`. figure: larger is
-    better. step: step of that evaluation. misses: number of evaluations since.
+    """The best figure so far under a rule such as `min text/bits_per_byte`.
+
+    figure: larger is better. step: step of that evaluation. misses: number of evaluations since.
     """
 
     rule: str | None = None
@@ -65,8 +66,10 @@ class Best:
 
 @dataclass
 class TrainState:
-    """Everything that training changes. model: the loss head. step_model: the loss head as called
-    in training, wrapped if there are several ranks.
+    """Everything that training changes.
+
+    model: the loss head. step_model: the loss head as called in training, wrapped if there are
+    several ranks.
     """
 
     model: ACTLossHead
@@ -215,8 +218,9 @@ class TrainState:
             optimizer.zero_grad()
 
     def tensors(self, keep: bool = True) -> dict[str, Any]:
-        """Copy the tensors that a checkpoint stores once, not per rank, to the host, unsharded. A
-        collective if weights are sharded. keep: False on ranks that only take part in the
+        """Copy the tensors that a checkpoint stores once, not per rank, to the host, unsharded.
+
+        A collective if weights are sharded. keep: False on ranks that only take part in the
         collective and need no copy.
         """
         found: dict[str, Any] = {
@@ -235,6 +239,7 @@ class TrainState:
 
     def load_tensors(self, opened: Checkpoint, moments: bool = True) -> bool:
         """Load the result of `tensors`; return whether it includes these optimizers' moments.
+
         moments: whether the optimizers may load the saved moments. Averages that were not saved
         start from the weights.
         """

@@ -1,8 +1,10 @@
-"""Loggers, one file each: classes, chosen by the key `logger`. Only rank 0 has loggers. `NAMES` has
-short names; any other class in this package is named `module@Class`. It is called as `Class(run,
-config, step, **options)` and has the methods of `Logger`. Its options are the fields of its
-`Config`, a pydantic model, or if it has none, the other arguments of its constructor. Failures of a
-logger are printed, not raised, because they must not end a run.
+"""Loggers, one file each: classes, chosen by the key `logger`. Only rank 0 has loggers.
+
+`NAMES` has short names; any other class in this package is named `module@Class`. It is called as
+`Class(run, config, step, **options)` and has the methods of `Logger`. Its options are the fields of
+its `Config`, a pydantic model, or if it has none, the other arguments of its constructor.
+
+Failures of a logger are printed, not raised, because they must not end a run.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +24,10 @@ NAMES = {
 
 
 class Logger(Protocol):
-    """The interface of loggers. run: the run's folder. config: all its keys. step: the step from
-    which a run resumes; later entries are replaced. None: append to existing entries, which other
-    processes may write, too.
+    """The interface of loggers.
+
+    run: the run's folder. config: all its keys. step: the step from which a run resumes; later
+    entries are replaced. None: append to existing entries, which other processes may write, too.
     """
 
     def log(self, values: dict[str, Any], step: int) -> None:
@@ -35,8 +38,9 @@ class Logger(Protocol):
 
 
 class Loggers:
-    """All loggers of a run. If one fails, that is reported, and the run continues. step: see
-    `Logger`. A logger that cannot start raises an error, before the run starts.
+    """All loggers of a run. If one fails, that is reported, and the run continues.
+
+    step: see `Logger`. A logger that cannot start raises an error, before the run starts.
     """
 
     def __init__(

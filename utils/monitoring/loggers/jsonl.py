@@ -13,8 +13,9 @@ from utils.monitoring.run_log import ABANDONED, METRICS
 
 
 class JSONLLogger:
-    """One object per line in <run>/metrics.jsonl: step, time (seconds since 1970), metrics. When a
-    run resumes at `step`, later lines move to metrics_abandoned.jsonl.
+    """One object per line in <run>/metrics.jsonl: step, time (seconds since 1970), metrics.
+
+    When a run resumes at `step`, later lines move to metrics_abandoned.jsonl.
     """
 
     def __init__(self, run: Path, config: dict[str, Any], step: int | None):

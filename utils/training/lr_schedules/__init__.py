@@ -1,6 +1,7 @@
-"""Learning-rate schedules: pure functions, chosen by the key `lr_schedule`. `NAMES` has short
-names; any other function in this package is named `module@function`. It is called as
-`function(progress, step, options)` and returns a factor on the peak learning rate. The linear
+"""Learning-rate schedules: pure functions, chosen by the key `lr_schedule`.
+
+`NAMES` has short names; any other function in this package is named `module@function`. It is called
+as `function(progress, step, options)` and returns a factor on the peak learning rate. The linear
 warm-up is a second factor.
 
 - `progress`: share of the run completed, 0..1; with `feed=present`, share of the run after the

@@ -1,5 +1,6 @@
-"""Optimizers, one file each: classes, chosen by the key `optimizer`. `NAMES` has short names; any
-other class in this package is named `module@Class`. Such a class has
+"""Optimizers, one file each: classes, chosen by the key `optimizer`.
+
+`NAMES` has short names; any other class in this package is named `module@Class`. Such a class has
 
 - `build(model, groups, lr, betas, **options) -> list[Optimizer]`, static: parameter groups have
 their `weight_decay`, and every parameter must be in exactly one optimizer. The learning rate of all
@@ -57,8 +58,10 @@ def create_optimizers(
 
 
 def parameter_groups(model: Architecture, weight_decay: float, decay_all: bool) -> list[dict]:
-    """Return the parameter groups with and without weight decay. Matrices decay, except those that
-    `model.undecayed()` names, such as embeddings. decay_all: decay all parameters.
+    """Return the parameter groups with and without weight decay.
+
+    Matrices decay, except those that `model.undecayed()` names, such as embeddings. decay_all:
+    decay all parameters.
     """
     decayed: list[Tensor] = []
     kept: list[Tensor] = []

@@ -96,8 +96,9 @@ def _call(closure: Any) -> Any:
 
 
 def fused_adam_atan2() -> type[Optimizer]:
-    """Return the fused CUDA version of `AdamATan2` from the package adam-atan2. Raises ImportError
-    or OSError if the package or its kernel cannot be loaded.
+    """Return the fused CUDA version of `AdamATan2` from the package adam-atan2.
+
+    Raises ImportError or OSError if the package or its kernel cannot be loaded.
     """
     from adam_atan2 import AdamATan2 as Kernel
 
