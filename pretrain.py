@@ -36,7 +36,7 @@ from utils.training.build import Run, build_run
 from utils.training.dry_run import dry_run
 from utils.training.evaluation import run_evaluation
 
-FAILED_IN_PART = 3  # exit status: the run is over, but a warning says that something failed
+FAILED_IN_PART = 3  # exit status: the run is finished, but something failed, as a warning reports
 
 
 class Flags(NamedTuple):

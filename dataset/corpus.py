@@ -56,7 +56,7 @@ class Counts:
 class DocumentRouter:
     """Assigns each document to a split and drops duplicates.
 
-    The hash is keyed with the seed, so identical texts get the same split whatever their order.
+    The hash is keyed with the seed, so identical texts get the same split in any order.
     Held-out files must come first, so that their documents never reach the training split.
     """
 
@@ -304,7 +304,7 @@ def finish_corpus(
     """Close both splits and write their metadata and `identifiers.json`.
 
     Returns:
-        The contents of `build_report.json`: `report` plus what is known here.
+        The contents of `build_report.json`: `report` plus the counts of both splits.
     """
     train = splits["train"]
     metadata = {

@@ -67,7 +67,7 @@ class Group:
 
 
 class Guarded:
-    """Run evaluators so that a failing one neither ends the run nor leaves other ranks waiting."""
+    """Run evaluators; if one fails, the run continues and no other rank waits for it."""
 
     def __init__(
         self, evaluators: Sequence[Evaluator], backend: Backend, received: Sequence[int] = ()

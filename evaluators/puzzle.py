@@ -72,7 +72,7 @@ class ExactMatchEvaluator(Examiner):
         if config.views > 1 and metadata.relabel_ids is None:
             raise UserError(
                 f"views={config.views}, but the corpus lists no ids that may be renamed "
-                "(relabel_ids in its dataset.json); leave views out, or use geometry"
+                "(relabel_ids in its dataset.json); omit views, or use geometry"
             )
         rng = np.random.default_rng(config.seed)
         plain = np.arange(metadata.vocab_size)

@@ -126,7 +126,7 @@ def take_step(
     batch: dict[str, Tensor],
     options: OptionsKey = (),
 ) -> Cost:
-    """Trace a training step, forward and backward, and return what it costs."""
+    """Trace a training step, forward and backward, and return its cost."""
     flops, recomputed, rows = tracer.flops, tracer.recomputed, len(batch["inputs"])
     plain, graded = tracer.passes
     carry, loss, *_ = head.train()(return_keys=(), carry=carry, batch=batch, **dict(options))

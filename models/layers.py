@@ -285,7 +285,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(hidden_size, expansion)
 
     def norm(self, x: Tensor) -> Tensor:
-        """Normalise x (..., D), before or after each branch as `norm_type` says."""
+        """Normalise x (..., D), before or after each branch, according to `norm_type`."""
         return rms_norm(x, self.eps)
 
     def forward(self, x: Tensor, info: SequenceInfo) -> Tensor:

@@ -299,7 +299,7 @@ def cpu_rate(dtype: str) -> float:
     return 2 * side**3 / best
 
 
-# --- what is printed -------------------------------------------------------------------------
+# --- printed output --------------------------------------------------------------------------
 
 
 def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
@@ -321,7 +321,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
 
 
 def changed(overrides: Sequence[str], extra: Sequence[str]) -> list[str]:
-    """Return `overrides` with those in `extra` replacing overrides of the same keys."""
+    """Return `overrides`, with those of the same keys replaced by `extra`."""
     replaced = {override.partition("=")[0].lstrip("+") for override in extra}
     kept = [o for o in overrides if o.partition("=")[0].lstrip("+") not in replaced]
     return [*kept, *extra]

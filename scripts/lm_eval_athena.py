@@ -104,7 +104,7 @@ class AthenaLM(LM):
         return f"{self.opened.folder}/tokenizer.json"
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what the results file records about the model."""
+        """Return the information about the model for the results file."""
         model = self.model.model
         state = self.opened.json("state.json")
         return {

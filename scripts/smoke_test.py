@@ -59,7 +59,7 @@ def write_text(output_dir: Path, dataset_name: str | None) -> Path:
 
 
 class Unavailable(Exception):
-    """A source of text is not available; the message says why in a few words."""
+    """A source of text is not available; the message is the reason in a few words."""
 
 
 def _write_lines(path: Path, texts: Iterator[str]) -> int:

@@ -1,7 +1,7 @@
 """The text formats, by file extension or `--format`.
 
-A format of your own is a class in one file, given as `--format module@Class`, with the directory of
-the file in `--plugins`; `TextFormat` is what it provides.
+A user-defined format is a class in one file, given as `--format module@Class`, with the directory
+of the file in `--plugins`; `TextFormat` is its interface.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,9 +37,9 @@ class TextFormat(Protocol):
     ) -> Iterator[str | ValueError]:
         """Yield the documents of a file in order, the same ones in every call.
 
-        A record that cannot be used is yielded as a ValueError whose message is a clause on what is
-        wrong; `--max-bad-lines` decides what follows. Call `progress` with the number of bytes read
-        since the last call; `read_lines(source, progress)` does so, and decompresses.
+        An unusable record is yielded as a ValueError whose message describes the problem in a
+        clause; `--max-bad-lines` decides whether it is skipped. Call `progress` with the number of
+        bytes read since the last call; `read_lines(source, progress)` does so, and decompresses.
         """
         ...
 

@@ -27,7 +27,7 @@ def plan_inputs(args: argparse.Namespace) -> tuple[list[Input], list[str]]:
     labels = _assign_labels(args.domain_labels, groups, extra_groups)
     if BLANK_IDENTIFIER in labels.values():
         raise UserError(
-            f"a domain cannot be named {BLANK_IDENTIFIER}, which is reserved for no domain; "
+            f"a domain cannot be named {BLANK_IDENTIFIER}, reserved for rows without a domain; "
             "choose another name with --domain-labels."
         )
     domains = {label: index for index, label in enumerate(dict.fromkeys(labels.values()))}

@@ -111,7 +111,7 @@ def create_corpus(
 
     Everything up to the last commit of a `state` survives errors and crashes. With `resume`, such a
     build is continued if its `identity` is unchanged; without, an unfinished build is an error or,
-    with `overwrite`, is discarded. A build that commits no state leaves nothing behind.
+    with `overwrite`, is discarded. If a build commits no state, its directory is deleted.
     """
     identity = identity or {}
     target = resolve_output(output_dir)

@@ -93,7 +93,7 @@ class _Documents:
     overlap: int
     lengths: Counter[int] = field(default_factory=Counter)
     unended: int = 0
-    _tail: np.ndarray | None = None  # (1, n), what the first tokens of a continuation equal
+    _tail: np.ndarray | None = None  # (1, n), the first tokens of a row that continues this one
     _length: int = 0  # of the token run that may continue in the next row
     _ends: bool = False  # whether the label of its last token is the run's eos
 

@@ -153,7 +153,7 @@ def fill_up(rows: list[_Row], width: int) -> list[_Row]:
 
 
 class _Rooms:
-    """Open rows indexed by free space, which finds the tightest fit with a bit operation."""
+    """An index of open rows by free space; a bit operation finds the tightest fit."""
 
     def __init__(self, largest: int) -> None:
         self._rows: list[list[int]] = [[] for _ in range(largest + 1)]

@@ -11,7 +11,7 @@ class AthenaConfig(PreTrainedConfig):
 
     arch: options of the architecture that the model was trained with. loss_type: the loss that
     defines its probabilities. steps: ACT steps of every token. identifiers: names of the rows of
-    the identifier embedding; default_identifier: the row for texts without one of their own.
+    the identifier embedding; default_identifier: the row for texts without an identifier.
     """
 
     model_type = "athena"

@@ -155,7 +155,7 @@ def card(model: LanguageModel, dtype: torch.dtype, weights: str) -> str:
 
 
 def _optimizer(run: dict[str, Any]) -> str:
-    """Return the optimizer and those of its settings that the run's config contains."""
+    """Describe the optimizer and its settings, as far as the run's config contains them."""
     settings = {
         "learning rate": "lr", "decay": "weight_decay", "beta1": "beta1", "beta2": "beta2",
     }  # fmt: skip

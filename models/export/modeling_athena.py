@@ -227,7 +227,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         if generation_config.max_length > window:
             warnings.warn(
                 f"the prompt has {input_ids_length} tokens and the window is {window}: the text "
-                f"ends after {window - input_ids_length} new tokens at most",
+                f"ends after {window - input_ids_length} new tokens or fewer",
                 stacklevel=2,
             )
             generation_config.max_length = window

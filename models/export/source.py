@@ -54,7 +54,7 @@ def remote_code(architecture: type) -> dict[str, str]:
     )
     # transformers confuses models in folders of the same name if this one file is equal
     digest = hashlib.sha256("".join(found[name] for name in sorted(found)).encode()).hexdigest()
-    found[_CONFIGURATION] = f"# digest of the files beside it: {digest}\n" + found[_CONFIGURATION]
+    found[_CONFIGURATION] = f"# digest of the other files: {digest}\n" + found[_CONFIGURATION]
     return found
 
 

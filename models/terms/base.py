@@ -92,7 +92,7 @@ run."""
 
 @dataclass
 class Term:
-    """One term of the loss: a part of the training objective in a file of its own.
+    """One term of the loss, in its own file.
 
     A subclass declares its requirements and defines `__call__`. The head adds `config.weight` times
     the sum of the returned loss over valid rows.

@@ -121,7 +121,7 @@ def compare_probabilities(
     cost, off = nats(truth, texts, prompt), (truth - reference).abs().max()
     print(f"| none, in float64 | | {cost:.4f} | {cost - exact:+.4f} | {off:.1e} |")
     off = (read(precise, texts, prompt) - truth).abs().max()
-    print(f"| all, in float64, beside none in float64 | | | | {off:.1e} |")
+    print(f"| all, in float64, compared with none in float64 | | | | {off:.1e} |")
 
 
 class Options(CommandKeys):

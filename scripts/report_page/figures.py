@@ -48,7 +48,7 @@ class Row:
 
 @dataclass
 class Group:
-    """The figures of one place, and those of its parts."""
+    """The figures of one place and of its parts."""
 
     place: str
     rows: list[Row]
@@ -193,7 +193,7 @@ class Section:
             self.charts.append(chart)
 
     def draw(self) -> "Section":
-        """Draw the charts shown initially along every axis, others only along the first."""
+        """Draw initially visible charts along every axis, and the others only along the first."""
         for chart in self.first:
             chart.draw(len(chart.axes))
         for chart in self.folded:

@@ -116,7 +116,7 @@ class Backend:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def end_now(self, status: int) -> NoReturn:
-        """End this process from a thread, whatever its main thread is doing."""
+        """End this process from a thread, even if its main thread is blocked."""
         os._exit(status)
 
     def signals(self) -> AbstractContextManager[Received]:

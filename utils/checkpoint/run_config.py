@@ -1,4 +1,4 @@
-"""Fill in keys that the command line omits from the checkpoint that a run starts from."""
+"""Complete the config of a run with values from the checkpoint that it starts from."""
 
 import os
 import re

@@ -52,7 +52,7 @@ class CheckpointWriter:
         failure.
 
         files: content by file name, either bytes or a value for torch.save, in host memory that
-        training does not use. spare: steps to keep besides the newest.
+        training does not use. spare: steps to keep in addition to the newest.
         """
         self.wait()
         temporary = self.run / f".step_{step}.tmp"
@@ -122,7 +122,9 @@ class CheckpointWriter:
             return
         shutil.rmtree(folder, ignore_errors=True)
         good = checkpoints_of(self.run)
-        last = f"the last good checkpoint is {good[-1].name}" if good else "there is none yet"
+        last = (
+            f"the last good checkpoint is {good[-1].name}" if good else "there is no checkpoint yet"
+        )
         notify(f"warning: step {step} could not be saved ({fault}); {last}")
 
     def _write(self, folder: Path, files: Mapping[str, Any]) -> None:

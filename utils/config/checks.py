@@ -131,7 +131,7 @@ def _paths_once(c: Context) -> Iterator[str]:
     for key in ("data_paths", "data_paths_test"):
         paths = getattr(c.config, key)
         if any(not path.strip() for path in paths):
-            yield f"{key} holds an empty path: remove it"
+            yield f"{key} contains an empty path: remove it"
         once: dict[str, str] = {}
         for path in paths:
             place = path if "://" in path else os.path.realpath(path)

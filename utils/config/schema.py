@@ -106,21 +106,21 @@ class Component(pydantic.BaseModel):
 
 
 class LossConfig(Component):
-    """A loss head below `models.` and its options."""
+    """A loss head in the package `models` and its options."""
 
     PREFIX = "models."
     FIRST_ARGUMENTS = 1
 
 
 class LossTermConfig(Component):
-    """A loss term below `models.terms.` and its options."""
+    """A loss term in the package `models.terms` and its options."""
 
     PREFIX = "models.terms."
     FIRST_ARGUMENTS = 1
 
 
 class ArchConfig(Component):
-    """An architecture below `models.` and its options."""
+    """An architecture in the package `models` and its options."""
 
     PREFIX = "models."
 
@@ -128,7 +128,7 @@ class ArchConfig(Component):
 
 
 class EvaluatorConfig(Component):
-    """An evaluator below `evaluators.` and its options."""
+    """An evaluator in the package `evaluators` and its options."""
 
     PREFIX = "evaluators."
     BARE = True
@@ -158,14 +158,14 @@ class ScheduleOptions(Strict):
 
 
 class OptimizerConfig(_SavedByName):
-    """An optimizer below `utils.training.optimizers.` and its options."""
+    """An optimizer in the package `utils.training.optimizers` and its options."""
 
     PREFIX = "utils.training.optimizers."
     NO_OPTIONS = Strict
 
 
 class ScheduleConfig(_SavedByName):
-    """A learning-rate schedule below `utils.training.lr_schedules.` and its options."""
+    """A learning-rate schedule in the package `utils.training.lr_schedules` and its options."""
 
     PREFIX = "utils.training.lr_schedules."
     KIND = "function"
@@ -173,7 +173,7 @@ class ScheduleConfig(_SavedByName):
 
 
 class LoggerConfig(_SavedByName):
-    """A logger below `utils.monitoring.loggers.` and its options."""
+    """A logger in the package `utils.monitoring.loggers` and its options."""
 
     PREFIX = "utils.monitoring.loggers."
     FIRST_ARGUMENTS = 3

@@ -65,7 +65,7 @@ def readable(override: str, sweep: bool = False) -> str:
 
 
 def assignment(key: str, value: str | Path | Iterable[str | Path]) -> str:
-    """Return the override that sets `key`, a key of text, to exactly this text or these texts."""
+    """Return the override that sets `key` to exactly this text or list of texts."""
 
     def written(path: str | Path) -> str:
         text = str(path)

@@ -38,7 +38,7 @@ def open_data(config: PretrainConfig) -> Data:
     """Open and check the corpora; raise UserError if something is missing or inconsistent.
 
     Remote corpora are fetched first, once per machine; the config keeps the URLs, so that a
-    checkpoint records what the run was given.
+    checkpoint records the paths as given.
     """
     train_paths = [local_path(path) for path in config.data_paths]
     own_test_paths = [local_path(path) for path in config.data_paths_test]

@@ -219,7 +219,7 @@ def check_early_stopping(
     if config.early_stopping is not None and data.test is None and not evaluators:
         raise UserError(
             f"early_stopping.metric={config.early_stopping.metric} is never evaluated, because the "
-            "corpora have no test split; name one with data_paths_test, or leave early_stopping out"
+            "corpora have no test split; set data_paths_test, or remove early_stopping"
         )
 
 
