@@ -220,6 +220,6 @@ def result_of(folder: Path, errors: list[BaseException]) -> Any:
             return value
     if errors:
         raise RuntimeError(
-            "the replicas' processes ended without a message; they may have run out of memory"
+            "the processes of the replicas ended without a message; they may have run out of memory"
         ) from errors[0]
     return found[0][1]

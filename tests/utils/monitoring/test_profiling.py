@@ -72,6 +72,6 @@ def test_device_time_is_counted_once():
         ]
     events._build_tree()  # as the profiler does
     headline, *rows = costliest(events.key_averages(), steps=2).splitlines()
-    assert "device" in headline and headline.endswith("of 3.0 ms")
+    assert "device" in headline and "3.0 ms" in headline
     found = [(row.split()[0], row.split()[2], row.split()[-1]) for row in rows]
     assert found == [("2.00", "66.7%", "gemm"), ("1.00", "33.3%", "add")]
