@@ -269,8 +269,8 @@ def open_splits(
     """Open both splits in the directory of a build.
 
     Args:
-        trained: domains that may have an identifier, because training inputs belong to them; those
-            of others would stay untrained. None: all.
+        trained: domains that may have an identifier, because training inputs belong to them;
+            identifiers of other domains would stay untrained. None: all.
         states: output of `CorpusSplit.state_dict` by split, to resume from.
     """
 

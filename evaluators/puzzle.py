@@ -85,7 +85,7 @@ class ExactMatchEvaluator(Examiner):
         return [View(cells, names) for names in renamings for cells in self._geometry()]
 
     def _geometry(self) -> list[np.ndarray]:
-        """Return the orders of the cells, the first unchanged."""
+        """Return a permutation of the cells for each transformation, the identity first."""
         length, config = self.metadata.seq_len, self.config
         if config.geometry == "none":
             return [np.arange(length)]

@@ -42,7 +42,9 @@ class BackboneConfig(BaseModel):
     num_key_value_heads: int | None = Field(
         None, ge=1, description="key/value heads; null: num_heads // 2"
     )
-    expansion: float = Field(4.0, gt=0, description="feed-forward width is 2/3 of this times D")
+    expansion: float = Field(
+        4.0, gt=0, description="the feed-forward width is 2/3 of expansion times D"
+    )
     causal: bool = Field(True, description="position t sees only positions up to t")
     document_mask: bool = Field(True, description="attention stays inside a packed document")
     norm_type: Literal["post", "pre"] = Field(

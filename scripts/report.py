@@ -59,7 +59,7 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Return labels with one text per run, omitting those that no run has."""
+    """Return labels with one text per run, omitting labels that no run has."""
     facts = [_facts(run) for run in runs]
     labels = dict.fromkeys(label for found in facts for label in found)
     return [(label, [found.get(label, "–") for found in facts]) for label in labels]

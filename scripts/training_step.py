@@ -109,7 +109,7 @@ def measure_step(
 
 
 def count_held(state: TrainState) -> tuple[dict[str, int], int, int]:
-    """Return the bytes kept between steps, by part, and those of the latents and of the rows'
+    """Return the bytes kept between steps, by part, the bytes of latents, and the bytes of rows'
     data.
     """
     moments = (v for o in state.optimizers for s in o.state.values() for v in s.values())

@@ -38,7 +38,7 @@ def plan_inputs(args: argparse.Namespace) -> tuple[list[Input], list[str]]:
 def _find_held_out(
     args: argparse.Namespace, sources: list[Source]
 ) -> tuple[set[Source], list[list[Source]]]:
-    """Return the held-out sources and, per argument, those that are not among the inputs."""
+    """Return all held-out sources and, for each argument, the ones that are not inputs."""
     by_path = {source.path.resolve(): source for source in sources if not source.is_stdin}
     held_out: set[Source] = set()
     extra_groups = []

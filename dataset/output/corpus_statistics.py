@@ -142,7 +142,7 @@ class _Documents:
 def count_real_tokens(inputs: np.ndarray, metadata: DatasetMetadata) -> np.ndarray:
     """Count the non-padding tokens of each row (n, S): (n,).
 
-    If padding equals eos, the first one of a row's trailing run is the end of the document.
+    If padding equals eos, the first token of the trailing run of eos is the end of the document.
     """
     if metadata.pad_id != metadata.eos_id:
         return (inputs != metadata.pad_id).sum(axis=1)

@@ -22,7 +22,7 @@ def ids_of(tokens: np.ndarray) -> np.ndarray:
 
 
 def bytes_of(tokens: np.ndarray, byte_lengths: np.ndarray) -> np.ndarray:
-    """Return the bytes of tokens of either kind, of the same shape.
+    """Return the bytes of tokens of either kind, with the shape of `tokens`.
 
     Args:
         byte_lengths: (V,) bytes per id, used for plain ids; ids past the end count as the last.

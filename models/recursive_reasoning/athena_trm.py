@@ -315,8 +315,8 @@ class AthenaTRM(Architecture):
 
     def _keeps_info(self, device: torch.device) -> bool:
         """Return whether later steps may reuse positions and mask, which holds in evaluation, where
-        no row is admitted after the first step. On XLA it would compile another program for those
-        steps.
+        no row is admitted after the first step. On XLA, sharing would compile another program for
+        later steps.
         """
         return not self.training and device.type != "xla"
 

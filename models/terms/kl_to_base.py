@@ -63,7 +63,7 @@ class KLToBase(Term):
         if getattr(arch, "post_refinement_train", False) and arch.post_refinement_steps:
             raise UserError(
                 f"arch.loss.terms.{self.name} compares answers before refinement, but "
-                "arch.post_refinement_train=true trains those after it: set it to false"
+                "arch.post_refinement_train=true trains refined answers: set it to false"
             )
 
     def use(self, base: Architecture, probabilities: SoftmaxLogits) -> None:

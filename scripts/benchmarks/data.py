@@ -212,7 +212,7 @@ def short_document_rows(bench: Bench) -> Iterable[Row]:
 
 
 def long_document_rows(bench: Bench) -> Iterable[Row]:
-    """Build one document of about 20 M tokens, and one of 5 M."""
+    """Build a document of about 20 M tokens, and another of 5 M."""
     everything = " ".join(bench.texts)
     while len(everything) < 84e6:
         everything += everything

@@ -30,7 +30,7 @@ SHAPES = (
 
 
 def check_kernels(session: Session) -> None:
-    """Compare masked attention and the optimizer's kernel with exact ones, and time them."""
+    """Compare masked attention and the optimizer's kernel with exact results, and time them."""
     for length, *shape, dtype in SHAPES:
         check_attention(session, length // 8 if session.tiny else length, *shape, dtype=dtype)
     check_optimizer(session)

@@ -314,7 +314,7 @@ def _only_step(run: Run, place: str, name: str) -> dict[int, float]:
 
 
 def histogram_section(runs: Sequence[Run]) -> Section:
-    """Chart shares of rows by bin at the last evaluation; those with only two bins are in the
+    """Chart shares of rows by bin at the last evaluation; figures with only two bins are in the
     table.
     """
     section = Section()

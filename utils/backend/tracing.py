@@ -140,7 +140,7 @@ class Tracer(TorchDispatchMode):
         self.peak = self.live
 
     def backward(self, loss: Tensor) -> None:
-        """Trace the backward pass of `loss`, if anything in it has a gradient."""
+        """Trace the backward pass of `loss`, if it requires a gradient."""
         if not loss.requires_grad:
             return
         self._in_backward = True

@@ -268,7 +268,7 @@ def _leaves(value: Any, name: str) -> dict[str, Tensor]:
 def newest_whole(run: Path, rename: bool = True) -> Checkpoint | None:
     """Return the newest intact checkpoint of a run; None if it never had one.
 
-    A damaged one is reported, renamed if `rename` (not in the run of another process), and skipped.
+    Damaged checkpoints are reported, renamed if `rename` is set, and skipped.
     Raises UserError if all are damaged, or were found damaged by an earlier start.
     """
     found = [p for p in run.glob("step_*") if _STEP.fullmatch(p.name) and p.is_dir()]

@@ -105,7 +105,7 @@ def decode_keys(tree: Any) -> Any:
 
 
 def _kind(key: str) -> type | None:
-    """Return str for a key of text, list for one of a list of texts, None for any other."""
+    """Return the type of a text key: str, or list for a list of texts; None for other keys."""
     field = PretrainConfig.model_fields.get(key)
     kinds = {kind for kind in branches(field.annotation) if kind is not type(None)} if field else {}
     if kinds == {str}:
@@ -142,7 +142,9 @@ def _split(text: str, nested: bool = False) -> list[str]:
 
 
 def _written_list(text: str) -> str:
-    """Return a list of texts; unchanged if it is not one, for Hydra to report."""
+    """Return a list of texts in Hydra's grammar; unchanged if it is invalid, for Hydra to
+    report.
+    """
     text = text.strip()
     parts = [part.strip() for part in _split(text[1:-1])]
     if not text.endswith("]") or not all(parts):
@@ -151,7 +153,7 @@ def _written_list(text: str) -> str:
 
 
 def _written(text: str) -> str:
-    """Return one text, quoted if Hydra would read it as something else."""
+    """Return a text, quoted if Hydra would read it as something else."""
     if _QUOTED.fullmatch(text):
         found = _parsed(text)
         value = found.value() if found else None
