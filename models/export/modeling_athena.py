@@ -188,7 +188,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             raise ValueError(
                 f"the cache is a {type(given).__name__}, but every pass of the recursion "
-                "has its own keys: use use_cache=True, and pass the returned cache"
+                "has its own keys: pass use_cache=True, and reuse the returned cache"
             )
         if cache is not None:
             if cache.steps != steps:

@@ -76,7 +76,7 @@ def describe(plan: MemoryPlan, micro_rows: int) -> list[tuple[str, str]]:
         (
             "memory of a replica",
             f"about {format_bytes(plan.total(micro_rows))} ({plan.rows} rows, {micro_rows} at "
-            f"once; {format_bytes(plan.total(1))} with one at once)",
+            f"once; {format_bytes(plan.total(1))} with 1 row at once)",
         ),
         *((f"  {name}", format_bytes(part)) for name, part in plan.parts(micro_rows).items()),
     ]
