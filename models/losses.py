@@ -51,7 +51,7 @@ class ACTLossHead(nn.Module):
     Config = ACTLossConfig
     fused = True
     """Whether output head and token loss are fused, without materialising the logits of a whole
-    batch, if nothing else needs those.
+    batch, if nothing else needs the logits.
     """
     casts_once = True
     """Whether a step casts the weights of the blocks once for all uses."""

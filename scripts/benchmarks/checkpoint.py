@@ -3,9 +3,9 @@ r"""Measure how long a checkpoint pauses training, compared with copying and wri
     python scripts/benchmarks/checkpoint.py experiment=quickstart
     python scripts/benchmarks/checkpoint.py arch=athena_trm_medium global_batch_size=32 rounds=5
 
-Alternates a save in the background with only a copy of the same tensors to host memory (the minimum
-cost of a save) and with a save that is waited for. Steps are timed while a file is being written
-and otherwise. Takes every key of pretrain.py; needs no corpus, because the tokens are random.
+Alternates between saving in the background, only copying the same tensors to host memory (the
+minimum cost of a save), and saving in the foreground. Steps are timed with and without a file being
+written. Takes every key of pretrain.py; needs no corpus, because the tokens are random.
 """
 
 import statistics

@@ -26,8 +26,8 @@ LONG = 5.0  # shorter pauses, in seconds, are not listed
 
 @dataclass(frozen=True)
 class Times:
-    """Times in seconds. pauses: (step before it, length) of each pause that was not an evaluation
-    and was long or ended in a restart from an older checkpoint. other: saving, and other work
+    """Times in seconds. pauses: (preceding step, length) of each pause, except evaluations, that
+    was long or after which the run resumed from an older checkpoint. other: saving, and other work
     between log lines.
     """
 

@@ -78,7 +78,7 @@ def sha256(path: Path) -> str:
 def note_evaluation(run: Path, counters: dict[str, Any]) -> None:
     """Record that the evaluation at this step is finished, with the run's counters after it.
 
-    A file of the run, because the checkpoint of the step was already complete.
+    It is written to the run's directory, because the checkpoint of this step is already complete.
     """
     with write_atomically(run / EVALUATED) as part:
         part.write_text(json.dumps(counters), "utf-8")

@@ -215,7 +215,7 @@ def write_config(config: PretrainConfig, folder: Path) -> None:
 def check_early_stopping(
     config: PretrainConfig, data: Data, evaluators: Sequence[Evaluator]
 ) -> None:
-    """Raise UserError if early stopping waits for a metric that nothing evaluates."""
+    """Raise UserError if early stopping watches a metric that is never evaluated."""
     if config.early_stopping is not None and data.test is None and not evaluators:
         raise UserError(
             f"early_stopping.metric={config.early_stopping.metric} is never evaluated, because the "
