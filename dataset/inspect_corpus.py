@@ -290,8 +290,8 @@ def _lengths(statistics: SplitStatistics, metadata: DatasetMetadata) -> list[str
             lines.append("    " + "  ".join(map(str.rjust, cells, widths)))
     if statistics.unended:
         lines.append(
-            f"    {statistics.unended:,} more runs are cut off at the end of a row; "
-            "continuations elsewhere count as separate runs"
+            f"    {statistics.unended:,} further runs of tokens are cut off at the end of a row; "
+            "a continuation in another row counts as a separate run"
         )
     return lines
 

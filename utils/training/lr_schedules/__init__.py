@@ -5,10 +5,10 @@ as `function(progress, step, options)` and returns a factor on the peak learning
 warm-up is a second factor.
 
 - `progress`: share of the run completed, 0..1; with `feed=present`, share of the run after the
-warm-up.
+  warm-up.
 - `step`: the optimizer step, from 1.
 - `options`: `ScheduleOptions` of utils/config/schema.py, with `lr_min_ratio`. To declare options of
-your own, annotate this parameter with a subclass of it.
+  your own, annotate this parameter with a subclass of it.
 """
 
 NAMES = {

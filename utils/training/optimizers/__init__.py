@@ -3,13 +3,13 @@
 `NAMES` has short names; any other class in this package is named `module@Class`. Such a class has
 
 - `build(model, groups, lr, betas, **options) -> list[Optimizer]`, static: parameter groups have
-their `weight_decay`, and every parameter must be in exactly one optimizer. The learning rate of all
-groups is set before each step. `step` must accept `closure=None`.
+  their `weight_decay`, and every parameter must be in exactly one optimizer. The learning rate of
+  all groups is set before each step. `step` must accept `closure=None`.
 - optionally `Config`, a pydantic model of this optimizer's own options; their values are passed to
-`build`.
+  `build`.
 - optionally `takes_shards = False` if it needs whole tensors; `parallel=fsdp` is then an error.
 - optionally `moments`, a name shared by optimizers with the same form of state, so that a run
-resumed with another of them keeps its moments.
+  resumed with another of them keeps its moments.
 """
 
 import inspect
