@@ -225,9 +225,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
 def run(arguments: Sequence[str]) -> None:
     args, overrides = parse(arguments)
     if stray := next((word for word in overrides if "=" not in word), None):
-        raise UserError(
-            f"cannot read '{stray}': arguments are key=value, with commas in lists"
-        )
+        raise UserError(f"cannot read '{stray}': arguments are key=value, with commas in lists")
     experiments = args.experiments.split(",")
     if len(experiments) < 2 or len(set(experiments)) < len(experiments):
         raise UserError(f"experiments={args.experiments}: give at least two different presets")

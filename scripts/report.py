@@ -143,7 +143,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         last = run.training[-1] if run.training else {}
         if skipped := last.get("train/nonfinite"):
-            found.append(f"{run.name}: {skipped:,} updates were not finite and were skipped.")
+            found.append(f"{run.name}: {skipped:,} updates were skipped: they were not finite.")
         if failed := run.last_evaluation.get("eval/evaluators_failed"):
             found.append(f"{run.name}: {failed} evaluator{'s' * (failed > 1)} failed in the last "
                          "evaluation; the figures are missing.")  # fmt: skip

@@ -86,9 +86,7 @@ def check_resume(session: Session) -> None:
 
 
 def check_compile(session: Session) -> None:
-    """Check compiled blocks under document masks, on rows shorter than a block of flex
-    attention.
-    """
+    """Check compiled blocks with document masks, on rows shorter than a flex block."""
     _, exact = rounding.build(SMALL, "float64")
     batch = rounding.rows(rounding.ROWS, torch.Generator().manual_seed(0))
     batch["document_starts"] = documents(*batch["inputs"].shape)
