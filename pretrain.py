@@ -36,14 +36,14 @@ from utils.training.build import Run, build_run
 from utils.training.dry_run import dry_run
 from utils.training.evaluation import run_evaluation
 
-FAILED_IN_PART = 3  # exit status: the run is over, but a warning says that something failed
+FAILED_IN_PART = 3  # exit status: the run is finished, but something failed, as a warning reports
 
 
 class Flags(NamedTuple):
-    """What all ranks agree on after the gradients of a step.
+    """The flags that all ranks share after computing the gradients of a step.
 
-    finite: loss and gradients, of all ranks. stop: number of a signal that a rank received, or 0.
-    save_failed: a rank could not write its part of a checkpoint.
+    finite: loss and gradients are finite on all ranks. stop: number of a signal that a rank
+    received, or 0. save_failed: a rank could not write its part of a checkpoint.
     """
 
     finite: bool
@@ -70,7 +70,7 @@ def launch(cfg: DictConfig) -> None:
 
 def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller asks") -> int:
     """Train one replica of a run, or evaluate it with eval_only=true; return the exit status."""
-    use_plugins(config.plugins)  # a spawned process has not looked them up yet
+    use_plugins(config.plugins)  # a spawned process has not imported them yet
     messages.announce(backend, config, reason)
     check_ranks(config, backend.world_size)
     backend.set_deterministic(config.deterministic)
@@ -84,7 +84,7 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
                 backend.signals() as run.received,
             ):
                 return evaluate_only(run) if config.eval_only else run_training(run)
-        except Interrupted as interrupted:  # in an evaluation alone
+        except Interrupted as interrupted:  # only raised in an evaluation
             folder.failed = True
             return 128 + interrupted.signal
         finally:
@@ -101,7 +101,7 @@ def evaluate_only(run: Run) -> int:
 def run_training(run: Run) -> int:
     """Train, save and evaluate until a limit or a signal ends the run; return the exit status."""
     state, first_step = run.state, run.state.step
-    state.progress = run.schedule.progress(state)  # limits may have changed since it was saved
+    state.progress = run.schedule.progress(state)  # limits may have changed since the checkpoint
     with run.log.progress(state), run.watchdog:
         try:
             with run.profiler:
@@ -109,7 +109,7 @@ def run_training(run: Run) -> int:
             if not state.updated and state.step > 0:
                 raise UserError(messages.describe_never_finite(run.config, state.step))
             if run.config.lr_find:
-                if run.backend.is_main:  # which has the log
+                if run.backend.is_main:  # only rank 0 has the log
                     run.backend.report(lr_finder.conclude(run.folder, run.config.lr_find))
                 return 0
             with run.clock.paused():
@@ -129,8 +129,8 @@ def run_training(run: Run) -> int:
 def take_steps(run: Run) -> None:
     """Take optimizer steps until the stream or a limit ends the run.
 
-    Raises Interrupted if a rank received a signal. What is due after a step is done before the next
-    one begins, so that a run resumed there does the same.
+    Raises Interrupted if a rank received a signal. Evaluations and checkpoints due after a step are
+    done before the next step, so that a run resumed there does the same.
     """
     state = run.state
     evaluate_if_due(run)
@@ -165,14 +165,14 @@ def train_batch(
 ) -> tuple[dict[str, Metric], Flags]:
     """Take one optimizer step over this replica's micro-batches, with the step's options.
 
-    Returns the step's metrics (on the device) and what all ranks agree on. The host waits for
+    Returns the step's metrics (on the device) and the flags shared by all ranks. The host waits for
     the device once, in `share_flags`.
     """
     state, backend = run.state, run.backend
     moved = [backend.to_device(batch) for batch in batches]
     if not state.carries:
         state.carries = [state.model.initial_carry(batch) for batch in moved]
-        backend.end_step()  # to XLA they are data now, not constants: no program of their own
+        backend.end_step()  # makes them data for XLA; as constants they would need another program
     if not state.rehearsed:
         with run.clock.paused():
             rehearse(run, moved[0])
@@ -197,8 +197,9 @@ def train_batch(
 
 
 def rehearse(run: Run, batch: dict[str, Tensor]) -> None:
-    """Run what must run once before the first step counts: a backward pass where the backend asks
-    for it, and every set of step options where they are compiled, which takes a while."""
+    """Run once before the first step: a backward pass if the backend requires it, and every set of
+    step options if the model is compiled, which takes a while.
+    """
     state, backend = run.state, run.backend
     state.rehearsed = True
     sets = list(state.model.model.option_sets())
@@ -211,8 +212,9 @@ def rehearse(run: Run, batch: dict[str, Tensor]) -> None:
 def accumulate_gradients(
     run: Run, batches: list[dict[str, Tensor]], options: dict[str, int]
 ) -> tuple[dict[str, Metric], Tensor]:
-    """Run every micro-batch forward and backward; return summed metrics and a flag, both on the
-    device: whether all losses are finite."""
+    """Run every micro-batch forward and backward; return summed metrics and whether all losses are
+    finite, both on the device.
+    """
     state, backend = run.state, run.backend
     totals: dict[str, Metric] = {}
     finite = torch.ones((), dtype=torch.bool, device=backend.device)
@@ -228,15 +230,16 @@ def accumulate_gradients(
 
 
 def draw_step_options(run: Run) -> dict[str, int]:
-    """Return what the architecture chooses for the next step; the same on every rank, and whenever
-    the step is repeated."""
+    """Return the architecture's options for the next step, which are the same on every rank and
+    when the step is repeated.
+    """
     step = run.state.step + 1
     rng = step_rng(run.config.seed, step, STEP_OPTIONS)
     return run.state.model.model.step_options(run.state.progress, rng)
 
 
 def share_flags(run: Run, finite: Tensor) -> Flags:
-    """Gather what all ranks must agree on; store the halted slots, in order, and rank 0's clock."""
+    """Combine the flags of all ranks; store the halted slots, in order, and rank 0's clock."""
     state = run.state
     own = torch.cat([carry.halted for carry in state.carries]).long()
     signal_number = run.received[0] if run.received else 0
@@ -252,7 +255,7 @@ def share_flags(run: Run, finite: Tensor) -> Flags:
 def skip_update(run: Run) -> None:
     """Keep the weights, and free the rows whose latents are no longer finite.
 
-    Raises UserError after `max_nonfinite` skipped updates in a row.
+    Raises UserError after `max_nonfinite` skipped consecutive skipped updates.
     """
     state = run.state
     state.nonfinite += 1
@@ -266,16 +269,16 @@ def skip_update(run: Run) -> None:
     if state.nonfinite_in_a_row >= run.config.max_nonfinite:
         if not state.updated:
             raise UserError(messages.describe_never_finite(run.config, state.step))
-        run.saver.writer.wait()  # one may be in progress
+        run.saver.writer.wait()  # a checkpoint may be in progress
         saved = checkpoint.checkpoints_of(run.folder)
         raise UserError(messages.describe_nonfinite(run.config, state.nonfinite_in_a_row, saved))
 
 
 def save_on_signal(run: Run, number: int) -> int:
-    """Save the present state when signal `number` ends the run; return the exit status."""
+    """Save the current state when signal `number` ends the run; return the exit status."""
     name, step = signal.Signals(number).name, run.state.step
     if run.config.lr_find:
-        run.backend.report(f"stopped by {name}; a sweep keeps no weights, begin it again")
+        run.backend.report(f"stopped by {name}; a sweep saves no weights; start it again")
         return 128 + number
     again = f"resume it with the same command and run_name={run.config.run_name}"
     if not run.saver.finish(patience=5):
@@ -293,9 +296,9 @@ def evaluate_if_due(run: Run) -> None:
 
 
 def evaluate_and_save(run: Run) -> None:
-    """Save a checkpoint, evaluate it, and record what follows from the figures.
+    """Save a checkpoint, evaluate it, and update the best checkpoint and early stopping.
 
-    It is saved first: the evaluation may fail, and its figures belong to a checkpoint.
+    The checkpoint is saved first, because the evaluation may fail.
     """
     state = run.state
     if run.config.checkpoint_every_eval:

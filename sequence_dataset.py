@@ -59,7 +59,7 @@ def _get_rank_slots(global_batch_size: int, rank: int, world_size: int, parts: i
 
 
 def _count_draws(corpora: Corpora, epochs: float, max_draws: int | None) -> float:
-    """Return the number of groups that a run enters, before rounding."""
+    """Return the number of groups visited in a run, before rounding."""
     if not 0 < epochs < float("inf"):
         raise UserError(f"epochs is {epochs}; it must be positive and finite.")
     draws = min(epochs * corpora.num_groups, float("inf") if max_draws is None else max_draws)
@@ -72,11 +72,12 @@ def _count_draws(corpora: Corpora, epochs: float, max_draws: int | None) -> floa
 
 
 class _Feed:
-    """What both feeds share: `size` slots of all ranks, of which `slots` are this rank's.
+    """Base of both feeds.
 
-    A feed has `progress` (0..1), and `next(halted)`, which takes a step and returns what enters the
-    slots of this rank; None at the end of the run. halted: (G,) bool, flags of all slots.
-    ahead: arguments of `ReadAhead`, if there are any workers.
+    `size` counts the slots of all ranks; `slots` are this rank's. A feed has `progress` (0..1), and
+    `next(halted)`, which takes a step and returns the new examples for this rank's slots; None at
+    the end of the run. halted: (G,) bool, flags of all slots. ahead: arguments of `ReadAhead` if
+    there are workers.
     """
 
     total_steps: int | None = None
@@ -90,7 +91,7 @@ class _Feed:
         self._size, self._slots = size, slots
         self.position, self.examples_entered = Position(), 0
         self._steps = 0
-        self._other_sizes = (0, 0)  # steps, and their rows, before global_batch_size changed
+        self._other_sizes = (0, 0)  # steps and rows before global_batch_size changed
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -120,7 +121,7 @@ class _Feed:
         return examples
 
     def _select_rank_rows(self, slots: np.ndarray) -> Part:
-        """Return this rank's part of the examples that were taken last and enter `slots`."""
+        """Return this rank's part of the last examples taken, which go into `slots`."""
         own = np.flatnonzero(self._is_own(slots))
         return slots[own] - self._slots.start, self.source.rows(own)
 
@@ -131,8 +132,8 @@ class _Feed:
 class ConsumeFeed(_Feed):
     """Freed slots take the next examples, in ascending order; the run ends when all have drained.
 
-    order: order of the run's examples, limited to the groups that the run enters. read: returns the
-    rows of examples. workers: threads that prefetch them.
+    order: order of the run's examples, limited to the groups of the run. read: returns the rows of
+    examples. workers: threads that prefetch them.
     """
 
     def __init__(self, order: ExampleOrder, read: Read, size: int, slots: slice, workers: int):
@@ -143,7 +144,7 @@ class ConsumeFeed(_Feed):
         self._order, self._read, self._total_groups = order, read, order.limit
         # Examples as (place in the order, row of the puzzle); place -1 for an empty slot.
         self._held = np.tile(np.array([-1, 0]), (size, 1))
-        self._again = np.empty((0, 2), np.int64)  # to enter again before any new one
+        self._again = np.empty((0, 2), np.int64)  # to restart before any new example
 
     @property
     def progress(self) -> float:
@@ -185,7 +186,7 @@ class ConsumeFeed(_Feed):
 
 
 class PresentFeed(_Feed):
-    """Every step is a full batch of the next examples, as in TRM; occupied slots ignore theirs.
+    """Every step gets a full batch of the next examples, as in TRM; occupied slots ignore theirs.
 
     order: order of the run's examples, without a limit. rows: rows of the whole run, whose
     full batches are its steps. read, workers: see `ConsumeFeed`.
@@ -396,7 +397,7 @@ class TrainStream:
         """Resume from `state`, at any world size and micro-batch count.
 
         `restart_held`: the model's carry was not saved, so the flags of the next call of `next`
-        are all True. Under `consume` the examples in the saved slots then enter again, from their
+        are all True. Under `consume` the examples in the saved slots then restart from the
         beginning, before any new ones; likewise if the number of slots has changed.
         """
         for name, now in self._identity().items():
@@ -420,9 +421,9 @@ class TrainStream:
 
 
 def drop_halted(state: dict[str, Any], halted: Sequence[bool]) -> dict[str, Any]:
-    """Return the `state_dict` of a stream without the examples in halted slots, which are done.
+    """Return a stream's `state_dict` without the examples in halted slots, which are finished.
 
-    halted: (G,) flags. Needed where held examples will restart; `present` holds none.
+    halted: (G,) flags. Needed if examples in progress restart; `present` stores none.
     """
     if "held_places" not in state:
         return state

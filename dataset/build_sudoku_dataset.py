@@ -192,7 +192,7 @@ def _choose_split(missing: dict[str, int], present: set[str], rng: random.Random
     """Choose the split of a new solution.
 
     Each split gets one before any gets more (4x4 has only twelve solutions), then splits are drawn
-    in proportion to what they are missing.
+    in proportion to the numbers that they still need.
     """
     needed = [split for split, count in missing.items() if count]
     without = [split for split in needed if split not in present]

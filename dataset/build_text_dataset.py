@@ -89,7 +89,9 @@ class ExampleReader:
         if not isinstance(domain, str) or not domain:
             raise UserError(f"meta.domain is {domain!r}, but must be a non-empty string")
         if domain == BLANK_IDENTIFIER:
-            raise UserError(f"meta.domain is {domain!r}, which is reserved for no domain")
+            raise UserError(
+                f"meta.domain is {domain!r}, which is reserved for rows without a domain"
+            )
         prompt, response = (_get_text(record, *key) for key in self._keys.items())
         return Example(prompt, response, domain, self._compute_budget(meta))
 

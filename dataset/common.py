@@ -1,7 +1,7 @@
 """Constants, metadata and checks of a corpus that every part of Athena shares.
 
-A leaf module: apart from the error type it imports nothing of the project, so that builders, the
-data stream, models and scripts can all use it.
+A leaf module: it imports nothing from the project except the error type, so that builders, the data
+stream, models and scripts can all use it.
 """
 
 import hashlib
@@ -184,7 +184,7 @@ def is_byte_token(token: str) -> bool:
 
 
 def token_byte_lengths(tokenizer_json_path: str | Path) -> np.ndarray:
-    """Return the bytes of text that each token id stands for: (V,) int32, V = highest id + 1.
+    """Return the number of text bytes of each token id: (V,) int32, V = highest id + 1.
 
     Special tokens and unused ids count as 0. Exact for byte-level BPE and byte-fallback tokens;
     for other tokenizers, the number of bytes a token adds when decoded after a letter.
@@ -203,7 +203,7 @@ def read_tokenizer(
     Args:
         change: Edits the parsed file before the tokenizer is built from it.
         name: The option that names the file, for errors.
-        advice: The way out, for errors.
+        advice: How to fix the problem, for errors.
 
     Returns:
         The `tokenizers.Tokenizer` and its parsed file.
@@ -234,7 +234,7 @@ def _tokenizer_fault(content: bytes, error: Exception) -> str:
     """Describe, as a clause, what a file contains instead of a tokenizer.json."""
     try:
         value = json.loads(content)
-    except (ValueError, RecursionError):  # of JSON or of UTF-8
+    except (ValueError, RecursionError):  # invalid JSON or UTF-8
         return "it is not JSON"
     if not isinstance(value, dict):
         return f"it contains a {type(value).__name__}"

@@ -34,7 +34,7 @@ _HELD_OUT = 1  # digest kind of held-out documents
 
 @dataclass
 class Counts:
-    """Counts of what one domain contributed to one split."""
+    """Counts of one domain in one split."""
 
     documents: int = 0
     text_bytes: int = 0
@@ -48,7 +48,7 @@ class Counts:
     unknown_tokens: int = 0
     """Tokens that replace text the vocabulary cannot represent."""
     unknown_bytes: int = 0
-    """Bytes of text behind those tokens."""
+    """Bytes of text represented by those tokens."""
     lost_bytes: int = 0
     """Bytes of text not covered by any token."""
 
@@ -56,7 +56,7 @@ class Counts:
 class DocumentRouter:
     """Assigns each document to a split and drops duplicates.
 
-    The hash is keyed with the seed, so identical texts get the same split whatever their order.
+    The hash is keyed with the seed, so identical texts get the same split in any order.
     Held-out files must come first, so that their documents never reach the training split.
     """
 
@@ -269,8 +269,8 @@ def open_splits(
     """Open both splits in the directory of a build.
 
     Args:
-        trained: domains that may have an identifier, because training inputs belong to them; those
-            of others would stay untrained. None: all.
+        trained: domains that may have an identifier, because training inputs belong to them;
+            identifiers of other domains would stay untrained. None: all.
         states: output of `CorpusSplit.state_dict` by split, to resume from.
     """
 
@@ -304,7 +304,7 @@ def finish_corpus(
     """Close both splits and write their metadata and `identifiers.json`.
 
     Returns:
-        The contents of `build_report.json`: `report` plus what is known here.
+        The contents of `build_report.json`: `report` plus the counts of both splits.
     """
     train = splits["train"]
     metadata = {

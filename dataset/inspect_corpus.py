@@ -50,7 +50,7 @@ HIDDEN_OPTIONS = {"output_dir", "overwrite", "input_files", "tokenizer_json", "w
 
 @dataclass
 class Corpus:
-    """What the splits of one corpus share."""
+    """The parts shared by all splits of a corpus."""
 
     path: str
     """The path or URL that the user passed; `root` is the local directory."""
@@ -59,7 +59,7 @@ class Corpus:
     metadata: dict[str, DatasetMetadata]
     report: dict[str, Any]
     tokenizer: Any = None
-    """The `tokenizers.Tokenizer`, if the corpus has one."""
+    """The corpus' `tokenizers.Tokenizer`; None if it has none."""
     tokenizer_kind: str = ""
     byte_lengths: np.ndarray | None = None
 
@@ -151,7 +151,7 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 
 def describe(corpus: Corpus, verified: bool) -> list[str]:
-    """Describe what all splits share."""
+    """Describe the properties shared by all splits."""
     meta = corpus.any_metadata
     lines = [corpus.path]
     if is_remote(corpus.path):
@@ -290,8 +290,8 @@ def _lengths(statistics: SplitStatistics, metadata: DatasetMetadata) -> list[str
             lines.append("    " + "  ".join(map(str.rjust, cells, widths)))
     if statistics.unended:
         lines.append(
-            f"    {statistics.unended:,} more runs are cut off at the end of a row; "
-            "continuations elsewhere count as separate runs"
+            f"    {statistics.unended:,} further runs of tokens are cut off at the end of a row; "
+            "a continuation in another row counts as a separate run"
         )
     return lines
 

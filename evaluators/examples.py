@@ -27,7 +27,9 @@ def read_json_lines(path: str, option: str = "path") -> list[tuple[str, dict[str
 
 
 def pick_evenly(count: int, limit: int | None) -> list[int]:
-    """Return at most `limit` numbers below `count`, evenly: files are often sorted by kind."""
+    """Return at most `limit` evenly spaced numbers below `count`, because files are often
+    sorted.
+    """
     if limit is None or limit >= count:
         return list(range(count))
     return [i * count // limit for i in range(limit)]

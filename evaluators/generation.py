@@ -1,4 +1,4 @@
-"""Score generated texts against references, or by a function of the user's own."""
+"""Score generated texts against references, or with a user-defined function."""
 
 import importlib
 import re
@@ -30,31 +30,31 @@ class GenerationEvaluator(Examiner):
 
     bleu, chrf              of the whole corpus of texts, by sacrebleu, 0 to 100
     rouge1, rouge2, rougeL  mean F-measure, by rouge-score, 0 to 1
-    exact_match             share of texts equal to the reference, spaces at the ends apart; of what
-                            `answer_pattern` finds in both, where it is given
-    ended                   share of texts that the model ended by itself
+    exact_match             share of texts equal to the reference after stripping; if
+                            `answer_pattern` is given, only what it matches is compared
+    ended                   share of texts that the model ended before the token limit
     <function>              mean of `score_function(prompts, texts, references) -> numbers`
-    examples                how many there are
+    examples                number of examples
 
-    Prompts and references are rows of a prompt/response corpus (the prompt's labels are ignored,
-    the response's are not), or those of a file. The texts are written to samples.jsonl in the run's
-    evaluation folder.
+    Prompts and references come from a file, or from the rows of a prompt/response corpus, where
+    only the response has labels. The texts are written to samples.jsonl in the run's evaluation
+    folder.
     """
 
     class Config(Sampling):
-        """Options: how texts are sampled, and from which prompts."""
+        """Options: the sampling settings and the source of the prompts."""
 
-        temperature: float = Field(0.0, ge=0, description="0: the likeliest token each time")
+        temperature: float = Field(0.0, ge=0, description="0: always the most likely token")
         path: str | None = Field(
-            None, description="JSON lines with prompt, perhaps response; null: the test split"
+            None, description="JSON lines: prompt, optional response; null: the test split"
         )
-        limit: PositiveInt = Field(200, description="examples at most, spread evenly")
-        stop: list[str] = Field([], description="texts that end a continuation")
+        limit: PositiveInt = Field(200, description="maximum number of examples, spread evenly")
+        stop: list[str] = Field([], description="strings that end a continuation")
         answer_pattern: str | None = Field(
             None, description=r"regular expression of the answer in a text, e.g. '#### (\S+)'"
         )
         score_function: str | None = Field(
-            None, description="package.module:function of your own, on Python's path or beside you"
+            None, description="package.module:function, on sys.path or in the working directory"
         )
         identifier: str | None = Field(None, description="identifier embedding, by name")
         prefix: str = "generation"
@@ -77,9 +77,9 @@ class GenerationEvaluator(Examiner):
         self.references = self.reads_rows or all("response" in record for _, record in self.lines)
         for where, record in self.lines:
             if not isinstance(record.get("prompt"), str) or not record["prompt"]:
-                raise UserError(f"{where}: no text below the key 'prompt'")
+                raise UserError(f"{where}: the value of 'prompt' is missing or not a string")
             if self.references and not isinstance(record["response"], str):
-                raise UserError(f"{where}: no text below the key 'response'")
+                raise UserError(f"{where}: the value of 'response' is missing or not a string")
         if not self.references and self.score is None:
             notify(
                 f"note: {config.path} has no responses: texts are written, but nothing is scored"
@@ -94,7 +94,7 @@ class GenerationEvaluator(Examiner):
         self.samples: list[dict[str, str]] = []
 
     def update_batch(self, batch: Batch, preds: Batch) -> None:
-        """Collect prompt and response of each row; batch: inputs and labels (B, S)."""
+        """Collect the prompt and response of each row of inputs and labels, (B, S) each."""
         if not self.reads_rows:
             return
         inputs, labels = (batch[name].cpu().numpy() for name in ("inputs", "labels"))
@@ -121,9 +121,9 @@ class GenerationEvaluator(Examiner):
         ]
 
     def _examples(self, model: LanguageModel, group: Any) -> list[tuple[list[int], str]]:
-        """Return the ids of prompts, and the references, empty where there is none."""
+        """Return the prompts' token ids and the references; a missing reference is ""."""
         if self.reads_rows:
-            # in an order of their own, whichever rank read them
+            # sorted, so that the order does not depend on which rank read them
             rows = sorted(row for part in group.gather_objects(self.rows) for row in part)
             found = [
                 (prompt, model.decode([i for i in response if i != self.eos_id]))
@@ -152,14 +152,14 @@ class GenerationEvaluator(Examiner):
             values = np.asarray(self.score(prompts, texts, references), dtype=float)
             if values.shape != (len(texts),):
                 raise UserError(
-                    f"score_function={self.config.score_function} gave numbers of shape "
-                    f"{values.shape} for {len(texts)} texts; it must give one for each"
+                    f"score_function={self.config.score_function} returned numbers of shape "
+                    f"{values.shape} for {len(texts)} texts; it must return one number per text"
                 )
             figures[name] = float(values.mean())
         return figures
 
     def _answer(self, text: str) -> str | None:
-        """Return the part that counts for an exact match: the pattern's last match."""
+        """Return the last match of `answer_pattern`, which the exact match compares."""
         if self.pattern is None:
             return text.strip()
         found = list(self.pattern.finditer(text))
@@ -208,10 +208,10 @@ def compare(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]
 
 
 def load_function(name: str) -> ScoreFunction:
-    """Return the function that `package.module:function` names; raise UserError without one."""
+    """Import `package.module:function`. Raises UserError if that fails."""
     module_name, sign, function_name = name.partition(":")
     if not sign or not function_name:
-        raise UserError(f"score_function={name}: name it as package.module:function")
+        raise UserError(f"score_function={name}: write it as package.module:function")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)

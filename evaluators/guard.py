@@ -1,7 +1,7 @@
-"""Isolate evaluators: one may fail, on one rank or on all, and the run continues.
+"""Isolate evaluators, so that the run continues if one of them fails on some or all ranks.
 
-Every collective of an evaluator goes through `Group`, so that a rank which has left it is noticed
-instead of waited for.
+Every collective of an evaluator goes through `Group`, which notices ranks that have dropped out, so
+that the others do not wait for them.
 """
 
 import traceback
@@ -39,11 +39,11 @@ def interrupt_if_asked(received: Sequence[int], backend: Backend) -> None:
 
 
 class PeerFailed(Exception):
-    """Another rank has left the evaluator that this one is in."""
+    """Another rank has left the evaluator that this rank is still running."""
 
 
 class Group:
-    """The ranks, as an evaluator sees them: if one fails, none waits for it."""
+    """The collectives that evaluators use; if one rank fails, the others do not wait for it."""
 
     def __init__(self, backend: Backend, received: Sequence[int] = ()):
         self.backend, self.received = backend, received
@@ -56,24 +56,24 @@ class Group:
         return [part for _, part in parts]
 
     def pause(self) -> None:
-        """Raise Interrupted on all ranks if one received a signal; call it between requests."""
+        """Raise Interrupted on all ranks if one received a signal. Call this between requests."""
         if stop := max(self.gather_objects(self.received[0] if self.received else 0)):
             raise Interrupted(stop)
 
     def wait_for_others(self) -> None:
-        """Return when no rank is inside the evaluator any more."""
+        """Wait until every rank has left the evaluator."""
         while any(inside for inside, _ in self.backend.gather_objects((False, None))):
             pass
 
 
 class Guarded:
-    """Run evaluators so that a failing one neither ends the run nor leaves other ranks waiting."""
+    """Run evaluators; if one fails, the run continues and no other rank waits for it."""
 
     def __init__(
         self, evaluators: Sequence[Evaluator], backend: Backend, received: Sequence[int] = ()
     ):
         self.evaluators, self.backend, self.received = evaluators, backend, received
-        self.faults: dict[int, str] = {}  # on this rank, by place
+        self.faults: dict[int, str] = {}  # on this rank, by position in the list
 
     def _try(self, place: int, act: Callable[..., T], *args: Any) -> T | None:
         if place in self.faults:
@@ -81,7 +81,7 @@ class Guarded:
         try:
             return act(*args)
         except Interrupted:
-            return None  # raised again when every rank has left the evaluator
+            return None  # raised once every rank has left the evaluator
         except PeerFailed:
             self.faults[place] = ""  # the other rank reports it
             return None
@@ -105,12 +105,14 @@ class Guarded:
         return keys
 
     def update(self, batch: Batch, preds: Batch) -> None:
-        with allow_any_algorithm():  # what they compute changes no weights
+        with allow_any_algorithm():  # evaluators do not change the weights
             for place, evaluator in enumerate(self.evaluators):
                 self._try(place, evaluator.update_batch, batch, preds)
 
     def examine(self, ask: Callable[[Group], LanguageModel]) -> None:
-        """Call `examine` of those that have it. Raises Interrupted on all ranks together."""
+        """Call `examine` of the evaluators that define it. Raises Interrupted on all ranks
+        together.
+        """
         self._share_faults()
         for place, evaluator in enumerate(self.evaluators):
             if (examine := getattr(evaluator, "examine", None)) is None:
@@ -121,7 +123,9 @@ class Guarded:
             interrupt_if_asked(self.received, self.backend)
 
     def results(self, save_path: str | None) -> dict[str, Any]:
-        """Return their figures, and how many failed on any rank; warn of each of these."""
+        """Return the figures of all evaluators and the number that failed on any rank, with a
+        warning for each failure.
+        """
         backend, figures = self.backend, list[dict[str, Any]]()
         self._share_faults()
         for place, evaluator in enumerate(self.evaluators):
@@ -152,7 +156,7 @@ class Guarded:
 def _checked(figures: dict[str, Any] | None) -> dict[str, Any]:
     found = {}
     for name, value in (figures or {}).items():
-        if hasattr(value, "tolist"):  # of numpy or torch
+        if hasattr(value, "tolist"):  # from NumPy or PyTorch
             value = value.tolist()
         if not isinstance(value, int | float | list):
             raise TypeError(f"the figure {name} is {value!r}, which is not a number")

@@ -1,7 +1,7 @@
-"""Report quality and cost of each ACT step, and how well the halting head predicts it.
+"""Report the quality and cost of each ACT step, and the accuracy of the halting head.
 
-The halting head reads the whole row, later tokens included: where a row would halt by it describes
-the head, but cannot be used to score text.
+The halting head reads the whole row, including later tokens, so the steps at which it halts
+describe the head but must not be used to score text.
 """
 
 from pathlib import Path
@@ -25,15 +25,16 @@ class HaltingEvaluator(Summing):
     """Figures over all rows and ranks, below <prefix>/:
 
     step_<k>/loss, accuracy, exact_accuracy   after k ACT steps, mean of the rows' means
-    step_<k>/flops_per_token                  what k steps cost, the head of the last one included
+    step_<k>/flops_per_token                  cost of k steps and one pass of the output head
     step_<k>/<latent>_change                  ‖z_k − z_{k−1}‖ of a scored position
-    step_<k>/share                            rows in which the head first says halt at step k
-                                              (at the last step: all that are left)
-    act/steps, act/loss, act/accuracy         if the head decided
-    budget/steps                              what the corpus gives the rows, up to the last step
-    calibration_error                         |how often the head is right to halt − what it says|,
-                                              averaged over its answers in ten bins (ECE: Guo et al.
-                                              2017, arXiv 1706.04599); brier the squared error
+    step_<k>/share                            share of rows that the head first halts at step k
+                                              (at the last step: all remaining rows)
+    act/steps, act/loss, act/accuracy         if the head decided when to halt
+    budget/steps                              mean iteration budget, capped at the last step
+    calibration_error                         |share of correct halts − predicted probability|,
+                                              averaged over ten bins of predictions (ECE: Guo et
+                                              al. 2017, arXiv 1706.04599)
+    brier                                     mean squared error of the predicted probability
 
     and halting.png in the run's evaluation folder.
     """
@@ -147,7 +148,7 @@ def _rows(values: Tensor, valid: np.ndarray) -> np.ndarray:
 
 
 def draw(path: Path, curves: dict[str, np.ndarray], sums: dict[str, np.ndarray]) -> None:
-    """Draw everything that the evaluator reports as one picture."""
+    """Plot all reported figures in one image."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -175,16 +176,16 @@ def draw(path: Path, curves: dict[str, np.ndarray], sums: dict[str, np.ndarray])
         line = (curves["flops_per_token"], curves["loss"], "loss")
         panel(2, "loss against compute", "FLOPs per token", "loss, nats per token", line)
     changes = [name for name in curves if name.endswith("_change")]
-    by_step(3, "how far a step moves the latents", "norm", *changes)
+    by_step(3, "change of the latents per step", "norm", *changes)
     if "share" in curves:
         panels[4].bar(steps, curves["share"])
-        panels[4].set(title="where the halting head halts", xlabel="ACT step", ylabel="rows")
+        panels[4].set(title="halting step of each row", xlabel="ACT step", ylabel="rows")
         panels[4].xaxis.set_major_locator(MaxNLocator(integer=True))
         some = sums["answers"] > 0
         said, right = (sums[name][some] / sums["answers"][some] for name in ("said", "right"))
         panels[5].plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         panels[5].plot(said, right, marker="o")
-        panels[5].set(title="calibration of the halting head", xlabel="probability that it gives",
+        panels[5].set(title="calibration of the halting head", xlabel="predicted probability",
                       ylabel="share that should halt")  # fmt: skip
     for axes in (panels[0], panels[2]):
         with_slack(axes)

@@ -1,4 +1,4 @@
-"""What an evaluator is, what it may use, and what several of them share."""
+"""The evaluator interface and the base classes of evaluators."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ Batch = dict[str, Tensor]
 
 
 class Evaluator(Protocol):
-    """A plug-in: constructed with (data_path, eval_metadata, **options) and named module@Class.
+    """A plug-in, named module@Class and constructed with (data_path, eval_metadata, **options).
 
     `update_batch` receives every row of the test split that this rank computes, with the outputs
     named in `required_outputs`. A name that ends in `_by_step` holds that output after each ACT
@@ -19,10 +19,9 @@ class Evaluator(Protocol):
 
     Two members are optional:
 
-    examine(model, group): called once on every rank, after the rows, with the model under
-    evaluation as a `models.inference.language_model.LanguageModel`. Its `score`, `write_all` and
-    `predict` are collectives.
-    reads_rows = False: the evaluator needs no test split.
+    examine(model, group): called once on every rank after all rows, with the evaluated model as a
+    `models.inference.language_model.LanguageModel`. Its `score`, `write_all` and `predict` are
+    collectives. reads_rows = False: the evaluator needs no test split.
     """
 
     required_outputs: Iterable[str]
@@ -58,13 +57,13 @@ class Examiner:
 
 
 class Summing:
-    """Base of evaluators whose figures follow from sums over batches and ranks."""
+    """Base of evaluators whose figures are computed from sums over batches and ranks."""
 
     def begin_eval(self) -> None:
         self.sums: dict[str, np.ndarray] = {}
 
     def add(self, name: str, values: np.ndarray) -> None:
-        """Add an array of a batch to the sum of this name, in float64."""
+        """Add a batch's array to the sum called `name`, in float64."""
         self.sums[name] = self.sums.get(name, 0) + values.astype(np.float64)
 
     def result(
@@ -77,5 +76,5 @@ class Summing:
         return self.summarize(sums, save_path) if rank == 0 else None
 
     def summarize(self, sums: dict[str, np.ndarray], save_path: str | None) -> dict[str, float]:
-        """Return the figures that follow from the sums of all ranks."""
+        """Compute the figures from the sums over all ranks."""
         raise NotImplementedError

@@ -21,15 +21,15 @@ from utils.corpus.data import Data
 
 
 class SetFigures:
-    """Sums over the rows of one set, on the device: a curve over ACT steps, and histograms."""
+    """Sums over the rows of one set, kept on the device: a curve over ACT steps, and histograms."""
 
     CURVE = ("row_loss", "row_accuracy", "row_exact")
     BINS = 10
 
     def __init__(self, max_steps: int, device: torch.device, dtype: torch.dtype):
         self.max_steps = max_steps
-        # A tensor for each step, and zeros from the host: to XLA every index is another program,
-        # and so is a sum with a constant, which zeros made there are.
+        # One tensor per step, initialised with zeros from the host: XLA compiles another program
+        # for every index, and for every constant, such as zeros created on the device.
         least = torch.float64 if device.type == "cpu" else torch.float32  # not all devices have it
         wide = torch.promote_types(dtype, least)
         self.curve = [torch.zeros(len(self.CURVE), dtype=wide).to(device) for _ in range(max_steps)]
@@ -49,7 +49,7 @@ class SetFigures:
         )
 
     def add_rows(self, preds: Batch) -> None:
-        """Add the figures of rows that are answered in one go."""
+        """Add the figures of a batch of rows that is finished."""
         self.add_step(0, preds)
         self.rows += preds["valid"].sum()
 
@@ -73,7 +73,7 @@ class SetFigures:
         sizes = [part.numel() for part in parts]
         rows, curve, *histograms = reduce(torch.cat(parts)).cpu().split(sizes)
         if not (count := rows.item()):
-            return {"rows": 0}  # a mean of nothing is not 0, which would be the best loss there is
+            return {"rows": 0}  # no mean over zero rows: 0 would look like a perfect loss
         curve = (curve / count).view(self.max_steps, -1)
         names = ("lm_loss", "accuracy", "exact_accuracy")
         found: dict[str, Any] = {}
@@ -97,7 +97,7 @@ class SetFigures:
 BY_STEP = "_by_step"
 CHANGE = "_change"  # of a latent in a step
 EVERY_CHANGE = f"*{CHANGE}{BY_STEP}"
-REASONING = "reasoning_preds"  # of every step too, though its name does not say so
+REASONING = "reasoning_preds"  # holds every step, too, without the suffix _by_step
 
 
 @torch.no_grad()
@@ -109,14 +109,13 @@ def run_batch(
     figures: SetFigures,
     end_step: Callable[[], None],
 ) -> Batch:
-    """Run all ACT steps on one batch; return those outputs of the last one that `keys` names.
+    """Run all ACT steps on one batch; return the last step's outputs named in `keys`.
 
     Rows that have halted keep their outputs. <name>_by_step is an output after each step, stacked
     in the second dimension. Besides the loss head's outputs there are row_nll (B,), the sum of a
-    row's nats without refinement, which belongs to the end of the run; <latent>_change
-    (B,), how far a step moved a latent of a scored position, on average (*_change: of every latent,
-    by its name); and reasoning_preds
-    (B, steps, R), what the reasoning head reads in z_L after each step.
+    row's nats before the final refinement; <latent>_change (B,), the mean distance by which a step
+    moved a latent at the scored positions (*_change: every latent, by name); and reasoning_preds
+    (B, steps, R), the reasoning head's predictions from z_L after each step.
     """
     carry, preds = model.initial_carry(batch), {}
     if EVERY_CHANGE in keys:
@@ -129,7 +128,7 @@ def run_batch(
     if REASONING in wanted:
         wanted |= {"reasoning_logits"}
     if any(name.endswith(CHANGE) for name in wanted):
-        carry = model.model.admit(carry, batch)  # the first step starts from there
+        carry = model.model.admit(carry, batch)  # the first step starts from these latents
     end_step()
     curves: dict[str, list[Tensor]] = {key: [] for key in stepped}
     options = {"depth": depth} if model.model.takes_depth else {}
@@ -181,12 +180,11 @@ def evaluate(
     """Return <set>/<metric>, <set>/step_<k>/<metric>, <set>/hist/<metric> (row counts) and each
     evaluator's figures; the same on all ranks.
 
-    depth: ACT steps or loops of every row. depths: further ones, whose figures are named
-    depth_<d>/. received: numbers of signals that ask to stop, which raise Interrupted.
-    save_outputs: names of outputs and data to save below `save_path`. ask: makes the model that
-    evaluators with inputs of their own examine. Under `eval_halting` budget or act the depth
-    at which a token is scored depends on the whole row, later tokens included: the names of those
-    figures carry the rule.
+    depth: ACT steps or loops of every row. depths: additional depths, whose figures are named
+    depth_<d>/. received: signals received so far; any raises Interrupted. save_outputs: names of
+    outputs and data to save below `save_path`. ask: builds the model for evaluators with inputs of
+    their own. If `eval_halting` is budget or act, the depth at which a token is scored depends on
+    the whole row, including later tokens; the names of those figures contain the rule.
     """
     guarded = Guarded(evaluators, backend, received)
     steps = 1 if model.model.takes_depth else depth
@@ -241,10 +239,10 @@ def save_predictions(saved: dict[str, list[Tensor]], folder: Path, rank: int) ->
 
 
 def create_evaluators(named: Sequence[Any], data: Data) -> list[Evaluator]:
-    """Create the configured evaluators, on the first of the evaluated corpora.
+    """Create the configured evaluators for the first evaluated corpus.
 
-    Called before training, so that a faulty one fails before hours are spent. Without a test
-    split those that read its rows are skipped.
+    Called before training, so that mistakes in their options are reported immediately. If there is
+    no test split, evaluators that read its rows are skipped.
     """
     split = data.train if data.test is None else data.test
     made = [

@@ -1,4 +1,4 @@
-"""Count grids that are solved exactly, also by a vote over several views of a puzzle."""
+"""Count exactly solved grids, optionally by a vote over several views of each puzzle."""
 
 import math
 from typing import Any, Literal
@@ -14,10 +14,12 @@ from utils.core.errors import UserError
 
 
 class View:
-    """A view of a grid: cells in another order, digits under other names."""
+    """A view of a grid, with permuted cells and renamed ids."""
 
     def __init__(self, cells: np.ndarray, names: np.ndarray):
-        """Keep cells (S,), the position that each shows, and names (V,), what each id becomes."""
+        """Store cells (S,), each cell's original position, and names (V,), the new id of each
+        id.
+        """
         self.cells, self.names = cells, names
 
     def show(self, rows: np.ndarray) -> np.ndarray:
@@ -25,33 +27,36 @@ class View:
         return self.names[rows[:, self.cells]]
 
     def undo(self, rows: np.ndarray) -> np.ndarray:
-        """Return the original grids (N, S) of those in this view."""
+        """Return the original grids (N, S) of grids in this view."""
         return np.argsort(self.names)[rows][:, np.argsort(self.cells)]
 
 
 class ExactMatchEvaluator(Examiner):
     """Figures over all rows and ranks, below <prefix>/:
 
-    exact_accuracy         share of rows whose every scored cell is right
+    exact_accuracy         share of rows in which every scored cell is right
     cell_accuracy          share of scored cells that are right
-    voted/exact_accuracy   … of the answer that most views of a row agree on (as TRM does for ARC);
-                           among equally many, of which the halting head is surest
-    voted/within_two       the right answer is one of the two with most votes
-    voted/agreement        share of the views that gave the answer with most votes
+    voted/exact_accuracy   the same for the answer that gets most votes of a row's views, as in
+                           TRM for ARC; ties are broken by the halting head's confidence
+    voted/within_two       share of rows whose right answer has most or second most votes
+    voted/agreement        share of views that voted for the winning answer
 
-    Views: `views` ways to rename the ids in the corpus' relabel_ids (a sudoku's digits), the first
-    as it is; each in all the `geometry` of the grid: its flips, or all eight rotations and
-    reflections. Take only what leaves a puzzle of your kind a puzzle: a sudoku whose boxes are not
-    square may be flipped, but not turned.
+    Each row is shown in `views` renamings of the ids in the corpus' relabel_ids (a sudoku's
+    digits), the first of which changes nothing, and each of these in all transformations of
+    `geometry`: flips, or all eight rotations and reflections (dihedral). Choose only
+    transformations that keep the puzzle valid: a sudoku with non-square boxes may be flipped, but
+    not rotated.
     """
 
     class Config(BaseModel, extra="forbid"):
-        views: PositiveInt = Field(1, description="renamings of the ids that may be renamed")
-        geometry: Literal["none", "flips", "dihedral"] = Field("none", description="of the grid")
-        grid: list[PositiveInt] | None = Field(
-            None, description="[rows, columns], the first cells of a row; null: square"
+        views: PositiveInt = Field(1, description="number of ways to rename the ids in relabel_ids")
+        geometry: Literal["none", "flips", "dihedral"] = Field(
+            "none", description="transformations of the grid"
         )
-        seed: int = Field(0, ge=0, description="of the renamings")
+        grid: list[PositiveInt] | None = Field(
+            None, description="[rows, columns] of the grid; null: square"
+        )
+        seed: int = Field(0, ge=0, description="seed of the renamings")
         prefix: str = "puzzle"
 
     required_outputs = frozenset({"preds", "valid", "q_halt_logits"})
@@ -66,8 +71,8 @@ class ExactMatchEvaluator(Examiner):
         config, metadata = self.config, self.metadata
         if config.views > 1 and metadata.relabel_ids is None:
             raise UserError(
-                f"views={config.views}, but the corpus names no ids that may be renamed "
-                "(relabel_ids in its dataset.json); leave views out, or use geometry"
+                f"views={config.views}, but the corpus lists no ids that may be renamed "
+                "(relabel_ids in its dataset.json); omit views, or use geometry"
             )
         rng = np.random.default_rng(config.seed)
         plain = np.arange(metadata.vocab_size)
@@ -80,7 +85,7 @@ class ExactMatchEvaluator(Examiner):
         return [View(cells, names) for names in renamings for cells in self._geometry()]
 
     def _geometry(self) -> list[np.ndarray]:
-        """Return the orders of the cells, the first unchanged."""
+        """Return a permutation of the cells for each transformation, the identity first."""
         length, config = self.metadata.seq_len, self.config
         if config.geometry == "none":
             return [np.arange(length)]
@@ -92,7 +97,7 @@ class ExactMatchEvaluator(Examiner):
                             "grid=[rows, columns]")  # fmt: skip
         if config.geometry == "dihedral" and height != width:
             raise UserError(
-                f"geometry=dihedral turns the grid, but it has {height} rows and {width} columns; "
+                f"geometry=dihedral rotates grids, but these have {height} rows, {width} columns; "
                 "use geometry=flips"
             )
         cells = np.arange(height * width).reshape(height, width)
@@ -107,7 +112,9 @@ class ExactMatchEvaluator(Examiner):
         self.rows: list[dict[str, np.ndarray]] = []
 
     def update_batch(self, batch: Batch, preds: Batch) -> None:
-        """Collect rows. batch: inputs, labels (B, S), others by row; preds: (B, S)."""
+        """Collect rows. batch: inputs and labels (B, S), other arrays (B, ...); preds: preds (B,
+        S).
+        """
         valid = preds["valid"].cpu().numpy().astype(bool)
         row = {name: value.cpu().numpy()[valid] for name, value in batch.items()}
         row["preds"] = preds["preds"].cpu().numpy()[valid]
@@ -116,7 +123,7 @@ class ExactMatchEvaluator(Examiner):
         self.rows.append(row)
 
     def examine(self, model: LanguageModel, group: Any) -> None:
-        """Predict every view, and vote."""
+        """Predict every view and take the vote."""
         parts = [row for part in group.gather_objects(self.rows) for row in part]
         if not parts:
             return

@@ -1,14 +1,14 @@
-r"""Score tasks with choices by the probability that the model gives each of them.
+r"""Score multiple-choice tasks by the probability that the model assigns to each choice.
 
     evaluators=[{name: tasks@MultipleChoiceEvaluator, path: arc.jsonl, delimiter: "\nAnswer: "}]
 
-The kind of task follows from the file's keys:
+The keys in the file determine the kind of task:
 
-    question (or query), choices, answer (or gold)   which choice is likeliest after the question
-    context_options, continuation, answer            after which context the continuation is
-    sentence_good, sentence_bad                      whether the good sentence is likelier (BLiMP)
-    context, continuation                            whether each token is the likeliest (LAMBADA)
-    text                                             the same of its last word
+    question (or query), choices, answer (or gold)   which choice is most likely after the question
+    context_options, continuation, answer            which context best predicts the continuation
+    sentence_good, sentence_bad                      whether the good one is more likely (BLiMP)
+    context, continuation                            whether each token is the top one (LAMBADA)
+    text                                             the same for its last word
 """
 
 import math
@@ -32,10 +32,11 @@ ANSWER = ("answer", "gold", "label", "answerKey")
 
 
 class Item(NamedTuple):
-    """One example: (context, continuation) of each choice, and which is right.
+    """One example: (context, continuation) of each choice, and the index of the right one.
 
     lengths: characters of each choice, without the delimiter.
-    answer None: there is one pair, and every token of its continuation is to be the likeliest.
+    answer: None if there is one pair, which is right if each token of its continuation is the most
+    likely one.
     """
 
     pairs: list[tuple[str, str]]
@@ -52,31 +53,35 @@ class Item(NamedTuple):
 class MultipleChoiceEvaluator(Examiner):
     """Figures of one file, over all ranks, below <prefix>/<task>/:
 
-    accuracy            of the choice with the largest summed log-probability
-    accuracy_norm       … with the largest log-probability per character of the choice, which is
+    accuracy            share of examples whose right choice has the largest log-probability
+    accuracy_norm       the same with the log-probability per character of the choice, which is
                         `acc_norm` of lm-evaluation-harness
     stderr, stderr_norm their standard errors, sqrt(p(1 - p)/(n - 1))
-    chance              what guessing gives
-    perplexity          without choices: of the continuations, per continuation
-    examples            how many there are; `group_key` gives <group>/accuracy of each group too
+    chance              accuracy of guessing
+    perplexity          for tasks without choices: mean per continuation
+    examples            number of examples; with `group_key`, also <group>/accuracy of each group
 
-    Of several choices that are equally likely the first counts as chosen.
+    If several choices are equally likely, the first counts as chosen.
     """
 
     class Config(BaseModel, extra="forbid"):
-        path: str = Field(description="JSON lines, plain or compressed, here or remote")
-        task: str | None = Field(None, description="name in the figures; null: the file's")
+        path: str = Field(description="JSON lines, plain or compressed, local or remote")
+        task: str | None = Field(
+            None, description="name in the figures; null: the name of the file"
+        )
         delimiter: str = Field(
-            " ", description="between question and answer; its spaces only where there are none"
+            " ", description="text between question and answer; spaces are not doubled"
         )
         num_few_shot: int = Field(0, ge=0, description="solved examples before each question")
         few_shot_path: str | None = Field(
-            None, description="where they come from; null: the file itself, without the question"
+            None, description="file of solved examples; null: the others in `path`"
         )
-        limit: PositiveInt | None = Field(None, description="examples at most, spread evenly")
-        group_key: str | None = Field(None, description="key by which figures are split, e.g. UID")
+        limit: PositiveInt | None = Field(
+            None, description="maximum number of examples, spread evenly"
+        )
+        group_key: str | None = Field(None, description="key to group figures by, e.g. UID")
         identifier: str | None = Field(None, description="identifier embedding, by name")
-        seed: int = Field(0, ge=0, description="of the choice of solved examples")
+        seed: int = Field(0, ge=0, description="seed for drawing solved examples")
         prefix: str = "tasks"
 
     reads_rows = False
@@ -94,12 +99,12 @@ class MultipleChoiceEvaluator(Examiner):
         own = config.few_shot_path is None
         if config.num_few_shot > len(shots) - own:
             raise UserError(
-                f"num_few_shot={config.num_few_shot}, but there are {len(shots) - own} examples "
-                f"in {config.few_shot_path or config.path} to take them from"
+                f"num_few_shot={config.num_few_shot}, but only {len(shots) - own} examples are "
+                f"in {config.few_shot_path or config.path} available"
             )
         if config.num_few_shot and any(not context for context, _ in self.items[0].pairs):
             raise UserError(
-                f"num_few_shot={config.num_few_shot} means nothing for {config.path}, whose texts "
+                f"num_few_shot={config.num_few_shot} does not apply to {config.path}, whose texts "
                 "have no question before them; remove it"
             )
         chosen = pick_evenly(len(self.items), config.limit)
@@ -108,7 +113,7 @@ class MultipleChoiceEvaluator(Examiner):
         self.begin_eval()
 
     def _solved_before(self, number: int, shots: Sequence[Item], own: bool) -> str:
-        """Return the solved examples before an item, drawn for it alone."""
+        """Draw the solved examples that precede an item."""
         if not self.config.num_few_shot:
             return ""
         rng = np.random.default_rng((self.config.seed, number))
@@ -172,13 +177,13 @@ def _accuracy(suffix: str, right: np.ndarray) -> dict[str, float]:
 
 
 def read_item(where: str, record: dict[str, Any], config: MultipleChoiceEvaluator.Config) -> Item:
-    """Return one example of a file; raise UserError that says what is wrong with it."""
+    """Parse one example of a file. Raises UserError if it is invalid."""
     try:
         pairs, choices, answer = _pairs(record, config.delimiter)
         if not all(choice.strip() for choice in choices):
             raise UserError("a choice or continuation is empty")
         group = "" if config.group_key is None else str(_value(record, config.group_key))
-        group = group.replace("/", "_")  # it becomes a part of a figure's name
+        group = group.replace("/", "_")  # it becomes part of a metric's name
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return Item(pairs, [len(choice) for choice in choices], answer, group)
@@ -187,7 +192,9 @@ def read_item(where: str, record: dict[str, Any], config: MultipleChoiceEvaluato
 def _pairs(
     record: dict[str, Any], delimiter: str
 ) -> tuple[list[tuple[str, str]], list[str], int | None]:
-    """Return the pairs of an example, the choice in each of them, and which pair is right."""
+    """Return an example's (context, continuation) pairs, the choice in each, and the index of the
+    right pair.
+    """
     if "sentence_good" in record and "sentence_bad" in record:
         good, bad = (_text(record, key) for key in ("sentence_good", "sentence_bad"))
         return [("", good), ("", bad)], [good, bad], 0
@@ -210,14 +217,14 @@ def _pairs(
         begin -= text[:begin].endswith(" ")  # a space belongs to the word's token
         return [(text[:begin], text[begin:])], [text[begin:]], None
     raise UserError(
-        f"no kind of task has the keys {', '.join(sorted(record)[:10]) or 'of an empty object'}; "
-        "there are question, choices, answer; context_options, continuation, answer; "
+        f"no task format has the keys {', '.join(sorted(record)[:10]) or 'of an empty object'}; "
+        "known formats: question, choices, answer; context_options, continuation, answer; "
         "sentence_good, sentence_bad; context, continuation; and text"
     )
 
 
 def _joined(context: str, delimiter: str, continuation: str) -> tuple[str, str]:
-    """Join two texts with the delimiter, without spaces that one of them already has there."""
+    """Join two texts with the delimiter, without doubling spaces."""
     if continuation[:1].isspace() or (delimiter.isspace() and context[-1:].isspace()):
         delimiter = delimiter.rstrip(" \t")
     return context, delimiter + continuation
@@ -232,7 +239,7 @@ def _value(record: dict[str, Any], key: str) -> Any:
 def _text(record: dict[str, Any], key: str) -> str:
     value = _value(record, key)
     if not isinstance(value, str):
-        raise UserError(f"key {key!r} holds {value!r}, which is not a text")
+        raise UserError(f"key {key!r} holds {value!r}, which is not a string")
     return value
 
 
@@ -258,6 +265,6 @@ def _answer(record: dict[str, Any], choices: Sequence[str]) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices):
         return value
     raise UserError(
-        f"key {key!r} holds {value!r}; the right choice is named by its place (0 to "
+        f"key {key!r} holds {value!r}; give the right choice by its index (0 to "
         f"{len(choices) - 1}), its letter, its label or its text"
     )

@@ -12,13 +12,13 @@ from evaluators.interface import Batch, Summing
 
 
 class PerplexityEvaluator(Summing):
-    """Reduced over all ranks; padding and ignored labels never count.
+    """Perplexity over all ranks, without padding and ignored labels.
 
-    Reports <prefix>/perplexity, /nats_per_token, /bits_per_byte (nats / ln 2 / bytes of the text
-    that the scored tokens stand for: unknown tokens have the bytes that they replaced, and
-    end-of-document tokens cost nats but hold no bytes), the last two also as
-    /step_<k>/… by ACT step and /domain_<name>/…, and /unrefined/… where untrained refinement
-    passes changed the headline.
+    Reports <prefix>/perplexity, /nats_per_token, /bits_per_byte (nats / ln 2 / bytes of the scored
+    text: an unknown token counts the bytes that it replaced, an end-of-document token counts its
+    nats but no bytes). The last two are also reported by ACT step (/step_<k>/…), by domain
+    (/domain_<name>/…) and, if untrained refinement passes changed the result, without these
+    (/unrefined/…).
     """
 
     class Config(BaseModel, extra="forbid"):
@@ -33,9 +33,10 @@ class PerplexityEvaluator(Summing):
         self.begin_eval()
 
     def update_batch(self, batch: Batch, preds: Batch) -> None:
-        """Add a batch: labels (B, S), domain_ids (B,), scored_bytes (B,) where ids do not tell the
-        bytes of text. preds: token_nll (B, S) in nats, and where there are any
-        unrefined_token_nll (B, S), row_nll_by_step (B, steps)."""
+        """Add a batch: labels (B, S), domain_ids (B,), scored_bytes (B,) if the bytes cannot be
+        derived from the ids. preds: token_nll (B, S) in nats and, if available, unrefined_token_nll
+        (B, S) and row_nll_by_step (B, steps).
+        """
         labels = batch["labels"].cpu().numpy()
         scored = labels != IGNORE_LABEL_ID
         tokens = scored.sum(1)
@@ -43,7 +44,7 @@ class PerplexityEvaluator(Summing):
         if self.bytes_of is not None:
             size = np.where(scored, self.bytes_of[np.where(scored, labels, 0)], 0).sum(1)
         nats = _row_sums(preds["token_nll"])
-        if "scored_bytes" in batch:  # -1: of a corpus that has none
+        if "scored_bytes" in batch:  # -1: the corpus does not have it
             counted = batch["scored_bytes"].cpu().numpy()
             size = np.where(counted < 0, size, counted)
         self._add("", nats, tokens, size)

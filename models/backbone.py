@@ -1,4 +1,4 @@
-"""What all architectures share: embeddings, blocks, output head, and their options.
+"""The parts shared by all architectures: embeddings, blocks, output head, and their options.
 
 Shape letters: B rows, S tokens, P prefix positions, L = P + S, D hidden, V vocabulary.
 """
@@ -29,12 +29,12 @@ Batch = dict[str, Tensor]
 
 
 class BackboneConfig(BaseModel):
-    """Options of the blocks and embeddings, and the four sizes that the data decides."""
+    """Options of the blocks and embeddings, and the four sizes determined by the data."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    batch_size: int = Field(ge=1, description="rows of one forward")
-    seq_len: int = Field(ge=1, description="tokens of a row (S)")
+    batch_size: int = Field(ge=1, description="rows in a forward pass")
+    seq_len: int = Field(ge=1, description="tokens in a row (S)")
     vocab_size: int = Field(ge=1, description="highest token id + 1 (V)")
     num_puzzle_identifiers: int = Field(1, ge=1, description="rows of the identifier embedding")
 
@@ -43,10 +43,14 @@ class BackboneConfig(BaseModel):
     num_key_value_heads: int | None = Field(
         None, ge=1, description="key/value heads; null: num_heads // 2"
     )
-    expansion: float = Field(4.0, gt=0, description="feed-forward width is 2/3 of this times D")
-    causal: bool = Field(True, description="position t sees positions up to t only")
+    expansion: float = Field(
+        4.0, gt=0, description="the feed-forward width is 2/3 of expansion times D"
+    )
+    causal: bool = Field(True, description="position t sees only positions up to t")
     document_mask: bool = Field(True, description="attention stays inside a packed document")
-    norm_type: Literal["post", "pre"] = Field("post", description="RMS norm after or before")
+    norm_type: Literal["post", "pre"] = Field(
+        "post", description="RMS norm after or before each branch"
+    )
     pos_encodings: Literal["rope", "learned", "none"] = Field("rope", description="positions")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary wave lengths")
     rms_norm_eps: float = Field(1e-5, gt=0, description="added to the mean square")
@@ -54,8 +58,8 @@ class BackboneConfig(BaseModel):
     puzzle_emb_len: int = Field(
         0,
         ge=0,
-        description="prefix positions that it fills; 0: ceil(ndim / hidden_size)",
-        json_schema_extra={"on_resume": "fixed"},  # held rows have this many positions
+        description="prefix positions that it takes; 0: ceil(ndim / hidden_size)",
+        json_schema_extra={"on_resume": "fixed"},  # rows in progress have this many positions
     )
     forward_dtype: Literal["bfloat16", "float32", "float64"] = Field(
         "bfloat16", description="dtype of activations"
@@ -71,7 +75,7 @@ class BackboneConfig(BaseModel):
 
     @property
     def param_dtype(self) -> torch.dtype:
-        """Return the dtype of master weights: float32, or float64 for float64 activations."""
+        """Return the dtype of the master weights: float64 for float64 activations, else float32."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
@@ -84,7 +88,9 @@ class BackboneConfig(BaseModel):
 
     @property
     def prefix_len(self) -> int:
-        """Return P, the positions that the identifier embedding takes before the tokens."""
+        """Return P, the number of positions that the identifier embedding takes before the
+        tokens.
+        """
         if self.puzzle_emb_ndim == 0:
             return 0
         return self.puzzle_emb_len or math.ceil(self.puzzle_emb_ndim / self.hidden_size)
@@ -111,17 +117,17 @@ class BackboneConfig(BaseModel):
         if self.prefix_len * self.hidden_size < self.puzzle_emb_ndim:
             raise ValueError(
                 f"puzzle_emb_len={self.puzzle_emb_len} positions of hidden_size="
-                f"{self.hidden_size} cannot hold puzzle_emb_ndim={self.puzzle_emb_ndim}; raise "
-                "puzzle_emb_len, or set it to 0 to have it computed"
+                f"{self.hidden_size} cannot hold puzzle_emb_ndim={self.puzzle_emb_ndim}; increase "
+                "puzzle_emb_len, or set it to 0 to compute it"
             )
         return self
 
 
 class Backbone(nn.Module):
-    """Token and identifier embeddings, positions, output head. Names are TRM's.
+    """Token and identifier embeddings, positions and output head, with TRM's parameter names.
 
-    masked_attention: the kernel of attention; None: as `visible` decides.
-    block_type: what `make_block` makes.
+    masked_attention: the attention kernel; None: chosen by `visible`. block_type: the class that
+    `make_block` instantiates.
     """
 
     masked_attention: Kernel | None = None
@@ -178,19 +184,19 @@ class Backbone(nn.Module):
         return self.block_type(**sizes)
 
     def answer(self, x: Tensor, info: SequenceInfo, depth: int) -> Tensor:
-        """Return what the output head reads after this many ACT steps, or loops where there is one
-        step, from the start and without halting, (B, L, D). x: embedded positions (B, L, D).
+        """Return the input of the output head, (B, L, D), after `depth` ACT steps (or loops if
+        there is one step) from the start, without halting. x: embedded positions (B, L, D).
         """
         raise NotImplementedError
 
     def choose_attention(
         self, backend: Any, *, trial: bool = True, blocks: bool = True
     ) -> str | None:
-        """Set the kernel of attention to one that works on `backend`.
+        """Choose an attention kernel that works on `backend`.
 
         trial: run flex attention once before choosing it. blocks: whether `block_attention` may be
         chosen.
-        Returns why flex attention was not chosen on a device that has it; None otherwise.
+        Returns the reason if the device has flex attention but it was not chosen; otherwise None.
         """
         config = self.config
         self.masked_attention, reason = attention_kernel(
@@ -216,7 +222,7 @@ class Backbone(nn.Module):
         plain = torch.arange(prefix + length, device=data["inputs"].device).unsqueeze(0)
         if not self.masks_documents(data):
             return plain
-        # padding "starts" after the row; nothing attends to it, so any position will do
+        # padding "starts" after the row; nothing attends to it, so any position is fine
         starts = F.pad(data["document_starts"], (prefix, 0))
         return torch.where(plain < prefix, plain, (plain - starts).clamp_min(prefix))
 
@@ -225,7 +231,7 @@ class Backbone(nn.Module):
         return self.config.document_mask and "document_starts" in data
 
     def sequence_info(self, data: Batch) -> SequenceInfo:
-        """Return rotary factors and mask of a batch."""
+        """Return the rotary factors and the attention mask of a batch."""
         cos, sin = self.rotation(self.positions(data))
         prefix, causal, kernel = self.config.prefix_len, self.config.causal, self.masked_attention
         starts = data["document_starts"] if self.masks_documents(data) else None
@@ -236,7 +242,9 @@ class Backbone(nn.Module):
         return SequenceInfo(cos, sin, mask, causal, first_keys=first)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the rotary factors of positions (B or 1, L); (None, None) without them."""
+        """Return the rotary factors of positions (B or 1, L); (None, None) without rotary
+        positions.
+        """
         if self.config.pos_encodings != "rope":
             return None, None
         return self.rotary_emb(positions)
@@ -261,7 +269,7 @@ class Backbone(nn.Module):
     def add_positions(self, embedding: Tensor, positions: Tensor) -> Tensor:
         """Scale embeddings (B, L, D), after adding learned positions (B or 1, L) if configured."""
         if self.config.pos_encodings == "learned":
-            # the sum of two embeddings keeps the variance of one
+            # so that the sum of two embeddings has the variance of one
             embedding = math.sqrt(0.5) * (embedding + self.embed_pos(positions))
         return self.embed_scale * embedding
 

@@ -1,4 +1,4 @@
-"""What an architecture is, and what rows keep between its steps.
+"""The base class of architectures, and the state that rows carry between steps.
 
 Shape letters: B rows, S tokens, P prefix positions, D hidden.
 """
@@ -19,14 +19,14 @@ from models.layers import CastedEmbedding, SequenceInfo
 
 @dataclass
 class Carry:
-    """What rows keep between steps; the first axis of every tensor is rows.
+    """The state that rows carry between steps; the first axis of every tensor is rows.
 
-    latents: (B, P+S, D) each, in the forward dtype, without gradient; {} where nothing is carried.
-    steps: (B,) int32, steps that the row's present example has had.
-    halted: (B,) bool, the row takes the batch's example at the next training step.
-    current_data: the batch entries of the example that the row holds, all of them.
-    memory: (B, ...) each, of the loss; an architecture passes it on untouched.
-    info: in evaluation, positions and mask of the rows' data, which later steps share.
+    latents: (B, P+S, D) each, in the forward dtype, without gradient; {} if nothing is carried.
+    steps: (B,) int32, steps taken on the row's current example.
+    halted: (B,) bool, whether the row loads a new example at the next training step.
+    current_data: all batch entries of the row's current example.
+    memory: (B, ...) each, state of the loss terms; an architecture passes it on unchanged.
+    info: in evaluation, positions and mask of the rows, reused by later steps.
     """
 
     latents: dict[str, Tensor]
@@ -41,13 +41,14 @@ OptionsKey = tuple[tuple[str, int], ...]
 
 
 def options_key(options: Mapping[str, int]) -> OptionsKey:
-    """Return step options in a form that can be looked up; `dict` turns it back."""
+    """Return step options as a hashable key; `dict` converts it back."""
     return tuple(sorted(options.items()))
 
 
 class Outputs(dict[str, Tensor]):
-    """Outputs of a step by name. Where there is a `readout` (B, S, D), which the output head
-    reads, `logits` (B, S, V) are computed from it on first access."""
+    """Outputs of a step by name. `logits` (B, S, V) are computed on first access from `readout` (B,
+    S, D), the input of the output head, if the step returned that.
+    """
 
     def __init__(self, predict: Callable[[Tensor], Tensor], **values: Tensor):
         super().__init__(values)
@@ -61,13 +62,13 @@ class Outputs(dict[str, Tensor]):
 
 
 class Architecture(nn.Module):
-    """A model below `models.`, constructed with a dict of the options of its `Config`.
+    """Base of all models, constructed with a dict of the options of its `Config`.
 
-    An option that is unknown or does not fit the others raises `pydantic.ValidationError`, a
-    ValueError that names it.
+    An option that is unknown or conflicts with others raises `pydantic.ValidationError`, a
+    ValueError that names the option.
 
-    inner: the module that holds all weights. max_steps: a training row halts after this many steps
-    at the latest.
+    inner: the module that holds all weights. max_steps: a row halts after at most this many steps
+    in training.
     """
 
     Config: type[BackboneConfig]
@@ -75,19 +76,19 @@ class Architecture(nn.Module):
     inner: Backbone
     max_steps: int = 1
     min_steps: int = 1
-    """Training steps that a row takes at least."""
+    """Minimum number of training steps of a row."""
     row_depth: str | None = None
-    """Prefix of an evaluation's figures where each row has a depth of its own: act, budget."""
+    """Prefix of evaluation metrics if rows differ in depth: act or budget."""
 
     def blocks(self) -> list[nn.Module]:
-        """Return the modules whose matrices Muon trains. Default: the items of every
+        """Return the modules whose weight matrices Muon trains. Default: the items of every
         `nn.ModuleList`."""
         lists = [module for module in self.inner.modules() if isinstance(module, nn.ModuleList)]
         return [block for items in lists for block in items]
 
     def regions(self) -> list[tuple[nn.Module, str]]:
-        """Return what `torch.compile` compiles: modules and names of their methods. Default: the
-        forward pass of each block."""
+        """Return the modules and the names of their methods that `torch.compile` compiles. Default:
+        the forward pass of each block."""
         return [(block, "forward") for block in self.blocks()]
 
     def embeddings(self) -> set[str]:
@@ -104,51 +105,53 @@ class Architecture(nn.Module):
         return self.embeddings()
 
     def step_options(self, progress: float, rng: np.random.Generator) -> dict[str, int]:
-        """Return the options of a training step's forward pass: what chooses its program, such as
-        a number of loops. Default: none.
+        """Return the options of a training step's forward pass, such as a number of loops; each set
+        of options is a compiled program. Default: none.
 
         Called once per optimizer step; ranks and micro-batches get the same answer, and a resumed
-        run repeats it. progress: share of the run that is done before the step, 0..1. rng: a
-        generator of its own for each step.
+        run repeats it. progress: share of the run completed before the step, 0..1. rng: a separate
+        generator for each step.
         """
         return {}
 
     def eval_depth(self, progress: float = 1.0) -> int:
-        """Return the depth of every row in an evaluation: ACT steps, or loops where there is one
-        step. progress: of the training that led there. Default: `max_steps`."""
+        """Return the depth of every row in an evaluation: ACT steps, or loops if there is one step.
+        progress: share of training completed by then. Default: `max_steps`.
+        """
         return self.max_steps
 
     def row_options(
         self, progress: float, rng: np.random.Generator, rows: int
     ) -> dict[str, np.ndarray]:
-        """Draw what each row is given in a training step besides its example. Default: nothing.
+        """Draw additional inputs of each row for a training step. Default: none.
 
         The arrays are entries of `batch` for that step and never part of `current_data`.
 
         Args:
-            progress: share of the run that is done before the step, 0..1.
+            progress: share of the run completed before the step, 0..1.
             rng: generator of (seed, step), the same on all ranks.
-            rows: slots of all ranks.
+            rows: number of rows of all ranks.
         Returns:
             arrays by name, (rows,) each.
         """
         return {}
 
     def expected_steps(self, budget: int) -> float:
-        """Return the mean training steps of an example with this iteration budget, 0 for none; for
-        estimates of a run's length. Default: `max_steps`."""
+        """Return the mean number of training steps of an example with this iteration budget (0: no
+        budget), to estimate the length of a run. Default: `max_steps`.
+        """
         return float(self.max_steps)
 
     @property
     def takes_depth(self) -> bool:
-        """Whether the depth is an option of the forward pass, named so, and not ACT steps."""
+        """Whether `forward` takes the depth as an option called `depth`, instead of ACT steps."""
         return "depth" in inspect.signature(self.forward).parameters
 
     def option_sets(self) -> dict[OptionsKey, float]:
-        """Return the sets of step options that a run can meet, each with its share of the steps.
+        """Return the sets of step options that occur in a run, with each one's share of the steps.
 
-        They are found by asking along a run's progress; a set that is rarer than one draw in some
-        hundred may be missing.
+        They are sampled over the progress of a run, so sets rarer than about one in a hundred draws
+        may be missing.
         """
         rng = np.random.default_rng(0)
         draws = [
@@ -162,21 +165,21 @@ class Architecture(nn.Module):
     def fix_depth(
         cls, options: Mapping[str, Any], steps: int | None, refinement: int | None
     ) -> dict[str, Any]:
-        """Return the changes to `options` of the `Config` that make every row of an evaluation
-        run equally deep. Default: none; depth does not depend on the row.
+        """Return the changes to `options` of the `Config` that make every row of an evaluation run
+        to the same depth. Default: none; all rows have the same depth.
 
         steps: ACT steps; None: as configured. refinement: passes after them; None: as configured.
         """
         return {}
 
     def notes(self) -> list[str]:
-        """Return sentences that a user should read at the start of a run. Default: none."""
+        """Return messages to print at the start of a run. Default: none."""
         return []
 
     def initial_carry(self, batch: Batch) -> Carry:
-        """Return a carry in which every row is free, for batches of this one's shapes."""
+        """Return a carry with only free rows, for batches with the shapes of `batch`."""
         rows, device = len(batch["inputs"]), batch["inputs"].device
-        # a row that is held must not keep what was drawn for its first step
+        # a row in progress must not keep what was drawn for its first step
         drawn = self.row_options(0.0, np.random.default_rng(0), 1)
         return Carry(
             latents=self.empty_latents(batch),
@@ -192,13 +195,13 @@ class Architecture(nn.Module):
         return {}
 
     def fresh_latents(self) -> dict[str, Tensor]:
-        """Return what the latents of a row start from, (D,) each. Default: none."""
+        """Return the initial latents of a row, (D,) each. Default: none."""
         return {}
 
     def admit(self, carry: Carry, batch: Batch) -> Carry:
-        """Let the batch's examples into free rows; held rows keep all their own data.
+        """Load the batch's examples into free rows; rows in progress keep their data.
 
-        In evaluation a row that has halted after some steps is done, not free.
+        In evaluation a row that has halted is finished, not free.
         """
         free = carry.halted if self.training else carry.halted & (carry.steps == 0)
 
@@ -223,8 +226,8 @@ class Architecture(nn.Module):
     def forward(self, carry: Carry, batch: Batch, *_: Any, **options: Any) -> tuple[Carry, Batch]:
         """Take one step of every row; free rows first take their row of `batch`.
 
-        options: what `step_options` returned, in training.
-        Returns the new carry and outputs by name: readout (B, S, D) or logits (B, S, V), and what
-        else there is; see `Outputs`.
+        options: those returned by `step_options`, in training.
+        Returns the new carry and the outputs by name: readout (B, S, D) or logits (B, S, V), and
+        optional ones; see `Outputs`.
         """
         raise NotImplementedError

@@ -1,9 +1,9 @@
 """Attention on a CPU by matrix products over blocks of queries.
 
 The fused CPU kernel of `scaled_dot_product_attention` takes several times as long as its products
-would in bfloat16, and turns a boolean mask into numbers on each call. Here a block of queries meets
-only the keys between the first start of its documents and its own end, in one batched product for
-all rows and heads; probabilities are computed again in the backward pass.
+would in bfloat16, and converts a boolean mask on each call. Here each block of queries is
+multiplied only with the keys from the first start of its documents to its own end in one batched
+product for all rows and heads; probabilities are recomputed in the backward pass.
 
 Shape letters: B rows, L positions, N query heads, M key/value heads, G = N / M, K head size.
 """
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Queries of a block."""
+"""Number of queries in a block."""
 
 
 def first_keys(document_starts: Tensor | None, length: int, prefix: int) -> Tensor:
     """Return the first key that any query of each block may see, (ceil(length / BLOCK),) int64.
 
-    document_starts: (B, S), not decreasing along a row, S on padding; None: keys are seen from 0.
+    document_starts: (B, S), not decreasing along a row, S on padding; None: all keys from 0 are
+    visible.
     """
     blocks = -(-length // BLOCK)
     if document_starts is None or prefix:  # all positions see the prefix
@@ -33,15 +34,15 @@ def block_attention(
 ) -> Tensor:
     """Attend: query (B, N, L, K), key and value (B, M, L, K) -> (B, N, L, K).
 
-    mask: (B, 1, L, L), 0 where a query may attend to a key and -inf elsewhere; None: `causal` says
-    it all. first: of `first_keys`. causal: position i sees positions 0..i only.
+    mask: (B, 1, L, L), 0 where a query may attend to a key and -inf elsewhere; None: `causal` is
+    sufficient. first: the result of `first_keys`. causal: position i sees positions 0..i only.
     """
     out: Tensor = torch.ops.athena.block_attention(query, key, value, mask, first, causal)
     return out
 
 
 def _blocks(length: int, first: Tensor, causal: bool) -> list[tuple[slice, slice]]:
-    """Return the queries of each block, and the keys that they meet."""
+    """Return each block's slice of queries and slice of visible keys."""
     starts = first.numpy()
     return [
         (

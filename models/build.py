@@ -28,13 +28,12 @@ def create_model(
     highest: Mapping[str, int] | None = None,
     device: str | torch.device = "cpu",
 ) -> ACTLossHead:
-    """Build an architecture inside its loss head, with weights drawn from `seed` on the CPU.
+    """Build an architecture with its loss head, initialised from `seed` on the CPU.
 
-    highest: the highest value of each array per token that the corpora have beside the usual ones;
-    None: nothing is trained, do not ask the loss terms whether they fit.
-    device: "meta" to count a model without allocating it.
+    highest: the highest value of each additional per-token array of the corpora; None: nothing is
+    trained, so loss terms are not checked. device: "meta" to count a model without allocating it.
 
-    Raises UserError where the options fit neither each other nor the corpus.
+    Raises UserError if the options do not fit each other or the corpus.
     """
     sizes = dict(
         batch_size=batch_size,
@@ -50,7 +49,7 @@ def create_model(
             model = architecture(options | sizes)
     except ValidationError as error:
         messages = "; ".join(fault["msg"] for fault in error.errors())
-        raise UserError(f"arch and the corpus do not fit: {messages}") from None
+        raise UserError(f"arch does not fit the corpus: {messages}") from None
     for note in describe_unused(model):
         warnings.warn(note, stacklevel=2)
     head = load_class(arch.loss.name)(model, **arch.loss.options)
@@ -60,14 +59,14 @@ def create_model(
         if lacking := sorted(term.needs_data - highest.keys()):
             raise UserError(
                 f"arch.loss.terms.{term.name} needs {', '.join(f'{n}.npy' for n in lacking)} "
-                f"beside the corpus' other arrays; add it or set arch.loss.terms.{term.name}=null"
+                f"in the corpus; add it or set arch.loss.terms.{term.name}=null"
             )
         term.check(model.config, highest)
     return head
 
 
 def _with_terms_options(arch: ArchConfig, architecture: Any) -> dict[str, Any]:
-    """Return the options of the architecture with those that the loss terms need."""
+    """Return the options of the architecture, including those required by the loss terms."""
     options = arch.options
     for term in create_terms(arch.loss.options.get("terms") or {}):
         for name, value in term.arch_options.items():
@@ -88,23 +87,24 @@ def _with_terms_options(arch: ArchConfig, architecture: Any) -> dict[str, Any]:
 def load_into(
     model: nn.Module, weights: dict[str, Tensor], opened: Checkpoint | None = None
 ) -> None:
-    """Load weights by name. Raises UserError that names what does not fit.
+    """Load weights by name. Raises UserError with the names and shapes that do not match.
 
-    opened: where they come from; plug-ins that differ from its copies are named in a warning.
+    opened: the checkpoint that they come from; plug-ins that differ from its copies are named in
+    a warning.
     """
     changed = [] if opened is None else changed_plugins(opened.folder, model)
     own = model.state_dict()
     faults = [f"{name} is missing" for name in own if name not in weights]
     faults += [f"{name} is not part of this architecture" for name in weights if name not in own]
     faults += [
-        f"{name} is {tuple(weights[name].shape)} there and {tuple(own[name].shape)} here"
+        f"{name} is {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
         for name in own
         if name in weights and weights[name].shape != own[name].shape
     ]
     if faults:
         shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if faults[4:] else "")
         raise UserError(
-            f"the checkpoint is of another architecture: {shown}. Give the arch options that it "
+            f"the checkpoint has another architecture: {shown}. Set the arch options that it "
             "was trained with (its config.yaml has them)"
             + "".join(f"; or {file} has changed: its copy is {copy}" for file, copy in changed)
         )
@@ -119,10 +119,11 @@ def load_into(
 def match_identifiers(
     weights: dict[str, Tensor], old: Sequence[str] | None, new: Sequence[str]
 ) -> None:
-    """Reorder identifier embeddings by name; identifiers without an old row get the mean row.
+    """Reorder identifier embeddings by name; identifiers without an old row get the mean of all
+    rows.
 
-    old, new: names by row. Without old names (TRM's files) rows stay as they are if their number
-    matches; otherwise all become the mean.
+    old, new: names by row. Without old names (TRM's files) rows are kept if their number matches;
+    otherwise all are set to the mean.
     """
     name = "inner.puzzle_emb.weights"
     if name not in weights:

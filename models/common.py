@@ -8,10 +8,11 @@ import torch
 def trunc_normal_init_(
     tensor: torch.Tensor, std: float = 1.0, lower: float = -2.0, upper: float = 2.0
 ) -> torch.Tensor:
-    """Fill `tensor` in place from a normal distribution cut at `lower`, `upper` deviations.
+    """Fill `tensor` in place from a normal distribution truncated at `lower` and `upper`, in
+    standard deviations.
 
-    Unlike `torch.nn.init.trunc_normal_`, `std` is the deviation of the result: the cut narrows
-    the distribution and the scale makes up for it (as in JAX's default initialisers).
+    Unlike `torch.nn.init.trunc_normal_`, `std` is the standard deviation of the result: values are
+    scaled to compensate for the truncation (as in JAX's default initialisers).
     """
     if std == 0:
         return tensor.zero_() if not tensor.requires_grad else tensor.data.zero_()

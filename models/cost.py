@@ -1,8 +1,8 @@
-"""What a model costs before it runs: parameters, and FLOPs by tracing.
+"""Count a model's parameters, and its FLOPs by tracing, before it runs.
 
 FLOPs are those of matrix products and attention as `utils.backend.tracing` counts them. Attention
-counts the pairs of positions that a causal mask leaves; borders of documents are not subtracted.
-Nothing here knows an architecture: whatever a step or an answer runs is counted.
+counts the pairs of positions that a causal mask allows, ignoring document boundaries. Nothing here
+depends on the architecture: every operation of a step or an answer is counted.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ from utils.backend.tracing import Tracer
 @dataclass(frozen=True)
 class Parameters:
     """Numbers of elements. core: all parameters but embedding tables and the output head.
-    identifiers: of the identifier embedding, which has an optimizer of its own."""
+    identifiers: those of the identifier embedding, which has its own optimizer."""
 
     core: int
     embeddings: int
@@ -41,14 +41,15 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training step of one row (`seq_len` tokens and a prefix) costs.
+    """The cost of a training step of one row (`seq_len` tokens and a prefix).
 
     Attributes:
         passes: blocks run in the forward pass.
-        gradient_passes: those of them that carry gradient.
-        max_steps: training steps that a row takes at most.
-        row_train_flops: forward and backward, with what the losses run.
-        row_recomputed_flops: what gradient checkpointing repeats; no part of the former.
+        gradient_passes: the passes with gradient.
+        max_steps: maximum number of training steps of a row.
+        row_train_flops: forward and backward pass, including the losses.
+        row_recomputed_flops: FLOPs that gradient checkpointing repeats; not included in
+        row_train_flops.
     """
 
     parameters: Parameters
@@ -61,7 +62,7 @@ class Cost:
 
     @property
     def train_flops(self) -> float:
-        """Return the FLOPs of a training step for each token."""
+        """Return the FLOPs of a training step per token."""
         return self.row_train_flops / self.seq_len
 
 
@@ -88,10 +89,10 @@ def _elements(modules: Sequence[nn.Module]) -> int:
 
 
 def measure(head: ACTLossHead) -> dict[OptionsKey, Cost]:
-    """Count a training step, by step options, of a model that nothing else uses: its tensors, which
-    may lie on the meta device, become fake.
+    """Count the cost of a training step for each set of step options. The model's tensors, which
+    may be on the meta device, become fake, so it must not be used for anything else.
 
-    Raises Untraceable where a shape depends on values.
+    Raises Untraceable if a shape depends on values.
     """
     with trace(head) as tracer:
         batch = make_fake_batch(head.model, rows=1, widths=further_widths(head))
@@ -103,12 +104,12 @@ def measure(head: ACTLossHead) -> dict[OptionsKey, Cost]:
 
 
 def measure_mean(head: ACTLossHead) -> Cost:
-    """Count the mean step of a run; as `measure` otherwise."""
+    """Count the mean cost of a run's steps; see `measure`."""
     return mean_cost(head.model, measure(head))
 
 
 def mean_cost(model: Architecture, costs: Mapping[OptionsKey, Cost]) -> Cost:
-    """Return the mean over the steps of a run, by the shares of their options."""
+    """Return the mean cost over a run, weighted by each option set's share of the steps."""
     shares = model.option_sets()
 
     def mean(name: str) -> float:
@@ -126,7 +127,7 @@ def take_step(
     batch: dict[str, Tensor],
     options: OptionsKey = (),
 ) -> Cost:
-    """Trace a training step, forward and backward, and return what it costs."""
+    """Trace a training step, forward and backward, and return its cost."""
     flops, recomputed, rows = tracer.flops, tracer.recomputed, len(batch["inputs"])
     plain, graded = tracer.passes
     carry, loss, *_ = head.train()(return_keys=(), carry=carry, batch=batch, **dict(options))
@@ -144,9 +145,9 @@ def take_step(
 
 
 def evaluation_flops(model: Architecture, depth: int | None = None) -> float:
-    """Return the FLOPs of an answer and its logits for each token.
+    """Return the FLOPs of an answer and its logits per token.
 
-    model: as in `measure`. depth: None: that of an evaluation.
+    model: as in `measure`. depth: None for that of an evaluation.
     """
     inner: Any = model.inner
     depth = model.eval_depth() if depth is None else depth
@@ -158,8 +159,9 @@ def evaluation_flops(model: Architecture, depth: int | None = None) -> float:
 
 @contextmanager
 def trace(module: Architecture | ACTLossHead, kernel: Kernel = "unmasked") -> Iterator[Tracer]:
-    """Trace what runs inside the block. The tensors of `module`, a model or its loss head, become
-    fake. kernel: of attention under a document mask."""
+    """Trace the operations run in the `with` block. The tensors of `module`, a model or its loss
+    head, become fake. kernel: the attention kernel under a document mask.
+    """
     frozen = module.frozen_models() if isinstance(module, ACTLossHead) else []
     model: Architecture = module.model if isinstance(module, ACTLossHead) else module
     models: list[Any] = [model, *frozen]
@@ -178,7 +180,8 @@ def make_batch(
 ) -> dict[str, np.ndarray]:
     """Return a training batch of zeros, on the host.
 
-    documents: rows hold several documents. widths: numbers of a row in further arrays, by name.
+    documents: whether rows hold several documents. widths: row widths of additional arrays, by
+    name.
     """
     length = model.config.seq_len
     tokens = ["inputs", "labels", *(["document_starts"] if documents else [])]
@@ -192,11 +195,11 @@ def make_batch(
 
 
 def further_widths(head: ACTLossHead) -> dict[str, int]:
-    """Return the arrays that the loss terms need of the data, as wide as a row."""
+    """Return the additional arrays that the loss terms need, with their row widths."""
     return {name: head.model.config.seq_len for term in head.terms for name in term.needs_data}
 
 
 def make_fake_batch(model: Architecture, rows: int, **kinds: Any) -> dict[str, Tensor]:
-    """Return `make_batch` as tensors; inside a trace they are fake."""
+    """Return the result of `make_batch` as tensors, which are fake inside a trace."""
     batch = make_batch(model, rows, **kinds)
     return {name: torch.from_numpy(array).clone() for name, array in batch.items()}

@@ -1,8 +1,8 @@
-"""Flex attention: where masked attention runs through it, and its block mask.
+"""Flex attention: when masked attention uses it, and its block mask.
 
-On CUDA the fused kernels of `scaled_dot_product_attention` take no mask together with grouped
+On CUDA the fused kernels of `scaled_dot_product_attention` do not support a mask with grouped
 queries. Flex attention does, and skips the blocks that no query sees. Triton compiles it, which
-does not serve every card, dtype and head size: elsewhere masks are dense.
+does not support every GPU, dtype and head size: otherwise masks are dense.
 
 Shape letters: B rows, L = P + S positions, T blocks of positions.
 """
@@ -14,24 +14,27 @@ import torch
 from torch import Tensor
 
 Kernel = Literal["flex", "blocks", "dense", "unmasked"]
-"""`blocks`: see `models.block_attention`. `unmasked` ignores the borders of documents. Only tracing
-uses it: it takes the memory that the first two take, and fake tensors know it."""
+"""`blocks`: see `models.block_attention`. `unmasked` ignores the borders of documents. It is used
+only for tracing: it takes as much memory as the first two, and works on fake tensors.
+"""
 
 BLOCK = 128
-"""Positions of a block."""
+"""Number of positions in a block."""
 OLDEST = (8, 0)
-"""The lowest compute capability whose memory and instructions the kernel is written for."""
+"""The lowest supported compute capability."""
 NARROWEST = 16
-"""The smallest head size that it takes."""
+"""The smallest supported head size."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_SHAPES = 64  # of one function, compiled in a run
-# Below 128 positions Inductor would take its decoding kernel, which compiles for no more than 128
-# query positions times query heads per key head: 97 positions of grouped heads are too many.
+_SHAPES = 64  # that one function may be compiled for in a run
+# Below 128 positions Inductor would choose its decoding kernel, which supports at most 128 query
+# positions times query heads per key head; 97 positions of grouped heads are too many.
 _KERNEL_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 class Choice(NamedTuple):
-    """A kernel for masked attention, and why it is not flex attention where that was possible."""
+    """A kernel for masked attention, and the reason if flex attention was considered but not
+    chosen.
+    """
 
     kernel: Kernel
     reason: str | None = None
@@ -45,10 +48,10 @@ def attention_kernel(
     capability: tuple[int, int] = OLDEST,
     cannot_compile: str | None = None,
 ) -> Choice:
-    """Decide how attention runs; `flex` and `dense` concern document masks alone.
+    """Choose the attention kernel; `flex` and `dense` apply only to document masks.
 
-    capability: compute capability of the card. cannot_compile: why torch.compile does not work on
-    the device, None if it does.
+    capability: compute capability of the GPU. cannot_compile: the reason why torch.compile does not
+    work on the device; None if it works.
     """
     if device_type != "cuda":
         return Choice("blocks" if device_type == "cpu" and dtype == torch.bfloat16 else "dense")
@@ -58,17 +61,17 @@ def attention_kernel(
     elif capability < OLDEST:
         reason = "compute capability {}.{} is below {}.{}".format(*capability, *OLDEST)
     elif dtype not in DTYPES:
-        reason = f"it does not compute in {str(dtype).removeprefix('torch.')}"
+        reason = f"it does not support {str(dtype).removeprefix('torch.')}"
     elif head_size < NARROWEST:
         reason = f"heads of size {head_size} are narrower than {NARROWEST}"
     return Choice("flex") if reason is None else Choice("dense", reason)
 
 
 def block_mask(owner: Tensor, prefix: int, causal: bool) -> Any:
-    """Build the mask of `models.layers.visible` as flex attention takes it.
+    """Build the mask of `models.layers.visible` as a BlockMask for flex attention.
 
     owner: (B, L), equal for positions of one document, -1 on the prefix. Computed from the lowest
-    and highest owner of each block: nothing of the size of L x L is made.
+    and highest owner of each block, without allocating an L x L tensor.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -82,7 +85,9 @@ def block_mask(owner: Tensor, prefix: int, causal: bool) -> Any:
     padded = torch.cat((owner, owner[:, -1:].expand(-1, blocks * BLOCK - length)), dim=1)
     low, high = padded.view(rows, blocks, BLOCK).aminmax(dim=-1)
     documents = torch.where(positions < prefix, torch.iinfo(owner.dtype).max, padded)
-    lowest = documents.view(rows, blocks, BLOCK).amin(-1)  # of keys that not everybody sees
+    lowest = documents.view(rows, blocks, BLOCK).amin(
+        -1
+    )  # without the prefix, which all positions see
     first = positions[::BLOCK]
     opens, closes = first < prefix, first + BLOCK <= prefix  # begins, ends within the prefix
     inside = first + BLOCK <= length
@@ -113,7 +118,7 @@ def block_mask(owner: Tensor, prefix: int, causal: bool) -> Any:
 
 
 def raise_recompile_limit() -> None:
-    """Let torch compile more shapes than 8, after which it runs a function uncompiled for good."""
+    """Raise torch's limit of 8 compiled shapes, beyond which it runs a function uncompiled."""
     import torch._dynamo
 
     config: Any = torch._dynamo.config
@@ -135,7 +140,7 @@ def flex_attend(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=_KERNEL_OPTIONS,
     )
-    if torch.compiler.is_compiling():  # part of a region that is compiled as a whole
+    if torch.compiler.is_compiling():  # part of a larger compiled region
         from torch.nn.attention.flex_attention import flex_attention
 
         return flex_attention(query, key, value, **options)
@@ -145,9 +150,9 @@ def flex_attend(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
 def failure(
     device: torch.device, dtype: torch.dtype, heads: int, key_value_heads: int, head_size: int
 ) -> str | None:
-    """Return why a trial of flex attention, forward and backward, fails here; None if it works.
+    """Try flex attention, forward and backward; return the reason if it fails, else None.
 
-    Compilers, drivers and the memory of a card's multiprocessors differ in more than can be asked.
+    It depends on compilers, drivers and hardware limits that cannot all be queried.
     """
     length = 2 * BLOCK
     owner = torch.zeros(1, length, dtype=torch.int32, device=device)
@@ -158,7 +163,7 @@ def failure(
     try:
         with torch.enable_grad():
             flex_attend(query, key, value, block_mask(owner, 0, True)).sum().backward()
-    except Exception as error:  # of a compiler: anything
+    except Exception as error:  # compilers raise any type of exception
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"a trial failed ({type(error).__name__}: {' '.join(lines[:1])[:200]})"
     return None

@@ -1,4 +1,4 @@
-"""The blocks: linear maps, norm, rotary positions, attention, SwiGLU.
+"""The building blocks: linear layers, norm, rotary positions, attention, SwiGLU.
 
 Shape letters: B rows, L = P + S positions, D hidden, N query heads, M key/value heads, K head size.
 """
@@ -17,14 +17,14 @@ from models.flex import Kernel, block_mask, flex_attend
 
 
 class SequenceInfo(NamedTuple):
-    """What every block of one forward needs to know about positions.
+    """The position information that every block of a forward pass needs.
 
     cos, sin: (B or 1, L, 1, K) rotary factors, or None without rotary positions.
-    mask:     which keys a query may see (`visible`); None when `causal` says it all.
-    causal:   position i sees positions 0..i only.
-    cache:    keys and values of earlier forwards, in generation
+    mask:     which keys a query may see (`visible`); None if `causal` is sufficient.
+    causal:   position i sees only positions 0..i.
+    cache:    keys and values of earlier forward passes, in generation
               (`models/inference/key_value_cache.py`); each attention calls its `extend` once.
-    first_keys: of `models.block_attention`, where attention runs in blocks.
+    first_keys: see `models.block_attention`; set if attention runs in blocks.
     """
 
     cos: Tensor | None
@@ -35,26 +35,26 @@ class SequenceInfo(NamedTuple):
     first_keys: Tensor | None = None
 
     def begin_cycle(self) -> None:
-        """Mark that an outer cycle of a recursion begins, so that a cache may keep the last ones
-        only."""
+        """Mark the start of an outer cycle, so that a cache can keep only the last ones."""
         if self.cache is not None:
             self.cache.begin_cycle()
 
     def end_cycles(self) -> None:
-        """Mark that the last outer cycle has ended: what follows is no part of the recursion."""
+        """Mark the end of the last outer cycle; what follows is not part of the recursion."""
         if self.cache is not None:
             self.cache.end_cycles()
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return `x` in float32, or in float64 if it is already."""
+    """Convert `x` to float32, unless it is float64 already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def maybe_any(mask: Tensor) -> bool:
-    """Return whether any element is true; on XLA always True.
+    """Return whether any element is true; on XLA always return True.
 
-    Reading the value there would execute the graph so far, and programs must not depend on data.
+    Reading the value on XLA would execute the pending graph, and its programs must not depend on
+    data.
     """
     return mask.device.type == "xla" or bool(mask.any())
 
@@ -62,7 +62,7 @@ def maybe_any(mask: Tensor) -> bool:
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """Normalise x (..., D) by its root mean square (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-    Without weights; computed in at least float32. eps: added to the mean square.
+    Has no weights; computed in at least float32. eps: added to the mean square.
     """
     return F.rms_norm(at_least_float32(x), (x.shape[-1],), eps=eps).to(x.dtype)
 
@@ -75,7 +75,7 @@ def round_up(value: int, multiple: int) -> int:
 class CastedLinear(nn.Module):
     """Apply a linear map to (..., in_features), casting the weights to the dtype of the input.
 
-    The parameters keep their own precision. cast: the weight as `cast_once` keeps it.
+    The parameters keep their own precision. cast: the weight cast by `cast_once`.
     """
 
     cast: Tensor | None = None
@@ -96,9 +96,9 @@ class CastedLinear(nn.Module):
 
 @contextmanager
 def cast_once(blocks: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """Cast the weights of all `CastedLinear` in `blocks` once for all their uses inside.
+    """Cast the weights of all `CastedLinear` in `blocks` once for all uses within the context.
 
-    The gradients of those uses are summed in `dtype`, and reach the parameter as one.
+    The gradients of those uses are summed in `dtype` and added to the parameter together.
     """
     linears = {m for block in blocks for m in block.modules() if isinstance(m, CastedLinear)}
     try:
@@ -161,11 +161,11 @@ def visible(
     """Return the attention mask of rows that hold several documents.
 
     document_starts: (B, S) integers, equal for tokens of one document. All positions see the
-    prefix, which sees only itself, so that nothing passes between documents through it. kernel:
-    which attention uses the mask; None: flex attention on CUDA.
-    Returns (B, 1, P+S, P+S) bool, True where a query (third axis) may attend to a key (last axis);
-    for flex attention an equivalent BlockMask, which skips blocks that no query sees; for attention
-    in blocks the bfloat16 numbers that are added to scores, 0 and -inf.
+    prefix, which sees only itself, so that it passes no information between documents. kernel: the
+    attention that uses the mask; None: flex attention on CUDA. Returns (B, 1, P+S, P+S) bool, True
+    where a query (third axis) may attend to a key (last axis); for flex attention an equivalent
+    BlockMask, which skips blocks that no query sees; for block attention a bfloat16 mask to add to
+    the scores, 0 or -inf.
     """
     if kernel == "unmasked":
         return None
@@ -185,8 +185,8 @@ def visible(
 def attend(query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Tensor:
     """Attend: query (B, N, L, K), key and value (B, M, L, K) -> (B, N, L, K); N is a multiple of M.
 
-    Keys and values of a group are repeated in memory only for CUDA under a dense mask, where the
-    fused kernels need it and the alternative would materialise all scores.
+    Keys and values are repeated in memory for each query of a group only on CUDA with a dense mask:
+    the fused kernels require it, and without them all scores would be materialised.
     """
     if info.mask is not None and not isinstance(info.mask, Tensor):
         return flex_attend(query, key, value, info.mask)
@@ -252,7 +252,8 @@ class SwiGLU(nn.Module):
 def transposed(x: Tensor) -> Tensor:
     """Transpose (B, L, D) to (B, D, L).
 
-    Copied in bfloat16, where each product with a transposed operand would copy it anyway.
+    In bfloat16 the result is a contiguous copy, because each product with a transposed operand
+    would copy it anyway.
     """
     x = x.transpose(1, 2)
     return x.contiguous() if x.dtype == torch.bfloat16 else x
@@ -261,7 +262,7 @@ def transposed(x: Tensor) -> Tensor:
 class Block(nn.Module):
     """One transformer block: mix positions (by attention, or an MLP over them), then channels.
 
-    mixer_size: P + S where an MLP mixes positions; None for attention.
+    mixer_size: P + S if an MLP mixes positions; None for attention.
     """
 
     def __init__(
@@ -284,7 +285,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(hidden_size, expansion)
 
     def norm(self, x: Tensor) -> Tensor:
-        """Normalise x (..., D), before or after each branch as `norm_type` says."""
+        """Normalise x (..., D), before or after each branch, according to `norm_type`."""
         return rms_norm(x, self.eps)
 
     def forward(self, x: Tensor, info: SequenceInfo) -> Tensor:

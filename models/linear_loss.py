@@ -1,8 +1,8 @@
-"""The output head and the token loss as one, for a part of the tokens at a time.
+"""The output head fused with the token loss, computed in parts of the tokens.
 
-The logits (T, V) of a batch are its largest tensor. Here they never exist as a whole: each part of
-them gives its losses, its predictions, and, while it is still in the cache, its share of the
-gradients of hidden states and weight. The backward pass then only scales these.
+The logits (T, V) of a batch are its largest tensor, and here they never exist as a whole: each part
+of them yields its losses, its predictions and, while it is in the cache, its share of the gradients
+of hidden states and weight. The backward pass only scales these gradients.
 
 Shape letters: T tokens, D hidden, V vocabulary.
 """
@@ -18,17 +18,19 @@ from torch import Tensor
 from models.token_losses import LossType
 
 _PART_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
-"""Logits that exist at once, by type of device."""
+"""Number of logits that exist at once, by device type."""
 _CACHED_ELEMENTS = 1 << 18
-"""Logits that an uncompiled loss handles at once on a CPU: they stay in a core's cache."""
+"""Number of logits per part for an uncompiled loss on a CPU, so that they fit in a core's cache."""
 
 TokenTerm = Callable[[Tensor, Tensor], Tensor]
-"""A further loss per token, (T,), of logits (T, V) and labels (T,)."""
+"""An additional loss per token: (logits (T, V), labels (T,)) -> (T,)."""
 
 
 class LinearLoss(NamedTuple):
-    """total: Σ scale · loss over tokens, with a gradient for hidden states and weight. Without
-    one, per token (T,): nll in nats, preds, and the values of each further term."""
+    """The result of `linear_loss`. total: Σ scale · loss over tokens, with a gradient for hidden
+    states and weight. The others, (T,) each, have no gradient: nll in nats, preds, and the values
+    of each additional term.
+    """
 
     total: Tensor
     nll: Tensor
@@ -46,16 +48,16 @@ def linear_loss(
     terms: Sequence[tuple[float, TokenTerm]] = (),
     compiled: bool = False,
 ) -> LinearLoss:
-    """Return the losses of the logits hidden @ weight.T.
+    """Compute the losses of the logits hidden @ weight.T.
 
     The products run in the dtype of `hidden`, the loss in at least float32.
 
     Args:
         hidden: (T, D). weight: (V, D), any floating dtype.
-        labels: (T,) integers below V; tokens without a label have any, and the scale 0.
+        labels: (T,) integers below V; arbitrary for tokens without a label, whose scale is 0.
         scale: (T,), factor of each token's loss in the total; has no gradient.
-        terms: further losses with their factors, the same for all tokens.
-        compiled: run the loss of a part through torch.compile; not for further terms.
+        terms: additional losses with their factors, the same for all tokens.
+        compiled: run the loss of a part through torch.compile; does not apply to additional terms.
     """
     graded = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total, nll, preds, *values = _LinearLoss.apply(
@@ -88,7 +90,7 @@ class _LinearLoss(torch.autograd.Function):
             logits = F.linear(part, cast)
             found.append(
                 _losses(logits, labels[places], scale[places], loss_type, terms, compiled, graded)
-            )  # from here on `logits` are their gradient
+            )  # from here on `logits` contains the gradient
             if grad_hidden is not None:
                 grad_hidden[places] = logits @ cast
             if graded and ctx.needs_input_grad[1]:
@@ -115,7 +117,7 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _parts(tokens: int, width: int, elements: int | None) -> list[slice]:
-    """Cut tokens into equal parts of at most `elements` logits; one part without a limit."""
+    """Split tokens into equal parts of at most `elements` logits; None: one part."""
     most = tokens if elements is None else max(1, elements // width)
     count = max(1, -(-tokens // most))
     size = max(1, -(-tokens // count))
@@ -132,7 +134,8 @@ def _losses(
     graded: bool,
 ) -> tuple[Tensor, ...]:
     """Return (nll, preds, values of the terms), (T,) each; if `graded`, the gradient of the total
-    takes the place of the logits."""
+    overwrites the logits.
+    """
     rows = loss_type.rows
     if rows is None or terms:
         return _differentiate(logits, labels, scale, loss_type, terms, graded)
@@ -159,7 +162,7 @@ def _differentiate(
     terms: tuple[tuple[float, TokenTerm], ...],
     graded: bool,
 ) -> tuple[Tensor, ...]:
-    """Do what `_losses` does with any function, by autograd."""
+    """Compute the same as `_losses` for any function, by autograd."""
     preds = logits.argmax(-1)
     with torch.set_grad_enabled(graded):
         x = logits.detach().requires_grad_(graded)

@@ -29,7 +29,7 @@ class ACTLossConfig(BaseModel):
 
     loss_type: str = Field("stablemax_cross_entropy", description="one of " + ", ".join(LOSSES))
     terms: dict[str, dict[str, Any] | None] = Field(
-        {"halting": {}}, description="{name: {weight, option: value}}, null leaves a term out"
+        {"halting": {}}, description="{name: {weight, option: value}}, null removes a term"
     )
 
     @field_validator("loss_type")
@@ -44,25 +44,28 @@ class ACTLossHead(nn.Module):
     """The model with its loss: the token loss, averaged over each row's labels and summed over
     rows, plus weight × the sum over valid rows of each term.
 
-    Without `terms` it is TRM's loss: the halting term is always there, unless it is null. Rows
-    without a label enter neither loss nor metric.
+    The default is TRM's loss, because the halting term is included unless it is null. Rows without
+    a label do not count in loss or metrics.
     """
 
     Config = ACTLossConfig
     fused = True
-    """Whether output head and token loss run as one, without the logits of a whole batch, where
-    nothing else reads these."""
+    """Whether output head and token loss are fused, without materialising the logits of a whole
+    batch, if nothing else needs the logits.
+    """
     casts_once = True
-    """Whether a step casts the weights of blocks once for all their uses."""
+    """Whether a step casts the weights of the blocks once for all uses."""
     compiled = False
-    """Whether that loss runs through torch.compile."""
+    """Whether the fused loss runs through torch.compile."""
 
     def __init__(self, model: Architecture, loss_type: str, **options: Any):
         super().__init__()
         self.model = model
         self.config = ACTLossConfig(loss_type=loss_type, **options)
         self.loss_type = LOSSES[loss_type]
-        self.terms = create_terms(self.config.terms)  # not modules: they train nothing
+        self.terms = create_terms(
+            self.config.terms
+        )  # not modules, because they have no trained weights
         self._unused: dict[tuple[OptionsKey, frozenset[str]], list[str]] = {}
 
     @property
@@ -71,7 +74,7 @@ class ACTLossHead(nn.Module):
         return [t for t in self.terms if t.ready and (self.training or not t.training_only)]
 
     def prepare(self, load_base: LoadBase) -> None:
-        """Have every term load what it needs before training."""
+        """Load the models that the terms need, before training."""
         for term in self.terms:
             term.prepare(load_base, self.model.config)
 
@@ -80,14 +83,14 @@ class ACTLossHead(nn.Module):
         return [model for term in self.terms for model in term.models()]
 
     def initial_carry(self, batch: Batch) -> Carry:
-        """Return a carry in which every row is free, for batches of this one's shapes."""
+        """Return a carry with only free rows, for batches with the shapes of `batch`."""
         return self.begin(self.model.initial_carry(batch), most_steps=0)
 
     def begin(self, carry: Carry, most_steps: int) -> Carry:
-        """Return a carry of the model, which may come from a checkpoint, with the memory of the
-        terms: what was saved of it, the rest made again.
+        """Return the carry with the memory of the terms, restored from the checkpoint that the
+        carry comes from, if any, and otherwise recomputed.
 
-        most_steps: no row of it has had more steps.
+        most_steps: upper limit of the steps taken by its rows.
         """
         memory: Batch = {}
         for term in self.active_terms:
@@ -111,8 +114,8 @@ class ACTLossHead(nn.Module):
         `return_keys` that the step produced, and whether all rows have halted.
 
         Besides the model's outputs, `return_keys` may name preds (B, S), token_nll (B, S) in nats,
-        unrefined_token_nll, per row (B,) valid, steps, row_loss, row_accuracy, row_exact, what a
-        term gives (row_halt_target), and anything of the rows' own data.
+        unrefined_token_nll, per row (B,) valid, steps, row_loss, row_accuracy, row_exact, outputs
+        of terms (row_halt_target), and any of the rows' batch entries.
         """
         with self._cast_weights():
             carry, outputs = self.model(carry=carry, batch=batch, **options)
@@ -140,7 +143,7 @@ class ACTLossHead(nn.Module):
             if result.loss is not None:
                 rows = torch.where(seen.valid, result.loss, 0)
                 total = total + term.config.weight * rows.sum()
-            for name, metric in result.metrics.items():  # a term may be there twice
+            for name, metric in result.metrics.items():  # the same term may occur twice
                 metrics[name if name not in metrics else f"{term.name}_{name}"] = metric
             memory |= {f"{term.name}/{name}": v.detach() for name, v in result.memory.items()}
             found |= result.outputs
@@ -162,8 +165,8 @@ class ACTLossHead(nn.Module):
     ) -> tuple[Batch, Tensor, dict[str, Tensor]]:
         """Compare a step's outputs with labels (B, S).
 
-        Returns figures as `score` does, the token loss summed over rows, and the values of the
-        terms that it includes, (B, S) by name.
+        Returns the metrics of `score`, the token loss summed over rows, and the values of the terms
+        included in it, (B, S) by name.
         """
         terms = [term for term in self.active_terms if isinstance(term, TokenTerm)]
         others = [term for term in self.active_terms if term not in terms]
@@ -182,7 +185,7 @@ class ACTLossHead(nn.Module):
     def _score_readout(
         self, readout: Tensor, weight: Tensor, labels: Tensor, terms: Sequence[TokenTerm]
     ) -> LinearLoss:
-        """Compare what the output head reads, (B, S, D), with labels (B, S)."""
+        """Compare the predictions from the output head's input, (B, S, D), with labels (B, S)."""
         mask = labels != IGNORE_LABEL_ID
         wide = torch.promote_types(readout.dtype, torch.float32)
         scale = mask.to(wide) / mask.sum(-1, keepdim=True).clamp_min(1)
@@ -207,7 +210,7 @@ class ACTLossHead(nn.Module):
         return self._rows(logits.argmax(-1), token_nll, labels)
 
     def _rows(self, preds: Tensor, token_nll: Tensor, labels: Tensor) -> Batch:
-        """Return figures of rows. preds, token_nll: in the order of labels (B, S)."""
+        """Return the metrics per row. preds, token_nll: aligned with labels (B, S)."""
         mask = labels != IGNORE_LABEL_ID
         counts = mask.sum(-1)
         divisor = counts.clamp_min(1)
@@ -226,7 +229,9 @@ class ACTLossHead(nn.Module):
 
     @torch.no_grad()
     def score_at(self, batch: Batch, depth: int) -> Batch:
-        """Compare a batch's labels with the answer at this depth from the start; as `score`."""
+        """Compare a batch's labels with the answer at this depth, computed from the start; see
+        `score`.
+        """
         inner = self.model.inner
         answer = inner.answer(inner.embed(batch), inner.sequence_info(batch), depth)
         readout = answer[:, self.model.config.prefix_len :]
@@ -236,8 +241,8 @@ class ACTLossHead(nn.Module):
     def _use_all(self, total: Tensor, options: Mapping[str, int]) -> Tensor:
         """Return the loss with 0 times every trained parameter that the step does not use.
 
-        Such a parameter has gradient 0 then: with none at all DDP would raise, and weight decay
-        would skip it. Which they are is looked up once for each set of options.
+        Its gradient is then 0; without a gradient DDP would raise an error, and weight decay would
+        skip the parameter. The unused parameters are determined once for each set of options.
         """
         if not (self.training and total.requires_grad):
             return total
@@ -255,7 +260,7 @@ class ACTLossHead(nn.Module):
         if lacking := sorted(term.needs - given):
             raise UserError(
                 f"arch.loss.terms.{term.name} reads {', '.join(lacking)}, which "
-                f"{type(self.model).__name__} does not give; it gives {', '.join(seen.outputs)}"
+                f"{type(self.model).__name__} does not return; it returns {', '.join(seen.outputs)}"
             )
         start = f"{term.name}/"
         own = {
@@ -265,7 +270,7 @@ class ACTLossHead(nn.Module):
 
 
 def _leaves(loss: Tensor) -> set[int]:
-    """Return the ids of all tensors that a backward pass of `loss` gives a gradient."""
+    """Return the ids of all tensors that receive a gradient in the backward pass of `loss`."""
     found, seen, todo = set(), set(), [loss.grad_fn]
     while todo:
         node = todo.pop()
@@ -279,7 +284,7 @@ def _leaves(loss: Tensor) -> set[int]:
 
 
 def create_terms(configured: Mapping[str, Mapping[str, Any] | None]) -> list[Term]:
-    """Return the terms that `arch.loss.terms` names, the halting term among them unless null."""
+    """Create the terms in `arch.loss.terms`, including the halting term unless it is null."""
     terms = []
     named_terms: dict[str, Any] = {"halting": {}} | dict(configured)
     for name, options in named_terms.items():
@@ -291,8 +296,9 @@ def create_terms(configured: Mapping[str, Mapping[str, Any] | None]) -> list[Ter
 
 @torch.no_grad()
 def _metrics(seen: Seen, accuracy: Tensor) -> dict[str, Metric]:
-    """Return figures of the rows that have just halted, the token loss of all, and the mean norm
-    of a position of each latent."""
+    """Return the metrics of rows that halted in this step, the token loss of all rows, and the mean
+    norm per position of each latent.
+    """
     carry = seen.carry
     metrics = {
         "accuracy": seen.over_rows(accuracy, carry.halted),

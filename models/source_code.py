@@ -1,4 +1,4 @@
-"""The source of a model, Athena's and the plug-ins', to keep beside its weights."""
+"""Find the source files of a model, in Athena and in plug-ins, to store with its weights."""
 
 import ast
 import importlib.util
@@ -13,9 +13,9 @@ from utils.core.plugins import PACKAGE, plugin_folders, source_copy
 
 
 def source_files(objects: Iterable[object]) -> dict[str, Path]:
-    """Return the file of every module of the project that the classes of `objects` and the plug-ins
-    in use import, directly or through others, by its path as a package: `models/layers.py`,
-    `athena_plugins/banded.py`."""
+    """Return the files of all project modules that the classes of `objects` and the active plug-ins
+    import, directly or indirectly, by package path: `models/layers.py`, `athena_plugins/banded.py`.
+    """
     names = {cls.__module__ for item in objects for cls in type(item).__mro__}
     names |= {name for name in sys.modules if name.startswith(f"{PACKAGE}.")}
     found: dict[str, Path] = {}
@@ -45,7 +45,7 @@ def changed_plugins(checkpoint: Path, model: nn.Module) -> list[tuple[Path, Path
 
 
 def _imports(path: Path, package: str) -> list[str]:
-    """Return the names that a file imports, of modules or of what they define."""
+    """Return the names of the modules, or of their attributes, that a file imports."""
     names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -58,7 +58,7 @@ def _imports(path: Path, package: str) -> list[str]:
 
 
 def _file_of(name: str) -> Path | None:
-    """Return the file of a module of the project or of a plug-in; None for anything else."""
+    """Return the file of a module in the project or a plug-in; None for other modules."""
     first = name.partition(".")[0]
     top = PROJECT_ROOT / first
     loaded = sys.modules.get(name)
@@ -66,7 +66,7 @@ def _file_of(name: str) -> Path | None:
     if file is None and (first == PACKAGE or top.is_dir() or top.with_suffix(".py").is_file()):
         try:
             spec = importlib.util.find_spec(name)
-        except ModuleNotFoundError:  # a name within a module
+        except ModuleNotFoundError:  # an attribute of a module
             return None
         file = None if spec is None else spec.origin
     if file is None:

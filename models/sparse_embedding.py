@@ -1,10 +1,10 @@
 """The identifier embedding and its sign-SGD.
 
-Few of its rows are used in a step, so it is a buffer, not a parameter: clipping, EMA and the
-main optimizer do not see it. Each training forward leaves a pair (ids, looked-up rows); after the
+A step uses few of its rows, so it is a buffer, not a parameter: clipping, EMA and the main
+optimizer ignore it. Each training forward pass stores a pair (ids, looked-up rows); after the
 backward passes the optimizer sums the gradients by id over micro-batches and ranks, takes their
-sign, and updates the rows used. A sign makes a difference in the last bit a large one, so ranks do
-not compute the same sum each by itself: they add up their parts in one collective.
+sign, and updates the rows used. Because the sign amplifies differences in the last bit, the sum
+over ranks is computed once, by a collective, instead of by each rank separately.
 """
 
 from collections.abc import Callable, Iterable
@@ -42,10 +42,10 @@ class CastedSparseEmbedding(nn.Module):
 class SparseEmbeddingSignSGD(Optimizer):
     """Sign-SGD with decoupled weight decay on the rows used since the last step.
 
-    w ← w·(1 − lr·wd) − lr·sign(Σ gradients of w). A row whose gradient is all 0 was used by
-    ignored rows only and stays as it is. `all_gather` concatenates a tensor over ranks
-    (first axis), `all_reduce` sums it and gives all ranks the same bits; every rank must hold
-    equally many rows.
+    w ← w·(1 − lr·wd) − lr·sign(Σ gradients of w). A row whose gradient is 0 everywhere was used
+    only by ignored rows and is not changed. `all_gather` concatenates a tensor over ranks (first
+    axis), `all_reduce` sums it and gives all ranks the same bits; every rank must have the same
+    number of rows.
     """
 
     def __init__(
@@ -64,8 +64,9 @@ class SparseEmbeddingSignSGD(Optimizer):
 
     @torch.no_grad()
     def finite(self) -> Tensor:
-        """Return whether all gradients of this rank are finite, () bool. In `step` one that is not
-        would reach every row used."""
+        """Return whether all gradients of this rank are finite, () bool. Check this before `step`,
+        where a non-finite gradient would affect every row used.
+        """
         found = torch.ones((), dtype=torch.bool, device=self.embedding.weights.device)
         for _, rows in self.embedding.used:
             found = found & _gradient(rows).isfinite().all()
@@ -83,7 +84,7 @@ class SparseEmbeddingSignSGD(Optimizer):
         group = self.param_groups[0]
         old = self.embedding.weights[ids]
         new = old * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * total.sign()
-        # equal ids have equal sums, so it does not matter which of them is written last
+        # equal ids have equal sums, so the order of the writes does not matter
         self.embedding.weights[ids] = torch.where(total.ne(0).any(1, keepdim=True), new, old)
 
 
@@ -91,11 +92,11 @@ _MATRIX_ELEMENTS = 1 << 24
 
 
 def _sums_by_id(wanted: Tensor, ids: Tensor, grads: Tensor) -> Tensor:
-    """Sum, for each of the `wanted` ids (M,), the gradients (N, D) of equal `ids` (N,): (M, D).
+    """Return the sum of the gradients (N, D) of each of the `wanted` ids (M,), as (M, D).
 
-    How many ids differ depends on the data. Finding that out would make the host wait for the
-    device, and be another program to XLA; a product with the matrix of equal pairs has one shape,
-    and adds in a fixed order, which scattered additions on a GPU do not.
+    The number of distinct ids depends on the data: determining it would make the host wait for the
+    device and XLA compile another program. Multiplying by the matrix of equal pairs has a fixed
+    shape and, unlike scattered additions on a GPU, a fixed order of additions.
     """
     rows = max(1, _MATRIX_ELEMENTS // len(ids))
     parts = [(part.unsqueeze(1) == ids).to(grads.dtype) @ grads for part in wanted.split(rows)]

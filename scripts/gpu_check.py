@@ -4,9 +4,9 @@ r"""Check Athena on this machine's GPU: its numbers, restarts, speed and memory.
     python scripts/gpu_check.py curve resume --output results.jsonl
     python scripts/gpu_check.py --tiny
 
-Runs each part in its own process, in the order of --list, and stops one that exceeds its limit.
-Each result is printed and appended to a file of JSON lines as soon as it is known; `passed` is null
-for a measurement. Ends with status 1 if a check failed. Needs no network.
+Runs each part in its own process, in the order of --list, and stops parts that exceed their time
+limit. Each result is printed and appended to a JSON lines file as soon as it is known; `passed` is
+null for a measurement. Exits with status 1 if a check failed. Needs no network.
 """
 
 import importlib
@@ -43,7 +43,7 @@ PARTS = {
     "training": ("training@train_on_plays", 70),
     "memory": ("training@check_memory", 20),
 }
-"""module@function below scripts/gpu_checks, and a limit: seconds of SECONDS."""
+"""module@function in scripts/gpu_checks, and its share of SECONDS as time limit."""
 FAILED = 1  # exit status
 _NOT_SHOWN = ("part", "check", "passed", "trace", "text")
 
@@ -54,7 +54,7 @@ def load(part: str) -> Callable[[Any], None]:
 
 
 def format_result(record: dict[str, Any]) -> str:
-    """Return a result as a line, with its table below if it has one."""
+    """Format a result as a line, followed by its table if it has one."""
     sign = {True: "PASS", False: "FAIL", None: "    "}[record["passed"]]
     values = [
         f"{k.replace('_', ' ')} {format_value(v)}" for k, v in record.items() if k not in _NOT_SHOWN
@@ -77,7 +77,7 @@ def report(record: dict[str, Any], output: Path, printed: TextIO | None = None) 
 
 
 def run_here(part: str, args: Namespace) -> int:
-    """Run a part in this process; all but results is printed to standard error."""
+    """Run a part in this process; everything except results is printed to standard error."""
     printed = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -98,7 +98,7 @@ def run_here(part: str, args: Namespace) -> int:
 
 
 def run_part(part: str, limit: float, work: Path, args: Namespace) -> bool:
-    """Run a part in another process; return whether all of it passed."""
+    """Run a part in another process; return whether all its checks passed."""
     begun, log, status = time.monotonic(), work / f"{part}.log", None
     command = [sys.executable, __file__, part, "--here", str(work), "--output", str(args.output)]
     with log.open("w", encoding="utf-8") as errors:
@@ -110,12 +110,12 @@ def run_part(part: str, limit: float, work: Path, args: Namespace) -> bool:
             with suppress(subprocess.TimeoutExpired):
                 status = process.wait(limit)
         finally:
-            with suppress(ProcessLookupError):  # what the part started ends too
+            with suppress(ProcessLookupError):  # ends the processes that the part started, too
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     found: dict[str, Any] = {"seconds": round(time.monotonic() - begun, 1)}
     if status is None:
-        found["problem"] = f"ended after {limit:.0f} s, its limit; --seconds raises it"
+        found["problem"] = f"exceeded its limit of {limit:.0f} s; raise it with --seconds"
     elif status not in (0, FAILED):
         last = " | ".join(log.read_text("utf-8", errors="replace").splitlines()[-5:])
         found["problem"] = f"ended with status {status}: {last[-800:]}"
@@ -124,9 +124,9 @@ def run_part(part: str, limit: float, work: Path, args: Namespace) -> bool:
 
 
 def run(args: Namespace) -> int:
-    """Run the parts that are named; return the exit status."""
+    """Run the named parts; return the exit status."""
     if unknown := [part for part in args.parts if part not in PARTS]:
-        raise UserError(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+        raise UserError(f"unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}")
     if args.here is not None:
         return run_here(args.parts[0], args)
     limits = {part: seconds * args.seconds / SECONDS for part, (_, seconds) in PARTS.items()}
@@ -137,7 +137,7 @@ def run(args: Namespace) -> int:
     import torch
 
     if not args.tiny and not torch.cuda.is_available():
-        raise UserError("torch finds no CUDA device here; --tiny tries the checks on a CPU")
+        raise UserError("torch finds no CUDA device here; use --tiny to run the checks on a CPU")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     work, failed = Path(tempfile.mkdtemp(prefix="athena_gpu_check_")), []
     for part in (part for part in PARTS if part in (args.parts or PARTS)):
@@ -145,7 +145,7 @@ def run(args: Namespace) -> int:
             failed.append(part)
     print(f"results: {args.output}")
     if failed:
-        print(f"failed: {', '.join(failed)}; what they printed: {work}/*.log")
+        print(f"failed: {', '.join(failed)}; their output: {work}/*.log")
         return FAILED
     shutil.rmtree(work)
     return 0
@@ -160,8 +160,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", type=Path, default=Path("data/gpu_check.jsonl"), metavar="FILE",
         help="(default: data/gpu_check.jsonl)")  # fmt: skip
     add("--seconds", type=float, default=SECONDS, help="limit of all parts together, of which each "
-        f"has a share; raise it for a slower card (default: {SECONDS})")  # fmt: skip
-    add("--tiny", action="store_true", help="use small sizes, on a CPU too: does everything run?")
+        f"has a share; raise it for a slower GPU (default: {SECONDS})")  # fmt: skip
+    add(
+        "--tiny",
+        action="store_true",
+        help="use small sizes, also on a CPU, to test that everything runs",
+    )
     add("--here", type=Path, metavar="FOLDER", help=SUPPRESS)
     args = parser.parse_args(argv)
     if status := run_cli(lambda: run(args)):

@@ -1,15 +1,15 @@
-r"""Run EleutherAI's lm-evaluation-harness on Athena's models: its own command, with one more model.
+r"""Run EleutherAI's lm-evaluation-harness on Athena's models, with the harness' own command line.
 
     pip install -r requirements-eval.txt
     python scripts/lm_eval_athena.py --model athena \
         --model_args checkpoint=checkpoints/athena/mine --tasks lambada_openai --batch_size 16
 
-All arguments are lm_eval's. --model_args takes checkpoint (a checkpoint, or a run's folder: its
-newest), weights (ema | raw), steps (ACT steps per token), post_refinement_steps, identifier, and
-max_gen_toks (tokens of a continuation where the task does not say), and plugins (the directory of
-the model's own classes; several with : between them). Probabilities are those of the
-model's own loss. Before a text that has nothing before it stands a line break, because no label in
-training follows an end-of-document token. With --use_cache FILE an interrupted evaluation resumes.
+All arguments are lm_eval's. --model_args takes checkpoint (a checkpoint, or a run's folder for its
+newest one), weights (ema | raw), steps (ACT steps per token), post_refinement_steps, identifier,
+max_gen_toks (tokens of a continuation, unless the task sets it), and plugins (directories of the
+model's own classes, separated by colons). Probabilities are those of the model's own loss. The
+context of a text without one is a line break, because in training no label follows an
+end-of-document token. With --use_cache FILE an interrupted evaluation resumes.
 """
 
 import os
@@ -46,7 +46,7 @@ except ImportError as error:
 
 
 class ModelArguments(CommandKeys):
-    """What --model_args takes."""
+    """The options in --model_args."""
 
     checkpoint: Text
     weights: Literal["ema", "raw"] = "ema"
@@ -80,7 +80,7 @@ class AthenaLM(LM):
         except UserError as error:
             raise UserError(f"--model_args: {error}") from None
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("the harness asks one process alone: start it without torchrun")
+            raise UserError("the harness uses one process: start it without torchrun")
         backend = _backend(device or "auto")
         rows = _rows(batch_size)
         self.max_gen_toks, self.round = given.max_gen_toks, _ROUND * rows
@@ -104,7 +104,7 @@ class AthenaLM(LM):
         return f"{self.opened.folder}/tokenizer.json"
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what the results file records about the model."""
+        """Return the information about the model for the results file."""
         model = self.model.model
         state = self.opened.json("state.json")
         return {
@@ -117,10 +117,10 @@ class AthenaLM(LM):
         }
 
     def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-        raise UserError("Athena's models have no chat template: leave --apply_chat_template out")
+        raise UserError("Athena's models have no chat template: remove --apply_chat_template")
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return (log-probability of the continuation, whether it is the likeliest)."""
+        """Return (log-probability of the continuation, whether it is the most likely one)."""
         found: list[tuple[float, bool]] = []
         for texts in _rounds([request.args for request in requests], self.round):
             for pair, score in zip(
@@ -136,8 +136,9 @@ class AthenaLM(LM):
         return self.model.encode_pair(kept, context[len(kept) :] + continuation)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text, in the windows that the harness prescribes: one
-        after the other, each with a token before it."""
+        """Return the log-probability of each whole text, in the harness' own windows: consecutive,
+        each with one token of context.
+        """
         parts: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -158,7 +159,7 @@ class AthenaLM(LM):
         return totals
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Return a continuation of each request's text, which ends before its stop strings."""
+        """Return a continuation of each request's text, up to its stop strings."""
         found = [""] * len(requests)
         for options, numbers in _alike(requests):
             stop, how = _sampling(options, self.max_gen_toks)
@@ -172,7 +173,7 @@ class AthenaLM(LM):
 
 
 def _alike(requests: Any) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """Yield the numbers of requests that share their options."""
+    """Yield options, and the indices of the requests with these options."""
 
     def options(number: int) -> str:
         return repr(sorted(requests[number].args[1].items()))
@@ -190,7 +191,7 @@ def _backend(device: str) -> Backend:
     """Return the backend for the harness' --device: cuda, cuda:1, cpu, mps, xla."""
     kind, _, number = device.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
-        # the harness says cuda:0 where its user says nothing
+        # the harness passes cuda:0 by default
         print(f"note: no CUDA device for {device}; using another device", file=sys.stderr)
         kind = "auto"
     elif kind == "cuda" and number:
@@ -213,13 +214,14 @@ def _rows(batch_size: int | str) -> int:
 
 
 def _sampling(options: dict[str, Any], most_tokens: int) -> tuple[list[str], Sampling]:
-    """Return the harness' options as stop strings and ours; raise UserError for what is wrong
-    or not known here."""
+    """Convert the harness' options to stop strings and sampling options. Raises UserError for
+    unknown or invalid ones.
+    """
     try:
         kwargs = dict(normalize_gen_kwargs(options, most_tokens))
         stop = kwargs.pop("until")
         if not all(isinstance(text, str) for text in stop):
-            raise UserError(f"until={stop!r} must be texts")
+            raise UserError(f"until={stop!r} must be strings")
         if kwargs.pop("num_beams", 1) != 1:
             raise UserError("num_beams must be 1: beam search is not supported")
         temperature = kwargs.get("temperature", 1.0) if kwargs.pop("do_sample", False) else 0.0

@@ -1,4 +1,4 @@
-r"""Draw the curves of one or more runs, and print where they ended.
+r"""Plot the curves of one or more runs, and print their final figures.
 
     python scripts/plot_run.py checkpoints/athena/quickstart
     python scripts/plot_run.py checkpoints/athena/one checkpoints/athena/two --output both.png
@@ -20,7 +20,7 @@ from utils.monitoring.run_log import RunMetrics
 
 
 def summary(run: RunMetrics) -> str:
-    """Return the last figures of a run, in a few lines."""
+    """Format the final figures of a run in a few lines."""
     lines = [f"{run.folder}: {run.records[-1]['step']:,} optimizer steps"]
     if (loss := run.last("train/lm_loss")) is not None:
         lines.append(f"  training loss        {loss:.4f} nats per token")
@@ -35,7 +35,7 @@ def summary(run: RunMetrics) -> str:
 
 
 def draw(runs: Sequence[RunMetrics], output: Path, setting: str | None = None) -> None:
-    """Draw six panels, one line per run in each, to a PNG. setting: see `write_result`."""
+    """Plot six panels, with one line per run in each, to a PNG. setting: see `write_result`."""
     try:
         import matplotlib
     except ImportError:

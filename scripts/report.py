@@ -3,8 +3,8 @@ r"""Write one page about one or more runs: figures, curves, samples, config, and
     python scripts/report.py checkpoints/athena/quickstart
     python scripts/report.py checkpoints/athena/one checkpoints/athena/two --output both.html
 
-Reads what is in each run's folder: metrics.jsonl, and config.yaml, checkpoints and the files of
-evaluations where they are. The page is one HTML file that needs nothing else, no network either.
+Reads metrics.jsonl in each run's folder, and config.yaml, checkpoints and files of evaluations if
+they exist. The page is a single HTML file that works offline.
 """
 
 import argparse
@@ -27,7 +27,11 @@ from utils.core.console import command_parser, run_cli
 from utils.core.errors import UserError
 
 TEMPLATES = Path(__file__).resolve().parent / "report_page"
-FEW, MOST_SAMPLES, LONGEST = 5, 40, 2000  # samples shown at once, at all, characters of each
+FEW, MOST_SAMPLES, LONGEST = (
+    5,
+    40,
+    2000,
+)  # samples shown initially and in total, characters per sample
 LARGEST_PICTURE = 200_000  # bytes
 OF_ITS_OWN = {"run_name", "checkpoint_path"}  # keys that differ between any two runs
 
@@ -40,9 +44,9 @@ class Sample(NamedTuple):
 
 
 def open_runs(folders: Sequence[Path]) -> list[Run]:
-    """Return the runs, under different names."""
+    """Open the runs and give them unique names."""
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UserError(f"a run is named twice among {' '.join(map(str, folders))}; name each once")
+        raise UserError(f"a run occurs twice in {' '.join(map(str, folders))}; give each run once")
     runs = [Run(folder, number) for number, folder in enumerate(folders)]
     names = [run.name for run in runs]
     for run in runs:
@@ -51,11 +55,11 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
-# --- what the page says of a run as a whole --------------------------------------------------
+# --- overview of a run -----------------------------------------------------------------------
 
 
 def overview(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Return labels with one text per run; facts that no run has are left out."""
+    """Return labels with one text per run, omitting labels that no run has."""
     facts = [_facts(run) for run in runs]
     labels = dict.fromkeys(label for found in facts for label in found)
     return [(label, [found.get(label, "–") for found in facts]) for label in labels]
@@ -101,7 +105,7 @@ def _facts(run: Run) -> dict[str, str]:
     found["model FLOPs utilisation"] = f"{sum(shares) / len(shares):.1%}" if shares else None
     found["evaluations"] = str(len({r["step"] for r in run.evaluations}))
     if is_known(last, "train/nonfinite"):
-        found["updates skipped, not finite"] = figures.number(last["train/nonfinite"])
+        found["skipped non-finite updates"] = figures.number(last["train/nonfinite"])
     found["checkpoints"] = _checkpoints(run)
     return {label: text for label, text in found.items() if text}
 
@@ -139,13 +143,13 @@ def notes(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         last = run.training[-1] if run.training else {}
         if skipped := last.get("train/nonfinite"):
-            found.append(f"{run.name}: {skipped:,} updates were skipped, not finite.")
+            found.append(f"{run.name}: {skipped:,} updates were skipped: they were not finite.")
         if failed := run.last_evaluation.get("eval/evaluators_failed"):
             found.append(f"{run.name}: {failed} evaluator{'s' * (failed > 1)} failed in the last "
                          "evaluation; the figures are missing.")  # fmt: skip
         if run.abandoned:
             found.append(f"{run.name}: resumed from an older checkpoint; {len(run.abandoned)} log "
-                         "lines of steps that were trained again are omitted.")  # fmt: skip
+                         "lines of repeated steps are omitted.")  # fmt: skip
         if run.cut:
             found.append(f"{run.name}: the last line of its log is incomplete and omitted; the run "
                          "is in progress, or was interrupted.")  # fmt: skip
@@ -164,7 +168,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str | None]]]:
 
 
 def samples(runs: Sequence[Run]) -> list[Sample]:
-    """Return every prompt of the newest evaluations, with each run's text."""
+    """Return every prompt of the newest evaluations, with the text of each run."""
     written = [(run, run.samples()) for run in runs]
     found = []
     for key in dict.fromkeys(key for _, texts in written for key in texts):

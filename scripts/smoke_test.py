@@ -1,9 +1,10 @@
-r"""Check that everything works here, from text to a trained and evaluated tiny model.
+r"""Check that everything works on this machine, from text to a trained and evaluated tiny model.
 
     python scripts/smoke_test.py --run-training
     python scripts/smoke_test.py --run-training --dataset-name roneneldan/TinyStories
 
-Takes about a minute on a CPU. Without --run-training the model is only planned, not trained.
+Takes about a minute on a CPU. Without --run-training the cost of the model is printed, but it is
+not trained.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from utils.monitoring.run_log import RunMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT_BYTES = 300_000
-"""Text that is enough; more would only take longer."""
+"""Amount of text; more would only take longer."""
 TRAINING = """
     arch=athena_trm_tiny global_batch_size=16 epochs=null max_steps=30 lr=2e-3 lr_warmup_steps=8
     log_interval=5 eval_max_batches=3 checkpoint_interval=null resume=none run_name=smoke
@@ -38,7 +39,7 @@ TRAINING = """
 
 
 def write_text(output_dir: Path, dataset_name: str | None) -> Path:
-    """Write a file of JSON lines of about TEXT_BYTES, from the first source that is available."""
+    """Write a JSON lines file of about TEXT_BYTES bytes, from the first available source."""
     sources = {
         "the demo corpus": plays,
         "the documentation of the Python standard library": standard_library,
@@ -54,11 +55,11 @@ def write_text(output_dir: Path, dataset_name: str | None) -> Path:
             continue
         print(f"text: {size:,} bytes of {name}, in {path}")
         return path
-    raise UserError("this Python has no documentation in its standard library; give a data set")
+    raise UserError("this Python has no documentation in its standard library; use --dataset-name")
 
 
 class Unavailable(Exception):
-    """A source of text is not available; the message says why in a few words."""
+    """A source of text is not available; the message is the reason in a few words."""
 
 
 def _write_lines(path: Path, texts: Iterator[str]) -> int:
@@ -89,12 +90,12 @@ def download(name: str) -> Iterator[str]:
     try:
         rows = iter(load_dataset(path, configuration or None, split="train", streaming=True))
         first = next(rows)
-    except Exception as error:  # whatever the library, the network or the data set may raise
+    except Exception as error:  # the library, the network or the data set may raise anything
         lines = str(error).strip().splitlines() or [""]
         raise Unavailable(f"{type(error).__name__}: {lines[0][:100]}") from None
     texts = [key for key, value in first.items() if isinstance(value, str)]
     if not texts:
-        raise Unavailable("it has no column of text")
+        raise Unavailable("it has no text column")
     column = "text" if "text" in texts else texts[0]
     yield first[column]
     for row in rows:
@@ -148,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
     options = [*places, *TRAINING]
     if not args.run_training:
         call("pretrain.py", *options, "dry_run=true")
-        print(f"\nplanned, not trained (--run-training trains): the corpus is in {corpus}")
+        print(f"\nnot trained, because --run-training is not set; the corpus is in {corpus}")
         return
     shutil.rmtree(folder, ignore_errors=True)
     call("pretrain.py", *options)
@@ -171,9 +172,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see the top of this file."""
     parser = command_parser("python scripts/smoke_test.py", __doc__)
     add = parser.add_argument
-    add("--run-training", action="store_true", help="train and evaluate the model, in seconds")
+    add(
+        "--run-training",
+        action="store_true",
+        help="train and evaluate the model, which takes seconds",
+    )
     add("--dataset-name", metavar="NAME[:CONFIG]", help="data set to download (default: none)")
-    add("--tokenizer-json", type=Path, metavar="FILE", help="(default: one is trained)")
+    add("--tokenizer-json", type=Path, metavar="FILE", help="(default: train a new one)")
     add("--output-dir", type=Path, default=Path("data/smoke"), help="(default: data/smoke)")
     args = parser.parse_args(argv)
     run_cli(lambda: run(args))

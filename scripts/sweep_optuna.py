@@ -1,14 +1,14 @@
-r"""Search settings with Optuna: each trial is a training run, and poor ones stop early.
+r"""Search for settings with Optuna: each trial is a training run, and poor ones are stopped early.
 
     pip install -r requirements-sweep.txt
     python scripts/sweep_optuna.py trials=20 data_paths="[data/my_corpus]" \
         arch=athena_trm_small max_seconds=600 eval_interval=0.1 \
         'lr=tag(log, interval(1e-4, 1e-2))' 'arch.L_layers=range(1, 4)' optimizer=adamw,muon
 
-Keys are those of pretrain.py, and sweeps are written as Hydra writes them: choices `a,b`,
-`range(start, stop)`, `interval(low, high)`, `tag(log, interval(low, high))`. A trial that is worse
-at an evaluation than half of the earlier ones were there is ended (Optuna's MedianPruner), so give
-an eval_interval. The study is kept in folder=, and the same command continues it.
+Keys are those of pretrain.py, and ranges are written as in Hydra: choices `a,b`,
+`range(start, stop)`, `interval(low, high)`, `tag(log, interval(low, high))`. A trial is stopped if
+its evaluation is worse than the median of earlier trials at that step (Optuna's MedianPruner), so
+set eval_interval. The study is stored in folder=, and the same command continues it.
 """
 
 import json
@@ -53,24 +53,28 @@ except ImportError as error:
 
 
 class Options(CommandKeys):
-    """The keys besides those of pretrain.py."""
+    """The keys of this command, in addition to those of pretrain.py."""
 
-    trials: PositiveInt = Field(20, description="trials in all, over all calls")
+    trials: PositiveInt = Field(20, description="total number of trials, over all calls")
     folder: Path = Field(
         Path("checkpoints/sweeps/optuna"), description="folder of the study and its runs"
     )
-    config_dir: Path | None = Field(None, description="presets of your own, beside config/")
+    config_dir: Path | None = Field(
+        None, description="directory of your own presets, in addition to config/"
+    )
     metric: str | None = Field(
         None,
-        description="of a run's last evaluation, e.g. eval/all/accuracy; null: bits per "
-        "byte, exact accuracy or loss, whichever there is",
+        description="metric of the last evaluation, e.g. eval/all/accuracy; null: bits per "
+        "byte, exact accuracy or loss, whichever is logged",
     )
     direction: Literal["minimize", "maximize"] = Field("minimize", description="or maximize")
     launcher: str = Field(
-        sys.executable, description="of pretrain.py: 'torchrun --nproc-per-node 4'"
+        sys.executable, description="launcher of pretrain.py, e.g. 'torchrun --nproc-per-node 4'"
     )
     startup_trials: int = Field(5, ge=0, description="trials that are never stopped early")
-    search_seed: int = Field(0, ge=0, lt=2**32, description="of the search; seed= is the runs'")
+    search_seed: int = Field(
+        0, ge=0, lt=2**32, description="seed of the search; seed= is that of the runs"
+    )
 
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "pretrain.py"
@@ -86,18 +90,20 @@ def sweeps_and_fixed(arguments: Sequence[str]) -> tuple[list[Override], list[str
         raise UserError(str(error).splitlines()[0]) from None
     for override in overrides:
         if override.key_or_group in GIVEN_BY_TRIALS:
-            raise UserError(f"{override.key_or_group} is each trial's own: use folder=")
-    overrides = list({o.key_or_group: o for o in overrides}.values())  # the last word on a key
+            raise UserError(f"{override.key_or_group} is set for each trial: use folder=")
+    overrides = list(
+        {o.key_or_group: o for o in overrides}.values()
+    )  # the last override of a key wins
     varied = [override for override in overrides if override.is_sweep_override()]
     if not varied:
         raise UserError(
-            "no key is varied: give one a sweep, such as 'lr=tag(log, interval(1e-4, 1e-2))'"
+            "no key is varied: give a range for one, such as 'lr=tag(log, interval(1e-4, 1e-2))'"
         )
     return varied, [str(o.input_line) for o in overrides if not o.is_sweep_override()]
 
 
 def suggest(trial: optuna.Trial, override: Override) -> str:
-    """Return `key=value` with the value that the study suggests."""
+    """Return `key=value` with a value suggested by the study."""
     key, sweep = override.key_or_group, override.value()
     log = "log" in getattr(sweep, "tags", ())
     value: Any
@@ -118,7 +124,7 @@ def suggest(trial: optuna.Trial, override: Override) -> str:
 
 
 class Search:
-    """Runs trials; `objective` is what Optuna calls."""
+    """Runs trials; Optuna calls `objective`."""
 
     def __init__(self, args: Options, overrides: Sequence[str]):
         self.folder: Path = args.folder
@@ -135,7 +141,7 @@ class Search:
             self.presets = ["--config-dir", str(args.config_dir)]
         self.varied, self.fixed = sweeps_and_fixed(overrides)
         self.began = False
-        """Some trial came so far that it logged."""
+        """Whether any trial has logged metrics."""
         self.settings = {
             "keys": [str(o.input_line) for o in self.varied] + self.fixed,
             "metric": self.metric,
@@ -144,7 +150,7 @@ class Search:
         self._check_evaluated()
 
     def _check_evaluated(self) -> None:
-        """Raise UserError if trials would end without a figure, before one is trained."""
+        """Raise UserError, before training, if trials would end without an evaluation."""
         config = self._plausible()
         for name in ("lr_find", "dry_run", "eval_only"):
             if getattr(config, name):
@@ -152,20 +158,21 @@ class Search:
         loggers = [logger.name for logger in config.logger]
         if "jsonl" not in loggers:
             raise UserError(
-                f"logger=[{','.join(loggers)}] keeps no {METRICS}, which the search reads: "
+                f"logger=[{','.join(loggers)}] does not write {METRICS}, which the search reads: "
                 "add jsonl"
             )
         data = open_data(config)
         if data.test is None and not create_evaluators(config.evaluators, data):
             raise UserError(
                 f"data_paths={','.join(config.data_paths)} has no test split, or an empty one, so "
-                "nothing says how good a trial is: name corpora that have one in data_paths_test"
+                "trials cannot be evaluated: set data_paths_test to corpora that have one"
             )
 
     def _plausible(self) -> PretrainConfig:
-        """Return a config that a trial may have.
+        """Return a config that a trial may get.
 
-        Raises UserError if eight draws find none: a value that fits no other fails its own trials.
+        Raises UserError if eight draws give no valid config. Single invalid combinations only fail
+        their own trials.
         """
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         mistake = UserError("")
@@ -193,7 +200,7 @@ class Search:
         print(f"trial {trial.number}: {' '.join(chosen)}", flush=True)
         try:
             self._config(chosen)
-        except UserError as error:  # what was chosen does not go together
+        except UserError as error:  # the chosen values conflict
             print(f"  failed: {error}", flush=True)
             raise RuntimeError(str(error)) from None
         place = assignment("checkpoint_path", run)
@@ -212,22 +219,22 @@ class Search:
                         continue
                     trial.report(figure, step)
                     if process.poll() is None and trial.should_prune():
-                        print(f"  step {step}: {figure:.4f}, ended early", flush=True)
+                        print(f"  step {step}: {figure:.4f}, stopped early", flush=True)
                         raise optuna.TrialPruned
             finally:
                 status = _stop(process)
         self.began |= (run / METRICS).is_file() and (run / METRICS).stat().st_size > 0
-        if status not in (0, 3) and not self.began:  # a mistake that every trial would repeat
+        if status not in (0, 3) and not self.began:  # a mistake that would occur in every trial
             raise UserError(_last_line(log.name))
         if status == 0 and not evaluated:
             raise UserError(
-                f"trial {trial.number} was never evaluated, see {log.name}; eval_interval and "
-                "max_steps say when a run is"
+                f"trial {trial.number} was never evaluated, see {log.name}; check eval_interval "
+                "and max_steps"
             )
         if status not in (0, 3) or figure is None:
             diverged = evaluated and figure is None
             said = "the last evaluation is not finite" if diverged else _last_line(log.name)
-            said += f" (all of it in {log.name})"
+            said += f" (full output in {log.name})"
             print(f"  failed: {said}", flush=True)
             raise RuntimeError(said)
         print(f"  {figure:.4f}", flush=True)
@@ -236,12 +243,14 @@ class Search:
     def _evaluations(
         self, process: subprocess.Popen[bytes], run: Path
     ) -> Iterator[tuple[int, float | None]]:
-        """Yield (step, figure) of each evaluation as the run logs it; None: it was not finite."""
+        """Yield (step, figure) of each evaluation as the run logs it; figure: None if not
+        finite.
+        """
         done = 0
         while True:
             running = process.poll() is None
             evaluated: list[dict[str, Any]] = []
-            with suppress(UserError):  # nothing is written yet
+            with suppress(UserError):  # the log does not exist yet
                 metrics = RunMetrics(run)
                 evaluated = [r for r in metrics.records if any(k.startswith("eval/") for k in r)]
             if evaluated and self.metric is None:
@@ -249,7 +258,7 @@ class Search:
             for record in evaluated[done:]:
                 if self.metric not in record:
                     known = ", ".join(sorted(k for k in record if k.startswith("eval/")))
-                    raise UserError(f"metric={self.metric} was not evaluated; there are {known}")
+                    raise UserError(f"metric={self.metric} was not evaluated; available: {known}")
                 yield record["step"], record[self.metric]
             done = len(evaluated)
             if not running:
@@ -257,13 +266,14 @@ class Search:
             time.sleep(0.5)
 
     def _headline(self, metrics: RunMetrics) -> str:
-        """Return the metric to search by if none is given; raise UserError if direction= is not
-        that in which it is better."""
+        """Return the metric to search by if none is given. Raises UserError if `direction` is wrong
+        for it.
+        """
         assert metrics.headline is not None
         key, better = metrics.headline.key, metrics.headline.better
         if self.higher != (better == "higher"):
             direction = "maximize" if better == "higher" else "minimize"
-            raise UserError(f"of {key} {better} is better: use direction={direction}")
+            raise UserError(f"for {key}, {better} is better: use direction={direction}")
         return key
 
 
@@ -286,7 +296,7 @@ def _last_line(log: str) -> str:
 
 def run(arguments: Sequence[str]) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    words = [re.sub("^--seed\\b", "--search-seed", word) for word in arguments]  # as it was called
+    words = [re.sub("^--seed\\b", "--search-seed", word) for word in arguments]  # its earlier name
     args, overrides = split_key_values(Options, words)
     search = Search(args, overrides)
     with _disk_faults(args.folder):
@@ -296,7 +306,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _optimize(search: Search, args: Options) -> optuna.Study:
-    """Run the trials that are missing, and write trials.jsonl."""
+    """Run the remaining trials, and write trials.jsonl."""
     study = optuna.create_study(
         study_name=args.folder.name,
         storage=f"sqlite:///{args.folder / 'study.db'}",
@@ -309,14 +319,14 @@ def _optimize(search: Search, args: Options) -> optuna.Study:
     done = len(study.get_trials(deepcopy=False, states=over))
     before = study.user_attrs.get("search", search.settings)
     changed = [key for key in before if before[key] != search.settings[key]]
-    if changed and (done or "direction" in changed):  # else there is nothing to continue
+    if changed and (done or "direction" in changed):  # otherwise there is nothing to continue
         raise UserError(
-            f"{args.folder} holds a search with other {' and '.join(changed)} "
-            f"({'; '.join(str(before[key]) for key in changed)}): give those, or another folder="
+            f"{args.folder} contains a search with other {' and '.join(changed)} "
+            f"({'; '.join(str(before[key]) for key in changed)}): use those, or another folder="
         )
     study.set_user_attr("search", search.settings)
     if done:
-        print(f"continuing {args.folder}: {done} of {args.trials} trials are there")
+        print(f"continuing {args.folder}: {done} of {args.trials} trials are done")
     try:
         study.optimize(search.objective, n_trials=max(0, args.trials - done), catch=(RuntimeError,))
     finally:
@@ -326,7 +336,7 @@ def _optimize(search: Search, args: Options) -> optuna.Study:
 
 @contextmanager
 def _disk_faults(folder: Path) -> Iterator[None]:
-    """Turn a disk that refuses the study or a log into a UserError; optuna wraps SQLite's own."""
+    """Convert errors in writing the study or a log to a UserError; Optuna wraps those of SQLite."""
     try:
         yield
     except UserError:
@@ -339,7 +349,7 @@ def _disk_faults(folder: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"folder={folder} cannot be written: {getattr(fault, 'strerror', None) or fault}; "
-            "make room there, and the same command continues the search"
+            "free up space, then repeat the command to continue the search"
         ) from error
 
 
@@ -378,7 +388,7 @@ def _keys(trial: optuna.trial.FrozenTrial) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see the top of this file."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and the trial ends
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the trial, too
     run_command(Options, __doc__, run, argv)
 
 

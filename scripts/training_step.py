@@ -1,4 +1,4 @@
-"""A real training step on random tokens, and the time and memory it takes."""
+"""Run a real training step on random tokens, and measure its time and memory."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -28,9 +28,9 @@ def make_step(
     *,
     documents: bool = True,
 ) -> tuple[Callable[[], None], TrainState]:
-    """Return a function that takes one optimizer step on random tokens, and its state.
+    """Return a function that takes one optimizer step on random tokens, and the training state.
 
-    documents: attention runs under a document mask.
+    documents: whether attention uses a document mask.
     """
     rows = config.global_batch_size
     sizes = {"vocab_size": config.vocab_size or 1024, "seq_len": config.seq_len or 256}
@@ -40,7 +40,7 @@ def make_step(
         model = create_model(config.arch, metadata, batch_size=rows, seed=config.seed)
         return model.to(backend.device)
 
-    def load_base(*_: str) -> ACTLossHead:  # of random weights too
+    def load_base(*_: str) -> ACTLossHead:  # also with random weights
         base = build()
         cast_weights(base)
         return base
@@ -59,12 +59,12 @@ def make_step(
         for part in tokens.split(micro_rows)
     ]
     state.carries = [model.initial_carry(batch) for batch in batches]
-    # of the step that computes most, as far as the numbers tell
+    # approximately those of the most expensive step
     options = dict(max(model.model.option_sets(), key=lambda key: sum(n for _, n in key)))
 
     def step() -> None:
         moved = [{key: value.clone() for key, value in batch.items()} for batch in batches]
-        for i, batch in enumerate(moved):  # new tensors, as from a stream
+        for i, batch in enumerate(moved):  # new tensors, as in a stream
             carry, loss, *_ = model(return_keys=(), carry=state.carries[i], batch=batch, **options)
             state.carries[i] = carry
             (loss / rows).backward()
@@ -80,12 +80,13 @@ def make_step(
 def measure_step(
     config: PretrainConfig, micro_rows: int, backend: Backend
 ) -> tuple[dict[str, int], float]:
-    """Return the peak bytes of an optimizer step, by the parts of a `MemoryPlan`, and the
-    seconds of another step. Tokens are random, of `config.vocab_size` and `seq_len`."""
+    """Measure the peak bytes of an optimizer step, by the parts of a `MemoryPlan`, and the seconds
+    of another step. Tokens are random, according to `config.vocab_size` and `seq_len`.
+    """
     device = backend.device.type
     if device not in ("cpu", "cuda"):
         raise UserError(
-            f"memory cannot be measured on {device}; give device_type=cpu or device_type=cuda"
+            f"memory cannot be measured on {device}; use device_type=cpu or device_type=cuda"
         )
     step, state = make_step(config, backend, micro_rows)
     step()  # the optimizer allocates its moments
@@ -95,20 +96,22 @@ def measure_step(
         step()
         peak = torch.cuda.max_memory_allocated()
     else:
-        # The profiler misses the release of what was allocated before it started. In the second
-        # of two steps it has seen the allocation of all that is released.
+        # The profiler misses the release of tensors allocated before it started, so two steps are
+        # profiled: in the second it has seen every allocation.
         peak = sum(parts.values()) + measure_peak(lambda: (step(), step()))
     begun = time.perf_counter()
     step()
     seconds = time.perf_counter() - begun
-    # during a step rows exist twice, as held rows and as new ones
+    # during a step rows exist twice, as rows in progress and as new rows
     gradients = sum(p.nbytes for p in state.parameters)
     found = parts | {"gradients": gradients, "carry": latents + 2 * data}
     return found | {"activations": peak - sum(found.values())}, seconds
 
 
 def count_held(state: TrainState) -> tuple[dict[str, int], int, int]:
-    """Return the bytes kept between steps by part, those of latents, and those of rows' data."""
+    """Return the bytes kept between steps, by part, the bytes of latents, and the bytes of rows'
+    data.
+    """
     moments = (v for o in state.optimizers for s in o.state.values() for v in s.values())
     parts = {
         "weights": _bytes([*state.model.parameters(), *state.model.buffers()]),
@@ -127,13 +130,13 @@ def count_held(state: TrainState) -> tuple[dict[str, int], int, int]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the tensors' storages, each counted once."""
+    """Return the total bytes of the tensors' storages, counting each once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
 def measure_peak(fn: Callable[[], Any]) -> int:
-    """Return the peak bytes that `fn` allocates on the CPU, temporaries of kernels included."""
+    """Return the peak bytes that `fn` allocates on the CPU, including temporaries of kernels."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         fn()
     changes: list[tuple[int, int]] = []

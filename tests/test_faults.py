@@ -130,7 +130,7 @@ def test_a_folder_that_vanishes_comes_back(text_corpus, tmp_path):
     fault = f"at[18] = lambda *_: os.rename({str(run)!r}, {str(tmp_path / 'gone')!r})\n"
     code, out = run_with(fault, run, text_corpus, tmp_path)
     assert code == 0, out
-    assert f"{run / 'metrics.jsonl'} had vanished" in out
+    assert f"{run / 'metrics.jsonl'} was deleted" in out
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open(encoding="utf-8")]
     assert steps[0] == 18 and steps[-1] == 40
     contents(run / "step_40")

@@ -245,7 +245,7 @@ def test_a_sweep_finds_it_in_every_job(home, text_corpus, tmp_path):
 def test_transformers_loads_its_export(run, plugins, home, tmp_path, capsys):
     pytest.importorskip("transformers")
     export_hf.main([f"checkpoint={run}", plugins, f"output={tmp_path / 'exported'}"])
-    assert "logits are off by at most" in capsys.readouterr().out
+    assert "logits differ by at most" in capsys.readouterr().out
     assert (tmp_path / "exported" / "salt.py").is_file()
 
 

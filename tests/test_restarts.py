@@ -224,7 +224,7 @@ def test_an_evaluation_that_is_done_is_not_repeated(text_corpus, run_training, c
     assert "finished at step 20" in capsys.readouterr().out
     run_training(text_corpus, "run", *options, "max_steps=20")
     assert (run / "metrics.jsonl").read_text("utf-8") == lines
-    assert "nothing is left to train: the run is at step 20" in capsys.readouterr().out
+    assert "already finished at step 20" in capsys.readouterr().out
     evaluated = [json.loads(line)["step"] for line in lines.splitlines() if "eval/" in line]
     assert len(evaluated) == len(set(evaluated)) > 2
     # going back before it, the same evaluations come again

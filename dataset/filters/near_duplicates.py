@@ -35,9 +35,9 @@ EMPTY = np.uint64(2**64 - 1)
 BLOCK_TOKENS = 1 << 15
 """Tokens hashed at once, few enough to keep the intermediate arrays in cache."""
 BLOCK_DOCUMENTS = 1 << 10
-"""Signatures in memory at once, 896 bytes each."""
+"""Number of signatures in memory at once, which take 896 bytes each."""
 SORT_KEYS = 1 << 20
-"""Keys sorted at once, about 40 bytes each."""
+"""Number of keys sorted at once, which take about 40 bytes each."""
 
 KEY = np.dtype("<u8")
 

@@ -39,7 +39,7 @@ class _Document:
 
     @cached_property
     def word_ids(self) -> np.ndarray:
-        """(words,) int64: position of each word's first occurrence."""
+        """Position of each word's first occurrence, (words,) int64."""
         numbered = map(self._first.setdefault, self.words, count())
         return np.fromiter(numbered, np.int64, len(self.words))
 
@@ -51,12 +51,14 @@ class _Document:
 
     @cached_property
     def word_counts(self) -> np.ndarray:
-        """(words,) int64: number of occurrences of the word with each id."""
+        """Number of occurrences of each word, by id, (words,) int64."""
         return np.bincount(self.word_ids, minlength=len(self.words))
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """(words + 1,) int64: characters before each word; the last entry is the total."""
+        """Number of characters before each word, (words + 1,) int64; the last entry is the
+        total.
+        """
         offsets = np.zeros(len(self.words) + 1, np.int64)
         lengths = np.fromiter(map(len, self.words), np.int64, len(self.words))
         np.cumsum(lengths, out=offsets[1:])

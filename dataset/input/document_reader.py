@@ -25,7 +25,7 @@ MAGIC = {
     b"PAR1": "parquet",
 }
 MAX_LINE_BYTES = 1 << 30
-"""A longer line means that the file is not line-based at all."""
+"""Maximum length of a line; a file with longer lines is not line-based."""
 
 MAX_LISTED_SOURCES = 3
 
@@ -108,7 +108,7 @@ class DocumentReader:
         )
 
     def records(self, source: Source, skip: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the line numbers and JSON objects of one source, whatever their keys."""
+        """Yield the line numbers and JSON objects of one source, with any keys."""
         return self._parse_lines(source, skip, parse_json_object, skip_blank=True)
 
     def _parse_lines(
@@ -269,7 +269,7 @@ def _looks_like_utf16(start: bytes) -> bool:
 
 
 def decode_line(line: bytes, number: int) -> str:
-    """Decode a line without its line end; raise ValueError with a clause on what is wrong."""
+    """Decode a line without its line end. Raises ValueError, whose message is a clause."""
     return _strip_line_end(_decode(line, number))
 
 
@@ -298,7 +298,7 @@ def _describe_encoding_error(line: bytes, number: int, error: UnicodeDecodeError
 
 
 def parse_json_object(line: bytes, number: int) -> dict[str, Any]:
-    """Parse one line as a JSON object; raise ValueError with a clause on what is wrong."""
+    """Parse one line as a JSON object. Raises ValueError, whose message is a clause."""
     try:
         value = orjson.loads(line)
     except ValueError:

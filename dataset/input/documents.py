@@ -1,7 +1,7 @@
 """Read, filter, deduplicate and split the documents of a build, in batches.
 
-Everything here runs in reading order in one thread, so that what is skipped depends neither on
-batches nor on workers; the state after a batch is enough to resume from there.
+Everything here runs in reading order in one thread, so that the choice of skipped documents does
+not depend on batches or workers; the state after a batch is enough to resume from there.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """The text formats, by file extension or `--format`.
 
-A format of your own is a class in one file, given as `--format module@Class`, with the directory of
-the file in `--plugins`; `TextFormat` is what it provides.
+A user-defined format is a class in one file, given as `--format module@Class`, with the directory
+of the file in `--plugins`; `TextFormat` is its interface.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +25,9 @@ NAMES = tuple(dict.fromkeys(FORMATS.values()))
 
 
 class TextFormat(Protocol):
-    """A format outside the table, constructed without arguments.
+    """A user-defined format, constructed without arguments.
 
-    extensions: file extensions (`.srt`) of its files, without that of a compression.
+    extensions: file extensions of its files (`.srt`), without that of the compression.
     """
 
     extensions: Sequence[str]
@@ -37,9 +37,9 @@ class TextFormat(Protocol):
     ) -> Iterator[str | ValueError]:
         """Yield the documents of a file in order, the same ones in every call.
 
-        A record that cannot be used is yielded as a ValueError whose message is a clause on what is
-        wrong; `--max-bad-lines` decides what follows. `progress` takes the bytes read since its
-        last call; `read_lines(source, progress)` calls it, and decompresses.
+        An unusable record is yielded as a ValueError whose message describes the problem in a
+        clause; `--max-bad-lines` decides whether it is skipped. Call `progress` with the number of
+        bytes read since the last call; `read_lines(source, progress)` does so, and decompresses.
         """
         ...
 
@@ -49,7 +49,9 @@ def load_format(name: str) -> type[TextFormat]:
     found: Any = load_class(name, "dataset.input.")
     for attribute in ("extensions", "documents"):
         if not hasattr(found, attribute):
-            raise UserError(f"--format {name}: the class has no '{attribute}', so is not a format.")
+            raise UserError(
+                f"--format {name}: the class has no '{attribute}', so it is not a format."
+            )
     if isinstance(found.extensions, str) or not all(e.startswith(".") for e in found.extensions):
         raise UserError(
             f"--format {name}: extensions is {found.extensions!r}; write a list such as ['.srt']."
@@ -58,9 +60,9 @@ def load_format(name: str) -> type[TextFormat]:
 
 
 def extensions_with(given: str | None) -> dict[str, str]:
-    """Return the format of each file extension, those of the given `--format` included.
+    """Return the format of each file extension, including those of the given `--format`.
 
-    Raises UserError if that is neither in the table nor the name of a class.
+    Raises UserError if `given` is neither a known format nor the name of a class.
     """
     if given is None or given in NAMES:
         return FORMATS

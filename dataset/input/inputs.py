@@ -27,7 +27,7 @@ def plan_inputs(args: argparse.Namespace) -> tuple[list[Input], list[str]]:
     labels = _assign_labels(args.domain_labels, groups, extra_groups)
     if BLANK_IDENTIFIER in labels.values():
         raise UserError(
-            f"a domain cannot be named {BLANK_IDENTIFIER}, which is reserved for no domain; "
+            f"a domain cannot be named {BLANK_IDENTIFIER}, reserved for rows without a domain; "
             "choose another name with --domain-labels."
         )
     domains = {label: index for index, label in enumerate(dict.fromkeys(labels.values()))}
@@ -38,7 +38,7 @@ def plan_inputs(args: argparse.Namespace) -> tuple[list[Input], list[str]]:
 def _find_held_out(
     args: argparse.Namespace, sources: list[Source]
 ) -> tuple[set[Source], list[list[Source]]]:
-    """Return the held-out sources and, per argument, those that are not among the inputs."""
+    """Return all held-out sources and, for each argument, the ones that are not inputs."""
     by_path = {source.path.resolve(): source for source in sources if not source.is_stdin}
     held_out: set[Source] = set()
     extra_groups = []
@@ -47,7 +47,9 @@ def _find_held_out(
         matches = [
             source
             for source in named or sources
-            if not Path(pattern).is_file()  # else exactly that file, not others of the same name
+            if not Path(
+                pattern
+            ).is_file()  # otherwise exactly that file, not others of the same name
             and (
                 source in named
                 or fnmatch.fnmatchcase(source.path.name, pattern)
@@ -69,7 +71,7 @@ def _find_held_out(
 def _assign_labels(
     given: list[str] | None, groups: list[list[Source]], extra_groups: list[list[Source]]
 ) -> dict[Source, str]:
-    """Return the domain of each source: one label per argument or file, else the file's stem."""
+    """Return the domain of each source: the label of its argument or file, or the file's stem."""
     sources = [source for group in groups for source in group]
     extras = [source for group in extra_groups for source in group]
     labels = {source: source.label for source in sources + extras}

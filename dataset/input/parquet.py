@@ -90,7 +90,7 @@ def _check_column(source: Source, schema: Any, column: str) -> None:
 
 
 def _as_bytes(array: Any) -> Any:
-    """Cast an array of text, whatever its encoding, to an array of bytes or nulls."""
+    """Cast an array of text in any encoding to an array of bytes or nulls."""
     import pyarrow
 
     while True:

@@ -133,8 +133,8 @@ def split_name(path: Path, formats: Mapping[str, str]) -> tuple[str, str | None,
 def find_sources(arguments: list[str], given_format: str | None = None) -> list[list[Source]]:
     """Return a sorted list of sources for each command-line argument.
 
-    An argument is a local or remote file, glob or directory, or `-`. given_format: of files without
-    a known extension, and, if it is a class, of those with the class's extensions.
+    An argument is a local or remote file, glob or directory, or `-`. given_format: the format of
+    files without a known extension; if it is a class, also of files with the class's extensions.
     """
     formats = extensions_with(given_format)
     seen: dict[Path, str] = {}

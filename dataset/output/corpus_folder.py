@@ -107,11 +107,11 @@ def create_corpus(
     resume: bool = False,
     identity: dict[str, Any] | None = None,
 ) -> Iterator[BuildWorkspace]:
-    """Yield a workspace beside `output_dir`, with a journal, that replaces it on success.
+    """Yield a workspace next to `output_dir`, with a journal; on success it replaces `output_dir`.
 
     Everything up to the last commit of a `state` survives errors and crashes. With `resume`, such a
     build is continued if its `identity` is unchanged; without, an unfinished build is an error or,
-    with `overwrite`, is discarded. A build that commits no state leaves nothing behind.
+    with `overwrite`, is discarded. If a build commits no state, its directory is deleted.
     """
     identity = identity or {}
     target = resolve_output(output_dir)
@@ -207,7 +207,7 @@ def clear_leftovers(output_dir: Path) -> None:
 
 @contextmanager
 def _disk_faults(folder: Path) -> Iterator[None]:
-    """Turn errors of a full or read-only disk into a UserError."""
+    """Convert errors of a full or read-only disk to a UserError."""
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:

@@ -93,7 +93,7 @@ class _Documents:
     overlap: int
     lengths: Counter[int] = field(default_factory=Counter)
     unended: int = 0
-    _tail: np.ndarray | None = None  # (1, n), what the first tokens of a continuation equal
+    _tail: np.ndarray | None = None  # (1, n), the first tokens of a row that continues this one
     _length: int = 0  # of the token run that may continue in the next row
     _ends: bool = False  # whether the label of its last token is the run's eos
 
@@ -142,7 +142,7 @@ class _Documents:
 def count_real_tokens(inputs: np.ndarray, metadata: DatasetMetadata) -> np.ndarray:
     """Count the non-padding tokens of each row (n, S): (n,).
 
-    If padding equals eos, the first one of a row's trailing run is the end of the document.
+    If padding equals eos, the first token of the trailing run of eos is the end of the document.
     """
     if metadata.pad_id != metadata.eos_id:
         return (inputs != metadata.pad_id).sum(axis=1)

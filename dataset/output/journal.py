@@ -1,4 +1,4 @@
-"""Persistent state of a build: which documents it has seen, and its progress.
+"""The persistent state of a build: the documents it has seen, and its progress.
 
 Both live in one SQLite file and change atomically: after a crash, digests and progress always
 belong to the same commit. Digests are kept on disk, so memory does not grow with the number of
@@ -101,7 +101,7 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(value: dict[str, Any]) -> Any:
-    """Decode what `_encode` wrote."""
+    """Decode the output of `_encode`."""
     if value.keys() == {"dtype", "shape", "data"}:
         dtype = value["dtype"]  # a name, or a list of fields
         dtype = np.dtype(dtype if isinstance(dtype, str) else [tuple(field) for field in dtype])

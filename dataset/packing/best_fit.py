@@ -153,7 +153,7 @@ def fill_up(rows: list[_Row], width: int) -> list[_Row]:
 
 
 class _Rooms:
-    """Open rows indexed by free room; the tightest fit is found by a bit operation."""
+    """An index of open rows by free space; a bit operation finds the tightest fit."""
 
     def __init__(self, largest: int) -> None:
         self._rows: list[list[int]] = [[] for _ in range(largest + 1)]
@@ -164,7 +164,9 @@ class _Rooms:
         self._filled |= 1 << room
 
     def take(self, least: int) -> tuple[int, int]:
-        """Remove and return a row with the least room >= `least`, and that room; else (-1, 0)."""
+        """Remove the row with the least free space >= `least`; return it and its space, or (-1,
+        0).
+        """
         fitting = self._filled >> least
         if not fitting:
             return -1, 0

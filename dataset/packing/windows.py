@@ -48,7 +48,7 @@ class Rows:
     label_starts: np.ndarray
     """(n,) row position of the first label that may be scored"""
     label_bytes: np.ndarray | None = None
-    """(n,) bytes of text behind the scored labels, if tokens carry their bytes"""
+    """(n,) number of text bytes of the scored labels, if tokens store their bytes"""
 
     @property
     def input_lengths(self) -> np.ndarray:

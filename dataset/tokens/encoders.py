@@ -24,7 +24,7 @@ PIECE_CHARS = 1 << 12
 """Long texts are cut into pieces of about this size, which the library encodes 25% faster than
 whole chapters and distributes evenly over its threads."""
 PART_CHARS = 1 << 21
-"""Maximum text encoded at once, which bounds memory whatever the size of a document."""
+"""Maximum text encoded at once, which bounds memory for documents of any size."""
 # A single space or line feed between words, where GPT-2's pre-tokenizer always starts a token.
 _SAFE_CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
 

@@ -185,7 +185,7 @@ def _is_lossless(description: dict[str, Any], special: set[str], byte_lengths: n
 
 
 def _may_spell(description: dict[str, Any], special: set[str]) -> bool:
-    """Return whether some text may be encoded as one of these tokens, or not at all."""
+    """Return whether any text might be encoded as one of these tokens, or fail to be encoded."""
     model = description["model"]
     if model.get("type") != "BPE":
         return True

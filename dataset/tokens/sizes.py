@@ -1,4 +1,4 @@
-"""Token arrays of the builders: plain ids, or ids with the bytes of text they stand for.
+"""Token arrays of the builders: plain ids, or ids with their number of text bytes.
 
 If the ids determine the bytes, an array of tokens contains ids. Otherwise each element also carries
 its bytes, so that they stay with the token when it is packed, cut, spooled or saved.
@@ -22,7 +22,7 @@ def ids_of(tokens: np.ndarray) -> np.ndarray:
 
 
 def bytes_of(tokens: np.ndarray, byte_lengths: np.ndarray) -> np.ndarray:
-    """Return the bytes of tokens of either kind, of the same shape.
+    """Return the bytes of tokens of either kind, with the shape of `tokens`.
 
     Args:
         byte_lengths: (V,) bytes per id, used for plain ids; ids past the end count as the last.

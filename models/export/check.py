@@ -1,4 +1,4 @@
-"""Try out an exported folder with the installed transformers: load it, compare logits, generate."""
+"""Test an exported folder with the installed transformers: load it, compare logits, generate."""
 
 import atexit
 import math
@@ -19,24 +19,24 @@ from models.inference.generation import Decoder
 from models.inference.language_model import LanguageModel
 from utils.core.errors import UserError
 
-# Rounding stays far below this share of the logits; reading the wrong tokens exceeds it.
+# Rounding errors stay far below this share of the logits; attending to wrong tokens exceeds it.
 _TOLERANCE = 0.05
 _MODULES = "HF_MODULES_CACHE"
 
 
 class NotTried(Exception):
-    """The folder could not be tried out here, for a reason that is not the folder's fault."""
+    """The folder could not be tested here, for a reason unrelated to the folder."""
 
 
 @torch.no_grad()
 def try_out(model: LanguageModel, folder: Path) -> float:
-    """Return the largest difference between the model's logits after a random text and those that
+    """Return the largest difference between the model's logits for a random text and those that
     transformers computes with `folder`.
 
-    Uses one ACT step, because all of them may take minutes. Raises NotTried where transformers 5
-    cannot be imported or its caches cannot be written, and UserError where the installed version
-    fails to load the folder, computes something else, or generates something else, be it greedy or
-    sampled, with or without a cache.
+    Uses one ACT step, because all of them may take minutes. Raises NotTried if transformers 5
+    cannot be imported or its cache is not writable, and UserError if the installed version fails to
+    load the folder, computes other logits, or generates other tokens (greedy or sampled, with or
+    without a cache).
     """
     try:
         with _modules_in_a_temporary_folder():
@@ -51,7 +51,7 @@ def try_out(model: LanguageModel, folder: Path) -> float:
     def fault(what: str) -> UserError:
         return UserError(
             f"with transformers {transformers.__version__}, the exported model {what}; nothing was "
-            "written. Install a version that was tested: pip install -r requirements-export.txt "
+            "written. Install the tested version: pip install -r requirements-export.txt "
             "-c constraints.txt"
         )
 
@@ -60,19 +60,21 @@ def try_out(model: LanguageModel, folder: Path) -> float:
 
     try:
         off, largest = _difference(model, load())
-        if not math.isfinite(largest):  # the weights are at fault: any generation would fail
+        if not math.isfinite(largest):  # the weights are not finite, so any generation would fail
             return off
         if not off <= _TOLERANCE * largest:
-            raise fault(f"computes other logits, off by {off:.1e}")
-        # float64, so that texts computed in other shapes differ by rounding that is negligible
+            raise fault(f"computes wrong logits, off by {off:.1e}")
+        # float64, so that rounding differences between shapes are negligible
         wrong = _wrong_ways_to_generate(load(dtype=torch.float64), model.metadata.pad_id)
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:  # transformers' own have none
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # errors raised by transformers have no errno
             raise NotTried(
-                f"transformers has no place for its copy of the code: {_first_line(error)} "
-                f"({_MODULES} or TMPDIR names another)"
+                f"transformers cannot copy the model's code to its cache: {_first_line(error)} "
+                f"({_MODULES} or TMPDIR sets another directory)"
             ) from error
         raise fault(f"fails ({type(error).__name__}: {_first_line(error)})") from error
     if wrong:
@@ -86,8 +88,9 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _modules_in_a_temporary_folder() -> Iterator[None]:
-    """Have transformers, if it is imported here, copy the code of models to a temporary folder: the
-    user's cache may be read-only."""
+    """Make transformers, if it is first imported here, copy the code of models to a temporary
+    folder, because the user's cache may be read-only.
+    """
     if "transformers" in sys.modules or _MODULES in os.environ:
         yield
         return
@@ -100,7 +103,7 @@ def _modules_in_a_temporary_folder() -> Iterator[None]:
 
 
 def _difference(model: LanguageModel, exported: Any) -> tuple[float, float]:
-    """Return the largest difference of the logits after a random text, and the largest logit."""
+    """Return the largest difference of the logits for a random text, and the largest logit."""
     text = torch.randint(model.metadata.vocab_size, (min(16, model.window),)).tolist()
     identifiers = torch.tensor([model.identifier])
     own = Decoder(model.head, identifiers, 1, cached=False).begin([text])[0]
@@ -143,8 +146,9 @@ def _wrong_ways_to_generate(exported: Any, pad_id: int) -> str:
 
 
 def _follows(exported: Any, texts: list[Tensor], written: Tensor, found: Tensor) -> bool:
-    """Return whether the logits (B, n, V) of the tokens written after each text are those of a
-    forward pass over the whole."""
+    """Return whether the logits (B, n, V) of the tokens generated after each text equal those of
+    one forward pass over the whole text.
+    """
     if written.shape[1] == 0 or found.shape[:2] != written.shape:
         return False
     for text, tokens, logits in zip(texts, written, found, strict=True):

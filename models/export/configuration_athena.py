@@ -1,4 +1,4 @@
-"""What `transformers` has to know of an exported model: config.json."""
+"""The config.json of an exported model, for `transformers`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,9 @@ from transformers import PreTrainedConfig
 class AthenaConfig(PreTrainedConfig):
     """Config of `AthenaForCausalLM`.
 
-    arch: options of the architecture, as the model was trained with them. loss_type: the loss whose
-    probabilities the model has. steps: ACT steps of every token. identifiers: names of the rows of
-    the identifier embedding; default_identifier: the row for texts without one of their own.
+    arch: options of the architecture that the model was trained with. loss_type: the loss that
+    defines its probabilities. steps: ACT steps of every token. identifiers: names of the rows of
+    the identifier embedding; default_identifier: the row for texts without an identifier.
     """
 
     model_type = "athena"
@@ -30,7 +30,7 @@ class AthenaConfig(PreTrainedConfig):
         self.identifiers, self.default_identifier = list(identifiers), default_identifier
         super().__init__(**kwargs)
 
-    # None for a config without a model, which transformers makes to compare others with
+    # None for the default config that transformers creates for comparisons
 
     @property
     def vocab_size(self) -> int | None:
@@ -46,5 +46,5 @@ class AthenaConfig(PreTrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """The window: tokens of a text at most."""
+        """The window: the maximum number of tokens in a text."""
         return self.arch.get("seq_len")

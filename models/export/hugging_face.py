@@ -1,4 +1,4 @@
-"""A folder that `transformers` loads: weights, config, tokenizer, model card, and the source."""
+"""Write a folder that `transformers` loads: weights, config, tokenizer, model card, and source."""
 
 import json
 import shutil
@@ -19,9 +19,10 @@ _FILE = MODEL.rpartition(".")[2]
 
 
 def write_folder(model: LanguageModel, folder: Path, dtype: torch.dtype, weights: str) -> None:
-    """Write a model that was loaded with its weights as they are (`cast=False`), in `dtype`.
+    """Write a model in `dtype`.
 
-    folder: made here; it must not exist. weights: what these are, for the card.
+    It must have been loaded with `cast=False`. folder: created here; must not exist. weights:
+    description of the weights for the model card.
     """
     try:
         from safetensors import SafetensorError
@@ -42,9 +43,11 @@ def write_folder(model: LanguageModel, folder: Path, dtype: torch.dtype, weights
     tensors = folder / "model.safetensors"
     try:
         save_file(_tensors(model, dtype), tensors, metadata={"format": "pt"})
-    except SafetensorError as error:  # what it makes of a write that failed
+    except SafetensorError as error:  # raised for a failed write
         raise OSError(f"model.safetensors: {error}") from error
-    shutil.copymode(folder / "config.json", tensors)  # it is made for its owner alone
+    shutil.copymode(
+        folder / "config.json", tensors
+    )  # safetensors makes it readable by its owner only
 
 
 def _json(value: Any) -> str:
@@ -52,7 +55,7 @@ def _json(value: Any) -> str:
 
 
 def _tensors(model: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return tensors by Athena's names, which are TRM's; a tied output head is none of its own."""
+    """Return the tensors by Athena's names, which equal TRM's, without a tied output head."""
     return {
         name: value.to(dtype).contiguous()
         for name, value in model.model.state_dict().items()
@@ -62,7 +65,7 @@ def _tensors(model: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def config_of(model: LanguageModel, dtype: torch.dtype) -> dict[str, Any]:
     arch = model.config.model_dump(mode="json")
-    del arch["forward_dtype"]  # that of the weights, as everywhere in transformers
+    del arch["forward_dtype"]  # transformers computes in the dtype of the weights
     # for training alone
     arch |= {"batch_size": 1, "use_gradient_checkpointing": False}
     if "enable_reasoning_stream" in arch:
@@ -89,14 +92,14 @@ def generation_config(model: LanguageModel) -> dict[str, Any]:
     return {
         "eos_token_id": model.eos_id,
         "pad_token_id": model.metadata.pad_id,
-        # what generation without a prompt begins with
+        # the first token of generation without a prompt
         "bos_token_id": opening[0] if len(opening) == 1 else None,
         "suppress_tokens": model.never_written(),
     }
 
 
 def tokenizer_of(model: LanguageModel) -> dict[str, Any]:
-    """Return the tokenizer as the corpus was built: it adds no special token to a text."""
+    """Return the tokenizer's settings, under which it adds no special tokens, as in the corpus."""
     description = orjson.loads(model.tokenizer.tokenizer.to_str())
     if len(model.tokenizer.tokenizer.encode("a").ids) != len(model.encode("a")):
         description["post_processor"] = None
@@ -111,13 +114,13 @@ def tokenizer_config(model: LanguageModel) -> dict[str, Any]:
         "model_max_length": model.window,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # a text that spells one is text, as in the corpus
+        "split_special_tokens": True,  # spelled-out special tokens are plain text, as in the corpus
         "model_input_names": ["input_ids", "attention_mask"],
     }
 
 
 def card(model: LanguageModel, dtype: torch.dtype, weights: str) -> str:
-    """README.md of the folder."""
+    """Return the model card, the README.md of the folder."""
     opened = model.checkpoint
     assert opened is not None
     run = yaml.safe_load(opened.text("config.yaml"))
@@ -152,7 +155,7 @@ def card(model: LanguageModel, dtype: torch.dtype, weights: str) -> str:
 
 
 def _optimizer(run: dict[str, Any]) -> str:
-    """Return the optimizer and its settings, as far as the config of the run has them."""
+    """Describe the optimizer and its settings, as far as the run's config contains them."""
     settings = {
         "learning rate": "lr", "decay": "weight_decay", "beta1": "beta1", "beta2": "beta2",
     }  # fmt: skip
@@ -161,8 +164,10 @@ def _optimizer(run: dict[str, Any]) -> str:
 
 
 def _steps(state: dict[str, Any]) -> str:
-    """Return the optimizer steps of a checkpoint and their rows, for a run whose global_batch_size
-    changed as well: of the earlier steps it has their number and the sum of their rows."""
+    """Describe the number of optimizer steps and of rows per step, also for a run whose
+    global_batch_size changed: the checkpoint stores the number of earlier steps and the sum of
+    their rows.
+    """
     stream, step = state["stream"], state["counters"]["step"]
     earlier, rows = stream.get("other_sizes", (0, 0))
     if not earlier:
@@ -176,7 +181,7 @@ def _steps(state: dict[str, Any]) -> str:
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-license: unknown  # of the weights: name one before you publish them
+license: unknown  # license of the weights: choose one before publishing them
 ---
 
 # A recursive-reasoning language model
@@ -190,7 +195,7 @@ latent streams before each prediction.
 
 ## Use
 
-It needs torch and transformers 5 (with pydantic), and runs the Python files of this folder:
+Requires torch, transformers 5 and pydantic, and runs the Python files in this folder:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -204,20 +209,19 @@ write = pipeline("text-generation", model=folder, trust_remote_code=True)
 print(write("Once upon", max_new_tokens=50))
 ```
 
-- `steps=N`, to `generate` and to the model itself: ACT steps of a token, {steps} if not given.
+- `steps=N`, for `generate` and for the model's forward pass: ACT steps per token (default {steps}).
 - Softmax of the logits gives the probabilities of the loss that the model was trained with.
 - Keys and values are kept for every pass of the recursion: {megabytes} MB for a text of the whole
-  window. `generate` ends where the window does; a longer prompt is an error.
-- The tokenizer reads `<|eos|>` and its like in a text as the characters that they are, as in
-  training; `split_special_tokens=False` changes that. It pads on the left.
-- With `labels` the loss is the mean nats of each next token after the last step. That trains the
-  weights further, but not as they were trained before.
-{identifiers}
+  window. `generate` stops at the end of the window; a longer prompt is an error.
+- The tokenizer treats `<|eos|>` and other special tokens in a text as plain characters, as in
+training, unless `split_special_tokens=False`. It pads on the left.
+- With `labels` the loss is the mean nats per next token after the last step. You can fine-tune with
+it, but it is not the objective of pretraining. {identifiers}
 ## Licence
 
-Of the Python files: Apache-2.0. Of the weights: not yet chosen.
+The Python files: Apache-2.0. The weights: not yet chosen.
 """
 
-_IDENTIFIERS = """- `puzzle_identifiers="name"` tells the kind of text: {names}; if not given,
-  `{default}`.
+_IDENTIFIERS = """- `puzzle_identifiers="name"` sets the kind of text, one of {names} (default
+`{default}`).
 """

@@ -1,6 +1,6 @@
 """An Athena model for `transformers`: AutoModelForCausalLM, generate, pipeline.
 
-The layers are Athena's own files; this one places texts in them as `transformers` hands them over.
+The layers are Athena's own files; this one adapts them to the interface of `transformers`.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ _CACHE_FIELD = next(
 
 
 class RecursionCache(DynamicCache):
-    """Keys and values of earlier tokens, with every pass of the recursion as a layer of its own.
+    """Keys and values of earlier tokens, where every pass of the recursion is a separate layer.
 
-    Each pass attends to what the same pass computed for earlier tokens: nothing is approximated.
-    Its length is that of the text; the prefix of the identifier is kept besides.
+    Each pass attends to the keys and values of the same pass, so the result is exact. The cache's
+    length is that of the text; the identifier's prefix is stored separately.
     """
 
     def __init__(self, prefix: int, steps: int):
@@ -43,7 +43,7 @@ class RecursionCache(DynamicCache):
         return max(0, super().get_seq_length(layer_idx) - self.prefix)
 
     def begin(self) -> None:
-        """Prepare for a forward; call it before each."""
+        """Prepare for a forward pass. Call this before each one."""
         self.passes = 0
 
     def begin_cycle(self) -> None:
@@ -61,8 +61,8 @@ class RecursionCache(DynamicCache):
 class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
     """See `forward`.
 
-    The logits are such that their softmax gives the model's own probabilities, whatever loss it was
-    trained with. Activations take the dtype of `from_pretrained(..., dtype=...)`.
+    The softmax of the logits gives the model's probabilities, whatever loss it was trained with.
+    Activations take the dtype of `from_pretrained(..., dtype=...)`.
     """
 
     config_class = AthenaConfig
@@ -76,14 +76,16 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         dtype = str(config.dtype or torch.get_default_dtype()).removeprefix("torch.")
         model = Architecture(config.arch | {"forward_dtype": dtype})
-        # weights too, which Athena never keeps in less than float32; but not the rotary factors
+        # also casts the weights, which Athena keeps in float32; but not the rotary factors
         self.inner: Any = model.inner.to(getattr(torch, dtype))
         if hasattr(self.inner, "rotary_emb"):
             self.inner.rotary_emb = self.inner.make_rotary()
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Restore what no file holds: the constructors set it, but `from_pretrained` drops it."""
+        """Restore buffers that no file contains: constructors set them, but `from_pretrained` drops
+        them.
+        """
         if isinstance(module, RotaryEmbedding):
             with torch.device(module.cos_cached.device):
                 fresh = self.inner.make_rotary()
@@ -92,7 +94,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """Return False: `generate` leaves the cache to `forward`."""
+        """Return False: `forward` creates the cache, not `generate`."""
         return False
 
     def get_input_embeddings(self) -> torch.nn.Module:
@@ -119,20 +121,20 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         cache: RecursionCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """Run input_ids (B, S), of which the first tokens may be in the cache already and left out.
+        """Run input_ids (B, S), without the tokens that are already in the cache.
 
         attention_mask (B, tokens in the cache + S): 0 on padding, on either side; each row's text
-        begins at the first position. labels (B, S): usually input_ids; the loss is the mean nats of
-        each next token, those with label -100 left out, after the last ACT step alone.
-        puzzle_identifiers: a row of the identifier embedding, its name, or (B,) rows; None: the
-        config's. steps: ACT steps; None: the config's. logits_to_keep: only those of this many
-        last positions; 0: all. cache: another name of past_key_values, which `generate` uses from
-        transformers 5.24 on. Raises ValueError for a text longer than the model's window, and
-        TypeError for any other argument unless it is None or False.
+        begins at the first position. labels (B, S): usually input_ids; the loss is the mean nats
+        per next token, except where the label is -100, after the last ACT step. puzzle_identifiers:
+        a row of the identifier embedding, its name, or (B,) rows; None: the config's. steps: ACT
+        steps; None: the config's. logits_to_keep: return the logits of only this many last
+        positions; 0: all. cache: another name for past_key_values, used by `generate` since
+        transformers 5.24. Raises ValueError for a text longer than the model's window, and
+        TypeError for any unknown argument that is not None or False.
         """
-        # early versions 5 of transformers pass it; later ones warn if it is a parameter
+        # early 5.x versions of transformers pass it; later ones warn if it is a parameter
         places_given = kwargs.pop("cache_position", None)
-        # ignored, they would change what is computed without notice; None and False ask for nothing
+        # ignoring them would silently change the result; None and False have no effect
         if unknown := [k for k, v in kwargs.items() if v is not None and v is not False]:
             raise TypeError(
                 f"AthenaForCausalLM.forward has no argument {', '.join(unknown)}; it takes "
@@ -163,7 +165,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         identifiers = self._identifiers(puzzle_identifiers, input_ids)
         if prefix and past == 0:
             x = inner.add_prefix(x, identifiers)
-            inner.puzzle_emb.used.clear()  # its own optimizer's notes: nobody reads them here
+            inner.puzzle_emb.used.clear()  # only an optimizer reads these
             before = torch.arange(prefix, device=input_ids.device).expand(len(positions), -1)
             positions = torch.cat((before, positions), dim=1)
         mask = self._mask(real, past, x.shape[1], x.device)
@@ -186,26 +188,24 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             raise ValueError(
                 f"the cache is a {type(given).__name__}, but every pass of the recursion "
-                "keeps keys of its own: say use_cache=True instead, and pass on what comes back"
+                "has its own keys: pass use_cache=True, and reuse the returned cache"
             )
         if cache is not None:
             if cache.steps != steps:
-                raise ValueError(
-                    f"steps={steps}, but what the cache holds was computed with {cache.steps}"
-                )
+                raise ValueError(f"steps={steps}, but the cache was computed with {cache.steps}")
             cache.begin()
         return cache
 
     @staticmethod
     def _real(mask: Tensor | None, input_ids: Tensor, past: int) -> Tensor | None:
-        """(B, past + S) bool, False on padding; None where there is none."""
+        """Return (B, past + S) bool, False on padding; None if there is no padding."""
         if mask is None:
             return None
         expected = (len(input_ids), past + input_ids.shape[1])
         if mask.shape != expected:
             raise ValueError(
-                f"attention_mask is {tuple(mask.shape)}, but input_ids and what the cache holds "
-                f"are {expected}: one entry for each token"
+                f"attention_mask is {tuple(mask.shape)}, but input_ids and the cache have "
+                f"{expected}: give one entry per token"
             )
         real = mask.bool()
         return None if real.all() else real
@@ -214,20 +214,20 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         window = self.config.max_position_embeddings
         if tokens > window:
             raise ValueError(
-                f"a text of {tokens} tokens, but the model's window holds {window} "
+                f"the text has {tokens} tokens, but the model's window is {window} "
                 "(config.max_position_embeddings); shorten the text, or ask for fewer new tokens"
             )
 
     def _validate_generated_length(
         self, generation_config: Any, input_ids_length: int, *args: Any
     ) -> None:
-        """End generation where the window does, instead of in an error of `forward`."""
+        """Stop generation at the end of the window, where `forward` would raise an error."""
         window = self.config.max_position_embeddings
         self._check_window(input_ids_length + 1)
         if generation_config.max_length > window:
             warnings.warn(
-                f"the prompt has {input_ids_length} tokens and the window holds {window}: the text "
-                f"ends after {window - input_ids_length} new tokens at most",
+                f"the prompt has {input_ids_length} tokens and the window is {window}: the text "
+                f"ends after {window - input_ids_length} new tokens or fewer",
                 stacklevel=2,
             )
             generation_config.max_length = window
@@ -236,7 +236,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def _identifiers(self, given: Tensor | str | int | None, input_ids: Tensor) -> Tensor:
-        """(B,) rows of the identifier embedding."""
+        """Return rows of the identifier embedding, (B,)."""
         names = self.config.identifiers
         if given is not None and not self.inner.config.prefix_len:
             raise ValueError(
@@ -244,7 +244,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if isinstance(given, str):
             if given not in names:
-                raise ValueError(f"puzzle_identifiers={given!r} is unknown; there are {names}")
+                raise ValueError(f"puzzle_identifiers={given!r} is unknown; choose one of {names}")
             given = names.index(given)
         rows = torch.as_tensor(
             self.config.default_identifier if given is None else given, device=input_ids.device
@@ -254,8 +254,9 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
     def _mask(
         self, real: Tensor | None, past: int, length: int, device: torch.device
     ) -> Tensor | None:
-        """(B or 1, 1, length, positions so far) bool, True where one of the last `length` positions
-        may look; None where "all before it" says that."""
+        """Return (B or 1, 1, length, positions so far) bool, True where one of the last `length`
+        positions may attend; None if each attends to all positions before it.
+        """
         if real is None and (past == 0 or length == 1):
             return None
         prefix = self.inner.config.prefix_len
@@ -266,7 +267,7 @@ class AthenaForCausalLM(PreTrainedModel, GenerationMixin):
             seen = F.pad(real, (prefix, 0), value=True)
         keys = torch.arange(seen.shape[1], device=device)
         queries = keys[-length:].unsqueeze(1)
-        # padding sees itself: a softmax over nothing is NaN in some kernels
+        # padding attends to itself, because an empty softmax is NaN in some kernels
         return ((keys <= queries) & seen[:, None] | (keys == queries)).unsqueeze(1)
 
 
@@ -279,8 +280,9 @@ _ARGUMENTS = [
 def _loss(
     logits: Tensor, labels: Tensor, real: Tensor | None, items: Tensor | int | None
 ) -> Tensor:
-    """Mean nats of each token after a real one; `items`: what to divide the sum by instead of their
-    number."""
+    """Return the mean nats of each token after a real one. items: divisor to use instead of the
+    number of tokens.
+    """
     following = labels[:, 1:].to(logits.device)
     if real is not None:
         following = following.masked_fill(~real[:, -labels.shape[1] : -1], -100)

@@ -1,4 +1,4 @@
-"""The source that an exported model takes along, made independent of Athena."""
+"""Make the source of an exported model independent of Athena."""
 
 import ast
 import hashlib
@@ -26,10 +26,10 @@ _PARTS = {
 
 
 def remote_code(architecture: type) -> dict[str, str]:
-    """Return the text of every file that a model of this class is made of, by file name.
+    """Return the source files that a model of this class needs, as text by file name.
 
-    The files lie in one directory. Raises UserError where the class needs what lies outside
-    `models` and the plug-ins.
+    All files go in one directory. Raises UserError if the class needs code from outside `models`
+    and the plug-ins.
     """
     found: dict[str, str] = {}
     todo, seen = [MODEL], {MODEL}
@@ -47,14 +47,14 @@ def remote_code(architecture: type) -> dict[str, str]:
         found[name] = _HEADER + text
         todo += sorted(needed - seen)
         seen |= needed
-    # older versions of transformers find only the files that this one names
+    # older versions of transformers find only files that this one imports
     found[_MODELING] += "".join(
         f"from .{name} import __name__ as _{name}  # noqa\n"
         for name in sorted(file.removesuffix(".py") for file in found.keys() - {_MODELING})
     )
-    # transformers takes models for the same, in folders of one name, if this one file is the same
+    # transformers confuses models in folders of the same name if this one file is equal
     digest = hashlib.sha256("".join(found[name] for name in sorted(found)).encode()).hexdigest()
-    found[_CONFIGURATION] = f"# digest of the files beside it: {digest}\n" + found[_CONFIGURATION]
+    found[_CONFIGURATION] = f"# digest of the other files: {digest}\n" + found[_CONFIGURATION]
     return found
 
 
@@ -65,8 +65,8 @@ def _path(module: str) -> Path:
 
 
 def _independent(module: str, text: str) -> tuple[str, set[str]]:
-    """Return a module's text, importing from files beside it instead of from Athena and plug-ins,
-    and the modules that it imports so. Constants of `dataset.common` become literals.
+    """Return a module's text with imports from neighbouring files instead of from Athena and
+    plug-ins, and the modules imported that way. Constants of `dataset.common` become literals.
     """
     lines, needed = text.splitlines(keepends=True), set()
     for node in ast.walk(ast.parse(text)):
@@ -87,7 +87,7 @@ def _independent(module: str, text: str) -> tuple[str, set[str]]:
         else:
             raise UserError(
                 f"{module} cannot be exported, because of `{ast.unparse(node)}`: a model's source "
-                "may import of Athena only what files in models/ and plug-ins define, each named "
+                "may import only from files in models/ and plug-ins, each by name, "
                 "as in `from models.layers import Block`"
             )
         end = node.end_lineno or node.lineno
@@ -96,7 +96,7 @@ def _independent(module: str, text: str) -> tuple[str, set[str]]:
 
 
 def _source(module: str, node: ast.ImportFrom) -> str:
-    """Return the whole name of what a module imports from."""
+    """Return the full name of the module that an import statement refers to."""
     base = module.rsplit(".", node.level)[0] if node.level else ""
     return ".".join(filter(None, (base, node.module)))
 

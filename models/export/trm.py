@@ -1,4 +1,4 @@
-"""A single file as TRM's own training writes it, for TRM's own code to load."""
+"""Write a weights file that TRM's own code can load."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from utils.checkpoint.writer import save_tensors
 from utils.core.atomic import write_result
 from utils.core.errors import UserError
 
-# How the network must be for TRM's code to compute the same from the same weights.
+# The options with which TRM's code computes the same results from the same weights.
 _TRM = {
     "causal": False,
     "document_mask": False,
@@ -28,7 +28,7 @@ _UNNAMED = {"rope_theta": 10000.0, "rms_norm_eps": 1e-5}  # TRM's presets leave 
 
 def write_file(model: nn.Module, file: Path) -> None:
     """Write weights in float32 and the initial states in the forward dtype, named as in the
-    compiled loss head. Raises UserError where TRM has no such network."""
+    compiled loss head. Raises UserError if TRM has no such network."""
     config: Any = model.config
     _check(model)
     state = {}
@@ -41,7 +41,7 @@ def write_file(model: nn.Module, file: Path) -> None:
 
 
 def options(config: Any) -> str:
-    """Return what TRM's command line has to say for the same network."""
+    """Return the command-line options that give the same network in TRM."""
     values = {name: getattr(config, name) for name in _NAMED}
     values["puzzle_emb_len"] = config.prefix_len
     said = [f"arch.{name}={value}" for name, value in values.items()]
@@ -54,8 +54,8 @@ def options(config: Any) -> str:
 def _check(model: nn.Module) -> None:
     if type(model) is not AthenaTRM:
         raise UserError(
-            f"format=trm: TRM's code has no {type(model).__name__}; only a model of arch=trm goes "
-            "back to TRM"
+            f"format=trm: TRM's code has no {type(model).__name__}; only a model with arch=trm "
+            "can be exported to TRM"
         )
     config: Any = model.config
     wanted = _TRM | {"num_key_value_heads": config.num_heads}
@@ -63,6 +63,6 @@ def _check(model: nn.Module) -> None:
     clashes = [f"arch.{k}={found[k]} (TRM: {v})" for k, v in wanted.items() if found[k] != v]
     if clashes:
         raise UserError(
-            f"format=trm: TRM's code computes something else from these weights, because of "
-            f"{', '.join(clashes)}; only a model that was trained with arch=trm goes back to TRM"
+            f"format=trm: TRM's code computes other results from these weights, because of "
+            f"{', '.join(clashes)}; only models trained with arch=trm can be exported"
         )

@@ -1,7 +1,7 @@
-"""Texts from a model: what comes next, drawn token by token, with what earlier tokens left kept.
+"""Generate texts token by token, with a cache of earlier tokens.
 
-Rows are texts of any lengths, laid out from the left; a token sees its own text only. Every token
-is computed with the same number of ACT steps.
+Rows are texts of any lengths, aligned left; a token sees only its own text. Every token is computed
+with the same number of ACT steps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +24,11 @@ REPLACEMENT = "\ufffd"
 
 
 class Decoder:
-    """Probabilities of the next token of several texts that grow.
+    """Compute the next-token logits of several growing texts.
 
-    The model sees at most its window of `seq_len` tokens. A text that fills it goes on from its
-    last half, recomputed: so a token sees at least half a window, and most are computed once.
+    The model sees at most its window of `seq_len` tokens. When a text fills it, only the last half
+    is kept and recomputed, so a token sees at least half a window, and most tokens are computed
+    once.
     """
 
     def __init__(
@@ -52,12 +53,13 @@ class Decoder:
         self.cache: KeyValueCache | None = None
         self.texts: list[list[int]] = []
         self.first: list[int] = []
-        """For each text, its first token in the window."""
+        """Index of each text's first token in the window."""
 
     @torch.no_grad()
     def begin(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """Read texts of at least one token; return logits (B, V), whose softmax is the model's
-        probability."""
+        """Start with texts of at least one token each; return logits (B, V), whose softmax gives
+        the probabilities.
+        """
         self.texts = [list(text) for text in texts]
         self.first = [max(0, len(text) - self.config.seq_len) for text in texts]
         return self._read_windows()
@@ -89,7 +91,7 @@ class Decoder:
         return self._logits(inner.answer(x, info, self.steps)[:, 0])
 
     def _read_windows(self) -> Tensor:
-        """Compute the windows of all texts, filling the cache."""
+        """Run the windows of all texts and fill the cache."""
         windows = [text[first:] for text, first in zip(self.texts, self.first, strict=True)]
         length, prefix = max(map(len, windows)), self.config.prefix_len
         inputs = np.zeros((len(windows), length), dtype=np.int64)
@@ -122,10 +124,10 @@ def draw(
     text: Sequence[int] = (),
     never: Sequence[int] = (),
 ) -> int:
-    """Draw one id from (V,) logits on the host; temperature 0 takes the likeliest.
+    """Sample one id from logits (V,) on the host; temperature 0 takes the most likely one.
 
     text: ids that the repetition penalty (Keskar et al. 2019, arXiv 1909.05858) makes less likely.
-    never: ids left out.
+    never: ids to exclude.
     """
     logits = logits.clone()
     if how.repetition_penalty != 1 and text:
@@ -140,10 +142,10 @@ def draw(
     best_logit = logits.max()
     if not best_logit.isfinite():
         raise UserError(
-            "the model's logits are not finite, so that no token can be drawn: training diverged, "
-            "or its weights are damaged; take an earlier checkpoint"
+            "the model's logits are not finite, so no token can be sampled: training diverged, "
+            "or the weights are damaged; use an earlier checkpoint"
         )
-    # relative to the best, in float64: no temperature makes it infinite
+    # relative to the maximum, in float64, so that no temperature gives infinity
     logits = ((logits - best_logit).double() / how.temperature).float()
     if how.top_k is not None and how.top_k < len(logits):
         best = logits.topk(how.top_k)
@@ -151,7 +153,7 @@ def draw(
     probabilities = torch.softmax(logits, dim=-1)
     if how.top_p is not None:
         ordered, ids = probabilities.sort(descending=True, stable=True)
-        # the likeliest stays, and every one that is needed to reach top_p
+        # keep the most likely token, and all that are needed to reach top_p
         beyond = ordered.cumsum(0) - ordered >= how.top_p
         beyond[0] = False
         probabilities[ids[beyond]] = 0
@@ -161,7 +163,7 @@ def draw(
 class Written(NamedTuple):
     """A finished continuation.
 
-    ids: without eos. ended: whether the model or a stop string ended it, not the limit.
+    ids: without eos. ended: whether it ended by eos or a stop string, not by the limit.
     """
 
     ids: list[int]
@@ -172,11 +174,11 @@ class Written(NamedTuple):
 class Writer:
     """Decode one continuation id by id, in pieces that can be shown immediately.
 
-    The pieces add up to what decoding prompt and continuation together adds to the prompt. Text
-    that later ids may change is held back: the bytes of an incomplete character, a run of byte
-    tokens (a decoder replaces all of it if one byte is wrong), and a possible start of a stop
-    string. The text ends before its first stop string. Bytes that form no character become U+FFFD.
-    A character that starts in the last bytes of the prompt is part of the continuation.
+    Joined, the pieces are what the continuation adds to the decoded prompt. Text that later ids may
+    change is held back: the bytes of an incomplete character, a run of byte tokens (a decoder
+    replaces all of it if one byte is wrong), and a possible start of a stop string. The text ends
+    before its first stop string. Invalid bytes become U+FFFD. A character that starts in the last
+    bytes of the prompt is part of the continuation.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
@@ -216,13 +218,13 @@ class Writer:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def _new(self, whole: str) -> str:
-        """Return what the recent ids, `whole` as text, add to their context."""
+        """Return the text that the recent ids, decoded to `whole`, add to their context."""
         if whole.startswith(self._context):
             return whole[len(self._context) :]
         pairs = zip(self._context, whole, strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         changed = self._context[same:]
-        # Wrong bytes after the prompt's last ones have each of those replaced, too; a character
+        # If invalid bytes follow the prompt's last bytes, those become U+FFFD, too; a character
         # that the prompt began is completed instead.
         return whole[same + (0 if REPLACEMENT in changed else len(changed.encode())) :]
 
@@ -257,17 +259,18 @@ def write(
 ) -> list[Written]:
     """Continue each prompt (ids, at least one) until eos, a stop string or the limit.
 
-    The draws of a row depend only on `how.seed` and its number in `rows` (default: its place), not
-    on other rows. show(row, piece) is called for every token with the new text, which may be empty.
+    The samples of a row depend only on `how.seed` and its number in `rows` (default: its index),
+    not on other rows. show(row, piece) is called for every token with the new text, which may be
+    empty.
     """
     writers = [Writer(tokenizer, prompt, stop) for prompt in prompts]
     generators = [_generator(how.seed, row) for row in rows or range(len(prompts))]
-    logits = decoder.begin(prompts).float().cpu()  # of all rows at once: each transfer waits
+    logits = decoder.begin(prompts).float().cpu()  # all rows at once, because each transfer waits
     for n in range(how.max_new_tokens):
         tokens = []
         for row, writer in enumerate(writers):
             if writer.ended:
-                tokens.append(0)  # computed along with the others, read by nobody
+                tokens.append(0)  # a finished row is computed with the others, but ignored
                 continue
             text = [*prompts[row], *writer.ids] if how.repetition_penalty != 1 else ()
             token = draw(logits[row], generators[row], how, text=text, never=never)
@@ -287,14 +290,15 @@ def write(
 
 
 def _generator(seed: int, row: int) -> torch.Generator:
-    """Return the generator of a row; row 0 of a seed is what the seed alone gives."""
+    """Return the random generator of a row; that of row 0 is seeded with `seed` itself."""
     mixed = seed if row == 0 else int(np.random.SeedSequence((seed, row)).generate_state(1)[0])
     return torch.Generator().manual_seed(mixed)
 
 
 def batches_of(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Yield numbers of items in batches of at most `tokens` with their padding (or of one item),
-    those of similar length together."""
+    """Yield batches of item indices, grouped by similar length. A batch has at most `tokens`
+    tokens, including padding, or a single item.
+    """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if batch and (len(batch) + 1) * lengths[i] > tokens:

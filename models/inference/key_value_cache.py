@@ -1,11 +1,11 @@
 """Keys and values of earlier tokens, so that generation computes each token once.
 
-A recursive model attends again in every pass of its recursion, each time to other keys and values,
-so an exact cache keeps those of all passes: `cache_bytes` returns how much that is. `cycles` keeps
-those of the last outer cycles only, as Geiping et al. 2025 (arXiv 2502.05171) do: later tokens see
-earlier ones as their last cycles left them, which is an approximation.
+A recursive model attends in every pass of its recursion, each time to different keys and values, so
+an exact cache stores those of all passes; `cache_bytes` returns its size. `cycles` limits it to the
+last outer cycles, as in Geiping et al. 2025 (arXiv 2502.05171), which is an approximation: all
+cycles of later tokens attend to the last cycles of earlier ones.
 
-No formula counts the passes: the first forward lays out a slot for each call of an attention.
+The number of passes is not computed: the first forward pass creates a slot for each attention call.
 """
 
 from typing import Any
@@ -15,52 +15,54 @@ from torch import Tensor
 
 from models.layers import SequenceInfo
 
-_BEFORE, _AFTER = -1, -2  # parts of a forward outside of the recursion
+_BEFORE, _AFTER = -1, -2  # parts of a forward pass outside the recursion
 
 
 class KeyValueCache:
-    """Keep (B, M, positions, K) keys and values per slot, for rows that may differ in length.
+    """Keys and values (B, M, positions, K) for each slot; rows may differ in length.
 
-    Every forward starts with `begin`; then each attention calls `extend` once, in an order that
-    depends on the depth alone. A recursion calls `begin_cycle` and `end_cycles` (see
-    `SequenceInfo`), by which a cycle finds the slots of the one that it overwrites.
+    Every forward pass starts with `begin`; then each attention calls `extend` once, in an order
+    that depends only on the depth. A recursion calls `begin_cycle` and `end_cycles` (see
+    `SequenceInfo`), so that a cycle finds the slots of the cycle that it overwrites.
 
-    positions: of the longest text, prefix included. cycles: outer cycles to keep; None: all.
+    positions: length of the longest text, including the prefix. cycles: outer cycles to keep; None:
+    all.
     """
 
     def __init__(self, positions: int, cycles: int | None = None):
         self.positions, self.kept = positions, cycles
         self.slots: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.cycles = 0
-        """Outer cycles that the last forward began."""
+        """Number of outer cycles in the last forward pass."""
 
     def begin(self, places: Tensor | None, used: int) -> None:
-        """Start a forward.
+        """Start a forward pass.
 
-        places: (B,) position of each row's one new token; None: all of the first `used` positions
-        are new. used: positions that any row has filled after this forward.
+        places: (B,) position of each row's single new token; None: all of the first `used`
+        positions are new. used: positions filled by the longest row after this pass.
         """
         self.places, self.used = places, used
         self.cycles, self._part, self._calls = 0, _BEFORE, 0
 
     def begin_cycle(self) -> None:
-        """Mark that an outer cycle begins."""
+        """Mark the start of an outer cycle."""
         self._part = self.cycles if self.kept is None else self.cycles % self.kept
         self.cycles, self._calls = self.cycles + 1, 0
 
     def end_cycles(self) -> None:
-        """Mark that the last outer cycle has ended."""
+        """Mark the end of the last outer cycle."""
         self._part, self._calls = _AFTER, 0
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store key and value (B, M, n, K) of the new positions, and return those to attend to,
-        (B, M, used, K) each, of which a row's own positions count."""
+        """Store key and value (B, M, n, K) of the new positions; return all keys and values, (B, M,
+        used, K) each. Positions beyond a row's own must be masked.
+        """
         slot, self._calls = (self._part, self._calls), self._calls + 1
         if slot not in self.slots:
             shape = (*key.shape[:2], self.positions, key.shape[3])
             self.slots[slot] = key.new_zeros(shape), value.new_zeros(shape)
         keys, values = self.slots[slot]
-        if self.places is None:  # the first forward attends to itself
+        if self.places is None:  # the first forward pass attends only to itself
             keys[:, :, : self.used], values[:, :, : self.used] = key, value
             return key, value
         rows = torch.arange(len(key), device=key.device)
@@ -71,7 +73,7 @@ class KeyValueCache:
 
 @torch.no_grad()
 def lay_out(inner: Any, steps: int, cycles: int | None = None) -> KeyValueCache:
-    """Return the cache of a text of one position, read by an `inner` at this depth."""
+    """Run `inner` on a single position at this depth and return the resulting cache."""
     config, device = inner.config, inner.embed_tokens.embedding_weight.device
     cache = KeyValueCache(1, cycles)
     cache.begin(None, 1)
@@ -84,6 +86,8 @@ def lay_out(inner: Any, steps: int, cycles: int | None = None) -> KeyValueCache:
 def cache_bytes(
     inner: Any, rows: int, positions: int, steps: int, cycles: int | None = None
 ) -> int:
-    """Return the bytes of a cache for `rows` texts of `positions` positions, prefix included."""
+    """Return the bytes of a cache for `rows` texts of `positions` positions, including the
+    prefix.
+    """
     slots = lay_out(inner, steps, cycles).slots.values()
     return rows * positions * sum(key.nbytes + value.nbytes for key, value in slots)

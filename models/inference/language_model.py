@@ -1,6 +1,6 @@
-"""A trained model with its tokenizer, which scores and continues texts.
+"""A trained model with its tokenizer, to score and continue texts.
 
-Scripts, evaluators and lm-evaluation-harness use this one interface.
+Scripts, evaluators and lm-evaluation-harness use this interface.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ from utils.core.functions import suggest
 class Score(NamedTuple):
     """The score of a continuation.
 
-    nats: negative sum of its log-probabilities. greedy: whether each token was the likeliest.
+    nats: negative sum of its log-probabilities. greedy: whether each token was the most likely one.
     """
 
     nats: float
@@ -41,11 +41,11 @@ class Score(NamedTuple):
 class LanguageModel:
     """A model in its loss head, in evaluation mode, with its tokenizer and identifiers.
 
-    `score`, `write_all` and `predict` are collectives, in which every rank passes the same
-    requests, computes a share of the batches, and gets all results. `identifier` names a row of
-    the identifier embedding; None: the only one, else the blank one.
+    `score`, `write_all` and `predict` are collectives: every rank passes the same requests,
+    computes a share of the batches, and gets all results. `identifier` names a row of the
+    identifier embedding; None: the only one, else the blank one.
 
-    steps: ACT steps of every token. window: the most tokens that the model sees.
+    steps: ACT steps of every token. window: the maximum number of tokens that the model sees.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class LanguageModel:
         return self.metadata.eos_id
 
     def flops_per_token(self, steps: int) -> float:
-        """Return the FLOPs of this many ACT steps and of the output head after the last of them."""
+        """Return the FLOPs per token of `steps` ACT steps and the output head after the last."""
         return cost.evaluation_flops(self._untrained, steps)
 
     @cached_property
     def _untrained(self) -> Architecture:
-        """A model of the same kind on the meta device, to be traced."""
+        """A model with the same architecture on the meta device, for tracing."""
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return type(self.model)(self.config.model_dump())
 
@@ -118,9 +118,9 @@ class LanguageModel:
         return self.tokenizer.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def opening(self) -> list[int]:
-        """Return the context of a text that has none: a line break.
+        """Return the context used for a text without one: a line break.
 
-        No label in training follows an eos, so the model never learned what comes after one.
+        An eos would not work, because training never predicts the token after it.
         """
         return self.encode("\n") or [self.metadata.eos_id or 0]
 
@@ -137,7 +137,7 @@ class LanguageModel:
         after = both[len(before) :] if both[: len(before)] == before else self.encode(continuation)
         return before or self.opening(), after
 
-    # --- how likely is a text ------------------------------------------------------------------
+    # --- scoring ------------------------------------------------------------------
 
     def score(
         self,
@@ -146,8 +146,8 @@ class LanguageModel:
     ) -> list[Score]:
         """Score the continuation of each (context, continuation), ids of at least one token each.
 
-        Only the last part of a context longer than the window is used; a continuation longer than
-        the window is scored in parts.
+        A context longer than the window is truncated on the left; a continuation longer than the
+        window is scored in parts.
         """
         named = self._index(identifier)
         parts = [(n, *part) for n, pair in enumerate(pairs) for part in self._in_windows(*pair)]
@@ -168,14 +168,15 @@ class LanguageModel:
     def _in_windows(
         self, context: Sequence[int], after: Sequence[int]
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """Split the pair into parts of at most the window, with each token of `after` in one of
-        them; later parts keep half a window as context."""
+        """Split a pair into parts of at most one window that together score each token of `after`
+        once; later parts have half a window of context.
+        """
         if not context or not after:
             raise ValueError("a context and a continuation of at least one token each are needed")
         ids, begin = [*context, *after], len(context)
         while begin < len(ids):
             end = min(len(ids), begin + max(1, self.window // 2))
-            if len(ids) - begin <= self.window:  # what is left, and a token before it, fits
+            if len(ids) - begin <= self.window:  # the rest fits, with one token before it
                 end = len(ids)
             first = max(0, end - 1 - self.window)
             yield ids[first:begin], ids[begin:end]
@@ -210,7 +211,7 @@ class LanguageModel:
 
     @property
     def _one_shape(self) -> bool:
-        """Whether batches must have one shape: XLA compiles a program for each, in minutes."""
+        """Whether all batches must have one shape, because XLA compiles each shape for minutes."""
         return self.device.type == "xla"
 
     def _last_step(self, batch: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
@@ -223,9 +224,9 @@ class LanguageModel:
         return found
 
     def predict(self, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the likeliest ids (N, S) of rows, and the logit of the halting head (N,).
+        """Return the most likely ids (N, S) of rows, and the logit of the halting head (N,).
 
-        batch: `inputs` (N, S), with the corpus' other entries by row.
+        batch: `inputs` (N, S), and the corpus' other arrays, (N, ...) each.
         """
         rows = len(batch["inputs"])
         nothing = np.zeros((rows, self.window), dtype=np.int32)
@@ -233,7 +234,7 @@ class LanguageModel:
 
         @torch.no_grad()
         def compute(part: list[int]) -> list[tuple[np.ndarray, float]]:
-            # of one shape, so that a compiled model is compiled once
+            # all of one shape, so that a compiled model is compiled once
             padded = part + part[-1:] * (min(self.rows, rows) - len(part))
             moved = self.backend.to_device({name: array[padded] for name, array in arrays.items()})
             found = self._last_step(moved, ("preds", "q_halt_logits"))
@@ -246,16 +247,16 @@ class LanguageModel:
             preds[i], sure[i] = own, logit
         return preds, sure
 
-    # --- what comes next -----------------------------------------------------------------------
+    # --- generation --------------------------------------------------------------------------
 
     def never_written(self) -> list[int]:
-        """Return the ids that occur in no text: padding, and those without a token."""
+        """Return the ids that never occur in a text: padding, and ids without a token."""
         tokenizer = self.tokenizer.tokenizer
         empty = [i for i in range(self.metadata.vocab_size) if tokenizer.id_to_token(i) is None]
         return [self.metadata.pad_id, *empty]
 
     def cache_bytes(self, rows: int, cycles: int | None = None) -> int:
-        """Return the bytes that the keys and values of `rows` texts take."""
+        """Return the size of the keys and values of `rows` texts in bytes."""
         positions = self.config.prefix_len + self.window
         return cache_bytes(self.model.inner, rows, positions, self.steps, cycles)
 
@@ -305,7 +306,7 @@ class LanguageModel:
             texts = [prompts[i] for i in batch]
             return self.write(texts, how, identifier=identifier, stop=stop, rows=batch)
 
-        # each takes the memory of a window, even if it starts short
+        # each text needs the memory of a whole window, even if it is short
         for i, written in self._shared([self.window] * len(prompts), compute):
             found[i] = written
         return [found[i] for i in range(len(prompts))]
@@ -323,8 +324,8 @@ class LanguageModel:
         batches = list(batches_of(lengths, self.rows * self.window))
         own: list[tuple[int, Any]] = []
         world = self.backend.world_size
-        advice = f"with {self.rows} texts at once; take fewer (batch_size, or eval_batch_size)"
-        # compiled blocks would be compiled again for every length
+        advice = f"with {self.rows} texts at once; lower batch_size or eval_batch_size"
+        # compiled blocks would be recompiled for every length
         stance = nullcontext() if one_shape else torch.compiler.set_stance("force_eager")
         with (
             stance,
@@ -343,7 +344,9 @@ class LanguageModel:
 
 
 def identifier_index(language_model: LanguageModel, name: str | None) -> int:
-    """Return the row of the identifier embedding by name; None: the only one, else the blank."""
+    """Return the row of the identifier embedding called `name`; None: the only one, or the blank
+    one if there are several.
+    """
     names, blank = language_model.identifiers, language_model.metadata.blank_identifier_id
     if language_model.config.puzzle_emb_ndim == 0:
         if name is not None:

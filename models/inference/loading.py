@@ -48,14 +48,14 @@ def load_language_model(
 
     path: directory of either. weights: ema or raw. steps: ACT steps of every token; None: as in
     evaluation. refinement: passes after them; None: as configured. forward_dtype: of activations;
-    None: as trained, or float32 instead of bfloat16 on a device without it. cast: see
+    None: as trained, but float32 if the device does not support bfloat16. cast: see
     `cast_weights`. options: those of `LanguageModel`.
-    Raises UserError if there is no such model, or if it cannot continue a text.
+    Raises UserError if there is no such model, or if it cannot continue texts.
     """
     if Path(path).is_file():
         folder = Path(path).parent
         advice = str(folder) if (folder / MANIFEST).is_file() else "a run or a step_<n> in one"
-        raise UserError(f"checkpoint={path} is a file, but a checkpoint is a folder; name {advice}")
+        raise UserError(f"checkpoint={path} is a file, but a checkpoint is a folder; give {advice}")
     if not Path(path).is_dir():
         raise UserError(f"checkpoint={path} is not a folder; {missing_advice(Path(path))}")
     backend = backend or CPUBackend()
@@ -71,7 +71,7 @@ def load_language_model(
         )
     if "tokenizer.json" not in opened:
         raise UserError(f"{opened.folder} has no tokenizer.json: it was not trained on text")
-    # a head for z_L, where one was trained, is part of the model: see build_model
+    # a trained head for z_L is part of the model: see build_model
     load_into(head.model, values, opened)
     if cast:
         cast_weights(head)
@@ -95,9 +95,9 @@ def open_tokenizer(path: Path, metadata: DatasetMetadata) -> TextTokenizer:
 
 
 def cast_weights(head: ACTLossHead) -> None:
-    """Convert the weights of linear maps to the dtype that every forward casts them to.
+    """Convert the weights of linear layers to the dtype that every forward pass casts them to.
 
-    Results stay the same; a model that is not trained need not cast them for each token.
+    The results are the same, but a model that is not trained need not cast for each token.
     """
     config: Any = head.model.config
     for name, module in head.model.named_modules():
@@ -106,10 +106,10 @@ def cast_weights(head: ACTLossHead) -> None:
 
 
 def saved_arch(opened: Checkpoint) -> dict[str, Any]:
-    """Return the options of the architecture, with its name and its loss, that a checkpoint keeps.
+    """Return a checkpoint's options of the architecture, including its name and its loss, which are
+    the only part of the config needed to use the model.
 
-    Of its config it takes nothing else to use the model. Raises UserError, naming `plugins`, where
-    a class of it is not found.
+    Raises UserError, naming `plugins`, if a class is not found.
     """
     saved = yaml.safe_load(opened.text("config.yaml"))
     needed = {key: saved[key] for key in ("arch", "plugins") if key in saved}
@@ -125,25 +125,28 @@ def build_model(
     device: str = "cpu",
     metadata: DatasetMetadata | None = None,
 ) -> tuple[ACTLossHead, DatasetMetadata]:
-    """Build the model that a checkpoint describes, its weights not yet loaded.
+    """Build the model that a checkpoint describes, without loading its weights.
 
-    Options that no longer exist are ignored with a warning; those that came later have the values
-    that `utils/config/saved.py` gives them.
+    Options that no longer exist are ignored with a warning; newer options get the values defined in
+    `utils/config/saved.py`.
 
-    steps: ACT steps of every evaluation; None: as configured, and the most where the rows decide.
-    refinement: passes after them; None: as configured. metadata: of another corpus to use it on.
+    steps: ACT steps of every evaluation; None: as configured, or the maximum if rows halt by
+    themselves. refinement: passes after them; None: as configured. metadata: that of another corpus
+    to use the model on.
     """
     saved = saved_arch(opened)
     changes = fix_depth(saved, steps, refinement)
     if refinement and not changes:
-        raise UserError(f"refinement={refinement}, but {saved['name']} has none: leave it out")
+        raise UserError(
+            f"refinement={refinement}, but {saved['name']} has no refinement passes: remove it"
+        )
     saved |= changes
     if forward_dtype is not None:
         saved["forward_dtype"] = forward_dtype
     arch, gone = read_arch(saved)
     if gone:
         warnings.warn(
-            f"{opened.folder} was trained with {', '.join(gone)}, which no longer exists: it is "
+            f"{opened.folder} was trained with {', '.join(gone)}, which no longer exists and is "
             "ignored",
             stacklevel=2,
         )
@@ -151,7 +154,7 @@ def build_model(
     head = create_model(arch, metadata, batch_size=1, device=device)
     one = head.model.max_steps == head.model.eval_depth() == 1 and not head.model.takes_depth
     if one and steps not in (None, 1):
-        raise UserError(f"steps={steps}, but {arch.name} has one step: leave it out")
+        raise UserError(f"steps={steps}, but {arch.name} takes one step: remove it")
     return head, metadata
 
 
@@ -164,7 +167,7 @@ def fitting_weights(
 ) -> tuple[dict[str, Tensor], Checkpoint | None]:
     """Load weights as `checkpoint.load_weights` does, with a row for every corpus identifier.
 
-    Raises UserError, naming `key` and its path, if they were trained with another tokenizer.
+    Raises UserError, naming `key` and `path`, if they were trained with another tokenizer.
     """
     weights, opened = load_weights(path, which)
     old = None
@@ -181,11 +184,11 @@ def fitting_weights(
 
 
 def settle_bases(config: PretrainConfig, backend: Backend, saved: Mapping[str, Any]) -> None:
-    """Replace a run's directory, or a link, in the options of loss terms that name a checkpoint by
-    the checkpoint itself, so that a resumed run keeps the base that it began with.
+    """Replace run directories and links in the checkpoint options of loss terms by the checkpoint
+    itself, so that a resumed run keeps its base.
 
-    A collective. saved: the loss of the run to resume, {} for a new one. Its base is kept where it
-    still exists and lies where the config says.
+    A collective. saved: the loss of the run to resume, {} for a new one. Its base is kept if it
+    still exists in the directory given by the config.
     """
     terms = config.arch.loss.options.get("terms") or {}
     before = gather_terms(saved).get("terms") or {}
@@ -196,7 +199,7 @@ def settle_bases(config: PretrainConfig, backend: Backend, saved: Mapping[str, A
             began, place = Path(old).resolve(), path.parent if path.is_symlink() else path
             if path.resolve() == began or place.resolve() == began.parent:
                 return old
-        if not path.is_dir() and not config.eval_only:  # which has no use for it
+        if not path.is_dir() and not config.eval_only:  # evaluation does not use it
             raise UserError(f"{key}={path} is not a folder; {missing_advice(path)}")
         try:
             path = checkpoint_in(path)
@@ -210,11 +213,11 @@ def settle_bases(config: PretrainConfig, backend: Backend, saved: Mapping[str, A
 
 
 def base_loader(data: Data, backend: Backend) -> LoadBase:
-    """Return what loads the model of a checkpoint for a loss term, for the corpora of a run."""
+    """Return the function that loads base models for loss terms, for the corpora of a run."""
 
     def load_base(key: str, path: str, which: str) -> ACTLossHead:
         weights, opened = fitting_weights(key, path, which, data.train.identifiers, data.tokenizer)
-        assert opened is not None  # settle_bases has seen a directory
+        assert opened is not None  # settle_bases checked that it is a directory
         head = build_base(opened, data.train.metadata, backend)
         try:
             load_into(head.model, weights, opened)
@@ -234,8 +237,9 @@ def build_base(
     *,
     device: str = "cpu",
 ) -> ACTLossHead:
-    """Build the model of a checkpoint as a base for corpora of `metadata`, its weights not yet
-    loaded."""
+    """Build the model of a checkpoint as a base for corpora with `metadata`, without loading its
+    weights.
+    """
     saved = saved_arch(opened)
     head, _ = build_model(
         opened,
@@ -248,11 +252,13 @@ def build_base(
 
 
 def usable_dtype(arch: dict[str, Any], backend: Backend) -> str:
-    """Return the forward dtype of these options, or what takes its place on the device."""
+    """Return the forward dtype of these options, or its replacement on this device."""
     fields = load_class(arch["name"]).Config.model_fields  # type: ignore[attr-defined]
     return backend.usable_dtype(arch.get("forward_dtype", fields["forward_dtype"].default))
 
 
 def fix_depth(arch: dict[str, Any], steps: int | None, refinement: int | None) -> dict[str, Any]:
-    """Return `Architecture.fix_depth` of the options of an architecture, its name among them."""
+    """Return `Architecture.fix_depth` for the options of an architecture, which include its
+    name.
+    """
     return load_class(arch["name"]).fix_depth(arch, steps, refinement)  # type: ignore[attr-defined]

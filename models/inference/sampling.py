@@ -1,4 +1,4 @@
-"""How the next token of a text is chosen: the options of scripts and evaluators."""
+"""The sampling options of scripts and evaluators."""
 
 from typing import Annotated
 
@@ -10,27 +10,29 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class Sampling(BaseModel):
-    """Options of sampling, with the names, meanings and order of application of `transformers`."""
+    """Sampling options, with the names, meanings and order of application used by
+    `transformers`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_new_tokens: PositiveInt = Field(
-        default=200, description="tokens at most; eos ends it earlier"
+        default=200, description="maximum number of tokens; eos ends the text earlier"
     )
     temperature: float = Field(
         default=0.8,
         ge=0,
         allow_inf_nan=False,
-        description="below 1: less random; 0: the likeliest token",
+        description="below 1: less random; 0: always the most likely token",
     )
     top_k: PositiveInt | None = Field(
-        default=None, description="sample from the k likeliest tokens; null: all"
+        default=None, description="sample from the k most likely tokens; null: all"
     )
     top_p: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="sample from the likeliest tokens with this total probability",
+        description="sample from the most likely tokens with this total probability",
     )
     repetition_penalty: float = Field(
         default=1.0,

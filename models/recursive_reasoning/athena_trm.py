@@ -1,7 +1,8 @@
 """AthenaTRM: one small network applied many times to two latent streams, with adaptive halting.
 
 z_H carries the answer, z_L the working state. After Tiny Recursive Models (Jolicoeur-Martineau
-2025, arXiv 2510.04871), made fit for text: causal, masked by document, budgets per example.
+2025, arXiv 2510.04871), adapted to text: causal attention, document masks, iteration budgets per
+example.
 
 Shape letters: B rows, S tokens, P prefix positions, D hidden, V vocabulary.
 """
@@ -34,21 +35,23 @@ class AthenaTRMConfig(BackboneConfig):
     H_grad_cycles: int = Field(1, ge=1, description="last outer cycles that carry gradient")
     mlp_t: bool = Field(False, description="mix positions by an MLP instead of attention")
 
-    halt_max_steps: int = Field(16, ge=1, description="ACT steps at most")
+    halt_max_steps: int = Field(16, ge=1, description="maximum number of ACT steps")
     halt_exploration_prob: float = Field(
-        0.1, ge=0, le=1, description="chance that a step demands a random minimum of steps"
+        0.1, ge=0, le=1, description="probability that a step sets a random minimum number of steps"
     )
-    force_min_steps: int = Field(0, ge=0, description="ACT steps at least, in training")
+    force_min_steps: int = Field(0, ge=0, description="minimum number of ACT steps in training")
     no_ACT_continue: bool = Field(True, description="halt when q_halt > 0; no continue target")
     eval_halting: Literal["max", "fixed", "budget", "act"] = Field(
-        "max", description="what decides the number of steps in evaluation"
+        "max", description="how the number of steps in evaluation is decided"
     )
-    eval_steps: int | None = Field(None, ge=1, description="ACT steps under eval_halting: fixed")
+    eval_steps: int | None = Field(None, ge=1, description="ACT steps with eval_halting=fixed")
 
     post_refinement_steps: int = Field(0, ge=0, description="z_H passes after halting")
     post_refinement_train: bool = Field(False, description="train those passes too")
 
-    reasoning_seq_len: int = Field(96, ge=1, description="token positions it reads")
+    reasoning_seq_len: int = Field(
+        96, ge=1, description="token positions that the reasoning head reads"
+    )
     reasoning_vocab_size: int = Field(32000, ge=1, description="its vocabulary")
     enable_reasoning_stream: bool | Literal["auto"] = Field(
         "auto", description="a head that decodes z_L; auto: only where a loss uses it"
@@ -56,7 +59,7 @@ class AthenaTRMConfig(BackboneConfig):
 
     @property
     def max_eval_steps(self) -> int:
-        """ACT steps that every row and rank runs in evaluation."""
+        """Number of ACT steps that every row runs in evaluation."""
         if self.eval_halting == "fixed" and self.eval_steps is not None:
             return self.eval_steps
         return self.halt_max_steps
@@ -66,7 +69,7 @@ class AthenaTRMConfig(BackboneConfig):
         if self.force_min_steps > self.halt_max_steps:
             raise ValueError(
                 f"force_min_steps={self.force_min_steps} exceeds halt_max_steps="
-                f"{self.halt_max_steps}; lower the first or raise the second"
+                f"{self.halt_max_steps}; decrease the former or increase the latter"
             )
         if self.H_grad_cycles > self.H_cycles:
             raise ValueError(
@@ -76,7 +79,7 @@ class AthenaTRMConfig(BackboneConfig):
         if (self.eval_halting == "fixed") != (self.eval_steps is not None):
             raise ValueError(
                 f"eval_halting={self.eval_halting} and eval_steps={self.eval_steps} clash: "
-                "eval_steps is needed for `fixed` and for nothing else"
+                "set eval_steps if and only if eval_halting=fixed"
             )
         if self.mlp_t and (self.causal or self.document_mask):
             raise ValueError(
@@ -108,12 +111,12 @@ class ReasoningModule(nn.Module):
 class AthenaTRMInner(Backbone):
     """The recursion: no halting, no losses.
 
-    A variant names its latent streams and says how a cycle updates them: `work`, `conclude`.
+    A variant names its latent streams and defines how a cycle updates them (`work`, `conclude`).
     """
 
     config: AthenaTRMConfig
     streams: tuple[str, ...] = ("z_H", "z_L")
-    """Latents that rows carry: the first holds the answer, the last the working state."""
+    """Names of the latents: the first holds the answer, the last the working state."""
 
     def __init__(self, config: AthenaTRMConfig):
         super().__init__(config)
@@ -135,7 +138,7 @@ class AthenaTRMInner(Backbone):
             self.q_head.bias.fill_(-5)  # type: ignore[union-attr]
 
     def starts(self) -> Latents:
-        """Return what the streams of a row start from, (D,) each."""
+        """Return the initial value of each stream of a row, (D,)."""
         return {z: self.get_buffer(f"{z.removeprefix('z_')}_init") for z in self.streams}
 
     def work(self, z: Latents, x: Tensor, info: SequenceInfo) -> Latents:
@@ -173,7 +176,8 @@ class AthenaTRMInner(Backbone):
 
     def answer(self, x: Tensor, info: SequenceInfo, steps: int) -> Tensor:
         """Return the answer's stream (B, L, D) after this many ACT steps from the start, refined,
-        without halting: what `forward` comes to in evaluation. x: embedded positions (B, L, D)."""
+        without halting, as `forward` computes it in evaluation. x: embedded positions (B, L, D).
+        """
         z = {name: start.to(x.dtype).expand_as(x) for name, start in self.starts().items()}
         for _ in range(steps):
             z = self.recur(z, x, info)
@@ -183,7 +187,7 @@ class AthenaTRMInner(Backbone):
         """Return q_halt and q_continue, (B,) each, at least float32."""
         prefix = self.config.prefix_len
         if self.config.causal or self.masks_documents(data):
-            # the first position sees nothing of the row there
+            # a causal first position sees nothing of the row
             pooled = mean_over(z_H[:, prefix:], real_tokens(data))
         else:
             pooled = z_H[:, 0]
@@ -212,10 +216,10 @@ class AthenaTRM(Architecture):
         return self.config.force_min_steps
 
     def expected_steps(self, budget: int) -> float:
-        """See `Architecture`. The halting head is not foreseen.
+        """See `Architecture`. Halting by the head is not predicted.
 
-        A row that explores at its k-th step continues with the chance that the number drawn from
-        2..halt_max_steps is above k.
+        A row that explores at its k-th step continues with the probability that a number drawn from
+        2..halt_max_steps exceeds k.
         """
         most = self.max_steps
         first = min(max(budget or most, self.min_steps, 1), most)
@@ -235,16 +239,17 @@ class AthenaTRM(Architecture):
     def row_options(
         self, progress: float, rng: np.random.Generator, rows: int
     ) -> dict[str, np.ndarray]:
-        """Draw `explore`: the minimum ACT steps of each row, int32, 0 for no minimum.
+        """Draw `explore`, the minimum number of ACT steps of each row, int32.
 
-        With the chance `halt_exploration_prob`, uniform in 2..halt_max_steps inclusive.
+        With probability `halt_exploration_prob` it is uniform in 2..halt_max_steps inclusive;
+        otherwise it is 0.
         """
         chance, most = self.config.halt_exploration_prob, self.config.halt_max_steps
         if chance == 0:
             return {}
         if most < 2:
             return {"explore": np.zeros(rows, np.int32)}
-        # Raw bits, one pair a row: runs of earlier versions drew the same numbers.
+        # Raw bits, one pair per row, so that the numbers equal those of earlier versions.
         coin, steps = rng.bit_generator.random_raw(2 * rows).reshape(rows, 2).T
         explores = (coin >> np.uint64(11)) * 2.0**-53 < chance
         demanded = np.where(explores, 2 + steps % np.uint64(most - 1), 0)
@@ -266,7 +271,7 @@ class AthenaTRM(Architecture):
             return []
         return [
             "the refinement passes are never trained (post_refinement_train=false); evaluations "
-            "have figures without them under unrefined/"
+            "also report metrics without them, under unrefined/"
         ]
 
     def empty_latents(self, batch: Batch) -> Latents:
@@ -282,14 +287,14 @@ class AthenaTRM(Architecture):
         """Take one ACT step of every row; free rows first take their row of `batch`.
 
         Returns the new carry and outputs: readout (B, S, D); q_halt_logits, q_continue_logits
-        (B,) at least float32; where they apply target_q_continue (B,), reasoning_logits,
+        (B,) at least float32; and, if enabled, target_q_continue (B,), reasoning_logits,
         unrefined_logits.
         """
         carry = self.admit(carry, batch)
         data, inner = carry.current_data, self.inner
         info, before = carry.info or inner.sequence_info(data), carry.latents
         z = inner.recur(before, inner.embed(data), info)
-        if not self.training:  # a row that has halted keeps what it had
+        if not self.training:  # a row that has halted keeps its state
             done = carry.halted.view(-1, 1, 1)
             z = {name: torch.where(done, before[name], after) for name, after in z.items()}
         q_halt, q_continue = inner.halt_logits(z[inner.streams[0]], data)
@@ -309,15 +314,17 @@ class AthenaTRM(Architecture):
         return new, outputs
 
     def _keeps_info(self, device: torch.device) -> bool:
-        """Return whether later steps may share positions and mask: in evaluation, where no row is
-        admitted after the first step. On XLA those steps would become another program."""
+        """Return whether later steps may reuse positions and mask, which holds in evaluation, where
+        no row is admitted after the first step. On XLA, sharing would compile another program for
+        later steps.
+        """
         return not self.training and device.type != "xla"
 
     @torch.no_grad()
     def halts(
         self, steps: Tensor, q_halt: Tensor, q_continue: Tensor, data: Batch, explore: Tensor | None
     ) -> Tensor:
-        """(B,) bool: which rows stop after `steps` (already raised by this step)."""
+        """Return the rows that stop after `steps`, which includes this step, (B,) bool."""
         config = self.config
         says = q_halt > 0 if config.no_ACT_continue else q_halt > q_continue
         never = torch.zeros_like(steps, dtype=torch.bool)
@@ -336,7 +343,7 @@ class AthenaTRM(Architecture):
         config, inner = self.config, self.inner
         outputs = Outputs(inner.predict)
         answer = unrefined = z[inner.streams[0]]
-        refines = config.post_refinement_steps > 0  # asked first: a look at `halted` waits
+        refines = config.post_refinement_steps > 0  # reading `halted` waits for the device
         if refines and (config.post_refinement_train if self.training else maybe_any(halted)):
             # the carry stays unrefined: only the logits of rows that have halted change
             answer = torch.where(halted.view(-1, 1, 1), inner.refine(z, info), unrefined)
@@ -350,7 +357,9 @@ class AthenaTRM(Architecture):
 
     @torch.no_grad()
     def _continue_target(self, carry: Carry, data: Batch, info: SequenceInfo) -> Tensor:
-        """Return TRM's bootstrapped Q-learning target: what the next step would say, (B,)."""
+        """Return TRM's bootstrapped Q-learning target, the value predicted by the next step,
+        (B,).
+        """
         z = self.inner.recur(carry.latents, self.inner.embed(data), info)
         halt, proceed = self.inner.halt_logits(z[self.inner.streams[0]], data)
         last = carry.steps >= self.config.halt_max_steps

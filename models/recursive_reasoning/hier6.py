@@ -1,7 +1,7 @@
 """AthenaTRM with six working streams, z_L1 to z_L6: TRM's ablation of a deeper hierarchy.
 
-The inner cycle k updates stream k from the sum of all. After `trm_hier6` of Tiny Recursive Models
-(Jolicoeur-Martineau 2025, arXiv 2510.04871).
+Inner cycle k updates stream k from the sum of all streams. After `trm_hier6` of Tiny Recursive
+Models (Jolicoeur-Martineau 2025, arXiv 2510.04871).
 """
 
 from pydantic import Field

@@ -1,7 +1,7 @@
-"""The plain decoder: each block once, no recursion, no halting.
+"""The plain decoder: each block runs once, without recursion or halting.
 
-The baseline of equal parameters or equal FLOPs, with AthenaTRM's interface: it halts after its
-one step, so that the same loop, stream, loss head and evaluators serve both.
+The baseline with equal parameters or equal FLOPs. It has AthenaTRM's interface and halts after its
+only step, so that both use the same loop, stream, loss head and evaluators.
 """
 
 from dataclasses import replace
@@ -57,7 +57,7 @@ class Transformer(Architecture):
         self.inner = self.Inner(self.config).to(self.config.param_dtype)
 
     def forward(self, carry: Carry, batch: Batch) -> tuple[Carry, Batch]:
-        """Make one pass; every row halts. Outputs: readout (B, S, D)."""
+        """Run one forward pass, after which every row halts. Outputs: readout (B, S, D)."""
         done = torch.ones_like(carry.halted)
         data = {name: batch[name] for name in carry.current_data}
         new = replace(carry, steps=done.to(torch.int32), halted=done, current_data=data)

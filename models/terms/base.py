@@ -1,6 +1,6 @@
-"""What a loss term is, and what it sees of a step.
+"""The interface of loss terms, and the view of a step that they get.
 
-A term imports nothing above `models/`. It has no trained weights.
+A term imports nothing from outside `models/` and has no trained weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from utils.monitoring.metrics import Metric
 
 
 class TermConfig(BaseModel):
-    """Options of a term; a subclass declares more."""
+    """Options of all terms; a subclass adds its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,18 +30,20 @@ class Seen:
     """A step as a term sees it, for B rows of S tokens.
 
     Args:
-        outputs: of the architecture, by name.
-        data: the batch entries of the examples that the rows hold.
-        carry: after the step; a row with `carry.steps == 1` has begun its example in this step.
-        memory: what this term returned of these rows in the step before, or made by `begin`.
+        outputs: outputs of the architecture, by name.
+        data: the batch entries of the rows' current examples.
+        carry: the carry after the step; a row with `carry.steps == 1` has started its example in
+            this step.
+        memory: the memory that this term returned for these rows in the previous step, or from
+            `begin`.
         mask: (B, S) bool, positions with a label.
-        valid: (B,) bool, rows with a label; others enter neither loss nor metric.
-        row_loss: (B,) nats per label of the row, without gradient; a term that needs one reads
-            logits.
+        valid: (B,) bool, rows with a label; others do not count in loss or metrics.
+        row_loss: (B,) nats per label of the row, without gradient; use the logits if you need one.
         exact: (B,) bool, whether every label of the row is predicted.
-        loss_type: the token loss, and the map from logits to probabilities that goes with it.
+        loss_type: the token loss, and its map from logits to probabilities.
         training: False in evaluation.
-        token_values: (B, S) by name of the term, of each `TokenTerm` whose loss is counted already.
+        token_values: (B, S) by name of the term, for each `TokenTerm` whose loss is already
+            counted.
     """
 
     outputs: Mapping[str, Tensor]
@@ -64,17 +66,17 @@ class Seen:
     def over_rows(self, values: Tensor, rows: Tensor | None = None) -> Metric:
         """Return the metric that is the mean of (B,) values over valid rows.
 
-        rows: (B,) bool, only over those of them.
+        rows: (B,) bool, the valid rows to include; None: all.
         """
         counted = self.valid if rows is None else self.valid & rows
         return torch.where(counted, values.detach(), 0).sum(), counted.sum()
 
 
 class Result(NamedTuple):
-    """What a term returns of a step.
+    """The result of a term for one step.
 
-    loss: (B,) per row, None for no loss. metrics: by the name that they are logged as.
-    memory: (B, ...) each, for the rows' next step. outputs: further outputs, for evaluators.
+    loss: (B,) per row, or None. metrics: by logged name. memory: (B, ...) each, passed to the next
+    step. outputs: additional outputs, for evaluators.
     """
 
     loss: Tensor | None = None
@@ -90,61 +92,61 @@ run."""
 
 @dataclass
 class Term:
-    """One term of the loss: a part of the training objective in a file of its own.
+    """One term of the loss, in its own file.
 
-    A subclass names what it needs and defines `__call__`. The head adds `config.weight` times the
-    sum of the returned loss over valid rows.
+    A subclass declares its requirements and defines `__call__`. The head adds `config.weight` times
+    the sum of the returned loss over valid rows.
 
     Args:
-        config: a value of the class' `Config`.
+        config: an instance of the class' `Config`.
     """
 
     config: Any
 
     Config: ClassVar[type[TermConfig]] = TermConfig
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Outputs of the architecture that it reads, without which it cannot work."""
+    """Names of the architecture's outputs that the term requires."""
     needs_data: ClassVar[frozenset[str]] = frozenset()
-    """Arrays per token that the corpus must have; the one that a corpus can have is
-    `reasoning_labels`."""
+    """Per-token arrays that the corpus must have; only `reasoning_labels` exists."""
     arch_options: ClassVar[Mapping[str, Any]] = {}
-    """Options that the architecture must have for it; they take the place of `auto`."""
+    """Options of the architecture that the term requires; they replace `auto`."""
     training_only: ClassVar[bool] = False
-    """Whether evaluations leave it out."""
+    """Whether the term is skipped in evaluation."""
     saves_memory: ClassVar[bool] = True
-    """Whether checkpoints store its memory; False where `begin` can make it again."""
+    """Whether checkpoints store the term's memory; False if `begin` can recompute it."""
     flat_keys: ClassVar[Mapping[str, str]] = {}
-    """Its options by the name that they had as keys of `arch.loss` itself."""
+    """The term's options by their former names as keys of `arch.loss`."""
     name: str = field(default="", kw_only=True)
-    """What it is called in `arch.loss.terms`."""
+    """Name of the term in `arch.loss.terms`."""
 
     def check(self, arch: Any, highest: Mapping[str, int]) -> None:
-        """Raise UserError if it does not fit the architecture or the data. Default: it fits.
+        """Raise UserError if the term does not fit the architecture or the data. Default: do
+        nothing.
 
-        arch: the architecture's config. highest: of each array in `needs_data`, its highest value.
+        arch: the architecture's config. highest: the highest value of each array in `needs_data`.
         """
 
     def prepare(self, load_base: LoadBase, arch: Any) -> None:
-        """Load what it needs, once, before training. Default: nothing."""
+        """Load the models that the term needs, once before training. Default: do nothing."""
 
     @property
     def ready(self) -> bool:
-        """Whether it has what it needs; the head skips it until then. Default: always."""
+        """Return whether the term is prepared; the head skips it until then. Default: True."""
         return True
 
     def models(self) -> list[nn.Module]:
-        """Return the frozen models that it runs. Default: none."""
+        """Return the frozen models that the term runs. Default: none."""
         return []
 
     def begin(self, carry: Carry, most_steps: int) -> dict[str, Tensor]:
-        """Return the memory of rows that a run starts or resumes with. Default: none.
+        """Return the initial memory of rows when a run starts or resumes. Default: none.
 
-        most_steps: no row of `carry` has had more steps.
+        most_steps: upper limit of the steps taken by the rows of `carry`.
         """
         return {}
 
     def __call__(self, seen: Seen) -> Result:
-        """Return loss, metrics and memory of a step."""
+        """Compute the loss, metrics and memory of a step."""
         raise NotImplementedError
 
 
@@ -160,7 +162,9 @@ class TokenTerm(Term):
     metric: ClassVar[str]
 
     def of_tokens(self, logits: Tensor, labels: Tensor, loss_type: LossType) -> Tensor:
-        """Return the loss of tokens (T,). logits: (T, V). labels: (T,), any where there is none."""
+        """Return the loss of tokens (T,). logits: (T, V). labels: (T,), arbitrary for tokens
+        without a label.
+        """
         raise NotImplementedError
 
     def __call__(self, seen: Seen) -> Result:

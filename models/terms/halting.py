@@ -15,17 +15,17 @@ class HaltingConfig(TermConfig):
     """Options of `Halting`."""
 
     target: Literal["exact", "budget", "plateau", "exact_or_budget"] = Field(
-        "exact", description="what q_halt learns to predict"
+        "exact", description="what q_halt predicts"
     )
     plateau_threshold: float = Field(0.01, description="nats; a step that gains less is a plateau")
 
 
 class Halting(Term):
-    """0.5 · (q_halt_loss + q_continue_loss), as in TRM; nothing where there is no halting head.
+    """0.5 · (q_halt_loss + q_continue_loss), as in TRM; no loss without a halting head.
 
-    q_halt learns whether the row should halt after this step: because every label is right
-    (`exact`), because its iteration budget is spent (`budget`), or because its loss has stopped
-    falling (`plateau`). q_continue learns the architecture's `target_q_continue`.
+    q_halt predicts whether the row should halt after this step because every label is right
+    (`exact`), its iteration budget is used up (`budget`), or its loss no longer decreases
+    (`plateau`). q_continue predicts the architecture's `target_q_continue`.
     """
 
     Config = HaltingConfig
@@ -56,13 +56,13 @@ class Halting(Term):
 
     @torch.no_grad()
     def target(self, seen: Seen) -> Tensor:
-        """Return what q_halt should have said, (B,) bool. Without budgets none is spent."""
+        """Return the target of q_halt, (B,) bool. Rows without a budget never use it up."""
         kind, carry = self.config.target, seen.carry
         if kind == "exact":
             return seen.exact
         if kind == "plateau":
             before = seen.memory["last_loss"]
-            if seen.training:  # of a row's example before
+            if seen.training:  # of the row's previous example
                 before = torch.where(carry.steps == 1, torch.inf, before)
             return before - seen.row_loss < self.config.plateau_threshold
         budgets = seen.data.get("iteration_targets")

@@ -1,8 +1,8 @@
-"""KL to a base: stay near a model that was trained before.
+"""KL to a base: stay close to a previously trained model.
 
-The penalty is KL(model ‖ base) over the whole vocabulary, the direction of fine-tuning with a
-reference policy: it costs to hold likely what the base does not, and not to drop some of the
-base's answers for others, which is what fine-tuning is for.
+The penalty is KL(model ‖ base) over the whole vocabulary, the direction used for fine-tuning with a
+reference policy. It penalises answers that are unlikely under the base, but lets the model drop
+some of the base's answers, as fine-tuning should.
 """
 
 from typing import Any, Literal
@@ -22,18 +22,18 @@ class KLToBaseConfig(TermConfig):
 
     weight: float = Field(gt=0, allow_inf_nan=False, description="factor on the divergence")
     base: str = Field(
-        description="checkpoint of the base, or a run for its newest one",
+        description="checkpoint of the base, or a run (its newest checkpoint)",
         json_schema_extra={"checkpoint": True},
     )
-    weights: Literal["ema", "raw"] = Field("ema", description="which weights of it")
+    weights: Literal["ema", "raw"] = Field("ema", description="which weights of the base")
 
 
 class KLToBase(Term):
     """The divergence from a frozen base, in nats per label.
 
-    Row by row the base has done as many ACT steps as the model, or all of its own where those are
-    fewer. So it costs one of its ACT steps, without gradient, for each of the model's, and an
-    unchanged model has no divergence at any step. The memory holds the base's latents.
+    In each row the base takes as many ACT steps as the model, up to its own maximum. Each step of
+    the model costs a step of the base, without gradient, and an unchanged model has zero divergence
+    at every step. The memory holds the base's latents.
     """
 
     Config = KLToBaseConfig
@@ -42,7 +42,7 @@ class KLToBase(Term):
     saves_memory = False
     flat_keys = {"kl_to": "base", "kl_weight": "weight"}
 
-    base: Any = None  # an Architecture, once there is one
+    base: Any = None  # an Architecture, once `use` is called
     base_probabilities: SoftmaxLogits
 
     @property
@@ -63,11 +63,11 @@ class KLToBase(Term):
         if getattr(arch, "post_refinement_train", False) and arch.post_refinement_steps:
             raise UserError(
                 f"arch.loss.terms.{self.name} compares answers before refinement, but "
-                "arch.post_refinement_train=true trains those after it: set it to false"
+                "arch.post_refinement_train=true trains refined answers: set it to false"
             )
 
     def use(self, base: Architecture, probabilities: SoftmaxLogits) -> None:
-        """Take a model as the base. probabilities: its loss' map from logits to them."""
+        """Set the base. probabilities: its loss' map from logits to probabilities."""
         self.base = base.requires_grad_(False).eval()
         self.base_probabilities = probabilities
 
@@ -96,10 +96,10 @@ class KLToBase(Term):
 
     @torch.no_grad()
     def _step(self, z: Batch, done: Tensor, data: Batch) -> tuple[Batch, Tensor]:
-        """Take the step of the base after the `done` (B,) that rows have behind them.
+        """Run the next step of the base for rows that have taken `done` (B,) steps.
 
-        Rows without any start; rows that have had all steps of the base keep their latents. The
-        data are the rows' own.
+        Rows with 0 start from the initial latents; rows that have taken all steps of the base keep
+        theirs. data: the rows' own batch entries.
         """
         options = {"depth": self.base.eval_depth()} if self.base.takes_depth else {}
         carry, outputs = self.base(
@@ -114,8 +114,8 @@ def kl_divergence(
     """Return Σ p · log(p / q) over the vocabulary in nats, p the model's probabilities, q the
     base's, with a gradient for `logits`.
 
-    logits, base_logits (..., V); own, of_base: the maps of their losses. Returns (...), at least
-    float32.
+    logits, base_logits: (..., V). own, of_base: their losses' maps from logits to probabilities.
+    Returns (...), at least float32.
     """
 
     def of_tokens(x: Tensor, y: Tensor) -> Tensor:

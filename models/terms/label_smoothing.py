@@ -10,11 +10,13 @@ from models.token_losses import LossType
 class LabelSmoothingConfig(TermConfig):
     """Options of `LabelSmoothing`."""
 
-    weight: float = Field(0.1, ge=0, lt=1, description="share that is spread over all tokens")
+    weight: float = Field(
+        0.1, ge=0, lt=1, description="share of the probability spread over all tokens"
+    )
 
 
 class LabelSmoothing(TokenTerm):
-    """The difference that smoothed labels make: log p(label) − mean over tokens v of log p(v).
+    """The effect of smoothed labels on the loss: log p(label) − mean over tokens v of log p(v).
 
     With the weight ε the loss per label is that of the target (1 − ε) · one-hot + ε · uniform
     (Szegedy et al. 2016, arXiv 1512.00567).
@@ -25,5 +27,5 @@ class LabelSmoothing(TokenTerm):
     flat_keys = {"label_smoothing": "weight"}
 
     def of_tokens(self, logits: Tensor, labels: Tensor, loss_type: LossType) -> Tensor:
-        scores = loss_type.softmax_logits(logits)  # log p but for a constant
+        scores = loss_type.softmax_logits(logits)  # log p up to a constant
         return scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - scores.mean(-1)

@@ -9,7 +9,7 @@ from utils.core.errors import UserError
 
 
 class Reasoning(Term):
-    """Token loss of `reasoning_logits` (B, R, W) at `reasoning_labels` (B, R) of the corpus."""
+    """Token loss of `reasoning_logits` (B, R, W) against the corpus' `reasoning_labels` (B, R)."""
 
     needs = frozenset({"reasoning_logits"})
     needs_data = frozenset({"reasoning_labels"})

@@ -1,11 +1,11 @@
-r"""Measure how long a checkpoint stops training, beside copying it and writing it.
+r"""Measure how long a checkpoint pauses training, compared with copying and writing it.
 
     python scripts/benchmarks/checkpoint.py experiment=quickstart
     python scripts/benchmarks/checkpoint.py arch=athena_trm_medium global_batch_size=32 rounds=5
 
-A save in the background alternates with a bare copy of the same tensors to host memory (what a save
-must cost), and with a save to its end. Steps are timed while a file is being written and while none
-is. Takes every key of pretrain.py; reads no corpus, because the tokens are random.
+Alternates between saving in the background, only copying the same tensors to host memory (the
+minimum cost of a save), and saving in the foreground. Steps are timed with and without a file being
+written. Takes every key of pretrain.py; needs no corpus, because the tokens are random.
 """
 
 import statistics
@@ -29,7 +29,7 @@ from utils.config.schema import PositiveInt
 
 
 class Options(CommandKeys):
-    """The keys besides those of pretrain.py."""
+    """The keys of this command, in addition to those of pretrain.py."""
 
     rounds: PositiveInt = Field(7, description="measurements of each kind")
 

@@ -2,10 +2,9 @@
 
     python scripts/benchmarks/data.py --input-files novels.jsonl.zst --tokenizer-json gpt2.json
 
-Real text is needed, some tens of MB of it in documents. Every build is a process of its own; builds
-and references take turns, and medians are compared, because machines are noisy. The table that is
-printed at the end says what is asked of each figure. Seconds are those from the loading of the
-tokenizer to the end, for builds and for the reference.
+Needs real text, tens of MB in documents. Every build runs in its own process; builds and references
+alternate, and medians are compared, because machines are noisy. The table printed at the end has
+the target of each figure. Times include loading the tokenizer, for builds and for the reference.
 """
 
 import argparse
@@ -42,11 +41,13 @@ from utils.corpus.row_reader import RowReader
 LIBRARIES = ("huggingface", "gigatoken")
 LAYOUTS = ("npy", "stream")
 BATCH_ROWS = 64
-COLD_BATCHES = 4  # before the cache is emptied again: a map's readahead would serve later batches
+COLD_BATCHES = (
+    4  # before the cache is emptied again, because the readahead of a map would serve later batches
+)
 
 
 class Row(NamedTuple):
-    """One line of the table; `holds`: whether the figure meets the target."""
+    """One row of the table. holds: whether the figure meets the target."""
 
     what: str
     figure: str
@@ -81,7 +82,7 @@ class Bench:
         return path
 
     def build(self, source: Path, out: str, *options: str) -> dict[str, float]:
-        """Build in a process of its own; return seconds and peak memory in MB."""
+        """Build in a separate process; return seconds and peak memory in MB."""
         shutil.rmtree(self.folder / out, ignore_errors=True)
         given = [
             "--tokenizer-json",
@@ -104,7 +105,7 @@ class Bench:
 
 
 def measured(work: Callable[[], object]) -> dict[str, float]:
-    """Return seconds of a call, and this process' peak memory in MB."""
+    """Call `work`; return its seconds, and this process' peak memory in MB."""
     started = time.perf_counter()
     work()
     return {
@@ -114,7 +115,7 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
 
 
 def tokenize_task(tokenizer_json: str, source: str, library: str, workers: str) -> dict[str, float]:
-    """Load the tokenizer and tokenize, as a process of its own."""
+    """Load the tokenizer and tokenize, in a separate process."""
     lines = Path(source).read_bytes().split(b"\n")[:-1]
     texts = [orjson.loads(line)["text"].encode() for line in lines]
     batches: list[list[bytes]] = [[]]
@@ -211,7 +212,7 @@ def short_document_rows(bench: Bench) -> Iterable[Row]:
 
 
 def long_document_rows(bench: Bench) -> Iterable[Row]:
-    """Build one document of about 20 M tokens, and one of 5 M."""
+    """Build a document of about 20 M tokens, and another of 5 M."""
     everything = " ".join(bench.texts)
     while len(everything) < 84e6:
         everything += everything
@@ -329,7 +330,7 @@ def warm_rows(bench: Bench) -> Iterable[Row]:
 
 
 def streaming_rows(bench: Bench) -> Iterable[Row]:
-    """Read what was built, in both layouts."""
+    """Read the corpora, in both layouts."""
     for layout in LAYOUTS:
         options = ("--layout", layout, "--tokenizer-library", "gigatoken")
         bench.build(bench.five, layout, *options)
@@ -338,7 +339,7 @@ def streaming_rows(bench: Bench) -> Iterable[Row]:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    """Measure everything that was asked for, and print one table."""
+    """Run the requested parts, and print one table."""
     parts: dict[str, Callable[[Bench], Iterable[Row]]] = {
         "speed": speed_rows,
         "memory": memory_rows,
@@ -372,11 +373,11 @@ def main() -> None:
         return
     parser = command_parser("python scripts/benchmarks/data.py", __doc__)
     add = parser.add_argument
-    add("--input-files", nargs="+", required=True, help="as the builder takes them")
+    add("--input-files", nargs="+", required=True, help="as for the builder")
     add("--text-key", default="text", help="(default: text)")
-    add("--tokenizer-json", required=True, type=Path, help="of GPT-2's kind")
-    add("--rounds", type=int, default=3, help="of timed runs that take turns (default: 3)")
-    add("--scratch", type=Path, help="where some GB may be written for a while (default: /tmp)")
+    add("--tokenizer-json", required=True, type=Path, help="a tokenizer.json like GPT-2's")
+    add("--rounds", type=int, default=3, help="number of alternating timed runs (default: 3)")
+    add("--scratch", type=Path, help="directory for some GB of temporary files (default: /tmp)")
     add("--parts", nargs="+", help="speed memory short long layout stream (default: all)")
     run_cli(lambda: benchmark(parser.parse_args()))
 

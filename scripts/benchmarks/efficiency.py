@@ -1,4 +1,4 @@
-"""Compare a training step with the machine's rate of matrix products, and with TRM's formulas.
+"""Compare a training step with the machine's matrix-product rate, and with TRM's formulas.
 
     python scripts/benchmarks/efficiency.py
     python scripts/benchmarks/efficiency.py shape=wide rounds=9
@@ -6,8 +6,8 @@
 The efficiency of a step is the time that its matrix products would take at the rate of the same
 products alone, measured in the same run, divided by the time of the step. Its FLOPs are counted
 here, by formula: 2 for a multiplication and its addition, a backward pass twice the forward pass,
-attention for the pairs of positions that a causal mask leaves. Variants take turns; printed are
-medians.
+attention for the pairs of positions that a causal mask allows. Variants alternate, and medians are
+printed.
 """
 
 import statistics
@@ -63,12 +63,12 @@ class Shape(NamedTuple):
 
     @property
     def plain(self) -> int:
-        """Return the runs of a block without gradient."""
+        """Return the number of block passes without gradient."""
         return self.layers * (self.H - 1) * (self.L + 1)
 
     @property
     def graded(self) -> int:
-        """Return the runs of a block with gradient."""
+        """Return the number of block passes with gradient."""
         return self.layers * (self.L + 1)
 
     @property
@@ -87,7 +87,7 @@ SHAPES = {
 
 
 class Options(CommandKeys):
-    """The keys besides those of pretrain.py."""
+    """The keys of this command, in addition to those of pretrain.py."""
 
     rounds: PositiveInt = Field(7, description="measurements of each variant")
     shape: Literal["narrow", "wide"] = Field("narrow", description="sizes of the step")
@@ -109,7 +109,7 @@ def overrides(shape: Shape) -> list[str]:
 
 
 def products(shape: Shape, dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
-    """Return what measures the rate of the step's own products, in FLOPs per second."""
+    """Return a function that measures the rate of the step's matrix products, in FLOP/s."""
     tokens = shape.B * shape.S
     kinds: list[tuple[tuple[int, int], int, int]] = [
         (matrix, shape.plain + shape.graded, shape.graded) for matrix in shape.matrices

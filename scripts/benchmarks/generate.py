@@ -1,4 +1,4 @@
-r"""Benchmark generation with a cache of keys and values, and the loss by sharing it.
+r"""Benchmark generation with a cache of keys and values, and the loss from sharing it.
 
     python scripts/benchmarks/generate.py checkpoint=checkpoints/athena/my_run \
         text_file=held_out.txt
@@ -34,7 +34,7 @@ from utils.core.plugins import use_plugins
 
 
 def windows(model: LanguageModel, path: Path, rows: int, length: int) -> list[list[int]]:
-    """Return this many pieces of `length` tokens, spread over the text."""
+    """Return `rows` pieces of `length` tokens, spread over the text."""
     try:
         ids = model.encode(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -61,7 +61,7 @@ def read(model: LanguageModel, texts: list[list[int]], prompt: int, **options) -
 
 
 def nats(logits: torch.Tensor, texts: list[list[int]], prompt: int) -> float:
-    """Return the mean cost of the true tokens after the prompt."""
+    """Return the mean nats of the true tokens after the prompt."""
     labels = torch.tensor([text[prompt:] for text in texts])
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
 
@@ -74,7 +74,7 @@ def seconds(model: LanguageModel, prompts: list[list[int]], new: int, **options)
 
 
 def compare_speed(model: LanguageModel, texts: list[list[int]], prompt: int, rounds: int) -> None:
-    """Print tokens per second, for one text and for all of them at once."""
+    """Print tokens per second, for one text and for all texts at once."""
     kinds: dict[str, dict[str, Any]] = {
         "computed again": {"cached": False},
         "kept": {},
@@ -100,9 +100,9 @@ def compare_speed(model: LanguageModel, texts: list[list[int]], prompt: int, rou
 def compare_probabilities(
     model: LanguageModel, precise: LanguageModel, texts: list[list[int]], prompt: int
 ) -> None:
-    """Print the cost of the true tokens by outer cycles whose keys and values are kept.
+    """Print the nats of the true tokens by the number of outer cycles that the cache keeps.
 
-    precise: the model in float64, whose distance is that of the model's own rounding.
+    precise: the model in float64, to compare with the model's own rounding errors.
     """
     total = lay_out(model.model.inner, model.steps).cycles
     reference = read(model, texts, prompt, cached=False)
@@ -121,16 +121,16 @@ def compare_probabilities(
     cost, off = nats(truth, texts, prompt), (truth - reference).abs().max()
     print(f"| none, in float64 | | {cost:.4f} | {cost - exact:+.4f} | {off:.1e} |")
     off = (read(precise, texts, prompt) - truth).abs().max()
-    print(f"| all, in float64, beside none in float64 | | | | {off:.1e} |")
+    print(f"| all, in float64, compared with none in float64 | | | | {off:.1e} |")
 
 
 class Options(CommandKeys):
     """The arguments, each given as key=value."""
 
     checkpoint: str = Field(description="a checkpoint, or the folder of a run")
-    plugins: Folders = Field([], description="directories of its classes")
+    plugins: Folders = Field([], description="directories of the model's own classes")
     text_file: Path = Field(description="held-out text, read as windows")
-    rows: PositiveInt = Field(8, description="texts at once")
+    rows: PositiveInt = Field(8, description="number of texts at once")
     prompt: PositiveInt = Field(32, description="tokens given")
     new_tokens: PositiveInt = Field(96, description="tokens written")
     steps: PositiveInt | None = Field(None, description="ACT steps; null: as evaluated")
@@ -145,7 +145,7 @@ def run(arguments: Sequence[str]) -> None:
     use_plugins(args.plugins)
     backend, _ = select_backend(args.device_type)
     model = load_language_model(args.checkpoint, backend=backend, steps=args.steps)
-    model.metadata = model.metadata.model_copy(update={"eos_id": None})  # all texts equally long
+    model.metadata = model.metadata.model_copy(update={"eos_id": None})  # no text ends early
     length = min(model.window, args.prompt + args.new_tokens)
     if length <= args.prompt:
         raise UserError(f"prompt={args.prompt} fills the window of {model.window} tokens")

@@ -1,7 +1,7 @@
-"""TRM's formulas written plainly, as a reference for the speed of a training step.
+"""A plain implementation of TRM, as a reference for the speed of a training step.
 
-Every use of a weight casts it, every norm and rotation is a chain of operations, logits are those
-of the whole batch, and the loss is stablemax in float64 (Jolicoeur-Martineau 2025, arXiv
+Every use of a weight casts it, every norm and rotation is a chain of operations, the logits of the
+whole batch are materialised, and the loss is stablemax in float64 (Jolicoeur-Martineau 2025, arXiv
 2510.04871).
 """
 
@@ -81,7 +81,7 @@ class PlainTRM(nn.Module):
         return self.run(z_H, z_L), z_L
 
     def forward(self, z_H: Tensor, z_L: Tensor, inputs: Tensor, labels: Tensor):
-        """Return the new latents (B, S, D), the loss and the share of right predictions."""
+        """Return the new latents (B, S, D), the loss and the share of correct predictions."""
         x = self.scale * F.embedding(inputs, self.embedding.to(self.dtype))
         with torch.no_grad():
             for _ in range(self.H_cycles - 1):

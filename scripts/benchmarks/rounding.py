@@ -2,10 +2,10 @@
 
     python scripts/benchmarks/rounding.py arch=athena_trm_large arch.hidden_size=64 arch.num_heads=4
 
-The same weights and rows in three precisions. Printed are the relative difference of z_H from
-float64's, and the cosine of the loss' gradient with float64's: 1 where rounding does not matter, 0
-where it decides. Then the float32 model is trained for `updates=`, with `lr` and its warm-up, and
-measured again. Rows are bytes of the texts in docs/. Takes every key of
+Runs the same weights and rows in three precisions. Prints the relative difference of z_H from
+float64's, and the cosine between the gradient of the loss and float64's: 1 if rounding has no
+effect, 0 if only rounding errors remain. Then trains the float32 model for `updates=`, with `lr`
+and its warm-up, and measures again. Rows are bytes of the texts in docs/. Takes every key of
 pretrain.py.
 """
 
@@ -38,7 +38,7 @@ VOCAB, LENGTH, ROWS = 256, 64, 8
 
 
 class Difference(NamedTuple):
-    """From float64, after an ACT step: of z_H, relative, and the cosine of the gradients."""
+    """The difference from float64 after an ACT step: relative for z_H, cosine for gradients."""
 
     latents: float
     cosine: float
@@ -58,7 +58,7 @@ def rows(count: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def build(overrides: Sequence[str], dtype: str) -> tuple[PretrainConfig, ACTLossHead]:
-    """Return a config and its model in a precision; initial weights are the same in all."""
+    """Build a config and its model in `dtype`; the initial weights do not depend on it."""
     given = [f"global_batch_size={ROWS}", *overrides, "device_type=cpu", "dry_run=true",
              f"arch.forward_dtype={dtype}", "arch.post_refinement_steps=0"]  # fmt: skip
     sizes = ["data_paths=[]", f"vocab_size={VOCAB}", f"seq_len={LENGTH}"]
@@ -68,7 +68,7 @@ def build(overrides: Sequence[str], dtype: str) -> tuple[PretrainConfig, ACTLoss
 
 
 def run(head: ACTLossHead, batch: dict[str, Tensor], steps: int) -> list[tuple[Tensor, Tensor]]:
-    """Return z_H and the gradient after each of `steps` ACT steps, in which no row halts."""
+    """Return z_H and the gradient after each of `steps` ACT steps, with halting disabled."""
     head.eval()
     carry, found = head.initial_carry(batch), []
     for _ in range(steps):
@@ -84,7 +84,7 @@ def run(head: ACTLossHead, batch: dict[str, Tensor], steps: int) -> list[tuple[T
 def differences(
     heads: dict[str, ACTLossHead], batch: dict[str, Tensor], steps: int
 ) -> dict[str, list[Difference]]:
-    """Return the differences of each precision from the first, by ACT step."""
+    """Return the differences of each dtype from the first, by ACT step."""
     exact, *others = heads
     reference = run(heads[exact], batch, steps)
     return {
@@ -102,7 +102,7 @@ def differences(
 
 
 def measure(overrides: Sequence[str], updates: Sequence[int], steps: int) -> None:
-    """Print differences after each number of updates."""
+    """Print the differences after each number of updates."""
     configs = {dtype: build(overrides, dtype) for dtype in DTYPES}
     heads = {dtype: head for dtype, (_, head) in configs.items()}
     config, trained = configs["float32"]
@@ -142,9 +142,9 @@ def measure(overrides: Sequence[str], updates: Sequence[int], steps: int) -> Non
 
 
 class Options(CommandKeys):
-    """The keys besides those of pretrain.py."""
+    """The keys of this command, in addition to those of pretrain.py."""
 
-    updates: str = Field("0", description="measure after these numbers of updates: 0,25,50")
+    updates: str = Field("0", description="numbers of updates after which to measure, e.g. 0,25,50")
     steps: PositiveInt = Field(3, description="ACT steps")
 
 

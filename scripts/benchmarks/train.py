@@ -3,8 +3,8 @@
     python scripts/benchmarks/train.py experiment=quickstart
     python scripts/benchmarks/train.py experiment=quickstart device_type=cuda rounds=20
 
-Variants take turns, and medians are compared, because machines are noisy. Takes
-every key of pretrain.py; reads no corpus, because the tokens are random.
+Variants alternate, and medians are compared, because machines are noisy. Takes every key of
+pretrain.py; needs no corpus, because the tokens are random.
 """
 
 import statistics
@@ -32,7 +32,7 @@ VARIANTS = {
 
 
 class Options(CommandKeys):
-    """The keys besides those of pretrain.py."""
+    """The keys of this command, in addition to those of pretrain.py."""
 
     rounds: PositiveInt = Field(7, description="measurements of each variant")
 
@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> None:
         config = load_config(compose_config([*base, *overrides]))
         backend, _ = select_backend(config.device_type)
         if config.compile is True and (reason := backend.cannot_compile()):
-            print(f"{name} is skipped: {reason}")
+            print(f"skipping {name}: {reason}")
             continue
         configs[name], (steps[name], _) = config, make_step(config, backend)
         begun = time.perf_counter()

@@ -21,16 +21,16 @@ BARS = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.float64: 1e-9}
 # tokens, prefix, query heads, key and value heads, head size, dtype
 SHAPES = (
     (2048, 1, 16, 8, 64, torch.bfloat16),
-    (96, 1, 4, 1, 32, torch.bfloat16),  # shorter than a block, with many query heads a key head
+    (96, 1, 4, 1, 32, torch.bfloat16),  # shorter than a block, with many query heads per key head
     (256, 0, 6, 2, 96, torch.bfloat16),
     (100, 0, 4, 4, 128, torch.float32),
-    (64, 0, 4, 2, 8, torch.bfloat16),  # narrower than flex attention takes
+    (64, 0, 4, 2, 8, torch.bfloat16),  # narrower than flex attention supports
     (256, 0, 4, 2, 64, torch.float64),
 )
 
 
 def check_kernels(session: Session) -> None:
-    """Attention under document masks and the optimizer's kernel against exact ones; timings."""
+    """Compare masked attention and the optimizer's kernel with exact results, and time them."""
     for length, *shape, dtype in SHAPES:
         check_attention(session, length // 8 if session.tiny else length, *shape, dtype=dtype)
     check_optimizer(session)
@@ -39,7 +39,7 @@ def check_kernels(session: Session) -> None:
 
 
 def documents(rows: int, length: int, shortest: int = 8) -> Tensor:
-    """Return the document starts (rows, length) of rows, each cut into longer documents."""
+    """Return document starts (rows, length) of rows that consist of several documents."""
     sizes = torch.arange(shortest, shortest + 6 * rows, 6)[:, None]
     return (torch.arange(length) // sizes * sizes).int()
 
@@ -59,7 +59,7 @@ def check_attention(
     chosen, generator = kernel_for(session, dtype, head_size), torch.Generator().manual_seed(1)
     given = [
         torch.randn(2, n, prefix + length, head_size, generator=generator, dtype=torch.float64)
-        for n in (heads, key_heads, key_heads, heads)  # the last: gradient of the result
+        for n in (heads, key_heads, key_heads, heads)  # the last is the gradient of the result
     ]
 
     def results(device: torch.device, dtype: torch.dtype, kernel: Kernel) -> list[Tensor]:
@@ -103,7 +103,7 @@ def check_optimizer(session: Session) -> None:
 
 
 def time_attention(session: Session) -> None:
-    """Time it without a mask and with documents of two sizes."""
+    """Time attention without a mask and with documents of two sizes."""
     rows, heads, length, size = (1, 2, 64, 16) if session.tiny else (16, 16, 2048, 64)
     query, key, value = (
         torch.randn(rows, n, length, size, device=session.backend.device, dtype=torch.bfloat16)
@@ -131,7 +131,9 @@ def _differentiate(fn: Callable[[], Tensor], inputs: list[Tensor], grad: Tensor)
 
 
 def time_loss(session: Session) -> None:
-    """Time the output head with its loss, forward and backward, and its three products alone."""
+    """Time the output head with its loss, forward and backward, and its three matrix products
+    alone.
+    """
     tokens, width, vocab = (64, 32, 100) if session.tiny else (32768, 1024, 32000)
     with session.check(f"loss of {tokens} tokens, width {width}, vocabulary {vocab}") as found:
         device = session.backend.device

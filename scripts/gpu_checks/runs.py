@@ -1,4 +1,6 @@
-"""Small runs to compare bit by bit or by their curves: corpora, overrides, results."""
+"""Corpora, overrides and results of small runs, which are compared bit by bit or by their
+curves.
+"""
 
 import os
 import subprocess
@@ -16,8 +18,8 @@ from utils.config.values import assignment
 from utils.core.errors import UserError
 from utils.monitoring.run_log import read_records
 
-# A model of seconds with everything a checkpoint must restore: rows that halt at different steps,
-# an identifier embedding, averages, and a stream of two corpora.
+# A model that trains in seconds and has everything a checkpoint must restore: rows that halt at
+# different steps, an identifier embedding, averages, and a stream of two corpora.
 TINY = """
     arch=athena_trm_tiny arch.hidden_size=32 arch.puzzle_emb_ndim=32 arch.halt_max_steps=4
     arch.force_min_steps=1 arch.halt_exploration_prob=0.3 arch.post_refinement_steps=0
@@ -25,7 +27,7 @@ TINY = """
 """.split()
 STEPS = 20
 RUN = f"max_steps={STEPS} log_interval=1 checkpoint_interval=null eval_max_batches=4".split()
-BARS = {"float32": 1e-5, "float64": 1e-7}  # of losses, in float64 of weights too
+BARS = {"float32": 1e-5, "float64": 1e-7}  # tolerances of losses; in float64 also of weights
 
 
 class Way(NamedTuple):
@@ -49,7 +51,9 @@ class Curve(NamedTuple):
 
 
 def small_corpora(folder: Path) -> list[Path]:
-    """Build two corpora of one tokenizer, of rows of 32 tokens with budgets of 1 to 6 ACT steps."""
+    """Build two corpora with the same tokenizer, rows of 32 tokens and budgets of 1 to 6 ACT
+    steps.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lines = write_text(folder, None).read_text(encoding="utf-8").splitlines(keepends=True)
     tokenizer, corpora = folder / "tokenizer.json", []
@@ -67,7 +71,7 @@ def small_corpora(folder: Path) -> list[Path]:
 
 
 def run(way: Way, overrides: Sequence[str], folder: Path) -> Curve:
-    """Train in processes of their own, into `folder`; write the output to `folder`.log."""
+    """Train in separate processes, into `folder`; write the output to `folder`.log."""
     command = [way.python]
     if way.ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={way.ranks}"]
@@ -104,6 +108,6 @@ def apart(one: Curve, other: Curve) -> tuple[float, float]:
 
 
 def different_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    """Return the names of tensors that are not the same bit for bit, or are missing in one."""
+    """Return the names of tensors that differ in any bit or are missing on one side."""
     different = [k for k in one if k not in other or not torch.equal(one[k], other[k])]
     return different + sorted(other.keys() - one.keys())

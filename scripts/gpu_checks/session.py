@@ -1,4 +1,4 @@
-"""A session of the GPU check: device, folder, and where results go."""
+"""A session of the GPU check: its device, its folder and the output of results."""
 
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,10 +18,10 @@ COMPILED, EAGER = "compile=true", "compile=false"
 
 @dataclass
 class Session:
-    """One part in one process.
+    """One part of the check in its process.
 
-    folder: the part's own; parts share corpora beside it. tiny: use sizes for seconds on a CPU.
-    emit: receives each result, a dict that JSON can hold.
+    folder: the part's own; parts share corpora next to it. tiny: use sizes that take seconds on a
+    CPU. emit: receives each result, a JSON-compatible dict.
     """
 
     backend: Backend
@@ -36,9 +36,10 @@ class Session:
 
     @contextmanager
     def check(self, name: str) -> Iterator[dict[str, Any]]:
-        """Emit what the block puts into the dict. An exception in it is a failed check.
+        """Emit the results that the `with` block stores in the dict. If it raises, the check has
+        failed.
 
-        `passed` stays None for a measurement, which can be neither right nor wrong.
+        `passed` remains None for a measurement, which has no expected value.
         """
         found: dict[str, Any] = {"check": name, "passed": None}
         try:
@@ -51,17 +52,19 @@ class Session:
         self.emit(found)
 
     def ways(self) -> dict[str, tuple[str, ...]]:
-        """Return how models run, as overrides by name; compiling takes too long on a CPU."""
+        """Return overrides for each way to run a model, by name; without compilation on a CPU,
+        where it is slow.
+        """
         ways: dict[str, tuple[str, ...]] = {"eager": (EAGER,), "compiled": (COMPILED,)}
         return {"eager": ways["eager"]} if self.tiny else ways
 
     def config(self, *overrides: str) -> PretrainConfig:
-        """Compose a config for this device that reads no corpus."""
+        """Compose a config for this device that needs no corpus."""
         given = [f"device_type={self.backend.name}", "data_paths=[random]", *overrides]
         return load_config(compose_config(given))
 
     def corpora(self) -> str:
-        """Return the override that names two small corpora; build them if they do not exist."""
+        """Return the override for two small corpora; build them if they do not exist."""
         folder = self.folder.parent / "corpora"
         paths = [folder / name for name in ("first", "second")]
         if not all(path.is_dir() for path in paths):

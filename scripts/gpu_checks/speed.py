@@ -1,4 +1,4 @@
-"""Measure the card, and how much of it training and generation use."""
+"""Measure the GPU, and how much of its speed training and generation reach."""
 
 import platform
 import statistics
@@ -29,7 +29,7 @@ _TINY = "global_batch_size=2 vocab_size=50 seq_len=32 arch.hidden_size=32 arch.n
 
 
 def median_seconds(session: Session, fn: Callable[[], Any], rounds: int = 5) -> float:
-    """Return the median time of `fn`, after calls for as long as clocks may need to rise."""
+    """Return the median time of `fn`, after warm-up calls until the clocks have risen."""
 
     def once() -> float:
         begun = time.perf_counter()
@@ -52,7 +52,7 @@ def product_rate(session: Session, dtype: torch.dtype = torch.bfloat16) -> float
 
 
 def check_environment(session: Session) -> None:
-    """Report versions, and the ceilings of the card."""
+    """Report versions, and the peak rates of the GPU."""
     with session.check("versions") as found:
         found.update(python=platform.python_version(), torch=torch.__version__)
         if session.on_cuda:
@@ -76,7 +76,7 @@ def check_environment(session: Session) -> None:
 
 
 def check_speed(session: Session) -> None:
-    """Time, memory and costliest kernels of a training step of three models."""
+    """Report time, memory and most expensive kernels of a training step for three models."""
     session.backend.set_deterministic(True)  # as in a run, by default
     peak = product_rate(session)
     for model, options in MODELS.items():
@@ -90,7 +90,9 @@ def check_speed(session: Session) -> None:
 
 
 def time_step(session: Session, name: str, config: PretrainConfig, peak: float) -> None:
-    """Measure a step's time, and its memory beside the estimate. peak: FLOP/s of a product."""
+    """Measure a step's time and memory, and compare the memory with the estimate. peak: FLOP/s of a
+    matrix product.
+    """
     rows, backend = config.global_batch_size, session.backend
     with session.check(name) as found:
         begun = time.perf_counter()
@@ -111,7 +113,7 @@ def time_step(session: Session, name: str, config: PretrainConfig, peak: float) 
         if session.on_cuda:
             used = torch.cuda.max_memory_allocated()
             planned = plan.total(rows)
-            # what is planned with must be enough
+            # the planned memory must suffice
             found.update(passed=used < 1.05 * planned, gb=used / 1e9, estimated_gb=planned / 1e9)
         with profile(activities=supported_activities()) as profiler:
             step()
@@ -119,7 +121,7 @@ def time_step(session: Session, name: str, config: PretrainConfig, peak: float) 
 
 
 def check_generation(session: Session) -> None:
-    """Kept keys and values give the logits that recomputed ones give; time of a token."""
+    """Check that cached and recomputed keys and values give the same logits, and time a token."""
     texts, tokens = [[1, 2, 3], [4] * 40, [5]], 3 if session.tiny else 20
     options = ["arch=athena_trm_tiny", "arch.hidden_size=128", "arch.num_heads=4"]
     for dtype, bar in {"float32": 1e-3, "bfloat16": 0.2}.items():

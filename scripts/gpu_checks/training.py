@@ -1,4 +1,4 @@
-"""Check training: the CPU's numbers, the same bits each time, one wait per step."""
+"""Check training: equal to the CPU, deterministic, and with one wait per step."""
 
 import resource
 import statistics
@@ -42,11 +42,11 @@ SMALL = """
 """.split()
 UNMASKED = "arch.document_mask=false"
 ROOM = 5e8
-"""Bytes that the memory part has; training takes ten times as many."""
+"""Bytes available in the memory check; training needs ten times as many."""
 
 
 def check_curve(session: Session) -> None:
-    """Twenty steps on the device against twenty on the CPU."""
+    """Compare twenty steps on the device with twenty on the CPU."""
     corpora = session.corpora()
     ways = session.ways() | {"two micro-batches": (EAGER, "grad_accum_steps=2")}
     for dtype, bar in list(BARS.items())[: 1 if session.tiny else None]:
@@ -61,7 +61,7 @@ def check_curve(session: Session) -> None:
 
 
 def check_resume(session: Session) -> None:
-    """N steps, resumed in another process, equal 2N steps bit for bit."""
+    """Check that N steps, resumed in another process, equal 2N steps bit for bit."""
     half = STEPS // 2
     saving = [f"checkpoint_interval={half}", "keep_checkpoints=null", "arch.forward_dtype=bfloat16"]
     given, ways = [session.corpora(), *TINY, *RUN, *saving], session.ways()
@@ -71,7 +71,7 @@ def check_resume(session: Session) -> None:
     def train_twice(name: str) -> list[Checkpoint]:
         whole, resumed = session.folder / f"{name} whole", session.folder / f"{name} resumed"
         run(Way(session.backend.name), [*given, *ways[name]], whole)
-        # kernels are compiled and tuned again, as on another day
+        # compile and tune the kernels again, as in a later session
         again = (("TORCHINDUCTOR_CACHE_DIR", str(session.folder / f"{name} kernels")),)
         resume = assignment("resume", whole / f"step_{half}")
         run(Way(session.backend.name, env=again), [*given, *ways[name], resume], resumed)
@@ -86,7 +86,7 @@ def check_resume(session: Session) -> None:
 
 
 def check_compile(session: Session) -> None:
-    """Compiled blocks under document masks, on rows shorter than a block of flex attention."""
+    """Check compiled blocks with document masks, on rows shorter than a flex block."""
     _, exact = rounding.build(SMALL, "float64")
     batch = rounding.rows(rounding.ROWS, torch.Generator().manual_seed(0))
     batch["document_starts"] = documents(*batch["inputs"].shape)
@@ -110,7 +110,7 @@ def check_compile(session: Session) -> None:
 
 
 def check_deterministic(session: Session) -> None:
-    """Take the same five steps three times and expect the same bits."""
+    """Check that three runs of the same five steps are equal bit for bit."""
     session.backend.set_deterministic(True)
     sizes = ["global_batch_size=8", "vocab_size=300", f"seq_len={32 if session.tiny else 512}"]
     small = [*SMALL, *sizes, "arch.forward_dtype=bfloat16"]
@@ -135,7 +135,7 @@ def check_deterministic(session: Session) -> None:
 
 
 def check_waits(session: Session) -> None:
-    """Expect a step to wait once for the device, by torch's own count."""
+    """Check, by torch's own count, that a step waits for the device once."""
     given = [session.corpora(), *TINY, "log_interval=100", "checkpoint_interval=null"]
     names = session.ways() | {
         "two micro-batches, Muon, trained refinement": (
@@ -157,7 +157,7 @@ def check_waits(session: Session) -> None:
 
     for name, overrides in names.items():
         with session.check(name) as found:
-            # what the start and the end of a run wait for is the same in both
+            # the start and the end of a run wait equally often in both
             places = count(name, 8, overrides) - count(name, 4, overrides)
             found.update(waits_a_step=places.total() / 4, at=dict(places))
             if session.on_cuda:  # nothing waits on a CPU
@@ -165,7 +165,7 @@ def check_waits(session: Session) -> None:
 
 
 def train_on_plays(session: Session) -> None:
-    """Most of a minute of training on plays: the loss falls, and is evaluated."""
+    """Train on plays for most of a minute; check that the loss falls and is evaluated."""
     given = [assignment("data_paths", [PLAYS]), "max_seconds=50", "log_interval=5"]
     if session.tiny or not PLAYS.is_dir():
         given[0] = session.corpora()
@@ -183,10 +183,10 @@ def train_on_plays(session: Session) -> None:
 
 
 def check_memory(session: Session) -> None:
-    """Too large a batch ends in a sentence that names what to lower."""
+    """Check that too large a batch gives an error that names the key to lower."""
     rows = ["global_batch_size=4096", "micro_batch_size=4096"]
     with session.check("out of memory") as found:
-        corpora, message = session.corpora(), "nothing: it fits"
+        corpora, message = session.corpora(), "no error: it fits"
         try:
             with little_memory(session.on_cuda):
                 session.train("run", corpora, *TINY, *RUN, EAGER, UNMASKED, *rows)
@@ -198,7 +198,7 @@ def check_memory(session: Session) -> None:
 
 @contextmanager
 def little_memory(on_cuda: bool) -> Iterator[None]:
-    """Let this process take ROOM more bytes on its device."""
+    """Limit this process to ROOM more bytes on its device."""
     if on_cuda:
         whole = torch.cuda.get_device_properties().total_memory
         torch.cuda.set_per_process_memory_fraction(ROOM / whole)

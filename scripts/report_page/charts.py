@@ -1,7 +1,7 @@
-"""Draw the charts of a report as SVG by matplotlib; the page's style sheet sets their colours.
+"""Draw the charts of a report as SVG with matplotlib; the page's style sheet sets their colours.
 
-Each run has one colour, marker and dash in all charts. The drawing names colours by number, and the
-page says what they are, in light and in dark.
+Each run has the same colour, marker and dash pattern in all charts. The drawing numbers the
+colours, and the style sheet defines them for light and dark mode.
 """
 
 import re
@@ -30,9 +30,9 @@ from utils.monitoring.plotting import with_slack
 COLOURS = 8
 MARKERS, SIGNS = "os^DvPX*", "●■▲◆▼✚✖★"
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
-MOST_POINTS = 120  # of a line; more are drawn as the means and extremes of this many stretches
-SIZE = (4.6, 2.9)  # inches of 72 units of the drawing
-MARGINS = dict(left=0.14, right=0.97, bottom=0.165, top=0.9)  # to search for them is slow
+MOST_POINTS = 120  # of a line; longer ones are drawn as means and extremes of this many intervals
+SIZE = (4.6, 2.9)  # in inches, 72 drawing units each
+MARGINS = dict(left=0.14, right=0.97, bottom=0.165, top=0.9)  # computing them is slow
 PLAIN = FuncFormatter(lambda value, _: f"{value:.6g}")
 # Stand-ins, replaced by variables of the style sheet.
 RUN, INK, FAINT = "#a000{:02x}", "#b00001", "#b00002"
@@ -49,7 +49,9 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Axis:
-    """key: names it in the page. integer: only whole numbers have a tick. large: 2 M, 30 k."""
+    """An axis. key: its name in the page. integer: ticks only at whole numbers. large: format as 2
+    M, 30 k.
+    """
 
     key: str
     label: str
@@ -60,7 +62,7 @@ class Axis:
 
 @dataclass
 class Line:
-    """One run's values, and where they lie along each axis (by its key)."""
+    """One run's values, and their positions along each axis, by the axis' key."""
 
     run: int
     x: dict[str, list[float]]
@@ -69,8 +71,10 @@ class Line:
 
 @dataclass
 class Chart:
-    """axes: the ways to look at it, of which the page shows one. marks: each value is an event of
-    its own; otherwise a line of many values is thinned out. bars: counts by bin."""
+    """A chart. axes: the possible horizontal axes, of which the page shows one at a time. marks:
+    draw every value as a separate event; otherwise long lines are thinned out. bars: draw counts by
+    bin.
+    """
 
     title: str
     label: str
@@ -80,13 +84,13 @@ class Chart:
     bars: bool = False
     from_zero: bool = False
     level: bool = False
-    """Small differences look small."""
+    """Whether to widen the axis so that small differences look small."""
     views: dict[str, Markup] = field(default_factory=dict)
     stretch: int = 1
-    """Values that one drawn point stands for, at most."""
+    """Maximum number of values per drawn point."""
 
     places: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Where the axes of each view lie."""
+    """Position of the axes in each view."""
 
     def __post_init__(self) -> None:
         self.lines = [line for line in self.lines if line.y]
@@ -95,13 +99,13 @@ class Chart:
             self.stretch = max(1, -(-longest // MOST_POINTS))
 
     def draw(self, views: int) -> None:
-        """Draw this many of its views, the first axes first."""
+        """Draw the views along the first `views` axes."""
         for axis in self.axes[:views]:
             if any(axis.key in line.x for line in self.lines):
                 self.views[axis.key], self.places[axis.key] = _svg(self, axis)
 
     def data(self) -> dict[str, Any]:
-        """Return what the page's script needs to show values, to six digits."""
+        """Return the data with which the page's script shows values, with six digits."""
         lines = []
         for line in self.lines:
             keep = extremes(line.y, self.stretch)
@@ -113,7 +117,7 @@ class Chart:
 
 
 def extremes(values: Sequence[float], stretch: int) -> list[int]:
-    """Return the indices of the extremes of each stretch, and of the first and last value."""
+    """Return the indices of the extremes of each interval, and of the first and last value."""
     if stretch <= 1:
         return list(range(len(values)))
     kept = {0, len(values) - 1}
@@ -134,7 +138,7 @@ def means(values: Sequence[float], stretch: int) -> list[float]:
 
 
 def marker(run: int) -> str:
-    """Return the sign of a run in a legend."""
+    """Return the marker of a run in a legend."""
     return SIGNS[run % len(SIGNS)]
 
 
@@ -225,7 +229,9 @@ def _place(axes: Axes) -> dict[str, Any]:
 
 
 def _clean(figure: Figure) -> Markup:
-    """Return the drawing as part of a page: its fonts and colours, and short numbers."""
+    """Convert the drawing to a part of the page, with the page's fonts and colours and short
+    numbers.
+    """
     file = StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
@@ -239,8 +245,8 @@ def _short(found: re.Match[str]) -> str:
     return " " + re.sub(r"(\.\d)\d+", r"\1", " ".join(found[0].split()))
 
 
-# Applied in turn. Nothing reaches beyond its axes, so no clipping is needed; of the ids only those
-# of markers are, which are made of their content.
+# Applied in order. Nothing extends beyond its axes, so clipping is not needed; the only ids needed
+# are those of markers, which are hashes of their content.
 _REPLACED: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(pattern, re.DOTALL), instead)
     for pattern, instead in (

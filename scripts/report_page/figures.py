@@ -1,8 +1,8 @@
-"""Build tables and charts of whatever runs logged, side by side.
+"""Build tables and charts that compare the metrics logged by runs.
 
-A figure's name is the last part of its key, its place what lies before it: eval/text/bits_per_byte
-is `bits_per_byte` of `text`. Places below another that has figures of its own (domains, groups of
-a task) are its parts.
+The name of a figure is the last part of its key, and its place is the part before:
+eval/text/bits_per_byte is `bits_per_byte` of `text`. Places within another place that has figures
+(domains, groups of a task) are its parts.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,11 @@ from utils.monitoring.run_log import better, label_of, rank
 BOOKKEEPING = {"epoch", "progress", "examples", "tokens", "seconds", "eta_seconds"}
 FROM_ZERO = {"lr", "puzzle_emb_lr", "tokens_per_s", "token_steps_per_s", "flops_per_s", "mfu",
              "memory_bytes", "share", "nonfinite"}  # fmt: skip
-OPEN_CHARTS, MOST_CHARTS = 6, 24  # of a section: shown at once, and drawn at all
-SAME = {"nats_per_token": "bits_per_byte", "perplexity": "bits_per_byte"}  # says a curve again
+OPEN_CHARTS, MOST_CHARTS = 6, 24  # per section: shown initially, and in total
+SAME = {
+    "nats_per_token": "bits_per_byte",
+    "perplexity": "bits_per_byte",
+}  # the same curve in other units
 
 
 # --- tables ----------------------------------------------------------------------------------
@@ -26,7 +29,9 @@ SAME = {"nats_per_token": "bits_per_byte", "perplexity": "bits_per_byte"}  # say
 
 @dataclass(frozen=True)
 class Cell:
-    """value: as logged; None: not finite, or the run has no such figure, as `text` says."""
+    """A cell of a table. value: as logged; None if it is not finite or the run does not have it
+    (see `text`).
+    """
 
     value: float | None
     text: str
@@ -43,7 +48,7 @@ class Row:
 
 @dataclass
 class Group:
-    """The figures of one place, and those of its parts."""
+    """The figures of one place and of its parts."""
 
     place: str
     rows: list[Row]
@@ -51,7 +56,7 @@ class Group:
 
 
 def number(value: float) -> str:
-    """Format whole numbers in full, others to about five digits."""
+    """Format whole numbers in full, others with about five digits."""
     if isinstance(value, int):
         return f"{value:,}"
     size = abs(value)
@@ -87,7 +92,7 @@ def evaluation_groups(runs: Sequence[Run], mark: bool) -> list[Group]:
 
 
 def _above(place: str) -> list[str]:
-    """Return the places that contain a place, the outermost first."""
+    """Return the places that contain a place, outermost first."""
     parts = place.split("/")
     return ["/".join(parts[:i]) for i in range(1, len(parts))]
 
@@ -112,7 +117,7 @@ def _row(runs: Sequence[Run], place: str, name: str, mark: bool) -> Row:
 
 
 def not_comparable(runs: Sequence[Run]) -> str:
-    """Return why the runs' figures cannot be compared; empty if they can."""
+    """Return the reason why the runs' figures cannot be compared; "" if they can."""
     evaluated = [run for run in runs if run.last_evaluation]
     corpora = {
         run.config.get("data_paths_test", "[]").replace("[]", "") or run.config.get("data_paths")
@@ -141,13 +146,15 @@ TIME_UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
 def time_unit(runs: Sequence[Run]) -> tuple[str, float]:
-    """Return name and seconds of the unit of which the longest run lasts more than five."""
+    """Return the name and the seconds of the largest time unit of which the longest run takes more
+    than five.
+    """
     longest = max((run.last("train/seconds") or 0.0 for run in runs), default=0.0)
     return next((unit for unit in TIME_UNITS if longest > 5 * unit[1]), TIME_UNITS[-1])
 
 
 def training_axes(runs: Sequence[Run]) -> list[Axis]:
-    """Return the axes along which a run is shown."""
+    """Return the horizontal axes for charts of training."""
     return [
         Axis("step", "optimizer step", integer=True, large=True),
         Axis("tokens", "tokens seen", large=True),
@@ -157,7 +164,9 @@ def training_axes(runs: Sequence[Run]) -> list[Axis]:
 
 @dataclass
 class Section:
-    """Charts, the most telling first; constant: figures that never changed, with their value."""
+    """A section of charts, most important first. constant: figures that never changed, with their
+    values.
+    """
 
     charts: list[Chart] = field(default_factory=list)
     constant: list[tuple[str, float]] = field(default_factory=list)
@@ -184,7 +193,7 @@ class Section:
             self.charts.append(chart)
 
     def draw(self) -> "Section":
-        """Draw charts that are shown at once along every axis, others along the first."""
+        """Draw initially visible charts along every axis, and the others only along the first."""
         for chart in self.first:
             chart.draw(len(chart.axes))
         for chart in self.folded:
@@ -217,7 +226,7 @@ def training_section(runs: Sequence[Run]) -> Section:
 
 
 def evaluation_section(runs: Sequence[Run]) -> Section:
-    """Chart the figures that were evaluated more than once, over the course of training."""
+    """Chart figures that were evaluated more than once over the course of training."""
     section = Section()
     keys = _keys(runs, "eval/")
     for key in keys:
@@ -231,7 +240,9 @@ def evaluation_section(runs: Sequence[Run]) -> Section:
 
 
 def _keys(runs: Sequence[Run], prefix: str) -> list[str]:
-    """Return the keys of numbers below a prefix, the most telling first, wholes before parts."""
+    """Return the keys of numbers that start with `prefix`, most important first, places before
+    their parts.
+    """
     keys = {
         key
         for run in runs
@@ -243,8 +254,9 @@ def _keys(runs: Sequence[Run], prefix: str) -> list[str]:
 
 
 def _says_more(key: str, keys: Sequence[str]) -> bool:
-    """Return whether a figure gets a chart: not the same one in other units, and of a part only the
-    most telling."""
+    """Return whether a figure gets a chart. Repetitions in other units do not, and of a part only
+    the most important figure does.
+    """
     place, _, name = key.rpartition("/")
     if not better(name) or f"{place}/{SAME.get(name, '')}" in keys:
         return False
@@ -295,14 +307,16 @@ def depth_section(runs: Sequence[Run]) -> Section:
 
 
 def _only_step(run: Run, place: str, name: str) -> dict[int, float]:
-    """Return the figure of a model that takes one step, which is logged without steps."""
+    """Return the figure of a model with one ACT step, which is logged without a step number."""
     stepped = any(found[0] == place for found in run.by_step)
     value = run.last_evaluation.get(f"eval/{place}/{name}")
     return {1: value} if is_number(value) and not stepped else {}
 
 
 def histogram_section(runs: Sequence[Run]) -> Section:
-    """Chart shares of rows by bin, at the last evaluation; two bins are figures of the table."""
+    """Chart shares of rows by bin at the last evaluation; figures with only two bins are in the
+    table.
+    """
     section = Section()
     counts: dict[str, dict[int, list[int]]] = {}
     for run in runs:

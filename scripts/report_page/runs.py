@@ -21,13 +21,15 @@ from utils.monitoring.run_log import ABANDONED, METRICS, RunMetrics, json_lines
 STEPPED = re.compile(r"eval/(?P<place>.*)/step_(?P<step>\d+)/(?P<name>[^/]+)")
 
 
-LONG = 5.0  # seconds of a pause that is worth telling
+LONG = 5.0  # shorter pauses, in seconds, are not listed
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds. pauses: the step before each that was no evaluation, was long or led back to an
-    older checkpoint, and its length. other: saving, and what a run does between lines."""
+    """Times in seconds. pauses: (preceding step, length) of each pause, except evaluations, that
+    was long or after which the run resumed from an older checkpoint. other: saving, and other work
+    between log lines.
+    """
 
     training: float
     evaluation: float
@@ -61,7 +63,13 @@ class Run(RunMetrics):
             return None
         try:
             return measure(self.folder)
-        except (UserError, OSError, KeyError, TypeError, ValueError):  # an older or damaged one
+        except (
+            UserError,
+            OSError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ):  # an older or damaged checkpoint
             return None
 
     @cached_property
@@ -71,7 +79,7 @@ class Run(RunMetrics):
 
     @cached_property
     def last_evaluation(self) -> dict[str, Any]:
-        """Return every figure of the last evaluation, and its step; empty without one."""
+        """Return every figure of the last evaluation and its step; {} without an evaluation."""
         newest = self.evaluations[-1]["step"] if self.evaluations else None
         found: dict[str, Any] = {}
         for record in self.evaluations:
@@ -94,7 +102,7 @@ class Run(RunMetrics):
         known, values = self.series(f"train/{key}")
         return [float(v) for v in np.interp(steps, known, values)] if known else []
 
-    # --- how it went -----------------------------------------------------------------------
+    # --- progress --------------------------------------------------------------------------
 
     @cached_property
     def abandoned(self) -> list[dict[str, Any]]:
@@ -104,7 +112,7 @@ class Run(RunMetrics):
 
     @cached_property
     def times(self) -> Times | None:
-        """Return how the time was spent; None if the log does not say."""
+        """Return the times of the run; None if the log does not contain them."""
         records = [r for r in self.records if "time" in r]
         if self.last("train/seconds") is None or not records:
             return None
@@ -144,7 +152,7 @@ class Run(RunMetrics):
         return found[max(found)] if found else None
 
     def samples(self) -> dict[tuple[str, str], dict[str, str]]:
-        """Return (evaluator, prompt) -> text and perhaps reference, of the newest evaluation."""
+        """Return (evaluator, prompt) -> text and optional reference, from the newest evaluation."""
         folder = self.evaluation_folder()
         path = None if folder is None else folder / "samples.jsonl"
         if path is None or not path.is_file():

@@ -101,7 +101,7 @@ def test_a_delimiter_is_not_doubled(question, delimiter, choice, whole, tmp_path
         ({"question": "q", "choices": ["a", " "], "answer": 0}, "is empty"),
         ({"context": "q", "continuation": ""}, "is empty"),
         ({"choices": ["a", "b"], "answer": 0}, "no key 'question'"),
-        ({"story": "x"}, "no kind of task has the keys story"),
+        ({"story": "x"}, "no task format has the keys story"),
         ({"context": 3, "continuation": "x"}, "'context' holds 3"),
     ],
 )
@@ -123,7 +123,7 @@ def test_solved_examples_are_drawn_without_the_question_itself(tmp_path):
     other = lines(tmp_path, *records[:1], name="other.jsonl")
     assert tasks(path, num_few_shot=1, few_shot_path=other).shots == ["q0 a\n\n"] * 4
     pairs = lines(tmp_path, *[{"sentence_good": "a", "sentence_bad": "b"}] * 3, name="pairs.jsonl")
-    with pytest.raises(UserError, match="means nothing"):
+    with pytest.raises(UserError, match="does not apply"):
         tasks(pairs, num_few_shot=1)
 
 

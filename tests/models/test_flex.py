@@ -109,7 +109,7 @@ OPTIONS = dict(
 
 def test_a_model_takes_a_dense_mask_where_flex_attention_does_not_run():
     card = Card()
-    card.fault = "there is neither gcc nor clang"
+    card.fault = "neither gcc nor clang"
     model = AthenaTRM(OPTIONS)
     assert "gcc" in model.inner.choose_attention(card)
     info = model.inner.sequence_info({"inputs": (x := packed_rows(2, 40)), "document_starts": x})

@@ -88,7 +88,7 @@ def test_models_of_short_windows_are_tried_out_too(checkpoint, tmp_path, capsys,
     metadata = json.loads((short / "dataset.json").read_text("utf-8"))
     (short / "dataset.json").write_text(json.dumps(metadata | {"seq_len": window}), "utf-8")
     export(sealed(short), tmp_path / "model")
-    assert "off by at most" in capsys.readouterr().out
+    assert "differ by at most" in capsys.readouterr().out
 
 
 @pytest.mark.slow

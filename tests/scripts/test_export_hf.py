@@ -356,7 +356,7 @@ def test_what_the_exported_model_cannot_do_it_says(exported):
     from transformers import DynamicCache
 
     model, ids = load(exported), random_ids(1, S)
-    with pytest.raises(ValueError, match="25 tokens, but the model's window holds 24"):
+    with pytest.raises(ValueError, match="25 tokens, but the model's window is 24"):
         model(random_ids(1, S + 1))
     with pytest.warns(UserWarning, match="ends after 2 new tokens"):
         assert model.generate(ids[:, :22], max_new_tokens=3, eos_token_id=None).shape == (1, 24)
@@ -366,7 +366,7 @@ def test_what_the_exported_model_cannot_do_it_says(exported):
         model(ids, puzzle_identifiers="poem")
     with pytest.raises(ValueError, match="DynamicCache"):
         model(ids, past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="one entry for each token"):
+    with pytest.raises(ValueError, match="one entry per token"):
         model(ids, attention_mask=torch.ones(1, S - 1))
     cache = model(ids[:, :3], use_cache=True, steps=1).past_key_values
     with pytest.raises(ValueError, match="computed with 1"):

@@ -173,7 +173,7 @@ def test_a_file_is_no_checkpoint(text_run, capsys):
     message = fails(capsys, f"checkpoint={weights}", "prompt=a")
     assert "model.pt is a file" in message and f"{weights.parent}" in message
     message = fails(capsys, f"checkpoint={weights.parent / 'config.yaml'}", "prompt=a", *CPU)
-    assert f"name {weights.parent}" in message
+    assert f"give {weights.parent}" in message
     assert "is a file" in fails(capsys, f"checkpoint={__file__}", "prompt=a", *CPU)
 
 

@@ -206,7 +206,7 @@ def test_options_of_continuations_are_known_or_named():
     for options, says in (
         ({"num_beams": 4}, "num_beams must be 1"),
         ({"min_p": 0.1}, "min_p"),
-        ({"until": [3]}, "must be texts"),
+        ({"until": [3]}, "must be strings"),
         ({"max_gen_toks": "many"}, "many"),
         ({"max_gen_toks": 0}, "max_new_tokens .*0"),
         ({"do_sample": True, "temperature": -1}, "temperature .*-1"),

@@ -61,10 +61,10 @@ def test_a_search_finds_and_goes_on(text_corpus, tmp_path, capsys):
             assert trial["value"] == evaluated[-1]["eval/text/bits_per_byte"]
     main([*given, "--trials", "3"])
     out = capsys.readouterr().out
-    assert "2 of 3 trials are there" in out
+    assert "2 of 3 trials are done" in out
     with pytest.raises(SystemExit):
         main([*given, "--trials", "4", "optimizer=adamw,muon"])
-    assert "holds a search with other keys" in capsys.readouterr().err
+    assert "contains a search with other keys" in capsys.readouterr().err
     assert trials_of(folder).keys() == {0, 1, 2} and first.items() <= trials_of(folder).items()
 
 
@@ -83,14 +83,14 @@ def test_a_trial_that_blows_up_is_one_trial(text_corpus, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["lr=1e-3"], "no key is varied: give one a sweep"),
+        (["lr=1e-3"], "no key is varied"),
         (["lr=interval(1,0.1)"], "lr=interval(1,0.1)"),
         (["lr=tag(log,interval(0,1))"], "lr=tag(log,interval(0,1))"),
         (["arch.L_layers=range(3,1)"], "arch.L_layers=range(3,1)"),
         (["lr=1,2", "launcher=nonexistent"], "launcher=nonexistent"),
         (["lr=interval(1,"], "at input 'interval(1,'"),
-        (["run_name=a,b"], "run_name is each trial's own: use folder="),
-        (["lr=1,2", "logger=[tensorboard]"], "keeps no metrics.jsonl"),
+        (["run_name=a,b"], "run_name is set for each trial: use folder="),
+        (["lr=1,2", "logger=[tensorboard]"], "does not write metrics.jsonl"),
         (["lr=1,2", "lr_find=true"], "lr_find"),
         (["lrr=1,2"], "unknown key 'lrr': did you mean 'lr'?"),
     ],
@@ -123,14 +123,14 @@ def test_a_mistake_can_be_corrected_and_one_bad_value_fails_its_own_trials(
     given += ["epochs=9", "arch.num_heads=2,3", "search_seed=1"]
     with pytest.raises(SystemExit):
         main([*given, "trials=6", "metric=eval/all/nope"])
-    assert "metric=eval/all/nope was not evaluated; there are" in capsys.readouterr().err
+    assert "metric=eval/all/nope was not evaluated; available" in capsys.readouterr().err
     main([*given, "trials=3", "metric=eval/all/lm_loss"])
     states = {(t["arch.num_heads"], t["state"]) for t in trials_of(folder).values()}
     assert states <= {("2", "COMPLETE"), ("2", "FAIL"), ("3", "FAIL"), ("2", "PRUNED")}
     assert ("2", "COMPLETE") in states
     with pytest.raises(SystemExit):
         main([*given, "trials=4", "metric=eval/all/accuracy"])
-    assert "holds a search with other metric" in capsys.readouterr().err
+    assert "contains a search with other metric" in capsys.readouterr().err
 
 
 def test_a_trial_that_diverges_at_its_end_has_no_figure(text_corpus, tmp_path, capsys):

@@ -166,7 +166,7 @@ def test_torchrun_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
-        ({"PJRT_DEVICE": "CPU"}, "PJRT_DEVICE=CPU names another device"),
+        ({"PJRT_DEVICE": "CPU"}, "PJRT_DEVICE=CPU selects another device"),
         ({"PJRT_DEVICE": ""}, "this machine has no TPU"),
         ({"PJRT_DEVICE": "TPU"}, "no TPU answer"),  # or not in time, on a busy machine
     ],

@@ -19,7 +19,7 @@ BACKENDS: dict[str, type[Backend]] = {
 
 
 def select_backend(device_type: str) -> tuple[Backend, str]:
-    """Return the backend for `device_type`, and in a few words why it was chosen.
+    """Return the backend for `device_type`, and the reason for the choice in a few words.
 
     `auto` selects a TPU, CUDA, MPS or the CPU. Raises UserError if the named device is missing.
     """
@@ -27,7 +27,7 @@ def select_backend(device_type: str) -> tuple[Backend, str]:
         chosen = BACKENDS[device_type]
         if (reason := chosen.missing()) is not None:
             raise UserError(f"device_type={device_type} was asked for, but {reason}")
-        return chosen(), "as device_type asks"
+        return chosen(), "set by device_type"
     for name in ("tpu", "cuda", "mps"):
         if BACKENDS[name].missing() is None:
             return BACKENDS[name](), "device_type=auto found it"

@@ -1,7 +1,7 @@
-"""What devices differ in: where tensors live, and how ranks communicate.
+"""The interface to devices: where tensors are stored, and how ranks communicate.
 
-`Backend` serves a single process and, under torchrun, a process group of torch.distributed; its
-subclasses say which device and which collective library. Only this package imports
+`Backend` handles a single process and, under torchrun, a process group of torch.distributed; its
+subclasses define the device and the collective library. Only this package imports
 torch.distributed.
 """
 
@@ -46,8 +46,9 @@ class Backend:
     """Compute capability of an NVIDIA GPU."""
     compiles_by_default = False
     tries_sizes = False
-    """Whether `micro_batch_size=auto` is tried out: running out of memory raises here. A host swaps
-    or ends the process instead."""
+    """Whether `micro_batch_size=auto` may run a trial, because running out of memory raises an
+    error. On the CPU the system would swap or kill the process instead.
+    """
     launch_number = 0
     """Number of runs that this process launched before this one."""
 
@@ -60,7 +61,7 @@ class Backend:
 
     @classmethod
     def missing(cls) -> str | None:
-        """Return why this device cannot be used here; None if it can."""
+        """Return the reason why this device cannot be used here; None if it can."""
         return None
 
     @property
@@ -103,19 +104,19 @@ class Backend:
         return {"backend": "gloo"}
 
     def release_memory(self) -> None:
-        """Return memory that nothing uses any more to the device."""
+        """Return unused memory to the device."""
         gc.collect()
 
     def forget_earlier_runs(self) -> None:
         """Drop compiled programs and other state of earlier runs of a sweep in this process."""
         self.release_memory()
         if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # it stops compiling a function after some shapes
+            torch.compiler.reset()  # it stops compiling a function after a number of shapes
         with suppress(OSError):  # on Linux this resets the peak that getrusage reports
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def end_now(self, status: int) -> NoReturn:
-        """End this process from a thread, whatever its main thread is doing."""
+        """End this process from a thread, even if its main thread is blocked."""
         os._exit(status)
 
     def signals(self) -> AbstractContextManager[Received]:
@@ -123,7 +124,7 @@ class Backend:
         return catch_stop_signals(announce=self.is_main)
 
     def one_rank_at_a_time(self) -> AbstractContextManager:
-        """Exclude other ranks of this process inside the block, which draws random numbers."""
+        """Exclude other ranks of this process within the context, which draws random numbers."""
         return nullcontext()
 
     def available_memory(self) -> int:
@@ -139,7 +140,9 @@ class Backend:
         return None
 
     def usable_dtype(self, name: str) -> str:
-        """Return the dtype for activations in place of `name`, if the device lacks that."""
+        """Return the dtype for activations: `name`, or a replacement if the device does not support
+        it.
+        """
         return name
 
     def compiles(self, wanted: bool | Literal["auto"]) -> bool:
@@ -149,16 +152,17 @@ class Backend:
         return self.cannot_compile() is None
 
     def cannot_compile(self) -> str | None:
-        """Return why torch.compile will not work on this device; None if it should."""
+        """Return the reason why torch.compile does not work on this device; None if it works."""
         named = os.environ.get("CXX", "")
         if any(shutil.which(name) for name in (named, "g++", "clang++")):
             return None
-        return "it needs a C++ compiler, and there is neither g++ nor clang++"
+        return "it needs a C++ compiler, but neither g++ nor clang++ is installed"
 
     def set_deterministic(self, wanted: bool) -> None:
-        """Let operations give the same bits each time, on devices where that costs something.
+        """Make operations deterministic on devices where they are not by default.
 
-        An operation that cannot then raises a RuntimeError, see `explain_nondeterminism`.
+        Operations without a deterministic implementation then raise a RuntimeError; see
+        `explain_nondeterminism`.
         """
 
     # --- tensors and steps
@@ -168,7 +172,7 @@ class Backend:
         return {k: torch.from_numpy(v).to(self.device) for k, v in batch.items()}
 
     def to_host(self, tensor: Tensor) -> np.ndarray:
-        """Return a tensor's values; the host waits for them."""
+        """Copy a tensor to the host, which waits for the device."""
         return tensor.cpu().numpy()
 
     def batches(
@@ -191,10 +195,10 @@ class Backend:
             return model
         if parallel == "fsdp":
             return shard(model, self.device.type, self.world_size)
-        # Otherwise compiled blocks are cut where DDP's buckets end, so that their gradients can be
-        # reduced early: those of blocks that are applied many times come at the end only.
+        # Otherwise compiled blocks are split at DDP's bucket boundaries to reduce gradients early,
+        # which does not help here: blocks applied many times get their gradients only at the end.
         torch._dynamo.config.optimize_ddp = False
-        # Of the buffers only the identifier embedding changes, equally on all ranks. The option
+        # The only buffer that changes is the identifier embedding, equally on all ranks. The option
         # was renamed after torch 2.9.
         known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -204,13 +208,15 @@ class Backend:
     def needs_rehearsal(self, model: nn.Module) -> bool:
         """Return whether the first backward pass sums gradients in another order than later ones.
 
-        DDP reorders its buckets after the first pass. From three ranks on the order of a sum shows
-        in its last bits, so a resumed run would not be the same.
+        DDP reorders its buckets after the first pass. With three or more ranks this changes the
+        last bits of the sum, so a resumed run would differ.
         """
         return isinstance(model, DistributedDataParallel) and self.world_size > 2
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
-        """Reduce no gradients inside the block, unless this is the last micro-batch."""
+        """Skip the reduction of gradients within the context, unless this is the last
+        micro-batch.
+        """
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
         elif isinstance(model, DistributedDataParallel) and not last:
@@ -222,7 +228,7 @@ class Backend:
         (loss * self.world_size).backward()
 
     def reduce_gradients(self, optimizers: Sequence[Optimizer]) -> None:
-        """Sum gradients over ranks where `backward` has not done so already."""
+        """Sum gradients over ranks unless `backward` has done so already."""
 
     # --- collectives
 
@@ -259,7 +265,7 @@ class Backend:
     def from_main(self, act: Callable[[], T]) -> T:
         """Run `act` on rank 0 and return its result on every rank.
 
-        A UserError there is raised on every rank, so that all of them end with its message.
+        A UserError in `act` is raised on every rank, so that all ranks exit with its message.
         """
         outcome: tuple[T | None, str | None] = (None, None)
         if self.is_main:

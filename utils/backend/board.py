@@ -1,4 +1,4 @@
-"""The store of torchrun: where ranks find each other, and a board that threads can use."""
+"""The store of torchrun, through which ranks connect, and a message board for threads."""
 
 import os
 from collections.abc import Callable
@@ -24,9 +24,9 @@ def connect_store(launch_number: int, timeout: timedelta) -> dist.Store:
 class Board:
     """Texts by name that every rank can read without a collective.
 
-    Does nothing in a single process, and once the store does not answer: it is gone with its
-    process then, and each attempt would take seconds. Uses a connection of its own, so that a
-    thread can post while the main thread is in a collective.
+    Does nothing in a single process, or once the store does not answer: its process has then ended,
+    and each further attempt would take seconds. Uses a separate connection, so that a thread can
+    post while the main thread is in a collective.
     """
 
     def __init__(self, world_size: int, launch_number: int):

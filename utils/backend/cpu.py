@@ -15,6 +15,6 @@ class CPUBackend(Backend):
     def __init__(self) -> None:
         super().__init__()
         if self.world_size > 1:
-            # ranks that each use every core slow each other down many times
+            # if every rank used all cores, the ranks would slow each other down severely
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))

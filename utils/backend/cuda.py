@@ -1,4 +1,4 @@
-"""NVIDIA GPUs: one per process, NCCL between them."""
+"""NVIDIA GPUs: one per process, connected by NCCL."""
 
 import importlib.util
 import os
@@ -43,7 +43,7 @@ class CUDABackend(Backend):
     @classmethod
     def missing(cls) -> str | None:
         if not torch.cuda.is_available():
-            return "this torch finds no CUDA device; use device_type=auto, or install a CUDA build"
+            return "torch finds no CUDA device; use device_type=auto, or install a CUDA build"
         return None
 
     def _check_ranks(self) -> None:
@@ -64,10 +64,10 @@ class CUDABackend(Backend):
         )
 
     def set_deterministic(self, wanted: bool) -> None:
-        # Not warn_only: with it, flash and memory-efficient attention add gradients in any order,
-        # and cuDNN's attention, which is never deterministic, is not avoided.
+        # Not warn_only, under which flash and memory-efficient attention add gradients in any
+        # order, and torch may choose cuDNN's attention, which is never deterministic.
         if wanted and os.environ.get("CUBLAS_WORKSPACE_CONFIG") != ":16:8":
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS requires one of the two
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS requires this or :16:8
         torch.use_deterministic_algorithms(wanted)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
@@ -75,7 +75,7 @@ class CUDABackend(Backend):
         return {"backend": "nccl", "device_id": self.device}  # NCCL would have to guess the device
 
     def to_device(self, batch):
-        return {  # from pinned memory, so that copies overlap with what the device still computes
+        return {  # from pinned memory, so that copies overlap with computation
             k: torch.from_numpy(v).pin_memory().to(self.device, non_blocking=True)
             for k, v in batch.items()
         }
@@ -101,14 +101,14 @@ class CUDABackend(Backend):
 
     def cannot_compile(self) -> str | None:
         if self.capability < VOLTA:
-            return "Triton needs compute capability {}.{}; this card has {}.{}".format(
+            return "Triton needs compute capability {}.{}; this GPU has {}.{}".format(
                 *VOLTA, *self.capability
             )
         return missing_for_triton()
 
     def available_memory(self) -> int:
         free, _ = torch.cuda.mem_get_info(self.device)
-        # The allocator can reuse what it has reserved.
+        # The allocator can reuse memory that it has reserved.
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return free + unused
 
@@ -123,12 +123,12 @@ class CUDABackend(Backend):
 
 
 def missing_for_triton() -> str | None:
-    """Return what Triton is missing here to compile a launcher for each kernel; None if nothing."""
+    """Return what Triton lacks to compile kernel launchers on this machine; None if nothing."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     named = os.environ.get("CC")
     if not any(shutil.which(name) for name in ([named] if named else ["gcc", "clang"])):
-        wanted = f"CC={named} is not a program" if named else "there is neither gcc nor clang"
+        wanted = f"CC={named} is not a program" if named else "neither gcc nor clang is installed"
         return f"Triton needs a C compiler, and {wanted}"
     scheme = sysconfig.get_default_scheme()
     scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own has no headers
@@ -137,7 +137,5 @@ def missing_for_triton() -> str | None:
     for name in ("CPATH", "C_INCLUDE_PATH"):
         folders += filter(None, os.environ.get(name, "").split(os.pathsep))
     if not any((Path(folder) / "Python.h").is_file() for folder in folders):
-        return (
-            f"Triton needs Python's C headers, and there is no {own}/Python.h: install python3-dev"
-        )
+        return f"Triton needs Python's C headers ({own}/Python.h): install python3-dev"
     return None

@@ -1,4 +1,4 @@
-"""Deterministic algorithms, which torch has to be asked for on CUDA."""
+"""Deterministic algorithms, which must be enabled in torch on CUDA."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from utils.core.errors import UserError
 
 @contextmanager
 def allow_any_algorithm() -> Iterator[None]:
-    """Allow nondeterministic operations inside the block, where no weights depend on them."""
+    """Allow nondeterministic operations within the context, which must not affect weights."""
     wanted = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
@@ -22,7 +22,9 @@ def allow_any_algorithm() -> Iterator[None]:
 
 @contextmanager
 def explain_nondeterminism(device: torch.device) -> Iterator[None]:
-    """Raise UserError in place of torch's error for an operation that is never deterministic."""
+    """Replace torch's error for an operation without a deterministic implementation by a
+    UserError.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -30,7 +32,7 @@ def explain_nondeterminism(device: torch.device) -> Iterator[None]:
         if found is None:
             raise
         raise UserError(
-            f"deterministic=true, but {found[1]} gives different bits each time on {device}; "
-            "replace that operation, or set deterministic=false: then a resumed run is the same "
+            f"deterministic=true, but {found[1]} is not deterministic on {device}; "
+            "replace that operation, or set deterministic=false: a resumed run is then the same "
             "only up to rounding"
         ) from error

@@ -1,4 +1,4 @@
-"""Memory of the host, and a UserError in place of running out of memory."""
+"""Measure the memory of the host, and replace out-of-memory errors by a UserError."""
 
 import os
 import sys
@@ -10,12 +10,12 @@ import torch
 
 from utils.core.errors import UserError
 
-# Parts of messages that torch raises without a class of their own, on the CPU and on Apple GPUs.
+# Parts of out-of-memory messages that have no exception class, on the CPU and on Apple GPUs.
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` says that a device or the host has no memory left."""
+    """Return whether `error` means that a device or the host is out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
@@ -23,9 +23,9 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Raise UserError if memory runs out inside the block.
+    """Raise UserError if memory runs out within the context.
 
-    advice: when that happened and what to change; completes the sentence "out of memory ...".
+    advice: when it happened and what to change, to complete the sentence "out of memory ...".
     """
     try:
         yield
@@ -36,7 +36,7 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
 
 
 def free_host_memory() -> int:
-    """Return the bytes that are free on this host, within the limit of its container."""
+    """Return the free memory of this host in bytes, within the limit of its container."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

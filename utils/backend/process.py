@@ -1,4 +1,4 @@
-"""Signals that end a run, and the launcher that may die before its ranks."""
+"""Handle the signals that end a run, and a launcher that dies before its ranks."""
 
 import ctypes
 import os
@@ -11,12 +11,13 @@ from typing import Any
 Received = Sequence[int]  # numbers of the signals received so far
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""Save and exit: how a scheduler, Ctrl-C or a lost connection ends a run."""
+"""Signals on which a run saves and exits: from a scheduler, Ctrl-C or a lost connection."""
 
 
 @contextmanager
 def catch_stop_signals(announce: bool) -> Iterator[Received]:
-    """Collect the numbers of stop signals inside the block; a second SIGINT interrupts at once.
+    """Collect the numbers of stop signals within the context; a second SIGINT interrupts
+    immediately.
 
     announce: print that the run will stop.
     """
@@ -34,11 +35,11 @@ def catch_stop_signals(announce: bool) -> Iterator[Received]:
         if announce and not received:
             name = signal.Signals(number).name
             # Not print: this may interrupt a print.
-            os.write(2, f"\n{name}: saves after this step, then ends\n".encode())
+            os.write(2, f"\n{name}: saving after this step, then exiting\n".encode())
         received.append(number)
 
     caught = [*STOP_SIGNALS]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: the run is to continue
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: the run should continue
         caught.remove(signal.SIGHUP)
     previous = {number: signal.signal(number, note) for number in caught}
     try:
@@ -51,7 +52,7 @@ def catch_stop_signals(announce: bool) -> Iterator[Received]:
 def end_with_launcher() -> None:
     """Ask the kernel to send SIGTERM if the launcher dies, so that no orphaned rank keeps running.
 
-    Does nothing without torchrun, and on other systems than Linux.
+    Does nothing without torchrun or on systems other than Linux.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1

@@ -1,8 +1,8 @@
 """Sharding over ranks (FSDP), and the unsharded state of models and optimizers.
 
-A checkpoint holds whole tensors by name, so that it loads with any `parallel` and world size, and
-in a single process. torch.distributed.checkpoint's own directories are not used: they contain a
-pickled index, and reading one can run code.
+A checkpoint contains whole tensors by name, so that it can be loaded with any `parallel` and world
+size, and in a single process. torch.distributed.checkpoint's own directories are not used: they
+contain a pickled index, and reading one can run code.
 """
 
 from typing import Any
@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_map_only
 
 
 def shard(model: nn.Module, device_type: str, world_size: int) -> nn.Module:
-    """Shard every weight over the ranks, and with it its gradient, moments and average.
+    """Shard every weight, and its gradient, moments and average, over the ranks.
 
     The model is one unit: the recursion applies the same blocks many times in a step, so gathering
-    them block by block would repeat each transfer as often. Whole weights exist from a forward
-    pass to the end of its backward pass.
+    them block by block would repeat every transfer many times. Whole weights exist from the start
+    of a forward pass to the end of its backward pass.
     """
     mesh = init_device_mesh(device_type, (world_size,))
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
@@ -66,7 +66,7 @@ def host_copy(value: Any, keep: bool = True) -> Any:
         return pinned.copy_(source, non_blocking=True)
 
     copied = tree_map_only(Tensor, copy, value)
-    for device in devices:  # once per device, after all its copies were started
+    for device in devices:  # once per device, after starting all its copies
         torch.cuda.synchronize(device)
     return copied
 
@@ -80,7 +80,7 @@ def part_like(value: Tensor, reference: Tensor) -> Tensor:
 
 
 def local_part(value: Tensor) -> Tensor:
-    """Return a view of this rank's shard; any other tensor as it is."""
+    """Return a view of this rank's shard; return unsharded tensors unchanged."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
@@ -102,7 +102,7 @@ def load_model_state(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Return `state` and `param_groups` with parameters by name, like `model_state`."""
-    if not optimizer.state:  # torch would take a step to have something to save
+    if not optimizer.state:  # torch would take a step to create a state
         return {}
     return get_optimizer_state_dict(model, optimizer, options=_options(model))
 
@@ -110,7 +110,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load moments and step counts that `optimizer_state` returned, the same on every rank.
 
-    Learning rates, decays and the like stay as they are.
+    Learning rates, weight decays and other settings are not changed.
     """
     if not state:
         return

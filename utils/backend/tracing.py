@@ -1,8 +1,8 @@
-"""Count what a computation takes without running it: its FLOPs and its memory.
+"""Count the FLOPs and the memory of a computation without running it.
 
-Tensors are fake. They have a shape and a dtype and hold nothing, so that the largest model can be
+Tensors are fake: they have a shape and a dtype, but no data, so that the largest model can be
 traced in seconds on a machine with little memory and without the device. They are fake CPU tensors,
-because no other kind is differentiated without its device.
+because autograd on others needs their device.
 """
 
 import logging
@@ -31,9 +31,9 @@ from utils.core.functions import PROJECT_ROOT
 from utils.core.plugins import locate_failure
 
 aten = torch.ops.aten
-# Fused attention on a CPU, which torch's own counter does not know: products of the size of all
-# scores (the forward pass makes two, the backward pass the scores again and four more), and the
-# places of the query, the key and `is_causal` among the arguments.
+# Fused attention on a CPU, which torch's own counter does not support: the number of products of
+# the size of all scores (two in the forward pass; in the backward pass the scores again and four
+# more), and the positions of the query, the key and `is_causal` in the arguments.
 _ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: (2, 0, 1, 4),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (5, 1, 2, 7),
@@ -61,7 +61,7 @@ def _place(error: Exception) -> str:
 
 
 class Replica(CPUBackend):
-    """The only replica of a run whose tensors are fake, whatever this process was launched as."""
+    """The only replica of a run with fake tensors, regardless of how this process was launched."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,22 +73,22 @@ class Replica(CPUBackend):
 
 
 class Tracer(TorchDispatchMode):
-    """Trace what runs inside `with tracer:`, which may be entered again.
+    """Trace the operations inside `with tracer:`, which may be entered repeatedly.
 
-    FLOPs are those of matrix products and attention, 2 for a multiplication and its addition. A
-    question about a value, such as `bool(tensor)`, is answered with yes or 1. Raises Untraceable
-    where a shape depends on values.
+    FLOPs are those of matrix products and attention, counting 2 for a multiplication and its
+    addition. Reading a value, as in `bool(tensor)`, gives True or 1. Raises Untraceable if a shape
+    depends on values.
 
     Attributes:
-        flops: of all that ran, without recomputation.
+        flops: of all operations, without recomputation.
         recomputed: FLOPs of forward operations that the backward pass repeats.
         live: bytes of the tensors that exist.
-        peak: the most bytes that existed at once since `start_peak`.
+        peak: the maximum of `live` since `start_peak`.
         passes: calls of the modules that `watch` was given, (without gradient, with gradient).
     """
 
     def __init__(self, *, causal: bool):
-        """Start at zero. causal: position t attends up to t only, whatever the mask says."""
+        """Start at zero. causal: count position t as attending only up to t, whatever the mask."""
         super().__init__()
         self.causal = causal
         self.flops = self.recomputed = 0
@@ -112,10 +112,10 @@ class Tracer(TorchDispatchMode):
         if isinstance(error, DynamicOutputShapeException | UnsupportedFakeTensorException):
             raise Untraceable(
                 f"{place}{error} depends on the values of a tensor, so the model cannot be traced "
-                "without running it; replace it by an operation of a fixed shape, such as "
+                "without running it; replace it by an operation with a fixed shape, such as "
                 "torch.where"
             ) from None
-        # what fails for real as well fails again in the first step, with its own message
+        # a genuine failure occurs again in the first step, with its own message
         raise Untraceable(
             f"{place}{first_line(error)} (in a trace, which counts FLOPs and memory)"
         ) from error
@@ -141,7 +141,7 @@ class Tracer(TorchDispatchMode):
             flops = flop_registry[operation](*args, **kwargs, out_val=out)
         else:
             return
-        if self._in_backward and torch.is_grad_enabled():  # a backward pass alone needs no graph
+        if self._in_backward and torch.is_grad_enabled():  # a backward pass needs no graph
             self.recomputed += flops
         else:
             self.flops += flops
@@ -159,11 +159,11 @@ class Tracer(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
     def start_peak(self) -> None:
-        """Look for a new peak from here on."""
+        """Reset the peak to the current memory."""
         self.peak = self.live
 
     def backward(self, loss: Tensor) -> None:
-        """Trace the backward pass of `loss`, if anything in it has a gradient."""
+        """Trace the backward pass of `loss`, if it requires a gradient."""
         if not loss.requires_grad:
             return
         self._in_backward = True
@@ -173,8 +173,9 @@ class Tracer(TorchDispatchMode):
             self._in_backward = False
 
     def place(self, module: nn.Module) -> None:
-        """Replace the parameters and buffers of `module`, which may lie on the meta device, by fake
-        ones."""
+        """Replace the parameters and buffers of `module`, which may be on the meta device, by fake
+        ones.
+        """
         placed: dict[int, Tensor] = {}
 
         def fake(tensor: Tensor) -> Tensor:
@@ -197,9 +198,9 @@ class Tracer(TorchDispatchMode):
     def watch(self, root: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
         """Count calls of `blocks` inside the `with` block.
 
-        A call without gradient, of a block or of a module below `root` that holds blocks, is traced
-        once for each kind of arguments: others like it return empty tensors of the same shapes, and
-        count as much.
+        Calls without gradient, of a block or of a module in `root` that contains blocks, are traced
+        once for each kind of arguments; similar calls then return empty tensors of the same shapes
+        and add the same counts.
         """
         own = set(blocks)
         repeated = [m for m in root.modules() if m is not root and own & set(m.modules())]
@@ -242,8 +243,9 @@ class Tracer(TorchDispatchMode):
 
 
 def _attention_flops(products: int, query: Sequence[int], keys: int, causal: bool) -> int:
-    """Return 2 FLOPs for each product, channel and pair of positions that a causal kernel does not
-    skip. query: (B, N, L, K)."""
+    """Return the FLOPs of attention: 2 for each product, channel and pair of positions that a
+    causal kernel does not skip. query: (B, N, L, K).
+    """
     rows, heads, length, width = query
     triangle = causal and length == keys
     pairs = length * (length + 1) // 2 if triangle else length * keys

@@ -1,7 +1,7 @@
 """TPUs, and XLA's own CPU, through PyTorch/XLA: find the device and start its replicas.
 
 The user's process never touches the device: `torch_xla.launch` spawns the processes that do, one
-replica per core, and fails if their parent has touched it. xla_replica.py is what a replica uses.
+replica per core, and fails if their parent has touched it. Replicas use xla_replica.py.
 """
 
 import importlib.metadata
@@ -33,11 +33,11 @@ from utils.core.errors import UserError
 T = TypeVar("T")
 
 PROBE_SECONDS = 60.0
-"""How long a TPU may take to answer; without one, torch_xla retries for minutes."""
+"""Time limit for a TPU to answer; without a TPU torch_xla retries for minutes."""
 GRACE_SECONDS = 10.0
-"""How long replicas may run after one has failed: most fail for the same reason, others hang."""
+"""Time limit for replicas after one has failed: most fail for the same reason, others hang."""
 _PROBE = "import torch_xla, torch_xla.core.xla_model as xm; print(xm.xla_device_hw('xla:0'))"
-# One chip of this host, so that the hosts of a pod need not be asked at the same moment.
+# Use one chip of this host, so that the hosts of a pod need not be probed simultaneously.
 _ONE_CHIP = {
     "TPU_VISIBLE_CHIPS": "0",
     "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1",
@@ -46,10 +46,10 @@ _ONE_CHIP = {
 
 
 def not_installed() -> str | None:
-    """Return why torch_xla cannot be imported here; None if it can."""
+    """Return the reason why torch_xla cannot be imported here; None if it can."""
     if importlib.util.find_spec("torch_xla") is None:
         return (
-            "torch_xla is not installed here; it needs its own environment with "
+            "torch_xla is not installed; it needs its own environment with "
             "requirements-tpu.txt, see TPU_SETUP.md"
         )
     own, needs = torch.__version__, importlib.metadata.version("torch_xla")
@@ -59,15 +59,15 @@ def not_installed() -> str | None:
 
 
 def no_tpu() -> str | None:
-    """Return why this machine can use no TPU; None if it can. Tries it in another process."""
+    """Return the reason why no TPU can be used here; None if one can. Tries it in a subprocess."""
     named = os.environ.get("PJRT_DEVICE") or None
     if named not in (None, "TPU"):
-        return f"PJRT_DEVICE={named} names another device; unset it, or use device_type=xla"
+        return f"PJRT_DEVICE={named} selects another device; unset it, or use device_type=xla"
     files = glob("/dev/accel*") + glob("/dev/vfio/[0-9]*")
     if not (files or named or os.environ.get("TPU_ACCELERATOR_TYPE")):
         return (
-            "this machine has no TPU: there is neither /dev/accel* nor /dev/vfio/<number>; "
-            "if it has one all the same, set PJRT_DEVICE=TPU"
+            "this machine has no TPU: neither /dev/accel* nor /dev/vfio/<number> exists; "
+            "if it does have one, set PJRT_DEVICE=TPU"
         )
     try:
         done = subprocess.run(
@@ -87,7 +87,7 @@ def no_tpu() -> str | None:
 
 
 class XLABackend(Backend):
-    """The device that PJRT_DEVICE names; by default a TPU."""
+    """The device selected by PJRT_DEVICE; by default a TPU."""
 
     name = "xla"
 
@@ -102,7 +102,7 @@ class XLABackend(Backend):
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         raise UserError(
-            f"device_type={self.name} is for training only, which starts its own processes for "
+            f"device_type={self.name} is only for training, which starts its own processes for "
             "the device; use device_type=cpu here"
         )
 
@@ -146,7 +146,7 @@ class XLABackend(Backend):
             starter.start()
             try:
                 wait_for(starter, folder, received, before)
-            finally:  # also after a second Ctrl-C
+            finally:  # even after a second Ctrl-C
                 end_processes(before)
                 starter.join()
             return result_of(folder, errors)
@@ -163,7 +163,9 @@ class TPUBackend(XLABackend):
 
 
 def wait_for(starter: threading.Thread, folder: Path, received: Received, before: set) -> None:
-    """Wait for all replicas; forward a signal to them, and kill those that wait for a dead one."""
+    """Wait for all replicas; forward signals to them, and kill those that wait for a dead
+    replica.
+    """
     failed_at = None
     while starter.is_alive():
         starter.join(0.2)
@@ -182,7 +184,9 @@ def end_processes(before: set) -> None:
 
 
 def run_replica(ordinal: int, folder: Path, wanted: str, fn: Callable[..., Any], args: Any) -> None:
-    """Run one replica and write its outcome to a file: `torch_xla.launch` returns nothing."""
+    """Run one replica and write its outcome to a file, because `torch_xla.launch` returns
+    nothing.
+    """
     outcome: tuple[str, Any]
     try:
         backend = Replica(folder)
@@ -204,7 +208,7 @@ def outcomes(folder: Path) -> list[tuple[str, Any]]:
 
 
 def result_of(folder: Path, errors: list[BaseException]) -> Any:
-    """Return the first replica's value, or raise its first failure: a UserError if there is one."""
+    """Return the first replica's value, or raise the first failure, preferably a UserError."""
     found = outcomes(folder)
     for kind, value in found:
         if kind == "sentence":
@@ -213,10 +217,10 @@ def result_of(folder: Path, errors: list[BaseException]) -> Any:
         if kind == "traceback":
             raise RuntimeError(f"a replica failed:\n{value}")
     for kind, value in found:
-        if kind == "status":  # ended at once, so that the others have no outcome
+        if kind == "status":  # it exited immediately, so the others have no outcome
             return value
     if errors:
         raise RuntimeError(
-            "the processes of the replicas ended without a message; were they killed for memory?"
+            "the processes of the replicas ended without a message; they may have run out of memory"
         ) from errors[0]
     return found[0][1]

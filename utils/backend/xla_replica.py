@@ -1,8 +1,9 @@
 """One replica on PyTorch/XLA: a core of a TPU, or XLA's own CPU.
 
 Operations on XLA tensors are deferred, and run as one compiled program when `torch_xla.sync` is
-called. A training step is two programs: everything up to what the host must know (`to_host`), and
-the update (`end_step`). A program is compiled once for each set of shapes and constants.
+called. A training step is two programs: everything up to the values that the host reads
+(`to_host`), and the update (`end_step`). A program is compiled once for each set of shapes and
+constants.
 """
 
 import logging
@@ -27,8 +28,8 @@ from utils.core.errors import UserError
 
 T = TypeVar("T")
 
-# Dense bfloat16 FLOP/s of one device by part of its kind (Google's published figures; v2 and v3
-# present a core as a device, later ones a chip). The first match counts.
+# Dense bfloat16 FLOP/s of one device by part of its kind (Google's published figures; on v2 and v3
+# a device is a core, on later ones a chip). The first match is used.
 _BF16_PEAK = {
     "v6 lite": 918e12,
     "v5 lite": 197e12,
@@ -42,7 +43,7 @@ _TURN = threading.Lock()  # replicas may be threads of one process
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that other processes never see half-written."""
+    """Write a file atomically, so that other processes never read a partial one."""
     with write_atomically(path) as part:
         part.write_bytes(content)
 
@@ -93,22 +94,24 @@ class Replica(Backend):
         return COMPILES_ITSELF
 
     def end_now(self, status: int) -> NoReturn:
-        if self.folder is not None:  # otherwise the parent would not know why
+        if self.folder is not None:  # otherwise the parent would not see the message
             write_whole(self.folder / f"outcome_{self.rank:06}", pickle.dumps(("status", status)))
         os._exit(status)
 
     def wrap(self, model: nn.Module, parallel: str = "ddp") -> nn.Module:
         if parallel != "ddp":
             raise UserError(f"parallel={parallel} does not run on XLA devices; use parallel=ddp")
-        if self.world_size > 1:  # rank 0's weights, as DistributedDataParallel does
+        if self.world_size > 1:  # broadcast rank 0's weights, as DistributedDataParallel does
             self.xm.broadcast_master_param(model)
         return model
 
     def reduce_gradients(self, optimizers: Sequence[Optimizer]) -> None:
-        # They are means over replicas, of a loss that `backward` multiplied by their number.
+        # Averages over replicas, which become sums because `backward` scales the loss.
         for optimizer in optimizers:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            if any(p.grad is not None for p in parameters):  # identifiers are summed elsewhere
+            if any(
+                p.grad is not None for p in parameters
+            ):  # identifier gradients are summed elsewhere
                 self.xm.reduce_gradients(optimizer)
 
     def end_step(self) -> None:
@@ -116,8 +119,8 @@ class Replica(Backend):
 
     def to_host(self, tensor: Tensor) -> np.ndarray:
         try:
-            # First run everything pending: reading a tensor runs only what it depends on, and
-            # what else depends on that would run it a second time.
+            # Run everything pending first: reading a tensor runs only the operations that it
+            # depends on, and others that depend on these would run them a second time.
             self.xla.sync()
             return tensor.cpu().numpy()
         except RuntimeError as error:
@@ -133,8 +136,8 @@ class Replica(Backend):
     ) -> Iterator[tuple[str, dict[str, Tensor], int]]:
         """Move batches with MpDeviceLoader, two ahead of their use.
 
-        The loader reads `stream` in a thread and would take an error there for its end, so errors
-        are raised here.
+        The loader reads `stream` in a thread and would treat an error there as the end of the
+        stream, so errors are raised here.
         """
         from torch_xla.distributed.parallel_loader import MpDeviceLoader
 
@@ -147,7 +150,7 @@ class Replica(Backend):
             except BaseException as error:
                 failures.append(error)
 
-        # batches_per_execution: the loader would run pending operations whenever it gives an item
+        # batches_per_execution: otherwise the loader runs pending operations with every item
         loader = MpDeviceLoader(
             read(),
             self.device,
@@ -185,8 +188,8 @@ class Replica(Backend):
     def _exchange(self, value: Any) -> list[Any]:
         """Return every replica's value."""
         payload = pickle.dumps(value)
-        # Padded to few lengths, because each length is a program of its own. Unpickling ignores
-        # what follows the value.
+        # Padded to a few lengths, because each length needs another program. Unpickling ignores the
+        # padding.
         padded = payload.ljust(1 << max(10, len(payload).bit_length()), b"\0")
         return [pickle.loads(part) for part in self.xm.rendezvous("objects", padded)]
 
@@ -201,7 +204,7 @@ class Replica(Backend):
         return super().memory_bytes() if memory is None else memory.get("peak_bytes_used")
 
     def _memory(self) -> dict[str, int] | None:
-        """Return the device's figures; None on XLA's own CPU, which has none."""
+        """Return the device's memory statistics; None on XLA's own CPU, which has none."""
         return self.xm.get_memory_info(self.device) if self.hardware == "TPU" else None
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:

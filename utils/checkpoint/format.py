@@ -1,7 +1,7 @@
-"""Checkpoints: directories that appear whole or not at all, and run no code when read.
+"""Checkpoints: directories that are written atomically and run no code when read.
 
 `step_<n>/` contains model.pt; ema.pt if weights are averaged; optimizer.pt; rng.pt; one
-carry_<rank>.pt per rank (held rows by slot); state.json (format, counters, stream position);
+carry_<rank>.pt per rank (rows in progress by slot); state.json (format, counters, stream position);
 config.yaml; the corpus' dataset.json, identifiers.json and tokenizer.json; source/ (architecture
 and loss); manifest.json (SHA-256 of every other file). It is written under a hidden name and
 renamed at the end (`utils/checkpoint/writer.py`). In the directory of a run, `best` is a link to
@@ -30,7 +30,7 @@ from utils.core.errors import UserError
 from utils.core.functions import has_utf8_name, nearest
 
 FORMAT = 3
-"""Version of a checkpoint's files. In 2, latents and memory had the names of AthenaTRM's fields."""
+"""Version of a checkpoint's files. In 2, latents and memory were named after AthenaTRM's fields."""
 READABLE = (2, FORMAT)
 
 MANIFEST = "manifest.json"
@@ -66,7 +66,7 @@ def checkpoint_in(path: Path) -> Path:
 def missing_advice(path: Path) -> str:
     """Return advice on a path that does not exist: a similar name next to it, if there is one."""
     near = nearest(path.name, sorted(other.name for other in path.parent.glob("*")))
-    return f"did you mean {path.parent / near}?" if near else "name a checkpoint or a run"
+    return f"did you mean {path.parent / near}?" if near else "give a checkpoint or a run"
 
 
 def sha256(path: Path) -> str:
@@ -78,7 +78,7 @@ def sha256(path: Path) -> str:
 def note_evaluation(run: Path, counters: dict[str, Any]) -> None:
     """Record that the evaluation at this step is finished, with the run's counters after it.
 
-    The checkpoint of the step was complete before, so this is a file of the run.
+    It is written to the run's directory, because the checkpoint of this step is already complete.
     """
     with write_atomically(run / EVALUATED) as part:
         part.write_text(json.dumps(counters), "utf-8")
@@ -108,9 +108,9 @@ def note_start(run: Path, resume: str) -> None:
 
 
 def is_restart(run: Path, resume: str) -> bool:
-    """Return whether an earlier attempt of this launch has resumed from what `resume` names.
+    """Return whether an earlier attempt of this launch has resumed from the checkpoint `resume`.
 
-    Then this attempt continues where that one ended.
+    If so, this attempt continues from the last checkpoint of that one.
     """
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
@@ -121,17 +121,18 @@ def is_restart(run: Path, resume: str) -> bool:
 
 
 def set_aside(run: Path, start: Path, step: int) -> None:
-    """Rename the checkpoints that a run has beyond `start`, at `step`, from which it resumes.
+    """Rename the checkpoints of a run that do not precede `start`, at `step`, from which it
+    resumes: all later ones, and others of the same step.
 
-    These are all later ones, and others of the same step. Otherwise they would count as the newest,
-    and the run would delete its new ones as old.
+    Otherwise they would count as the newest, and the run would delete its new checkpoints as old
+    ones.
     """
     for folder in checkpoints_of(run):
         if step_of(folder) < step or (folder.exists() and folder.samefile(start)):
             continue
         aside = folder.with_name(f"abandoned_{folder.name}_{int(time.time())}")
         folder.rename(aside)
-        notify(f"note: {folder.name} does not lead from {start}; renamed to {aside.name}")
+        notify(f"note: {folder.name} does not precede {start}; renamed to {aside.name}")
     forget_evaluation(run, step if start.parent.resolve() == run.resolve() else -1)
 
 
@@ -159,7 +160,7 @@ def link_best(run: Path, step: int | None) -> None:
             part.replace(link)
         elif link.is_symlink():
             link.unlink()
-    except OSError as error:  # some storage has no links, and the run itself needs none
+    except OSError as error:  # some storage does not support links, and the run does not need them
         notify(f"note: the link {link} could not be created ({error.strerror or error})")
 
 
@@ -182,7 +183,7 @@ class Checkpoint:
         if not manifest.is_file():
             below = sorted(path.parent.parent for path in self.folder.glob(f"*/step_*/{MANIFEST}"))
             runs = ", ".join(dict.fromkeys(map(str, below)))
-            advice = f"runs below it: {runs}" if runs else "name a run, or a step_<n> in one"
+            advice = f"runs below it: {runs}" if runs else "give a run, or a step_<n> in one"
             raise UserError(f"{self.folder} is not a checkpoint: it has no {MANIFEST}; {advice}")
         try:
             self.files: dict[str, str] = json.loads(manifest.read_text("utf-8"))
@@ -198,7 +199,7 @@ class Checkpoint:
             path = self.folder / name
             if not path.is_file() or sha256(path) != digest:
                 raise UserError(
-                    f"checkpoint {self.folder} is damaged: {name} is not what was saved; resume an "
+                    f"checkpoint {self.folder} is damaged: {name} has changed; resume an "
                     "older step_<n> with resume=<directory>"
                 )
 
@@ -212,7 +213,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The config as the run had it, with the keys of its version."""
+        """The run's config, with the keys of the version that wrote it."""
         return yaml.safe_load(self.text("config.yaml"))
 
     def tensors(self, stem: str) -> Any:
@@ -233,14 +234,15 @@ class Checkpoint:
         return json.loads(self.text(name))
 
     def carry(self, slots: range, only: str = "") -> dict[str, Tensor] | None:
-        """Return the held rows of a range of slots, from the files of all ranks; None if not saved.
+        """Return the rows in progress of a range of slots, from the files of all ranks; None if not
+        saved.
 
         only: name of the only tensor to return; all by default.
         """
         parts = []
         for name in sorted(n for n in self.files if re.fullmatch(r"carry_\d+\.pt", n)):
             path = self.folder / name
-            mapped = has_utf8_name(path)  # torch cannot map others
+            mapped = has_utf8_name(path)  # torch cannot memory-map others
             shard = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             low, high = shard["slots"]
             start, stop = max(low, slots.start), min(high, slots.stop)
@@ -266,7 +268,7 @@ def _leaves(value: Any, name: str) -> dict[str, Tensor]:
 def newest_whole(run: Path, rename: bool = True) -> Checkpoint | None:
     """Return the newest intact checkpoint of a run; None if it never had one.
 
-    A damaged one is reported, renamed if `rename` (not in the run of another process), and skipped.
+    Damaged checkpoints are reported, renamed if `rename` is set, and skipped.
     Raises UserError if all are damaged, or were found damaged by an earlier start.
     """
     found = [p for p in run.glob("step_*") if _STEP.fullmatch(p.name) and p.is_dir()]
@@ -287,8 +289,8 @@ def newest_whole(run: Path, rename: bool = True) -> Checkpoint | None:
     damaged = sorted(p.name for p in run.glob("damaged_step_*"))
     if found or damaged:
         raise UserError(
-            f"all checkpoints in {run} are damaged or cannot be read; look at "
-            f"{', '.join(damaged) or 'them'} there, or start a new run with another run_name or "
+            f"all checkpoints in {run} are damaged or cannot be read; check "
+            f"{', '.join(damaged) or 'them'}, or start a new run with another run_name or "
             "resume=none"
         )
     return None
@@ -297,9 +299,9 @@ def newest_whole(run: Path, rename: bool = True) -> Checkpoint | None:
 def load_weights(path: str | Path, which: str) -> tuple[dict[str, Tensor], Checkpoint | None]:
     """Load the weights of a checkpoint, of a run (its newest), or of a single file such as TRM's.
 
-    which: `ema` for the averages where there are any, `raw` for the weights as trained.
+    which: `ema` for the averages if there are any, `raw` for the weights as trained.
     Returns the weights, named as in the model without its loss head, and the checkpoint; None for a
-    single file. Raises UserError if there is none, or if it is damaged.
+    single file. Raises UserError if the checkpoint does not exist or is damaged.
     """
     path = Path(path)
     if path.is_file():
@@ -307,11 +309,11 @@ def load_weights(path: str | Path, which: str) -> tuple[dict[str, Tensor], Check
             state = torch.load(path, map_location="cpu", weights_only=True)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-        except Exception:  # of pickle, zip or torch, with long messages
+        except Exception:  # from pickle, zip or torch, with long messages
             state = None
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
             whole = (path.parent / MANIFEST).is_file()
-            advice = f"name its folder, {path.parent}" if whole else "name a run, a step_<n> in one"
+            advice = f"give its folder, {path.parent}" if whole else "give a run, a step_<n> in one"
             raise UserError(
                 f"{path} is not a file of weights (tensors by name, saved by torch); {advice}, or "
                 "a file of TRM's weights"

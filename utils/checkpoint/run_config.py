@@ -1,4 +1,4 @@
-"""Take keys that the command line omits from the checkpoint that a run starts from."""
+"""Complete the config of a run with values from the checkpoint that it starts from."""
 
 import os
 import re
@@ -20,8 +20,8 @@ from utils.config.values import literal, readable
 from utils.core.errors import UserError
 
 # Keys that are taken from the checkpoint unless the command line gives them: by an evaluation, and
-# by a run that starts from its weights or resumes it. What presets of `recipe` set goes with the
-# architecture: those of the default architecture would suit no other.
+# by a run that starts from its weights or resumes it. They include the keys of `recipe` presets,
+# because the default recipe does not suit every architecture.
 AS_TRAINED = (
     "arch", "data_paths", "data_paths_test", "min_iterations", "global_batch_size",
     "eval_batch_size", "evaluators", "feed", "seed",
@@ -31,8 +31,8 @@ TRAINED_FURTHER = ("arch", *RECIPE)
 
 
 def apply_trained_config(cfg: DictConfig, overrides: Sequence[str] | None = None) -> DictConfig:
-    """Return the config with values of the checkpoint in place of keys that no override names, by
-    itself or by a preset.
+    """Return the config with the checkpoint's values for all keys that no override sets, directly
+    or through a preset.
 
     With `eval_only=true` these are the keys AS_TRAINED of `load_checkpoint`, otherwise those of
     TRAINED_FURTHER. A run that has its own checkpoints, or names one with `resume`, takes them from
@@ -47,7 +47,7 @@ def apply_trained_config(cfg: DictConfig, overrides: Sequence[str] | None = None
     file = source / "config.yaml"
     if overrides is None:
         overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    # scripts pass on what was written; Hydra's own list has whole names
+    # scripts pass overrides as written; Hydra's list has full names
     overrides = [re.sub(r"^([+~]*)loss\.", r"\1arch.loss.", override) for override in overrides]
     named = {re.split("[/=]", override.lstrip("+~"))[0] for override in overrides}
     if not file.is_file() or named & {"experiment", "debug"}:
@@ -85,7 +85,9 @@ def _architecture(saved: dict[str, Any], source: Path) -> dict[str, Any]:
     if gone:
         _warn(f"{source} was trained with {', '.join(gone)}, which no longer exists")
     values = arch.model_dump(mode="json")
-    for term, _ in checkpoint_options(values["loss"]):  # such as a base: no part of the model
+    for term, _ in checkpoint_options(
+        values["loss"]
+    ):  # such as a base, which is not part of the model
         values["loss"]["terms"].pop(term, None)
     return values
 

@@ -16,7 +16,7 @@ from utils.core.errors import UserError
 
 LOCK = ".lock"
 LR_FIND = "lr_find"
-"""Directory below the run's, so that a sweep never touches the checkpoints of the run."""
+"""A subdirectory of the run, so that a sweep never changes the checkpoints of the run."""
 _WAIT = 20.0  # seconds for an earlier process to exit, and for slow shared storage
 
 
@@ -24,9 +24,8 @@ class RunFolder:
     """Create and lock the directory `path` of a run, until the end of the context.
 
     A collective. Gives the run the same name on all ranks; raises UserError if the directory cannot
-    be written, is in use, or is not visible to every rank. An evaluation takes no lock. A failure
-    before anything worth keeping is written leaves nothing: neither the lock nor directories that
-    were created.
+    be written, is in use, or is not visible to every rank. An evaluation does not lock it. If the
+    run fails before it writes results, the lock and the directories created here are deleted.
     """
 
     def __init__(self, config: PretrainConfig, backend: Backend):
@@ -39,7 +38,7 @@ class RunFolder:
         if config.lr_find:
             self.path /= LR_FIND
         self.failed = False
-        """Set it after a failure that is not raised through the context manager."""
+        """Set this after a failure that is not raised through the context manager."""
         self._lock: TextIO | None = None
         self._made: list[Path] = []  # created here, innermost first
         token = backend.from_main(lambda: self._open(config))
@@ -113,7 +112,9 @@ def _lock(path: Path) -> TextIO:
     """Lock the directory and return the lock file: closing it or ending the process unlocks."""
     deadline, notified = time.monotonic() + _WAIT, False
     while True:
-        path.mkdir(parents=True, exist_ok=True)  # the process that had it may have removed both
+        path.mkdir(
+            parents=True, exist_ok=True
+        )  # the process that held the lock may have removed both
         file = (path / LOCK).open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,11 +140,11 @@ def _lock(path: Path) -> TextIO:
             os.fsync(file.fileno())  # so that other machines see it
         if _owner(path) == _describe_process() or time.monotonic() > deadline:
             return file
-        file.close()  # it was removed after it was opened
+        file.close()  # the file was removed after it was opened
 
 
 def _owner(path: Path) -> str | None:
-    """Return what the lock file says; None if it cannot be read."""
+    """Return the content of the lock file; None if it cannot be read."""
     try:
         return (path / LOCK).read_text("utf-8").strip()
     except OSError:

@@ -2,7 +2,7 @@
 
 Every rank writes its own files into a hidden directory, and then a marker that they are on disk.
 After all markers, rank 0 adds the manifest and renames the directory. No collective runs in the
-background, so a checkpoint is completed whatever the ranks do meanwhile.
+background, so it does not matter what the ranks do meanwhile.
 """
 
 import errno
@@ -48,10 +48,11 @@ class CheckpointWriter:
         self._pending: _Pending | None = None
 
     def begin(self, step: int, files: Mapping[str, Any], spare: Collection[int] = ()) -> bool:
-        """Start writing `step` after the previous checkpoint; return False if that is impossible.
+        """Wait for the previous checkpoint, then start writing that of `step`; return False on
+        failure.
 
-        files: what this rank writes, by name: bytes, or a value for torch.save, in host memory and
-        not shared with training. spare: steps to keep besides the newest.
+        files: content by file name, either bytes or a value for torch.save, in host memory that
+        training does not use. spare: steps to keep in addition to the newest.
         """
         self.wait()
         temporary = self.run / f".step_{step}.tmp"
@@ -81,7 +82,7 @@ class CheckpointWriter:
 
     @property
     def done(self) -> bool:
-        """Whether this rank has finished writing, or failed to."""
+        """Whether this rank has finished writing or has failed."""
         futures = (self._pending.written, self._pending.committed) if self._pending else ()
         return all(future is None or future.done() for future in futures)
 
@@ -121,7 +122,9 @@ class CheckpointWriter:
             return
         shutil.rmtree(folder, ignore_errors=True)
         good = checkpoints_of(self.run)
-        last = f"the last good checkpoint is {good[-1].name}" if good else "there is none yet"
+        last = (
+            f"the last good checkpoint is {good[-1].name}" if good else "there is no checkpoint yet"
+        )
         notify(f"warning: step {step} could not be saved ({fault}); {last}")
 
     def _write(self, folder: Path, files: Mapping[str, Any]) -> None:
@@ -151,7 +154,7 @@ class CheckpointWriter:
     ) -> None:
         """Wait for the markers of all ranks, then complete the checkpoint and prune older ones."""
         if written.exception() is not None:
-            return  # reported as the fault of this rank
+            return  # reported as this rank's failure
         markers = [_marker(folder, rank) for rank in range(self.backend.world_size)]
         while not all(marker.is_file() for marker in markers):
             if abandon.wait(0.02):

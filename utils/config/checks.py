@@ -1,7 +1,7 @@
-"""Check values that are valid one by one but clash with each other.
+"""Check values that are valid individually but conflict with each other.
 
-Each check names the keys that it reads and is skipped if one of them is invalid, so that a user
-never reads a complaint about a value that they did not give.
+Each check declares the keys that it reads and is skipped if one of them is invalid, so that no
+message mentions a value that the user did not set.
 """
 
 import os
@@ -16,10 +16,10 @@ from utils.config.schema import PretrainConfig
 
 @dataclass
 class Context:
-    """What the checks read.
+    """The input of the checks.
 
     arch: options of the architecture with their defaults; empty if they are invalid.
-    optimizer: the class that the config names; None if there is none.
+    optimizer: the class that the config names; None if it does not exist.
     """
 
     config: PretrainConfig
@@ -43,7 +43,7 @@ def _reads(*keys: str) -> Callable[[Check], Check]:
 
 
 def clashes(context: Context, faulty: set[str]) -> list[str]:
-    """Return one sentence for each clash. faulty: top-level keys that are invalid."""
+    """Return one sentence for each conflict. faulty: the invalid top-level keys."""
     return [
         line for keys, check in _CHECKS if not faulty.intersection(keys) for line in check(context)
     ]
@@ -103,7 +103,7 @@ def _parallel(c: Context) -> Iterator[str]:
 
 
 def divided_by_ranks(context: Context) -> list[str]:
-    """Return the clashes that depend on the number of ranks."""
+    """Return the conflicts that depend on the number of ranks."""
     return [*_global_batch(context), *_eval_batch(context)]
 
 
@@ -131,7 +131,7 @@ def _paths_once(c: Context) -> Iterator[str]:
     for key in ("data_paths", "data_paths_test"):
         paths = getattr(c.config, key)
         if any(not path.strip() for path in paths):
-            yield f"{key} holds an empty path: remove it"
+            yield f"{key} contains an empty path: remove it"
         once: dict[str, str] = {}
         for path in paths:
             place = path if "://" in path else os.path.realpath(path)
@@ -148,8 +148,8 @@ def _iteration_curriculum(c: Context) -> Iterator[str]:
         return
     if c.config.epochs is None and c.config.max_steps is None:
         yield (
-            "iteration_curriculum follows epochs or max_steps, which are both null (following "
-            "max_seconds, no two runs would be alike): give one of the two"
+            "iteration_curriculum follows epochs or max_steps, but both are null (with "
+            "max_seconds, no two runs would be equal): set one of the two"
         )
     if c.config.max_seconds is not None:
         yield (
@@ -166,7 +166,7 @@ def _length(c: Context) -> Iterator[str]:
     config = c.config
     limits = (config.epochs, config.max_steps, config.max_seconds)
     if limits == (None, None, None) and not (config.dry_run or config.eval_only or config.lr_find):
-        yield "epochs, max_steps and max_seconds are all null: the run would never end, give one"
+        yield "epochs, max_steps and max_seconds are all null: the run would never end; set one"
 
 
 @_reads("epochs", "eval_interval", "min_eval_interval")
@@ -189,7 +189,7 @@ def _early_stopping(c: Context) -> Iterator[str]:
     if c.config.early_stopping is not None and c.config.eval_interval is None:
         yield (
             "early_stopping needs evaluations during the run, but eval_interval is null: "
-            "give it in epochs, e.g. eval_interval=0.1"
+            "set it in epochs, e.g. eval_interval=0.1"
         )
 
 
@@ -199,14 +199,14 @@ def _lr_find(c: Context) -> Iterator[str]:
     for key in ("lr_find", "profile"):
         if getattr(config, key) and (config.eval_only or config.dry_run):
             other = "eval_only" if config.eval_only else "dry_run"
-            yield f"{key} needs training and {other}=true trains nothing: give one of the two"
+            yield f"{key} needs training, but {other}=true does not train: set only one of the two"
     if (rule := config.lr_find) is None:
         return
     if rule.low >= rule.high:
         yield f"lr_find.low {rule.low:g} must be below lr_find.high {rule.high:g}"
     if config.resume not in ("auto", "none"):
         yield (
-            f"lr_find starts a run of its own, resume='{config.resume}' resumes one: use "
+            f"lr_find starts a new run, but resume='{config.resume}' resumes one: use "
             "load_checkpoint to start from its weights"
         )
     if config.lr == 0 or config.freeze_weights:
@@ -233,7 +233,7 @@ def _resume(c: Context) -> Iterator[str]:
     if resume not in ("auto", "none") and load is not None:
         yield (
             f"resume='{resume}' continues a run and load_checkpoint='{load}' starts a new one "
-            "from weights: give one of the two"
+            "from weights: set only one of the two"
         )
     if not resume.strip():
         yield "resume is empty: use auto, none or the path of a checkpoint"
@@ -245,7 +245,7 @@ def _eval_only(c: Context) -> Iterator[str]:
     if not config.eval_only:
         return
     if config.dry_run:
-        yield "eval_only=true and dry_run=true cannot be combined: give one of the two"
+        yield "eval_only=true and dry_run=true cannot be combined: set only one of the two"
     known_run = config.run_name is not None or config.checkpoint_path is not None
     resumes = config.resume != "none" and (config.resume != "auto" or known_run)
     if config.load_checkpoint is None and not resumes:

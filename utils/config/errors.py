@@ -1,6 +1,6 @@
-"""Describe what is wrong with a configuration: one sentence for each mistake.
+"""Describe the mistakes in a configuration, one sentence for each.
 
-Converts pydantic's errors to lines that name the key, the value at fault and what to do.
+Converts pydantic's errors to lines with the key, the invalid value and what to do.
 """
 
 import inspect
@@ -21,7 +21,7 @@ def to_int(value: Any) -> Any:
 
 
 def to_float(value: Any) -> Any:
-    """Convert text to float where possible: `1e-3` is text in YAML 1.1, which wants `1.0e-3`."""
+    """Convert text to float if possible: `1e-3` is text in YAML 1.1, which requires `1.0e-3`."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -30,7 +30,7 @@ def to_float(value: Any) -> Any:
     return value
 
 
-# Names that other frameworks use for a key and that are not similar to its own.
+# Names of keys in other frameworks that do not resemble ours.
 _SYNONYMS = {
     "learning_rate": "lr",
     "min_lr": "lr_min_ratio",
@@ -124,10 +124,9 @@ def branches(annotation: Any) -> list[Any]:
 
 
 def _locate(model: type[pydantic.BaseModel], loc: tuple) -> tuple[tuple, Any, type | None]:
-    """Follow an error's location and return the part that names keys, its type, and the model that
-    declares it.
+    """Return the keys in an error's location, the type there, and the model that declares it.
 
-    The rest of a location names the branch of a union, which means nothing to a user.
+    The rest of the location is the branch of a union, which is meaningless to a user.
     """
     annotation: Any = model
     owner: type | None = model

@@ -1,9 +1,9 @@
 """Run Hydra, with errors of one sentence.
 
-Hydra stops at the first unknown key, with a stack of exceptions. So single keys are passed to it as
-`++key=value`, which it always accepts, and `load_config` then reports every unknown key at once;
-`run_name=x` and `+run_name=x` therefore mean the same. What Hydra still refuses (an unknown preset,
-an override that it cannot parse) ends in one sentence.
+Hydra stops at the first unknown key, with a chain of exceptions. Therefore keys are passed to it as
+`++key=value`, which it always accepts, and `load_config` reports all unknown keys together;
+`run_name=x` and `+run_name=x` mean the same. Errors that Hydra itself finds (an unknown preset, an
+override that it cannot parse) are printed as one sentence.
 """
 
 import functools
@@ -34,8 +34,8 @@ from utils.core.functions import nearest, suggest
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 CONFIG_NAME = "cfg_pretrain"
-SWEEPS = Path("checkpoints/sweeps")  # as hydra.sweep.dir says
-# What `schema` in the defaults list of CONFIG_NAME stands for.
+SWEEPS = Path("checkpoints/sweeps")  # same as hydra.sweep.dir
+# Name of `schema` in the defaults list of CONFIG_NAME.
 ConfigStore.instance().store(
     "schema", {k: f.default for k, f in PretrainConfig.model_fields.items() if k != "arch"}
 )
@@ -44,7 +44,7 @@ _HYDRA_VERSION = "1.3"  # since 1.2 Hydra keeps the working directory
 _ASSIGNMENT = re.compile(
     r"(?P<plus>\+{0,2})(?P<key>[A-Za-z_]\w*([./]\w+)*)=(?P<value>.*)", re.DOTALL
 )
-_VALUE_FLAGS = frozenset(  # of Hydra, followed by a value
+_VALUE_FLAGS = frozenset(  # Hydra's flags that take a value
     "--cfg -c --package -p --config-path -cp --config-name -cn --config-dir -cd "
     "--experimental-rerun".split()
 )
@@ -57,7 +57,7 @@ _FLAGS = _VALUE_FLAGS.union(
 def compose_config(overrides: list[str]) -> DictConfig:
     """Compose the config of `python pretrain.py <overrides>`, without checking it.
 
-    overrides: `--config-dir DIRECTORY` among them adds presets, as for pretrain.py.
+    overrides: may include `--config-dir DIRECTORY` for more presets, as for pretrain.py.
     Raises UserError for overrides that Hydra cannot read and for presets that do not exist.
     """
     given, folders = split_config_dirs(overrides)
@@ -120,7 +120,7 @@ def _run_hydra(fn: Callable[[DictConfig], Any], arguments: list[str]) -> Any:
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [argv[0], *arguments]
-    # lets exceptions through; Hydra would print its own report and exit
+    # lets exceptions propagate; Hydra would print its own report and exit
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         return hydra.main(
@@ -136,7 +136,7 @@ def _end(sentence: str) -> NoReturn:
     """Print `sentence` and exit with status 2."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         # all ranks of a node fail in the same way, and the launcher stops the others as soon as one
-        # exits: give rank 0 the time to print
+        # exits, so give rank 0 time to print
         time.sleep(3)
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -157,7 +157,7 @@ def _groups(folders: list[Path]) -> set[str]:
 
 
 def _check_plugins(cfg: DictConfig, overrides: list[str]) -> None:
-    """Raise UserError where a preset names directories of code: those are the user's to choose."""
+    """Raise UserError if a preset sets directories of code, which only the user may choose."""
     if (named := cfg.get("plugins")) and not any(
         re.match(r"\+*plugins=", given) for given in overrides
     ):
@@ -168,7 +168,7 @@ def _check_plugins(cfg: DictConfig, overrides: list[str]) -> None:
 
 
 def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:
-    """Return the arguments without `--config-dir DIRECTORY`, and those directories.
+    """Split `--config-dir DIRECTORY` from the other arguments; return these and the directories.
 
     Raises UserError for a path that is not a directory.
     """
@@ -181,10 +181,10 @@ def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:
             continue
         folders.append(Path(value if sign else next(tokens, "")).expanduser())
         if not folders[-1].is_dir():
-            beside = folders[-1].absolute().parent
-            names = [path.name for path in beside.glob("*") if path.is_dir()]
+            parent = folders[-1].absolute().parent
+            names = [path.name for path in parent.glob("*") if path.is_dir()]
             near = nearest(folders[-1].name, names)
-            advice = f"did you mean {beside / near}?" if near else "name one that holds presets"
+            advice = f"did you mean {parent / near}?" if near else "give one that contains presets"
             raise UserError(f"{flag} {folders[-1]} is not a directory: {advice}")
     return rest, folders
 
@@ -232,7 +232,7 @@ def _record_elsewhere() -> list[str]:
         folder = tempfile.mkdtemp(prefix="sweep_")
     except OSError as error:
         raise UserError(
-            f"{reason} or to a temporary directory ({error.strerror or error}); name a directory "
+            f"{reason} or to a temporary directory ({error.strerror or error}); set a directory "
             "for Hydra's record of the sweep: hydra.sweep.dir=<directory>"
         ) from None
     print(f"note: {reason}; Hydra's record of the sweep is in {folder}", file=sys.stderr)
@@ -325,7 +325,7 @@ def _presets(group: str) -> list[str]:
 
 
 def help_text(program: str) -> str:
-    """Return what `--help` prints: usage, groups with their presets, every key with its default."""
+    """Return the text of `--help`: usage, groups with their presets, every key with its default."""
     lines = [
         "Pretrain a recursive-reasoning language model.",
         "",

@@ -22,10 +22,10 @@ class CommandKeys(BaseModel):
 def parse_key_values(
     model: type[Options], arguments: Sequence[str], verbatim: Container[str] = ()
 ) -> Options:
-    """Return the arguments as `model`.
+    """Parse the arguments into `model`.
 
     Values are taken literally, not as YAML, so that a text may contain colons and brackets; null
-    means no value, except for the keys in `verbatim`. Raises UserError that lists every mistake.
+    means no value, except for the keys in `verbatim`. Raises a UserError that lists every mistake.
     """
     given: dict[str, Any] = {}
     for argument in arguments:
@@ -43,8 +43,8 @@ def parse_key_values(
 def split_key_values(model: type[Options], arguments: Sequence[str]) -> tuple[Options, list[str]]:
     """Return the keys of `model`, and the other arguments, which are keys of pretrain.py.
 
-    The forms that commands had before still work: `--trials 20`, `--trials=20`, and
-    `--updates 0 25` for `updates=0,25`.
+    Earlier forms of commands still work: `--trials 20`, `--trials=20`, and `--updates 0 25` for
+    `updates=0,25`.
     """
     given: dict[str, Any] = {}
     others: list[str] = []
@@ -73,7 +73,7 @@ def _join_flags(arguments: Sequence[str]) -> list[str]:
 
 
 def validate(model: type[Options], given: dict[str, Any]) -> Options:
-    """Return `given` as `model`; raise UserError that lists everything wrong with it."""
+    """Convert `given` to `model`. Raises a UserError that lists every mistake."""
     try:
         return model.model_validate(given)
     except ValidationError as error:
@@ -96,7 +96,7 @@ def run_command(
 
 
 def _utf8(key: str, value: str) -> str:
-    """Return a text from the command line as UTF-8, also where the locale could not decode it."""
+    """Decode a text from the command line as UTF-8, even if the locale could not decode it."""
     try:
         return value.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeDecodeError as error:
@@ -107,7 +107,7 @@ def _utf8(key: str, value: str) -> str:
 
 
 def key_value_help(model: type[BaseModel], description: str | None) -> str:
-    """Return what --help prints; required keys come first."""
+    """Return the text of --help, with required keys first."""
     lines = [description or "", "keys (key=value), with their defaults:"]
     fields = sorted(model.model_fields.items(), key=lambda item: not item[1].is_required())
     for name, field in fields:

@@ -39,11 +39,11 @@ __all__ = [
 
 
 def load_config(cfg: DictConfig | Mapping[str, Any], world_size: int = 1) -> PretrainConfig:
-    """Check a composed config and return it typed.
+    """Check a composed config and convert it to `PretrainConfig`.
 
-    world_size: number of ranks, which batch sizes must be multiples of. Raises UserError that lists
-    every problem: unknown keys with the nearest valid one, wrong types, values out of range, values
-    that clash.
+    world_size: number of ranks, of which batch sizes must be multiples. Raises a UserError that
+    lists every problem: unknown keys with the nearest valid one, wrong types, values out of range,
+    conflicting values.
     """
     raw = _plain(cfg)
     use_configured_plugins(raw)
@@ -99,7 +99,7 @@ def _plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         key, reason = error.full_key or "the config", str(error).splitlines()[0]
         if isinstance(error, MissingMandatoryValue):
-            raise UserError(f"{key} has no value yet (???): give {key}=...") from error
+            raise UserError(f"{key} has no value yet (???): set {key}=...") from error
         if isinstance(error, InterpolationKeyError):
             raise UserError(f"{key} refers to a key that does not exist: {reason}") from error
         raise UserError(f"{key} cannot be read: {reason}") from error
@@ -130,7 +130,7 @@ def _validate_schema(
 
 
 class _PluginCheck:
-    """Checks the options of one plug-in of the config by what it declares."""
+    """Checks the options of one plug-in of the config against its declaration."""
 
     def __init__(self, named: Named):
         self.where, self.kind = named.where, named.kind

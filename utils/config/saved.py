@@ -1,8 +1,8 @@
-"""Write the config to a checkpoint with every default, and read those of earlier versions.
+"""Write the config with every default to a checkpoint, and read configs of earlier versions.
 
 Each key declares whether it may differ when a run is resumed: `on_resume` in its
 `json_schema_extra` is "any" or "fixed"; without it, `resume_allow` decides. A key that is newer
-than a run counts as its default, or as the value `absent` that it declares in the same place.
+than the run gets its default, or the value of `absent` declared in the same place.
 """
 
 import copy
@@ -37,7 +37,7 @@ def dump_config(config: PretrainConfig) -> dict[str, Any]:
 
 
 def config_yaml(config: PretrainConfig) -> str:
-    """Return the text of config.yaml: what `dump_config` returns, in its order."""
+    """Return the result of `dump_config` as YAML, in the same order."""
     return yaml.safe_dump(dump_config(config), sort_keys=False)
 
 
@@ -51,10 +51,10 @@ def read_arch(saved: Mapping[str, Any]) -> tuple[ArchConfig, list[str]]:
 
 
 def check_plugins_given(saved: Mapping[str, Any], source: Path) -> None:
-    """Raise UserError where a saved config names a class of a plug-in that is not in use.
+    """Raise UserError if a saved config names a class from a plug-in that is not active.
 
-    saved: the keys that are needed of it, and `plugins`. A checkpoint never imports the directories
-    that it was trained with by itself: it may come from somebody else.
+    saved: the keys that are needed, and `plugins`. A checkpoint never imports its plug-in
+    directories by itself, because it may come from somebody else.
     """
     for named in named_plugins(saved) if saved.get("plugins") else ():
         try:
@@ -75,7 +75,7 @@ def check_plugins_given(saved: Mapping[str, Any], source: Path) -> None:
 
 
 def read_config(saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return a saved config's values of the keys that exist now, and the keys that do not."""
+    """Return a saved config without the keys that no longer exist, and those keys."""
     values = dict(saved)
     gone = _complete(values, PretrainConfig.model_fields)
     values["arch"], gone_of_arch = _complete_arch(saved["arch"])
@@ -121,7 +121,7 @@ def changed_keys(
 def _comparable(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the values of a config by full key, with every option of optimizer and schedule, and
     options of these that no longer exist. Their own keys hold their names."""
-    shaping = ("optimizer", "lr_schedule")  # the plug-ins beside arch that shape the curve
+    shaping = ("optimizer", "lr_schedule")  # the plug-ins that affect training, besides arch
     given = {key: config[key] for key in shaping}
     whole = {k: {"name": v} if isinstance(v, str) else dict(v) for k, v in given.items()}
     gone = _complete_plugins(whole)
@@ -136,7 +136,7 @@ def is_fixed(config: PretrainConfig, key: str) -> bool:
 
 
 def _resume_rules(config: PretrainConfig) -> dict[str, str]:
-    """Return `on_resume` of every key that declares it, by full name."""
+    """Return the value of `on_resume` for every key that declares it, by full name."""
     declared = dict(PretrainConfig.model_fields)
     for named in named_plugins(config.model_dump()):
         options = _options_of(named.name, named.kind)
@@ -146,7 +146,7 @@ def _resume_rules(config: PretrainConfig) -> dict[str, str]:
 
 
 def _complete_arch(arch: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return an architecture and its loss with their defaults, and options that no longer exist."""
+    """Return an architecture and its loss with all defaults, and options that no longer exist."""
     if arch.get("L_layers", 0) is None:  # format 2: as many layers as inner cycles
         arch = {**arch, "L_layers": arch["L_cycles"]}
     whole = copy.deepcopy({**arch, "loss": gather_terms(arch["loss"])})

@@ -17,7 +17,7 @@ from utils.core.console import LARGEST_SEED
 
 
 def _to_text(value: Any) -> Any:
-    """Return a whole number as text: a run may be called `7`."""
+    """Convert a whole number to text, because a run may be called `7`."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -45,9 +45,9 @@ Folders = Annotated[
 # logs show evaluation metrics below eval/
 MetricName = Annotated[Text, AfterValidator(lambda name: name.removeprefix("eval/"))]
 
-# Options that no user gives: sizes that the data determine, and what a schedule takes from a key of
-# the config. The config is checked before data are opened, so the sizes are large enough here to
-# stay clear of every bound of an architecture.
+# Options that users do not set: sizes that the data determine, and values that a schedule takes
+# from keys of the config. The config is checked before the data are opened, so these sizes are
+# placeholders, large enough for the limits of any architecture.
 PLACEHOLDERS = {
     "batch_size": 1,
     "seq_len": 65536,
@@ -62,15 +62,16 @@ Seed = Annotated[Int, Field(ge=0, le=LARGEST_SEED)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Ratio = Annotated[Float, Field(ge=0, le=1)]
-Decay = Annotated[Float, Field(ge=0, lt=1)]  # of a running average: 1 would never move
+Decay = Annotated[Float, Field(ge=0, lt=1)]  # decay of a running average; 1 would never change it
 
 
 def key(default: Any, description: str, on_resume: Literal["any", "fixed"] | None = None) -> Any:
     """Declare a key of the training config.
 
     default: checked and converted like a user's value. on_resume: whether the key may differ when a
-    run is resumed (`utils/config/saved.py`): "any" if it changes the training curve by rounding at
-    most, "fixed" if examples would be repeated or lost; None: where `resume_allow` names the key.
+    run is resumed (`utils/config/saved.py`): "any" if it changes the training curve only by
+    rounding, "fixed" if examples would be repeated or lost; None: only if `resume_allow` names the
+    key.
     """
     extra: dict[str, Any] = {"on_resume": on_resume} if on_resume else {}
     return Field(default, description=description, json_schema_extra=extra, validate_default=True)
@@ -84,14 +85,14 @@ class Component(pydantic.BaseModel):
     PREFIX: ClassVar[str]
     """The package that contains its module, with a dot at the end."""
     BARE: ClassVar[bool] = False
-    """Whether a user may give its name alone, as text."""
+    """Whether the plug-in may be given as its bare name."""
     KIND: ClassVar[Literal["class", "function"]] = "class"
     NO_OPTIONS: ClassVar[type[pydantic.BaseModel] | None] = None
-    """The options of a plug-in that declares none; None: the arguments of its constructor."""
+    """Default for plug-ins that do not declare options; None: the arguments of the constructor."""
     FIRST_ARGUMENTS: ClassVar[int] = 0
-    """Leading arguments of the constructor that are not options."""
+    """Number of leading constructor arguments that are not options."""
     NOUN: ClassVar[str] = ""
-    """What a class of this kind is called, with its article."""
+    """The name of this kind of class, with its article."""
     MEMBERS: ClassVar[tuple[str, ...]] = ()
     """Attributes that every class of this kind has."""
 
@@ -109,7 +110,7 @@ class Component(pydantic.BaseModel):
 
 
 class LossConfig(Component):
-    """A loss head below `models.` and its options."""
+    """A loss head in the package `models` and its options."""
 
     PREFIX = "models."
     FIRST_ARGUMENTS = 1
@@ -117,7 +118,7 @@ class LossConfig(Component):
 
 
 class LossTermConfig(Component):
-    """A loss term below `models.terms.` and its options."""
+    """A loss term in the package `models.terms` and its options."""
 
     PREFIX = "models.terms."
     FIRST_ARGUMENTS = 1
@@ -125,7 +126,7 @@ class LossTermConfig(Component):
 
 
 class ArchConfig(Component):
-    """An architecture below `models.` and its options."""
+    """An architecture in the package `models` and its options."""
 
     PREFIX = "models."
     NOUN, MEMBERS = "an Architecture", ("Config", "initial_carry", "eval_depth")
@@ -134,7 +135,7 @@ class ArchConfig(Component):
 
 
 class EvaluatorConfig(Component):
-    """An evaluator below `evaluators.` and its options."""
+    """An evaluator in the package `evaluators` and its options."""
 
     PREFIX = "evaluators."
     BARE = True
@@ -153,19 +154,19 @@ class _SavedByName(Component):
 
 
 class Strict(pydantic.BaseModel):
-    """A model that refuses unknown keys and converts no types; by itself: no options."""
+    """Base model that rejects unknown keys and does not convert types. It declares no options."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
 
 class ScheduleOptions(Strict):
-    """Options given to every learning-rate schedule; a subclass declares further ones."""
+    """Options of every learning-rate schedule; a subclass declares additional ones."""
 
-    lr_min_ratio: float = Field(description="value of that key")
+    lr_min_ratio: float = Field(description="value of the key lr_min_ratio")
 
 
 class OptimizerConfig(_SavedByName):
-    """An optimizer below `utils.training.optimizers.` and its options."""
+    """An optimizer in the package `utils.training.optimizers` and its options."""
 
     PREFIX = "utils.training.optimizers."
     NO_OPTIONS = Strict
@@ -173,7 +174,7 @@ class OptimizerConfig(_SavedByName):
 
 
 class ScheduleConfig(_SavedByName):
-    """A learning-rate schedule below `utils.training.lr_schedules.` and its options."""
+    """A learning-rate schedule in the package `utils.training.lr_schedules` and its options."""
 
     PREFIX = "utils.training.lr_schedules."
     KIND = "function"
@@ -181,7 +182,7 @@ class ScheduleConfig(_SavedByName):
 
 
 class LoggerConfig(_SavedByName):
-    """A logger below `utils.monitoring.loggers.` and its options."""
+    """A logger in the package `utils.monitoring.loggers` and its options."""
 
     PREFIX = "utils.monitoring.loggers."
     FIRST_ARGUMENTS = 3
@@ -189,7 +190,7 @@ class LoggerConfig(_SavedByName):
 
 
 class EarlyStoppingConfig(Strict):
-    """When a run that no longer improves ends."""
+    """The rule for ending a run that no longer improves."""
 
     metric: MetricName = Field(description="evaluation metric to watch, e.g. text/perplexity")
     patience: PositiveInt = Field(
@@ -198,7 +199,7 @@ class EarlyStoppingConfig(Strict):
     min_delta: NonNegativeFloat = Field(
         0.0, description="minimum change that counts as an improvement"
     )
-    mode: Literal["min", "max"] = Field("min", description="whether less or more is better")
+    mode: Literal["min", "max"] = Field("min", description="whether lower or higher is better")
 
 
 class LRFindConfig(Strict):
@@ -206,11 +207,11 @@ class LRFindConfig(Strict):
 
     low: PositiveFloat = Field(1e-6, description="learning rate of the first step")
     high: PositiveFloat = Field(1.0, description="learning rate of the last step")
-    steps: Annotated[Int, Field(ge=10)] = Field(120, description="optimizer steps between them")
+    steps: Annotated[Int, Field(ge=10)] = Field(120, description="number of optimizer steps")
 
 
 def _bare_flag(value: Any) -> Any:
-    """Read `lr_find=true` as the default sweep and `lr_find=false` as none."""
+    """Convert `lr_find=true` to the default sweep and `lr_find=false` to no sweep."""
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
@@ -218,10 +219,10 @@ class IterationCurriculumConfig(Strict):
     """How iteration budgets grow over a run."""
 
     start: Annotated[Float, Field(gt=0, lt=1)] = Field(
-        0.25, description="share of its budget that a row gets at the beginning"
+        0.25, description="share of its budget that a row gets at the start"
     )
     until: Annotated[Float, Field(gt=0, le=1)] = Field(
-        0.5, description="share of the run from which budgets are whole"
+        0.5, description="share of the run after which rows get their full budget"
     )
 
 
@@ -244,7 +245,7 @@ class PretrainConfig(Strict):
         None, "raise every lower iteration budget to this many ACT steps"
     )
     iteration_curriculum: IterationCurriculumConfig | None = key(
-        None, "{start, until}: budgets grow from a share of them; null: always whole"
+        None, "{start, until}: budgets grow from a share to the full; null: always full"
     )
     feed: Literal["consume", "present"] = key(
         "consume",
@@ -267,7 +268,7 @@ class PretrainConfig(Strict):
     # Length
     global_batch_size: PositiveInt = key(768, "rows (slots) over all ranks")
     micro_batch_size: PositiveInt | Literal["auto"] | None = key(
-        "auto", "rows a rank processes at once; auto: what memory allows", "any"
+        "auto", "rows that a rank processes at once; auto: as many as memory allows", "any"
     )
     grad_accum_steps: PositiveInt = key(
         1, "micro-batches per optimizer step; 1: micro_batch_size decides", "any"
@@ -281,7 +282,7 @@ class PretrainConfig(Strict):
     # Optimizer
     optimizer: OptimizerConfig = key(
         "adam_atan2",
-        "optimizer of all weights but the identifier embedding; or {name: ..., option: value}",
+        "optimizer of all weights except the identifier embedding; or {name: ..., option: value}",
     )
     lr: NonNegativeFloat = key(8e-5, "peak learning rate")
     lr_schedule: ScheduleConfig = key(
@@ -325,7 +326,7 @@ class PretrainConfig(Strict):
     )
     eval_depths: list[PositiveInt] = key(
         [],
-        "further depths to report, in ACT steps or loops, which may exceed the trained one",
+        "additional depths to report, in ACT steps or loops; may exceed the trained depth",
         "any",
     )
     eval_save_outputs: list[str] = key([], "predictions to write at each evaluation", "any")
@@ -343,7 +344,7 @@ class PretrainConfig(Strict):
     checkpoint_every_eval: bool = key(True, "save before every evaluation", "any")
     checkpoint_interval: PositiveInt | None = key(
         1000,
-        "optimizer steps between checkpoints; null: only those of evaluations and the end",
+        "optimizer steps between checkpoints; null: only at evaluations and at the end",
         "any",
     )
     keep_checkpoints: PositiveInt | None = key(
@@ -351,7 +352,7 @@ class PretrainConfig(Strict):
     )
     best_metric: MetricName | None = key(
         None,
-        "evaluation metric of the best checkpoint; null: that of early_stopping, or the loss",
+        "metric that decides the best checkpoint; null: early_stopping.metric, or the loss",
         "any",
     )
     best_mode: Literal["min", "max"] = key(

@@ -53,7 +53,7 @@ def hydra_value(key: str, value: str, sweep: bool = False) -> str:
 def hydra_override(key: str, value: str, sweep: bool = False) -> str:
     """Return the override that adds or changes a key, `++key=value`, in Hydra's grammar."""
     above, _, last = key.rpartition(".")
-    if above and not last.isascii():  # a name of the user's own, which Hydra has in dicts alone
+    if above and not last.isascii():  # a user-defined name, which Hydra supports only in dicts
         return f"++{above}={{{_key(last)}: {hydra_value(key, value)}}}"
     return f"++{key}={hydra_value(key, value, sweep)}"
 
@@ -65,7 +65,7 @@ def readable(override: str, sweep: bool = False) -> str:
 
 
 def assignment(key: str, value: str | Path | Iterable[str | Path]) -> str:
-    """Return the override that gives `key`, a key of text, exactly this text or these texts."""
+    """Return the override that sets `key` to exactly this text or list of texts."""
 
     def written(path: str | Path) -> str:
         text = str(path)
@@ -78,7 +78,7 @@ def assignment(key: str, value: str | Path | Iterable[str | Path]) -> str:
 
 
 def literal(tree: Any) -> Any:
-    """Return plain values for OmegaConf to store, with nothing in them taken for interpolations."""
+    """Return plain values for OmegaConf, escaped so that none is read as an interpolation."""
     if isinstance(tree, dict):
         return {key: literal(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -98,14 +98,14 @@ def flatten(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def decode_keys(tree: Any) -> Any:
-    """Return the config with the keys of its dicts as they were written; see `_key`."""
+    """Return the config with the keys of its dicts decoded; see `_key`."""
     if isinstance(tree, dict):
         return {_decoded(key): decode_keys(value) for key, value in tree.items()}
     return [decode_keys(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _kind(key: str) -> type | None:
-    """Return str for a key of text, list for one of a list of texts, None for any other."""
+    """Return the type of a text key: str, or list for a list of texts; None for other keys."""
     field = PretrainConfig.model_fields.get(key)
     kinds = {kind for kind in branches(field.annotation) if kind is not type(None)} if field else {}
     if kinds == {str}:
@@ -115,7 +115,7 @@ def _kind(key: str) -> type | None:
 
 
 def _parsed(value: str) -> Any:
-    """Return what Hydra makes of a value, as an Override; None where it cannot read it."""
+    """Parse a value as Hydra does, into an Override; None if Hydra cannot read it."""
     try:
         return OverridesParser.create().parse_override(f"key={value}")
     except HydraException:
@@ -142,7 +142,9 @@ def _split(text: str, nested: bool = False) -> list[str]:
 
 
 def _written_list(text: str) -> str:
-    """Return a list of texts; unchanged if it is not one, for Hydra to report."""
+    """Return a list of texts in Hydra's grammar; unchanged if it is invalid, for Hydra to
+    report.
+    """
     text = text.strip()
     parts = [part.strip() for part in _split(text[1:-1])]
     if not text.endswith("]") or not all(parts):
@@ -151,7 +153,7 @@ def _written_list(text: str) -> str:
 
 
 def _written(text: str) -> str:
-    """Return one text, quoted if Hydra would read it as something else."""
+    """Return a text, quoted if Hydra would read it as something else."""
     if _QUOTED.fullmatch(text):
         found = _parsed(text)
         value = found.value() if found else None
@@ -205,7 +207,7 @@ def _refers(text: str, start: int) -> bool:
 
 
 def _repaired(text: str) -> str | None:
-    """Return the value with what Hydra cannot read in quotes; None if a bracket is not closed."""
+    """Quote the parts of a value that Hydra cannot read; None if a bracket is not closed."""
     try:
         found, at = _items(text, 0, "")
     except IndexError:
@@ -273,12 +275,12 @@ def _element(text: str, at: int, ends: str) -> tuple[str, int]:
 
 
 def _key(text: str) -> str:
-    """Return a key with every character that Hydra's grammar lacks in keys as its code point."""
+    """Encode the characters of a key that Hydra's grammar does not allow as code points."""
     if _PLAIN_KEY.fullmatch(text):
         return text
     return "".join(c if _PLAIN_KEY.fullmatch(c) else f"\\U{ord(c):08x}" for c in text)
 
 
 def _decoded(key: Any) -> Any:
-    """Return the key as text, also where Hydra took it for a number, as the domain `2024`."""
+    """Return the key as text, even if Hydra parsed it as a number, such as the domain `2024`."""
     return re.sub(r"\\U([0-9a-f]{8})", lambda match: chr(int(match[1], 16)), str(key))

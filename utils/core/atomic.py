@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Write files and folders atomically."""
 
 import os
 import shutil
@@ -11,43 +11,44 @@ from utils.core.errors import UserError
 
 @contextmanager
 def write_atomically(target: str | Path) -> Iterator[Path]:
-    """Yield a path beside `target` to write a file or a folder to; move it there at the end.
+    """Yield a temporary path next to `target` for a file or a folder; move it to `target` at the
+    end.
 
-    The path has the file extension of `target`. A file replaces one that exists and keeps its mode;
-    the files of a folder replace those of the same names in a folder that exists, one by one. On an
-    exception in the block `target` is as it was, and neither what was written so far nor parent
-    folders that were made for it remain. Only where moving the files of a folder fails midway may
-    some of them have replaced others.
+    The path has the file extension of `target`. A file replaces an existing file and keeps its
+    mode; the files of a folder replace those of the same name in an existing folder, one by one. If
+    an exception is raised within the context, `target` is unchanged, and the temporary path and new
+    parent folders are deleted. Only if moving the files of a folder fails midway may some have been
+    replaced.
     """
     target = Path(os.path.expanduser(target))
     if target.exists() and not target.is_file() and not target.is_dir():
         yield target  # a pipe or a device, such as /dev/stdout
         return
-    target = Path(os.path.realpath(target))  # a link stays one
+    target = Path(os.path.realpath(target))  # a link remains a link
     made = [folder for folder in target.parents if not folder.exists()]
     part = target.with_name(f".{target.stem[:50]}.part-{os.getpid()}{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(part)  # of an earlier process of the same number
+        _remove(part)  # from an earlier process with the same id
         yield part
         if target.is_file() and part.is_file():
-            with suppress(OSError):  # some network storage has no modes
+            with suppress(OSError):  # some network storage does not support modes
                 shutil.copymode(target, part)
         _move(part, target)
     except BaseException:
         with suppress(OSError):
             _remove(part)
         for folder in made:
-            with suppress(OSError):  # somebody else may have begun to use it
+            with suppress(OSError):  # another process may use it
                 folder.rmdir()
         raise
 
 
 @contextmanager
 def write_result(target: str | Path, setting: str) -> Iterator[Path]:
-    """Write as `write_atomically` does; raise UserError where the disk refuses.
+    """Call `write_atomically`; raise UserError if writing fails.
 
-    setting: the option that names the target, and its value, as the user gave them.
+    setting: the option that sets the target, and its value, as the user gave them.
     """
     try:
         with write_atomically(target) as part:
@@ -55,9 +56,9 @@ def write_result(target: str | Path, setting: str) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or str(error)
         if error.filename is not None and Path(error.filename) in Path(target).absolute().parents:
-            reason += f" ({error.filename})"  # which of the folders is at fault
+            reason += f" ({error.filename})"  # the folder where it failed
         raise UserError(
-            f"{setting} cannot be written: {reason}; make room there, or name another place"
+            f"{setting} cannot be written: {reason}; free up space or choose another path"
         ) from error
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds of training; it stands still in pauses."""
+    """Counts the seconds of training, without pauses."""
 
     def __init__(self, before: float = 0.0):
         self._start = time.monotonic() - before

@@ -1,8 +1,8 @@
-"""The one error that a user is shown as a sentence, and other errors on one line."""
+"""The error that is shown to users as one sentence, and a one-line form of other errors."""
 
 
 class UserError(ValueError):
-    """A mistake that a user can make and fix; the message names the value and the way out."""
+    """A mistake that a user can make and fix; the message contains the value and how to fix it."""
 
 
 def first_line(error: BaseException) -> str:

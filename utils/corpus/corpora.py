@@ -28,7 +28,7 @@ from utils.corpus.part import LARGE_CORPUS, CorpusPart
 from utils.corpus.row_file import REBUILD, ArrayFolder
 
 NO_DOMAIN = "<none>"
-"""Domain of a corpus without domains that is joined with corpora that have some."""
+"""Domain of a corpus without domains, if it is joined with corpora that have domains."""
 
 
 class Corpora:

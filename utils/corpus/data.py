@@ -24,9 +24,9 @@ class Data(NamedTuple):
     tokenizer: Path | None
 
     def highest_values(self, names: Iterable[str]) -> dict[str, int]:
-        """Return the highest value in both splits of those arrays that training has.
+        """Return the highest value in both splits of each array in `names` that training has.
 
-        names: arrays per token beside the usual ones; a corpus may have `reasoning_labels`.
+        names: additional per-token arrays, such as `reasoning_labels`.
         """
         if "reasoning_labels" not in names or not self.train.reasoning_width:
             return {}
@@ -38,7 +38,7 @@ def open_data(config: PretrainConfig) -> Data:
     """Open and check the corpora; raise UserError if something is missing or inconsistent.
 
     Remote corpora are fetched first, once per machine; the config keeps the URLs, so that a
-    checkpoint records what the run was given.
+    checkpoint records the paths as given.
     """
     train_paths = [local_path(path) for path in config.data_paths]
     own_test_paths = [local_path(path) for path in config.data_paths_test]

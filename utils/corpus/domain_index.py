@@ -44,7 +44,7 @@ class DomainIndex:
         return self._before[:, -1]
 
     def select(self, domain: int, index: np.ndarray) -> np.ndarray:
-        """Return the group at each position `index` among those of a domain, in ascending order.
+        """Return the group at each position `index` in the ascending list of a domain's groups.
 
         Args: index (n,) int64, below the domain's size.
         Returns: (n,) int64.

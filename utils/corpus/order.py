@@ -18,11 +18,11 @@ from utils.corpus.permutation import QuotaSchedule, hash64, permute
 # One number per use of the seed, so that no two draws share randomness.
 ORDER, PUZZLE, RELABEL, ROW_OPTIONS, STEP_OPTIONS = 1, 2, 3, 4, 5
 
-_AT_ONCE = 1024  # places drawn together, because the arithmetic is vectorized
+_AT_ONCE = 1024  # places computed together, because the arithmetic is vectorized
 
 
 def step_rng(seed: int, step: int, use: int) -> np.random.Generator:
-    """Return the generator of an optimizer step for one use, the same on every rank."""
+    """Return the random generator for one use in an optimizer step, the same on every rank."""
     key = np.concatenate([hash64(seed, use), np.full(1, step, np.uint64)])
     return np.random.Generator(np.random.Philox(key=key))
 
@@ -91,7 +91,7 @@ class ExampleOrder:
                 )
 
     def find_groups(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the group visited at each place and its cycle, (n,) int64 each.
+        """Return the group at each place in the order, and its cycle, (n,) int64 each.
 
         A cycle is one pass over all groups or, with weights, over all groups of the domain.
         """

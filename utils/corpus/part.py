@@ -196,7 +196,9 @@ class CorpusPart:
 
 
 def _find_border_problem(array: np.ndarray, last: int, what: str, *, least: int) -> str | None:
-    """Return why `array` does not go from 0 to `last` in steps of >= `least`; None if it does."""
+    """Check that `array` goes from 0 to `last` in steps of >= `least`; return the problem or
+    None.
+    """
     if array.ndim != 1 or array.size < 1 or array[0] != 0:
         return "must be one-dimensional and start at 0"
     for start in range(0, array.size - 1, CHUNK):

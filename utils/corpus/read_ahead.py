@@ -19,14 +19,14 @@ Read = Callable[[Examples], Batch]
 
 
 class InPlace:
-    """Reads rows on demand; the examples are drawn in batches ahead of their use."""
+    """Reads rows on demand; only the list of examples is computed in advance, in batches."""
 
     def __init__(self, order: ExampleOrder, read: Read):
         self._order, self._read = order, read
         self.restart(Position())
 
     def restart(self, position: Position) -> None:
-        """Continue from a position."""
+        """Restart at `position` in the order."""
         self._drawn, self._used, self._end = Examples.concatenate([]), 0, position
 
     def take(self, wanted: int) -> Examples:

@@ -151,7 +151,7 @@ class ArrayFolder(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a fingerprint covers of an array: shape, dtype and about a thousand rows."""
+    """The part of an array covered by a fingerprint: shape, dtype and about a thousand rows."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -73,7 +73,7 @@ class RowReader:
         with_scored_bytes: bool = False,
     ):
         low, high = min_iterations, max_iterations
-        limit = None if high == 1 else high  # a model of one step has no use for budgets
+        limit = None if high == 1 else high  # a model with one step does not use budgets
         if low is not None and limit is not None and low > limit:
             raise UserError(
                 f"min_iterations ({low}) exceeds the maximum number of ACT steps ({high}); "
@@ -127,9 +127,10 @@ class RowReader:
             data["inputs"][where], data["labels"][where] = inputs, labels
 
     def scatter(self, parts: Sequence[tuple[np.ndarray, Batch]], size: int) -> Batch:
-        """Scatter parts, (ascending places (n,), rows (n, ..)), into a batch of `size` rows.
+        """Return a batch of `size` rows with the rows of each part, (places (n,) ascending, rows
+        (n, ..)), at its places.
 
-        All other rows are ignored.
+        All other rows are marked as ignored.
         """
         if len(parts) == 1 and parts[0][0].size == size:
             return parts[0][1]

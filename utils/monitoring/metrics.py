@@ -1,7 +1,7 @@
-"""Sums of metrics that stay on the device until they are read.
+"""Sum metrics on the device until they are read.
 
-A metric is a pair (sum, count) of scalars: pairs are added over micro-batches, steps and ranks,
-and logged as their quotient.
+A metric is a pair (sum, count) of scalars: pairs are added over micro-batches, steps and ranks, and
+logged as the quotient.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,11 +29,11 @@ def _widen(value: Tensor) -> Tensor:
 
 
 class MetricSums:
-    """Add up dicts of metrics; `read` brings all of them to the host in one transfer.
+    """Add up dicts of metrics; `read` copies all of them to the host in one transfer.
 
-    On XLA the sums start from zeros that come from the host: otherwise the first addition would be
-    another program than later ones, as would one with a zero that was made there, a constant.
-    Elsewhere that transfer would make the host wait.
+    On XLA the sums start from zeros copied from the host: without them, or with zeros created on
+    the device, which are constants, the first addition would be another program than later ones. On
+    other devices that copy would make the host wait.
     """
 
     def __init__(self) -> None:
@@ -48,8 +48,9 @@ class MetricSums:
         self.sums = added(self.sums, values)
 
     def read(self, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, float]:
-        """Return the means over steps and ranks since the last call, by name; what nothing was
-        counted for is left out. A collective where `reduce` is one."""
+        """Return the means over steps and ranks since the last call, by name, omitting metrics with
+        count 0. A collective if `reduce` is one.
+        """
         if not self.sums:
             return {}
         pairs = sorted(self.sums.items())

@@ -1,4 +1,4 @@
-"""Where the time of a few steps goes: a trace by torch.profiler, and a table."""
+"""Profile a few steps: a trace by torch.profiler, and a table of operations."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,18 +12,18 @@ from utils.core.atomic import write_atomically
 from utils.core.console import notify
 
 FIRST, LAST = 10, 15
-"""Steps of this process that are traced: the first ones compile, tune and warm up."""
+"""Steps of this process to trace, after the first ones, which compile, tune and warm up."""
 
 _ROWS = 12
 
 
 class StepProfiler:
-    """Traces steps FIRST to LAST that this process takes. Every rank writes a trace of its own to
-    <run>/profile, to open in chrome://tracing or ui.perfetto.dev, and all operations as a table.
+    """Trace steps FIRST to LAST of this process. Every rank writes its own trace to <run>/profile,
+    for chrome://tracing or ui.perfetto.dev, and a table of all operations.
 
     Args:
-        folder: the run's; None: trace nothing.
-        began: the run's step before the first of this process.
+        folder: the run's folder; None: do not trace.
+        began: the run's step at which this process started.
     """
 
     def __init__(self, folder: Path | None, backend: Backend, began: int):
@@ -41,15 +41,15 @@ class StepProfiler:
             acc_events=True,
         )
         self._profile.start()
-        self._profile.step()  # so that the trace names steps by their number
+        self._profile.step()  # so that the trace has the right step numbers
         if self._backend.name == "xla":
             self._backend.report(
-                "note: profile=true sees what the host does; on XLA most happens on the device"
+                "note: profile=true traces the host, but on XLA most work happens on the device"
             )
         return self
 
     def step(self) -> None:
-        """Count a step; call it after each."""
+        """Count a step. Call this after each step."""
         if self._profile is not None and self._steps <= LAST:
             self._steps += 1
             self._profile.step()
@@ -61,7 +61,7 @@ class StepProfiler:
         if kind is None and self._steps < FIRST:
             self._backend.report(
                 f"note: profile=true traces steps {FIRST} to {LAST}, but the run took only "
-                f"{self._steps}: nothing was written"
+                f"{self._steps} steps: nothing was written"
             )
 
     def _write(self, found: profile) -> None:
@@ -89,25 +89,26 @@ class StepProfiler:
 
 
 def kernels(events: Iterable[Any]) -> list[Any]:
-    """Return what ran on the device. Its time is that of the operations which launched it, and of
-    annotations around it, too: in a sum of all events it would count several times."""
+    """Return the events that ran on the device. Their time is also part of the operations that
+    launched them and of annotations, so a sum over all events would count it several times.
+    """
     return [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
 
 
 def costliest(events: Iterable[Any], steps: int) -> str:
-    """Return lines with what took most time of its own: kernels, or operations on the CPU."""
+    """Return lines with the most expensive kernels, or operations on the CPU, by self time."""
     events = list(events)
     if found := kernels(events):
-        what, times = "kernels, device", [(e.self_device_time_total, e) for e in found]
+        what, times = "kernels by device", [(e.self_device_time_total, e) for e in found]
     else:
-        what, times = "operations, CPU", [(e.self_cpu_time_total, e) for e in events]
+        what, times = "operations by CPU", [(e.self_cpu_time_total, e) for e in events]
     rows = [
         (time / 1000 / steps, event.count / steps, event.key)
         for time, event in times
         if not event.key.startswith("ProfilerStep")
     ]
     whole = sum(time for time, *_ in rows)
-    lines = [f"costliest {what} time of their own in a step, of {whole:,.1f} ms"]
+    lines = [f"most expensive {what} self time (per step, {whole:,.1f} ms in total)"]
     for time, calls, name in sorted(rows, reverse=True)[:_ROWS]:
         lines.append(f"  {time:10,.2f} ms {time / (whole or 1):6.1%} {calls:9,.1f} x  {name[:70]}")
     return "\n".join(lines)

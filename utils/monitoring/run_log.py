@@ -1,4 +1,4 @@
-"""The log of a run, metrics.jsonl, and the figures in it: labels, and which way is better."""
+"""Read the log of a run, metrics.jsonl, and label its metrics."""
 
 import json
 import re
@@ -11,16 +11,16 @@ from typing import Any
 from utils.core.errors import UserError
 
 METRICS, ABANDONED = "metrics.jsonl", "metrics_abandoned.jsonl"
-# Label and better direction, the most telling first; others are shown by their own names.
+# Label and better direction, most important first; other metrics are shown by name.
 FIGURES: dict[str, tuple[str, str]] = {
     "bits_per_byte": ("bits per byte", "lower"),
-    "exact_accuracy": ("rows solved exactly, share", "higher"),
+    "exact_accuracy": ("share of rows solved exactly", "higher"),
     "lm_loss": ("loss, nats per label", "lower"),
     "loss": ("loss, nats per label", "lower"),
     "accuracy": ("accuracy, share", "higher"),
-    "accuracy_norm": ("length-normalised accuracy, share", "higher"),
-    "exact_match": ("exact matches, share", "higher"),
-    "cell_accuracy": ("cells right, share", "higher"),
+    "accuracy_norm": ("length-normalised accuracy", "higher"),
+    "exact_match": ("share of exact matches", "higher"),
+    "cell_accuracy": ("share of cells right", "higher"),
     "nats_per_token": ("nats per token", "lower"),
     "perplexity": ("perplexity", "lower"),
     "bleu": ("BLEU, 0 to 100", "higher"),
@@ -28,30 +28,30 @@ FIGURES: dict[str, tuple[str, str]] = {
     "rouge1": ("ROUGE-1, F-measure", "higher"),
     "rouge2": ("ROUGE-2, F-measure", "higher"),
     "rougeL": ("ROUGE-L, F-measure", "higher"),
-    "within_two": ("right among the two with most votes, share", "higher"),
+    "within_two": ("share of rows right in the top two votes", "higher"),
     "calibration_error": ("calibration error of the halting head", "lower"),
     "brier": ("squared error of the halting head (Brier)", "lower"),
-    "q_halt_accuracy": ("halting head right, share", "higher"),
-    "share": ("rows that would halt here, share", ""),
-    "steps": ("ACT steps, mean", ""),
+    "q_halt_accuracy": ("accuracy of the halting head", "higher"),
+    "share": ("share of rows that halt at this step", ""),
+    "steps": ("mean ACT steps", ""),
     "grad_norm": ("gradient norm", ""),
     "lr": ("learning rate", ""),
     "puzzle_emb_lr": ("learning rate of identifiers", ""),
     "tokens_per_s": ("new tokens per second", ""),
     "token_steps_per_s": ("tokens × ACT steps per second", ""),
     "flops_per_s": ("FLOP per second", ""),
-    "mfu": ("model FLOPs utilisation, share", ""),
+    "mfu": ("model FLOPs utilisation", ""),
     "memory_bytes": ("memory, bytes", ""),
     "q_halt_loss": ("loss of the halting head, nats", ""),
-    "nonfinite": ("updates skipped, not finite", ""),
+    "nonfinite": ("skipped non-finite updates", ""),
     "flops_per_token": ("FLOP per token", ""),
-    "ended": ("ended by the model itself, share", ""),
-    "agreement": ("views that agree, share", ""),
+    "ended": ("share ended before the token limit", ""),
+    "agreement": ("share of views that agree", ""),
     "chance": ("chance", ""),
     "examples": ("examples", ""),
     "rows": ("rows", ""),
 }
-HEADLINES = list(FIGURES)[:3]  # an evaluation is judged by the first of these that it has
+HEADLINES = list(FIGURES)[:3]  # the headline of an evaluation is the first of these that it has
 _RANK = {name: rank for rank, name in enumerate(FIGURES)}
 _OF_LATENTS = {"_change": "change of {}, norm", "_norm": "norm of {}"}
 
@@ -67,19 +67,20 @@ def label_of(name: str) -> str:
 
 
 def better(name: str) -> str:
-    """Return lower or higher, or an empty text if neither is better."""
+    """Return "lower" or "higher", whichever is better, or "" if neither is."""
     return FIGURES.get(name, ("", ""))[1]
 
 
 def rank(key: str) -> tuple[int, str]:
-    """Return a sort key that puts the most telling figures first."""
+    """Return a sort key that puts the most important metrics first."""
     return _RANK.get(key.rpartition("/")[2], len(_RANK)), key
 
 
 @dataclass(frozen=True)
 class Headline:
-    """The metric a run is judged by. key: such as eval/text/bits_per_byte. label: with its unit.
-    better: lower | higher."""
+    """The headline metric of a run. key: for example eval/text/bits_per_byte. label: includes the
+    unit. better: lower | higher.
+    """
 
     key: str
     label: str
@@ -114,7 +115,7 @@ class RunMetrics:
         return values[-1] if values else None
 
     def by_act_step(self) -> dict[int, float]:
-        """Return the headline after each ACT step, at the last evaluation."""
+        """Return the headline metric after each ACT step, from the last evaluation."""
         if self.headline is None:
             return {}
         found: dict[int, float] = {}
@@ -128,15 +129,15 @@ class RunMetrics:
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """Return the records of metrics.jsonl; raise UserError if there are none.
 
-    A run that resumed from an older checkpoint logged some steps twice: the later records count. A
-    line that was cut off by a crash, or is being written, is skipped.
+    A run that resumed from an older checkpoint logged some steps twice; the later records are
+    returned. Incomplete lines, from a crash or still being written, are skipped.
     """
     path = folder / METRICS
     if not path.is_file():
         below = ", ".join(str(found.parent) for found in sorted(folder.glob(f"*/{METRICS}"))[:5])
         raise UserError(
-            f"{path} does not exist; name the folder of a run that was trained with logger=[jsonl]"
-            + (f"; below it there are {below}" if below else "")
+            f"{path} does not exist; give the folder of a run that was trained with logger=[jsonl]"
+            + (f"; runs below it: {below}" if below else "")
         )
     records: list[dict[str, Any]] = []
     for record in json_lines(path):
@@ -151,16 +152,16 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of JSON lines; skip lines that are none."""
+    """Yield the objects of a JSON lines file; skip lines that are not objects."""
     with path.open("rb") as file:
         for line in file:
-            with suppress(ValueError):  # of JSON or of UTF-8
+            with suppress(ValueError):  # invalid JSON or UTF-8
                 if isinstance(record := json.loads(line), dict):
                     yield record
 
 
 def find_headline(records: Sequence[dict[str, Any]]) -> Headline | None:
-    """Return the first of HEADLINES that was evaluated; None without an evaluation."""
+    """Return the first metric of HEADLINES that was evaluated; None without an evaluation."""
     keys = list(dict.fromkeys(key for record in records for key in record))
     for name in HEADLINES:
         pattern = re.compile(rf"eval/((budget|act)/)?[^/]+/{name}")

@@ -1,8 +1,8 @@
-"""Says which rank holds up a step, and where, once a step takes many times the usual.
+"""Report which rank delays a step, and where, if a step takes many times the median.
 
-Ranks wait for one another in collectives, so a rank that hangs makes all of them look the same
-from outside. Here a thread of each rank writes down, on a board that all can read, where its main
-thread is; the first rank that can speak then names those that do not wait for others.
+Ranks wait for each other in collectives, so when one hangs, all look the same from outside.
+Therefore a thread of each rank posts the position of its main thread to a board that all ranks can
+read, and the lowest rank that responds reports the ranks that are not waiting for others.
 """
 
 import json
@@ -21,15 +21,17 @@ from utils.core.clock import Clock
 from utils.core.console import notify
 
 ROOT = Path(__file__).resolve().parents[2]
-LEAST_SECONDS = 30.0  # a step that takes less is never worth a warning
-STALLED = 4  # exit status of a run that was ended because it stood still
-_KNOWN = 5  # steps until it is known what is usual; the first ones compile and read
-_REPORT = 3.0  # seconds that the others have to say where they are
-_SPEAK = 20.0  # seconds that a report may take: what it is written to may stand still, too
+LEAST_SECONDS = 30.0  # shorter steps are never reported
+STALLED = 4  # exit status of a run that was ended because it made no progress
+_KNOWN = 5  # steps before the median is used, because the first ones compile
+_REPORT = 3.0  # seconds for the other ranks to post their positions
+_SPEAK = 20.0  # time limit of a report in seconds, because its output may block, too
 
 
 class Place(NamedTuple):
-    """Where a rank is. waits: inside a backend, so for other ranks or for its own device."""
+    """The position of a rank. waits: whether it is inside a backend, where it waits for other ranks
+    or for its device.
+    """
 
     step: int
     where: str
@@ -38,7 +40,7 @@ class Place(NamedTuple):
 
 
 class Watchdog:
-    """Watches the steps of this rank from a thread, while it is entered.
+    """Context manager that watches the steps of this rank from a thread.
 
     factor: a step that takes this many times the median is reported. timeout: seconds without
     progress after which the process ends with status STALLED; None for never.
@@ -50,7 +52,7 @@ class Watchdog:
         self._durations: deque[float] = deque(maxlen=50)
         self._step, self._began = 0, clock.seconds
         self._sign = time.monotonic()
-        self._told = 0.0  # seconds of the present step at the last warning
+        self._told = 0.0  # seconds into the current step at the last warning
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -63,14 +65,14 @@ class Watchdog:
         self._thread.join(_SPEAK)
 
     def beat(self, step: int) -> None:
-        """Note that a step is done."""
+        """Record that a step is finished."""
         now = self.clock.seconds
         self._durations.append(now - self._began)
         self._step, self._began, self._told = step, now, 0.0
         self.sign()
 
     def sign(self) -> None:
-        """Something other than a step is done, such as a batch of an evaluation."""
+        """Record progress other than a step, such as a batch of an evaluation."""
         self._sign = time.monotonic()
 
     def _watch(self) -> None:
@@ -91,7 +93,7 @@ class Watchdog:
             )
 
     def _report(self, headline: str) -> None:
-        """Report where all ranks are, unless a lower rank does, as long as anybody listens."""
+        """Report the positions of all ranks, unless a lower rank does, until the output blocks."""
         speaker = threading.Thread(target=self._speak, args=(headline,), daemon=True)
         speaker.start()
         speaker.join(_SPEAK)
@@ -111,7 +113,9 @@ class Watchdog:
                 notify(f"{headline}; {describe(places, self.backend.world_size, on_device)}")
 
     def _place(self) -> Place:
-        """Return where the main thread is: the innermost frame of Athena's outside the backend."""
+        """Return the position of the main thread: its innermost frame in Athena, outside the
+        backend.
+        """
         frame, waits = sys._current_frames().get(self._main), None
         while frame is not None:
             path = Path(frame.f_code.co_filename)
@@ -121,7 +125,7 @@ class Watchdog:
                 if not backend:
                     return Place(self._step + 1, _name(frame, path), waits, time.time())
             frame = frame.f_back
-        return Place(self._step + 1, "a place outside of Athena", bool(waits), time.time())
+        return Place(self._step + 1, "code outside Athena", bool(waits), time.time())
 
 
 def _name(frame: FrameType, path: Path) -> str:
@@ -129,10 +133,11 @@ def _name(frame: FrameType, path: Path) -> str:
 
 
 def describe(places: dict[int, Place], world_size: int, on_device: bool = False) -> str:
-    """Return one sentence: which ranks are silent, which hold up the others, and where each is.
+    """Describe in one sentence which ranks do not answer, which delay the others, and the position
+    of each.
 
-    on_device: ranks compute on devices of their own, so that one which waits for a collective
-    cannot be told from one that waits for its device.
+    on_device: whether ranks compute on devices; waiting for a collective then looks the same as
+    waiting for the device.
     """
     awaited = ["other ranks"] * (world_size > 1) + ["its device"] * on_device
     silent = [rank for rank in range(world_size) if rank not in places]
@@ -141,7 +146,7 @@ def describe(places: dict[int, Place], world_size: int, on_device: bool = False)
     late = busy or {rank: place for rank, place in places.items() if place.step == behind}
     parts = []
     if silent:
-        parts.append(f"rank {_listed(silent)} does not answer: stopped, or its machine is gone")
+        parts.append(f"rank {_listed(silent)} does not answer: it stopped, or its machine is down")
     if not silent and len(late) < world_size:
         parts.append(f"rank {_listed(sorted(late))} holds up the others")
     by_place: dict[str, list[int]] = {}

@@ -39,10 +39,10 @@ from utils.training.state import TrainState, choose_kernels, create_train_state
 
 @dataclass
 class Run:
-    """One replica of a run: the state that it trains, and everything around it.
+    """One replica of a run: the training state and everything that it needs to train.
 
     Args:
-        state: all that training changes; what a checkpoint holds.
+        state: everything that training changes and a checkpoint stores.
         rows_at_once: rows of a micro-batch of this replica.
         tokenizer: loaded at startup; its file may be deleted while the run is in progress.
         clock: seconds of training, without evaluation and saving.
@@ -75,13 +75,13 @@ class Run:
 
 
 @explain_out_of_memory(
-    "while the run is built; choose a smaller model (a preset of arch, arch.hidden_size), "
-    "ema=false, or parallel=fsdp on several GPUs, and look for other programs on the device"
+    "while building the run; choose a smaller model (a preset of arch, arch.hidden_size), "
+    "ema=false, or parallel=fsdp on several GPUs, and check for other programs on the device"
 )
 def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path) -> Run:
     """Build everything the run needs, restoring the latest checkpoint if there is one.
 
-    A collective. folder: the run's own, which exists.
+    A collective. folder: the run's directory, which must exist.
     """
     resumed = prepare_resume(config, folder, backend)
     model, counters = build_model(config, backend, data, resumed)
@@ -138,10 +138,10 @@ def build_run(config: PretrainConfig, backend: Backend, data: Data, folder: Path
 def build_model(
     config: PretrainConfig, backend: Backend, data: Data, resumed: Checkpoint | None
 ) -> tuple[ACTLossHead, dict[str, Any]]:
-    """Build the model on the host, with the weights that a new run starts from.
+    """Build the model on the host, with the initial weights of a new run.
 
-    Returns it with the counters of the run that those weights come from, {} if not known. The
-    weights of a resumed run are loaded later, by `restore`.
+    Returns the model, and the counters of the run that those weights come from, {} if unknown.
+    `restore` loads the weights of a resumed run later.
     """
     terms = create_terms(config.arch.loss.options.get("terms") or {})
     highest = data.highest_values({name for term in terms for name in term.needs_data})
@@ -179,16 +179,16 @@ def create_stream(
 ) -> TrainStream:
     """Create the stream of training batches of this replica.
 
-    Raises UserError where the config asks for budgets that the architecture cannot have.
+    Raises UserError if the architecture does not support the configured budgets.
     """
     architecture = model.model
     least, most = config.min_iterations, architecture.max_steps
     name = config.arch.name
     if least is not None and least > most > 1:
-        raise UserError(f"min_iterations={least} is more than the {most} steps of {name}: lower it")
+        raise UserError(f"min_iterations={least} exceeds the {most} steps of {name}: lower it")
     if config.iteration_curriculum is not None and most == 1 and not config.lr_find:
         raise UserError(
-            f"iteration_curriculum increases budgets of ACT steps, but {name} takes one step only: "
+            f"iteration_curriculum increases budgets of ACT steps, but {name} takes only one step: "
             "use null"
         )
     return TrainStream.from_config(
@@ -204,7 +204,7 @@ def create_stream(
 
 
 def write_config(config: PretrainConfig, folder: Path) -> None:
-    """Write config.yaml; an evaluation keeps the one of the training."""
+    """Write config.yaml, unless the run only evaluates, which keeps that of the training."""
     path = folder / "config.yaml"
     if config.eval_only and path.exists():
         return
@@ -215,11 +215,11 @@ def write_config(config: PretrainConfig, folder: Path) -> None:
 def check_early_stopping(
     config: PretrainConfig, data: Data, evaluators: Sequence[Evaluator]
 ) -> None:
-    """Raise UserError if early stopping waits for a metric that nothing evaluates."""
+    """Raise UserError if early stopping watches a metric that is never evaluated."""
     if config.early_stopping is not None and data.test is None and not evaluators:
         raise UserError(
             f"early_stopping.metric={config.early_stopping.metric} is never evaluated, because the "
-            "corpora have no test split; name one with data_paths_test, or leave early_stopping out"
+            "corpora have no test split; set data_paths_test, or remove early_stopping"
         )
 
 
@@ -230,16 +230,16 @@ def choose_micro_batch_rows(
     data: Data,
     resumed: Checkpoint | None,
 ) -> tuple[int, MemoryPlan | None]:
-    """Return how many rows a rank computes at once: as configured, as before, or as many as the
-    memory of every rank allows. A collective.
+    """Return the number of rows that a rank processes at once: as configured, as before the resume,
+    or as many as fit in the memory of every rank. A collective.
 
-    Returns with it the plan that the number follows from, if it does.
+    Also returns the memory plan if the number is based on it.
     """
     ranks, device = backend.world_size, backend.device.type
     rows = config.rows_per_rank(ranks)
-    # as before, so that a resumed run stays exact whatever memory is free today
+    # as before, so that a resumed run is exact even if less memory is free now
     before = resumed.state.get("micro_rows") if resumed is not None else None
-    if before is not None and rows % before != 0:  # of another world size
+    if before is not None and rows % before != 0:  # saved with another world size
         before = None
     known = config.micro_rows(ranks) or backend.broadcast_object(before)
     if known is not None:
@@ -253,13 +253,13 @@ def choose_micro_batch_rows(
             kernel=getattr(model.model.inner, "masked_attention", None),
             reasoning_width=data.train.reasoning_width,
         )
-        # the plan counts what is there already, too
+        # the plan includes the memory that is already in use
         free = backend.available_memory() + count_present_bytes(model, device)
         try:
             own = plan.fitting_rows(free)
         except Untraceable as error:
             backend.report(
-                f"note: micro_batch_size=auto takes all {rows} rows of a rank at once, because "
+                f"note: micro_batch_size=auto processes all {rows} rows of a rank at once, because "
                 f"{error}; give micro_batch_size=<rows> if memory runs out"
             )
             return rows, None
@@ -267,12 +267,12 @@ def choose_micro_batch_rows(
 
 
 def try_rows(plan: MemoryPlan, state: TrainState, backend: Backend, planned: int) -> int:
-    """Return the rows at once, at most `planned`, with which every rank can take a step. A
-    collective.
+    """Return the largest number of rows at once, at most `planned`, with which every rank can take
+    a step. A collective.
 
-    Runs one forward and backward pass without collectives, next to as much memory as a run keeps;
-    nothing changes but what is compiled. Raises UserError if memory does not even suffice for one
-    row.
+    Runs a forward and a backward pass without collectives while as much memory as in a run is
+    allocated; only the compilation cache changes. Raises UserError if even one row does not fit in
+    memory.
     """
     own = planned
     while own and not _fits(plan, state, backend, own):
@@ -280,8 +280,8 @@ def try_rows(plan: MemoryPlan, state: TrainState, backend: Backend, planned: int
         if smaller:
             where = f"rank {backend.rank}" if backend.world_size > 1 else "this device"
             notify(
-                f"note: {where} ran out of memory in a trial of {own} rows at once; {smaller} are "
-                f"tried instead (micro_batch_size={smaller} would skip the trial)"
+                f"note: {where} ran out of memory in a trial of {own} rows; trying {smaller} "
+                f"instead (micro_batch_size={smaller} would skip the trial)"
             )
         own = smaller
     if not (least := min(backend.gather_objects(own))):
@@ -290,7 +290,7 @@ def try_rows(plan: MemoryPlan, state: TrainState, backend: Backend, planned: int
 
 
 def _fits(plan: MemoryPlan, state: TrainState, backend: Backend, rows: int) -> bool:
-    """Return whether a forward and a backward pass of this many rows work."""
+    """Return whether a forward and a backward pass with this many rows fit in memory."""
     model, parts = state.model, plan.parts(rows)
     present = count_present_bytes(model, backend.device.type)
     present += sum(part.nbytes for part in state.ema.shadow.values()) if state.ema else 0
@@ -298,7 +298,7 @@ def _fits(plan: MemoryPlan, state: TrainState, backend: Backend, rows: int) -> b
 
     def run() -> None:
         kept = torch.empty(max(0, lasting), dtype=torch.uint8, device=backend.device)
-        if plan.ranks == 1 and rows < plan.rows:  # earlier micro-batches have left gradients
+        if plan.ranks == 1 and rows < plan.rows:  # gradients of earlier micro-batches exist
             for parameter in state.parameters:
                 parameter.grad = torch.zeros_like(parameter)
         batch = backend.to_device(plan.make_batch(rows))

@@ -1,4 +1,4 @@
-"""Print what a run would cost, before anything is built."""
+"""Print the cost of a run without building it."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from utils.training.plan import MemoryPlan, plan_metadata
 
 
 def dry_run(config: PretrainConfig) -> None:
-    """Print the whole config and the cost of a run. Reads at most the corpora's metadata."""
+    """Print the whole config and the cost of a run. Reads only the corpora's metadata."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     metadata, _ = plan_metadata(config)
     for term, option in checkpoint_options(config.arch.loss.options):
@@ -34,7 +34,7 @@ def dry_run(config: PretrainConfig) -> None:
         micro_rows, why = given, "as configured"
     elif free is None:
         micro_rows = 1
-        why = f"as there is no {config.device_type} here to fit them to"
+        why = f"because there is no {config.device_type} here to measure"
     else:
         micro_rows = plan.fitting_rows(free)
         why = "chosen for" if plan.total(micro_rows) < free else "which is still too much for"
@@ -76,7 +76,7 @@ def describe(plan: MemoryPlan, micro_rows: int) -> list[tuple[str, str]]:
         (
             "memory of a replica",
             f"about {format_bytes(plan.total(micro_rows))} ({plan.rows} rows, {micro_rows} at "
-            f"once; {format_bytes(plan.total(1))} with one at once)",
+            f"once; {format_bytes(plan.total(1))} with 1 row at once)",
         ),
         *((f"  {name}", format_bytes(part)) for name, part in plan.parts(micro_rows).items()),
     ]

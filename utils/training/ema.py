@@ -26,7 +26,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the present weights to the averages."""
+        """Add the current weights to the averages."""
         rate = self.rate
         if self.warmup:
             rate = min(rate, (1 + self.updates) / (10 + self.updates))
@@ -36,7 +36,7 @@ class EMA:
 
     @contextmanager
     def swap(self) -> Iterator[None]:
-        """Put the averages into the model inside the block, and its own weights back after it."""
+        """Use the averages as the model's weights within the context, then restore its own."""
         self._swap()
         try:
             yield

@@ -23,8 +23,8 @@ def run_evaluation(run: Run) -> dict[str, Any]:
     if run.data.test is None and not run.evaluators:
         if config.eval_only:
             raise UserError(
-                f"there is nothing to evaluate: {', '.join(run.data.test_paths)} has no test "
-                "split, or an empty one; name another corpus with data_paths_test"
+                f"nothing to evaluate: {', '.join(run.data.test_paths)} has no test "
+                "split, or an empty one; choose another corpus with data_paths_test"
             )
         run.backend.report("the corpora have no test split, or an empty one: evaluation is skipped")
         return {}
@@ -80,10 +80,10 @@ def run_evaluation(run: Run) -> dict[str, Any]:
 
 
 def choose_rows(run: Run) -> int:
-    """Return the rows of a batch, over all ranks: as configured, or as many as in training."""
+    """Return the number of rows of a batch over all ranks: as configured, or as in training."""
     config, backend, test = run.config, run.backend, run.data.test
     ranks = backend.world_size
     rows = config.eval_batch_size or ranks * run.rows_at_once
     if not backend.compiles(config.compile) and test is not None:
-        rows = min(rows, ranks * -(-test.num_rows // ranks))  # more would be padding alone
-    return rows  # another shape than in training, if compiled, takes long
+        rows = min(rows, ranks * -(-test.num_rows // ranks))  # more rows would only be padding
+    return rows  # compiling another shape than in training takes long

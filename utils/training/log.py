@@ -37,7 +37,7 @@ class TrainingLog:
         self.backend, self.stream, self.loggers = backend, stream, loggers
         self.row_tokens = metadata.seq_len
         self.step_tokens = self.row_tokens * config.global_batch_size
-        self.peak_flops = backend.peak_flops(dtype)  # of one device, per second
+        self.peak_flops = backend.peak_flops(dtype)  # per device and second
 
         def count() -> dict[OptionsKey, float]:
             with backend.one_rank_at_a_time():
@@ -54,9 +54,9 @@ class TrainingLog:
 
     @contextmanager
     def progress(self, state: Any) -> Iterator[None]:
-        """Show a bar of the share of the run that is done, 0..1, starting from `state`.
+        """Show a progress bar of the run, 0..1, starting from `state`.
 
-        Without a terminal, print lines instead: a bar makes a log file hard to read.
+        Without a terminal, print lines instead, because a bar makes a log file hard to read.
         """
         self._last = (state.seconds, state.step, self.stream.examples_entered)
         self.bar = tqdm(
@@ -77,7 +77,7 @@ class TrainingLog:
         self.sums.add(metrics)
         self.options.update(options)
         self.option_steps += 1
-        # options met later than any that were counted cost about as much as the costliest
+        # options that were not counted cost about as much as the most expensive ones
         known = self.flops.get(options_key(options), max(self.flops.values(), default=0.0))
         self.interval_flops += known * self.step_tokens
         self.bar.update(state.progress - self.bar.n)
@@ -114,7 +114,7 @@ class TrainingLog:
         if self.peak_flops is not None:
             metrics["train/mfu"] = flops / self.peak_flops / self.backend.world_size
         self.loggers.log(metrics, state.step)
-        # of the whole run: rows that halt together would make the bar jump, down to 0
+        # based on the whole run: rows that halt together would make the rate jump, even to 0
         rate = stream.examples_entered * self.row_tokens / max(state.seconds, 1e-9)
         loss = metrics.get("train/lm_loss", math.nan)
         line = f"step {state.step:,} loss {loss:.3f} {rate:,.0f} tokens/s"

@@ -1,7 +1,7 @@
-"""Sweep the learning rate: one short run in which it grows by the same factor every step.
+"""Sweep the learning rate: a short run that multiplies it by a constant factor every step.
 
 After L. N. Smith, "Cyclical Learning Rates for Training Neural Networks" (arXiv:1506.01186),
-section 3.3. The curve shows from where on the loss falls, and where the run would fall apart.
+section 3.3. The curve shows where the loss starts to fall and where training diverges.
 """
 
 from pathlib import Path
@@ -20,7 +20,9 @@ _SMOOTHING = 0.9  # decay of the running mean of the loss, per step
 
 
 def configure_sweep(config: PretrainConfig) -> PretrainConfig:
-    """Return `config` for a sweep: its length, every step logged, nothing evaluated or saved."""
+    """Return `config` adapted to a sweep: its length, logging every step, no evaluation or
+    saving.
+    """
     assert config.lr_find is not None
     return config.model_copy(
         update=dict(
@@ -38,7 +40,7 @@ def rate_at(step: int, rule: LRFindConfig) -> float:
 
 
 class Sweep(Schedule):
-    """`lr` goes from `low` to `high` in a geometric series; other rates keep their ratio to it."""
+    """Increases `lr` geometrically from `low` to `high`; other rates keep their ratio to it."""
 
     @property
     def rule(self) -> LRFindConfig:
@@ -53,14 +55,14 @@ class Sweep(Schedule):
 
 
 class Findings(NamedTuple):
-    """The rates where the running mean of the losses falls fastest and where it is least."""
+    """The rates at which the running mean of the losses falls fastest and is lowest."""
 
     steepest: float
     lowest: float
 
 
 def analyze(rates: np.ndarray, losses: np.ndarray) -> Findings | None:
-    """Find the rates of interest on the curve of losses (N,); None if the loss never falls."""
+    """Return the findings for the losses (N,) at these rates; None if the loss never falls."""
     smooth = running_mean(losses)
     least = int(smooth.argmin())
     if least < 3:
@@ -70,15 +72,15 @@ def analyze(rates: np.ndarray, losses: np.ndarray) -> Findings | None:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Average exponentially over the past, without the bias of a start at zero."""
+    """Return the exponential moving average, corrected for the bias of starting at zero."""
     decay = _SMOOTHING ** np.arange(len(values), dtype=float)
     sums = np.array([(values[: i + 1] * decay[: i + 1][::-1]).sum() for i in range(len(values))])
     return sums / decay.cumsum()
 
 
 def conclude(folder: Path, rule: LRFindConfig) -> str:
-    """Read the log of a sweep, draw `lr_find.png` beside it, and return advice in one sentence."""
-    # a step whose update was skipped logs the rate of the one before it
+    """Read the log of a sweep, plot `lr_find.png` next to it, and return advice in one sentence."""
+    # a step whose update was skipped logs the rate of the previous step
     points = [(rate_at(r["step"], rule), r["train/lm_loss"]) for r in read_records(folder)]
     rates, losses = np.array([p for p in points if None not in p], dtype=float).reshape(-1, 2).T
     found, picture, ended = None, "", ""
@@ -88,14 +90,14 @@ def conclude(folder: Path, rule: LRFindConfig) -> str:
         try:
             draw(path, rates, losses, found)
             picture = f"; see {path}"
-        except UserError as error:  # the findings themselves are worth more than the picture
+        except UserError as error:  # report the findings even without the plot
             picture = f"; {error}"
         if len(rates) < rule.steps:
             ended = f"; the loss was no longer finite after lr {rates[-1]:.2g}"
     if found is None:
         return (
             f"the loss did not fall between lr {rule.low:g} and {rule.high:g}{ended}: lower "
-            f"lr_find.low, or give it more lr_find.steps (now {rule.steps}){picture}"
+            f"lr_find.low, or increase lr_find.steps (now {rule.steps}){picture}"
         )
     # The loss is lowest just below the rates at which training diverges: keep a margin.
     most = f"{found.lowest / 3:.1e}"
@@ -111,7 +113,7 @@ def conclude(folder: Path, rule: LRFindConfig) -> str:
 
 
 def draw(path: Path, rates: np.ndarray, losses: np.ndarray, found: Findings | None) -> None:
-    """Draw the losses over the rates into an image file."""
+    """Plot the losses over the rates into an image file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -125,11 +127,11 @@ def draw(path: Path, rates: np.ndarray, losses: np.ndarray, found: Findings | No
             (found.lowest, "lowest", "tab:red"),
         ):
             axes.axvline(rate, color=colour, linestyle="--", label=f"{name}: {rate:.2g}")
-        # what comes after a blow-up would flatten all the rest
+        # losses after divergence would flatten the rest of the curve
         low, first = losses.min(), smooth[0]
         axes.set_ylim(low - 0.1 * (first - low), first + 0.5 * (first - low))
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, nats per token")
-    axes.set_title(f"Sweep of the learning rate over {len(rates)} steps")
+    axes.set_title(f"Learning-rate sweep over {len(rates)} steps")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
     save_figure(figure, path, str(path))

@@ -1,4 +1,4 @@
-"""Compose the messages of a run: what it runs on, what went wrong, how it ended."""
+"""Compose the messages of a run: its device, its failures, its end."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +15,15 @@ def announce(backend: Backend, config: PretrainConfig, reason: str) -> None:
     backend.report(f"device: {backend.describe()} ({reason}){ranks}")
     notes = config_warnings(config)
     if config.parallel == "fsdp" and backend.world_size == 1:
-        notes.append("parallel=fsdp has no effect on one rank: there is nobody to share with")
+        notes.append("parallel=fsdp has no effect with a single rank")
     for line in notes:
         backend.report(f"note: {line}")
 
 
 def advise_on_memory(rows: int) -> str:
-    """Describe how to train with less memory. rows: what a replica computes at once."""
+    """Describe how to train with less memory. rows: number of rows that a replica processes at
+    once.
+    """
     return (
         f"with {rows} rows at once; lower micro_batch_size (now {rows}), or "
         "global_batch_size, or set arch.use_gradient_checkpointing=true"
@@ -29,21 +31,23 @@ def advise_on_memory(rows: int) -> str:
 
 
 def describe_nonfinite(config: PretrainConfig, skipped: int, saved: Sequence[Path]) -> str:
-    """Describe a run that ends because of non-finite updates, and what to change.
+    """Describe a run that ends because of non-finite updates, and how to avoid them.
 
-    skipped: updates in a row that were not finite. saved: the run's checkpoints, oldest first.
+    skipped: number of consecutive non-finite updates. saved: the run's checkpoints, oldest first.
     """
     lower = f"lower lr (now {config.lr:g})"
     if saved:
-        advice = f"the last good checkpoint is {saved[-1]}; {lower} and resume, resume_allow=[lr]"
+        advice = (
+            f"the last good checkpoint is {saved[-1]}; {lower} and resume with resume_allow=[lr]"
+        )
     else:
         advice = (
-            f"nothing was saved before, so start again: {lower}, or raise lr_warmup_steps (now "
+            f"no checkpoint was saved, so start again: {lower}, or increase lr_warmup_steps (now "
             f"{config.lr_warmup_steps}); a lower checkpoint_interval (now "
             f"{config.checkpoint_interval or 'null'}) saves earlier"
         )
     return (
-        f"{skipped} updates in a row were not finite (max_nonfinite={config.max_nonfinite}); "
+        f"{skipped} consecutive updates were not finite (max_nonfinite={config.max_nonfinite}); "
         f"{advice}"
     )
 
@@ -64,14 +68,15 @@ def describe_never_finite(config: PretrainConfig, steps: int) -> str:
 
 
 def describe_end(config: PretrainConfig, last: Path, state: TrainState, first_step: int) -> str:
-    """Describe where the last checkpoint of a run is, or why nothing was left to train and which
-    key would change that. first_step: the step that this process started from."""
+    """Describe where the last checkpoint of a run is, or why there was nothing to train and which
+    key to change. first_step: the step that this process started from.
+    """
     if state.step > first_step:
         return f"finished at step {state.step:,}: {last}"
     if state.stopped:
         return (
-            f"nothing is left to train: the run stopped early at step {state.step:,}, {last}; "
-            "early_stopping=null trains on"
+            f"already finished: the run stopped early at step {state.step:,}, {last}; "
+            "set early_stopping=null to train further"
         )
     key, now = "epochs", f"now {config.epochs}"
     if config.max_steps is not None and state.step >= config.max_steps:
@@ -79,13 +84,13 @@ def describe_end(config: PretrainConfig, last: Path, state: TrainState, first_st
     elif config.max_seconds is not None and state.seconds >= config.max_seconds:
         key, now = "max_seconds", f"now {config.max_seconds:g}, used {state.seconds:.1f}"
     return (
-        f"nothing is left to train: the run is at step {state.step:,} already, {last}; to train "
-        f"on, raise {key} ({now}) and add resume_allow=[{key}]; eval_only=true evaluates it again"
+        f"already finished at step {state.step:,}, {last}; to train further, "
+        f"raise {key} ({now}) and add resume_allow=[{key}]; eval_only=true evaluates it again"
     )
 
 
 def format_evaluation(results: dict[str, Any], step: int) -> str:
-    """Format the figures of an evaluation, one a line; curves over ACT steps as rows."""
+    """Format the figures of an evaluation, one per line, with curves over ACT steps as rows."""
     plain: dict[str, str] = {}
     curves: dict[str, dict[int, float]] = {}
     for name, value in results.items():

@@ -1,4 +1,4 @@
-"""What a training step takes in memory, by tracing one on fake tensors, and the rows that fit."""
+"""Estimate the memory of a training step by tracing it on fake tensors, and the rows that fit."""
 
 import warnings
 from collections.abc import Iterable
@@ -34,13 +34,13 @@ from utils.corpus.data import Data, open_data
 from utils.training.state import TrainState, create_train_state
 
 FILLED = 0.8
-"""Share of the free memory that a plan may fill; the rest is for the allocator and the kernels."""
+"""Share of the free memory that a plan may use; the rest is for the allocator and the kernels."""
 
 
 def build_untrained(arch: ArchConfig, metadata: DatasetMetadata) -> ACTLossHead:
     """Build the model of a run on the meta device, and the bases of its loss terms.
 
-    A base is taken to be of the run's own kind where its checkpoint cannot be read.
+    A base whose checkpoint cannot be read is assumed to have the run's own architecture.
     """
 
     def load_base(key: str, path: str, which: str) -> ACTLossHead:
@@ -62,8 +62,9 @@ def build_untrained(arch: ArchConfig, metadata: DatasetMetadata) -> ACTLossHead:
 
 
 def count_train_flops(arch: ArchConfig, metadata: DatasetMetadata) -> dict[OptionsKey, float]:
-    """Return the FLOPs of a training step for each token, by step options; {}, with a warning, if
-    they cannot be counted."""
+    """Return the FLOPs of a training step per token, by step options; {} with a warning if they
+    cannot be counted.
+    """
     try:
         return _train_flops(arch.model_dump_json(), metadata.model_dump_json())
     except Untraceable as error:
@@ -73,7 +74,7 @@ def count_train_flops(arch: ArchConfig, metadata: DatasetMetadata) -> dict[Optio
 
 @lru_cache(maxsize=32)
 def _train_flops(arch: str, metadata: str) -> dict[OptionsKey, float]:
-    """Count from JSON texts, which can be cached: runs of a sweep often share a model."""
+    """Count from JSON strings, which can be cached, because runs of a sweep often share a model."""
     head = build_untrained(
         ArchConfig.model_validate_json(arch), DatasetMetadata.model_validate_json(metadata)
     )
@@ -81,8 +82,9 @@ def _train_flops(arch: str, metadata: str) -> dict[OptionsKey, float]:
 
 
 def plan_metadata(config: PretrainConfig) -> tuple[DatasetMetadata, Data | None]:
-    """Return the sizes of a run's data, with its corpora, if it names any; else those of the
-    config, for rows of several documents."""
+    """Return the sizes of a run's data and its corpora, if there are any; otherwise the sizes in
+    the config, with several documents per row.
+    """
     if config.data_paths:
         data = open_data(config)
         return data.train.metadata, data
@@ -95,16 +97,17 @@ def plan_metadata(config: PretrainConfig) -> tuple[DatasetMetadata, Data | None]
 
 
 class MemoryPlan:
-    """Memory of one of `ranks` replicas of a run, in bytes, and what a step costs.
+    """Memory of one of `ranks` replicas of a run, in bytes, and the cost of a step.
 
-    A step is traced as it runs without a compiler; a compiled model takes less, and what
-    PyTorch/XLA takes is unknown. Each number of rows takes up to a second the first time.
+    A step is traced as it runs without a compiler; a compiled model needs less memory, and the
+    memory used by PyTorch/XLA is unknown. The first call for each number of rows takes up to a
+    second.
 
     Args:
-        metadata: of the data; rows hold several documents if it names an end of a text.
+        metadata: of the data; rows hold several documents if it has an eos id.
         device: type of the device, e.g. `cuda`.
-        kernel: of attention under a document mask; None: as is usual on the device.
-        reasoning_width: labels of a row's reasoning stream.
+        kernel: of attention under a document mask; None: the usual one on the device.
+        reasoning_width: number of reasoning labels per row.
     """
 
     def __init__(
@@ -139,10 +142,10 @@ class MemoryPlan:
         return next(counted for _, counted in self._traced.values())
 
     def parts(self, micro_rows: int) -> dict[str, int]:
-        """Return the most that a training step with this many rows at once takes, by part.
+        """Return the peak memory of a training step with this many rows at once, by part.
 
-        `activations` holds all that does not last; where gradients are not yet whole at the worst
-        moment, what they still lack is taken off. `base`: the model that the run stays near.
+        `activations` includes all temporaries, minus the gradients that are not yet allocated at
+        the peak. `base`: the models that loss terms compare with.
         """
         if micro_rows not in self._traced:
             self._traced[micro_rows] = self._trace(micro_rows)
@@ -157,16 +160,18 @@ class MemoryPlan:
         return self.total(micro_rows) < FILLED * free
 
     def fitting_rows(self, free: int) -> int:
-        """Return the most rows at once, dividing those of a rank, that fit; 1 where none do."""
+        """Return the largest divisor of a rank's rows that fits in memory at once; 1 if none
+        does.
+        """
         sizes = [n for n in range(1, self.rows + 1) if self.rows % n == 0]
         if len(sizes) == 1 or not self.fits(1, free):
             return 1
-        # n rows at once take at most n times what one takes, which needs no trace
+        # n rows at once take at most n times the memory of one, which needs no trace
         sure = sum(n * self.total(1) < FILLED * free for n in sizes)
         low, high = max(0, sure - 1), len(sizes)  # sizes[low] fits, sizes[high] does not
         tried = 1
         while high - low > 1:
-            # where the line through what is known meets the limit; memory grows nearly evenly
+            # interpolate up to the limit, because memory grows nearly linearly
             one, other = self.total(sizes[0]), self.total(sizes[tried])
             growth = max(1, (other - one) / (sizes[tried] - sizes[0]))
             room = sizes[0] + (FILLED * free - one) / growth
@@ -180,7 +185,7 @@ class MemoryPlan:
 
     @property
     def largest_options(self) -> dict[str, int]:
-        """Return the step options of the step that computes most."""
+        """Return the step options of the most expensive step."""
         flops = [(cost.row_train_flops, options) for options, cost in self._costs.items()]
         return dict(max(flops)[1])
 
@@ -189,7 +194,9 @@ class MemoryPlan:
         return make_batch(self.head.model, micro_rows, **self._kinds)
 
     def checkpoint_bytes(self) -> int:
-        """Return what a checkpoint takes on disk, the held rows of all ranks included."""
+        """Return the size of a checkpoint on disk in bytes, including the rows in progress of all
+        ranks.
+        """
         parts, wide = self.parts(1), self.config.parallel == "fsdp"
         saved = _bytes([*self.head.parameters(), *self.head.buffers()])
         saved += (parts["optimizer"] + parts["ema"]) * (self.ranks if wide else 1)
@@ -201,7 +208,7 @@ class MemoryPlan:
         with trace(head, self.kernel) as tracer:
             state = self._create_state()
             gradients = _bytes(p.grad for p in state.parameters)
-            # later micro-batches find the gradients of earlier ones, and DDP holds room for them
+            # later micro-batches run next to the gradients of earlier ones, and DDP's buckets
             absent = gradients if self.ranks == share == 1 else 0
             if absent:
                 state.drop_gradients()
@@ -210,7 +217,9 @@ class MemoryPlan:
             saved = head.saved_memory(carry)
             of_base = _bytes(v for name, v in carry.memory.items() if name not in saved)
             rows = _bytes(saved.values()) + _bytes(carry.latents.values())
-            rows += 2 * _bytes(carry.current_data.values())  # once held and once newly arrived
+            rows += 2 * _bytes(
+                carry.current_data.values()
+            )  # the rows in progress and the new batch
             lasting = tracer.live + absent
             tracer.start_peak()
             costs = self._costs
@@ -230,7 +239,7 @@ class MemoryPlan:
             state.drop_gradients()
         weights = _bytes(head.parameters())
         parts = {
-            # FSDP keeps a part, and whole weights and gradients through the backward pass
+            # FSDP keeps a shard, and whole weights and gradients during the backward pass
             "weights": weights + _bytes(head.buffers()) + (weights // sharded) * (sharded > 1),
             "gradients": gradients,
             "optimizer": optimizer // sharded,
@@ -244,15 +253,15 @@ class MemoryPlan:
         return parts, counted
 
     def _create_state(self) -> TrainState:
-        """Return a state that has taken a step: with gradients, moments and averages."""
+        """Create a state after one step, with gradients, moments and averages."""
         named = self.config.optimizer
-        if named.options.get("fused"):  # a kernel of the device, which fake tensors do not have
+        if named.options.get("fused"):  # a device kernel, which fake tensors do not support
             named = named.model_copy(update={"fused": False})
         whole = self.config.model_copy(update={"parallel": "ddp", "optimizer": named})
         state = create_train_state(whole, self.head, backend=Replica())
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
-                if group.get("foreach", True) is None:  # on CUDA all weights are updated at once
+                if group.get("foreach", True) is None:  # on CUDA all weights are updated together
                     group["foreach"] = self.device == "cuda"
         for parameter in state.parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -261,13 +270,13 @@ class MemoryPlan:
 
 
 def count_present_bytes(head: ACTLossHead, device: str) -> int:
-    """Count what lies on `device` of a model that is built, and of the bases of its loss terms."""
+    """Return the bytes on `device` of an existing model and of the bases of its loss terms."""
     modules: list[nn.Module] = [head, *head.frozen_models()]
     tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
     return sum(t.nbytes for t in tensors if t.device.type == device)
 
 
 def _bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Return the bytes of the storages, each counted once."""
+    """Return the total bytes of the tensors' storages, counting each once."""
     storages = {t.untyped_storage() for t in tensors if t is not None}
     return sum(storage.nbytes() for storage in storages)

@@ -64,29 +64,29 @@ def choose_dtype(config: PretrainConfig, backend: Backend, saved: dict[str, Any]
     usable = lacks.pop()
     if saved is None or saved.get("forward_dtype") == usable:
         config.arch.forward_dtype = usable  # type: ignore[attr-defined]
-        message = f"this device has no bfloat16: the run uses arch.forward_dtype={usable}"
+        message = f"this device does not support bfloat16: the run uses arch.forward_dtype={usable}"
     else:
-        message = "the run is resumed in bfloat16, which this device does not have: it will be slow"
+        message = "the run is resumed in bfloat16, which this device only emulates: it will be slow"
     backend.report(f"note: {message}")
 
 
 def find_checkpoint(config: PretrainConfig, folder: Path) -> Path | None:
     """Find the checkpoint that `resume` asks for, and verify it against its manifest.
 
-    folder: of the run. Returns None for a new run.
+    folder: the run's directory. Returns None for a new run.
     """
     own = not config.eval_only
     saved = [path.name for path in checkpoint.checkpoints_of(folder)]
     if config.resume == "none":
         if own and saved:
             raise UserError(
-                f"resume=none starts a new run, but {folder} holds {saved[-1]} of an old one; "
+                f"resume=none starts a new run, but {folder} contains {saved[-1]}; "
                 "choose another run_name, or move the folder away"
             )
         return None
     if own:
         checkpoint.recover(folder)
-    # A launcher that restarts its ranks repeats the command: continue where they ended.
+    # A launcher that restarts its ranks repeats the command: continue from their last checkpoint.
     if config.resume == "auto" or (own and checkpoint.is_restart(folder, config.resume)):
         found = checkpoint.newest_whole(folder, rename=own)
         return None if found is None else found.folder
@@ -113,16 +113,14 @@ def check_unchanged(config: PretrainConfig, saved: dict[str, Any], opened: Check
     """
     changed, gone = changed_keys(config, saved)
     if gone:
-        notify(
-            f"note: the run's config has {', '.join(gone)}, which no longer exists: it is ignored"
-        )
+        notify(f"note: the run's config has {', '.join(gone)}, which no longer exists: ignoring it")
     if not changed:
         return
     fixed = [key for key in changed if is_fixed(config, key)]
     arch = [key for key in changed if key.startswith("arch.") and key not in fixed]
     if not arch or match_weights(config, opened):
         arch = []
-    advice = ["Take them back"]
+    advice = ["Restore the old values"]
     if possible := [key for key in changed if key not in (*fixed, *arch)]:
         together = ",".join([*config.resume_allow, *possible])
         advice.append(f"allow {', '.join(possible)} with resume_allow=[{together}]")
@@ -162,9 +160,10 @@ def restore(
     folder: Path,
     micro_batches: int,
 ) -> None:
-    """Restore weights, optimizers, averages, stream, held rows and counters from a checkpoint.
+    """Restore weights, optimizers, averages, stream, rows in progress and counters from a
+    checkpoint.
 
-    An evaluation that was finished after it is not repeated.
+    If the evaluation at that step was finished, it is not repeated.
     """
     saved = opened.state
     position, rows = saved["stream"], None
@@ -174,7 +173,7 @@ def restore(
         rows = opened.carry(range(backend.rank * share, (backend.rank + 1) * share))
     if rows is None and (flags := opened.carry(range(before), only="halted")) is not None:
         position = drop_halted(position, flags["halted"].tolist())
-    # First, because other corpora are the most likely reason for weights of other shapes.
+    # Checked first, because changed corpora are the most likely reason for mismatched weights.
     stream.load_state_dict(position, restart_held=rows is None)
     values, _ = read_config(opened.config)
     kept = share_moments(config.optimizer, OptimizerConfig.model_validate(values["optimizer"]))
@@ -192,10 +191,10 @@ def restore(
     if backend.is_main and not config.eval_only:
         checkpoint.link_best(folder, state.best.step)
     if rows is None:
-        reason = "held rows were not saved"
+        reason = "rows in progress were not saved"
         if size != before:
             reason = f"global_batch_size is {size} and was {before}"
-        backend.report(f"note: {reason}, so held rows restart and the run is not exact")
+        backend.report(f"note: {reason}, so rows in progress restart and the run is not exact")
         return
     state.load_carry(rows, micro_batches)
     own = torch.cat([carry.halted for carry in state.carries])

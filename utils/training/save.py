@@ -1,4 +1,4 @@
-"""Save a run: what goes into a checkpoint, and when one is written."""
+"""Save a run: the content of checkpoints, and when to write them."""
 
 import json
 import time
@@ -27,7 +27,7 @@ class Saver:
     saved_at: the last step whose checkpoint is complete or in progress.
     """
 
-    RETRY_SECONDS = 60  # of training, before a failed checkpoint is retried
+    RETRY_SECONDS = 60  # training time before a failed checkpoint is retried
 
     def __init__(
         self,
@@ -47,21 +47,21 @@ class Saver:
             "dataset.json": corpora.metadata.model_dump_json(),
             "identifiers.json": json.dumps(corpora.identifiers),
         }
-        # Read now: they may be changed or deleted while the run is in progress.
+        # Read now, because they may be changed or deleted while the run is in progress.
         self.files = {name: text.encode() for name, text in texts.items()}
         for name, path in source_files([*state.model.modules(), *state.model.terms]).items():
             self.files[f"source/{name}"] = path.read_bytes()
         if tokenizer is not None:
             self.files[tokenizer.name] = tokenizer.read_bytes()
-        # rank 0 decides, because network storage may show ranks different things
+        # rank 0 decides, because ranks may see different states of network storage
         exists = backend.broadcast_object(checkpoint.step_folder(folder, state.step).is_dir())
         self.saved_at = state.step if exists else -1  # a resumed checkpoint is saved already
         self.retry_at: float | None = None
 
     def check(self, failed: bool) -> None:
-        """Drop the checkpoint in progress if a rank failed to write it, and schedule a retry.
+        """Drop the checkpoint in progress if it failed, and schedule a retry.
 
-        failed: whether any rank did.
+        failed: whether any rank failed to write it.
         """
         if failed and not self.writer.wait():
             self._plan_retry()
@@ -84,7 +84,7 @@ class Saver:
     def finish(self, patience: float, received: Sequence[int] = ()) -> bool:
         """Save the current state and wait; return False if that failed for `patience` seconds.
 
-        received: numbers of received signals; one also ends the attempts.
+        received: numbers of received signals; a signal also ends the attempts.
         """
         begun, pause = time.monotonic(), min(10.0, patience)
         while True:
@@ -102,7 +102,9 @@ class Saver:
             time.sleep(pause)
 
     def keep_best(self, results: dict[str, Any]) -> None:
-        """Save and keep this step's checkpoint if its evaluation is the best so far."""
+        """Save this step's checkpoint, and keep it as the best, if its evaluation is the best so
+        far.
+        """
         state, (name, mode) = self.state, self._rule(results)
         state.best.follow(f"{mode} {name}")
         figure = results.get(f"eval/{name}")
@@ -110,7 +112,7 @@ class Saver:
             if results:
                 names = [key.removeprefix("eval/") for key in results]
                 self.backend.report(
-                    f"warning: best_metric={name} was not evaluated; no checkpoint counts as best; "
+                    f"warning: best_metric={name} was not evaluated: no checkpoint is the best; "
                     + suggest(name, names)
                 )
             return
@@ -127,12 +129,12 @@ class Saver:
     def note_evaluation(self, results: dict[str, Any]) -> None:
         """Record that this step was evaluated, so that a resumed run does not repeat it.
 
-        Does nothing if an evaluator failed: then it is worth repeating.
+        Does nothing if an evaluator failed, so that the evaluation is repeated.
         """
         if self.backend.is_main and FAILURES not in {key.removeprefix("eval/") for key in results}:
             try:
                 checkpoint.note_evaluation(self.folder, self.state.counters())
-            except OSError as error:  # at worst it is evaluated again
+            except OSError as error:  # at worst the evaluation is repeated
                 notify(f"warning: {self.folder / checkpoint.EVALUATED}: {error.strerror or error}")
 
     def _rule(self, results: dict[str, Any]) -> tuple[str, str]:
@@ -150,9 +152,9 @@ class Saver:
         self.saved_at, self.retry_at = -1, self.state.seconds + self.RETRY_SECONDS
 
     def _copy_files(self) -> dict[str, Any]:
-        """Copy what this rank writes of the checkpoint to the host, so that training can continue.
+        """Copy this rank's part of the checkpoint to the host, so that training can continue.
 
-        Ranks other than 0 write their held rows alone.
+        Ranks other than 0 write only their rows in progress.
         """
         state, rank = self.state, self.backend.rank
         files: dict[str, Any] = {}
@@ -161,7 +163,7 @@ class Saver:
             share = len(state.halted) // self.backend.world_size
             slots = [rank * share, (rank + 1) * share]
             files[f"carry_{rank}.pt"] = {"slots": slots, "carry": state.carry_rows()}
-        else:  # held rows will restart
+        else:  # rows in progress will restart
             position = drop_halted(position, state.halted.tolist())
         tensors = state.tensors(keep=self.backend.is_main)
         if not self.backend.is_main:

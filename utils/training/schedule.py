@@ -12,7 +12,7 @@ from utils.training.state import TrainState
 
 
 class Schedule:
-    """The length of a run, by whichever of its limits is nearest."""
+    """The length of a run, given by the limit that is reached first."""
 
     def __init__(self, config: PretrainConfig, stream: TrainStream):
         self.config, self.stream = config, stream
@@ -20,7 +20,7 @@ class Schedule:
         self._options = read_options(config.lr_schedule, lr_min_ratio=config.lr_min_ratio)
 
     def progress(self, state: TrainState) -> float:
-        """Return the share of the run that is done, 0..1."""
+        """Return the share of the run completed, 0..1."""
         steps, seconds = self.config.max_steps, self.config.max_seconds
         shares = [
             self.stream.progress,
@@ -30,7 +30,9 @@ class Schedule:
         return min(1.0, max(shares))
 
     def over(self, state: TrainState) -> bool:
-        """Return whether a limit or early stopping ends the run here; the stream ends itself."""
+        """Return whether a limit or early stopping ends the run here. The end of the stream is not
+        checked.
+        """
         steps, seconds = self.config.max_steps, self.config.max_seconds
         return (
             state.stopped

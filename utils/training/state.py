@@ -1,6 +1,6 @@
 """The state of a training run: everything that training changes and a checkpoint stores.
 
-Model, optimizers, averages, held rows and counters; the stream keeps its own position.
+Model, optimizers, averages, rows in progress and counters; the stream keeps its own position.
 """
 
 import math
@@ -39,9 +39,9 @@ from utils.training.optimizers import create_optimizers
 
 @dataclass
 class Best:
-    """The best figure so far by one rule, such as `min text/bits_per_byte`.
+    """The best figure so far under a rule such as `min text/bits_per_byte`.
 
-    figure: larger is better. step: of that evaluation. misses: evaluations since.
+    figure: larger is better. step: step of that evaluation. misses: number of evaluations since.
     """
 
     rule: str | None = None
@@ -50,13 +50,13 @@ class Best:
     misses: int = 0
 
     def follow(self, rule: str) -> None:
-        """Forget figures by another rule."""
+        """Reset the figure if the rule has changed."""
         if self.rule not in (None, rule):
             self.figure, self.step, self.misses = None, None, 0
         self.rule = rule
 
     def add(self, figure: float, step: int, margin: float = 0.0) -> bool:
-        """Count an evaluation; return whether it is the best so far, by more than `margin`."""
+        """Record an evaluation; return whether it is the best so far by more than `margin`."""
         if math.isnan(figure) or (self.figure is not None and figure <= self.figure + margin):
             self.misses += 1
             return False
@@ -66,9 +66,10 @@ class Best:
 
 @dataclass
 class TrainState:
-    """What training changes.
+    """Everything that training changes.
 
-    model: the loss head. step_model: the same as training calls it, wrapped on several ranks.
+    model: the loss head. step_model: the loss head as called in training, wrapped if there are
+    several ranks.
     """
 
     model: ACTLossHead
@@ -77,12 +78,12 @@ class TrainState:
     base_lrs: list[float]
     ema: EMA | None
     halted: np.ndarray
-    """(global batch,) bool: which slots are free after the last step."""
+    """(global batch,) bool: the slots that are free after the last step."""
     carries: list[Carry] = field(default_factory=list)
-    """Held rows, one carry per micro-batch; empty before the first step."""
+    """Rows in progress, one carry per micro-batch; empty before the first step."""
     step: int = 0
     progress: float = 0.0
-    """Share of the run that is done, 0..1."""
+    """Share of the run completed, 0..1."""
     seconds: float = 0.0
     """Training time so far, without evaluation and saving."""
     nonfinite: int = 0
@@ -95,11 +96,11 @@ class TrainState:
     """Step of the last evaluation by this process or the run it resumed; -1 if there is none."""
     rehearsed: bool = False
     failed_evaluations: int = 0
-    """Evaluations of this process in which an evaluator failed."""
+    """Number of this process' evaluations in which an evaluator failed."""
     best: Best = field(default_factory=Best)
-    """By `best_metric`, of the checkpoint to keep."""
+    """Best figure by `best_metric`, which decides the checkpoint to keep."""
     stopping: Best = field(default_factory=Best)
-    """By the rule of early stopping."""
+    """Best figure by the rule of early stopping."""
     parameters: list[nn.Parameter] = field(default_factory=list)
 
     COUNTERS = (
@@ -111,7 +112,7 @@ class TrainState:
         "best_rule": ("best", "rule"), "best": ("stopping", "figure"),
         "bad_evaluations": ("stopping", "misses"), "stopping_rule": ("stopping", "rule"),
     }  # fmt: skip
-    """The name in a checkpoint of what `best` and `stopping` hold."""
+    """Names of the fields of `best` and `stopping` in a checkpoint."""
 
     @property
     def updated(self) -> bool:
@@ -119,7 +120,7 @@ class TrainState:
         return self.step > self.nonfinite
 
     def learning_rates(self) -> dict[str, float]:
-        """Return the rates of the last step: lr, and puzzle_emb_lr if identifiers train."""
+        """Return the rates of the last step: lr, and puzzle_emb_lr if identifiers are trained."""
         found = {}
         for optimizer in self.optimizers:
             own = isinstance(optimizer, SparseEmbeddingSignSGD)
@@ -127,14 +128,16 @@ class TrainState:
         return found
 
     def clip_gradients(self, max_norm: float | None) -> Tensor | None:
-        """Clip the gradients to `max_norm`, if there is one; return their norm before that."""
+        """Clip the gradients to `max_norm`, unless it is None; return their norm before
+        clipping.
+        """
         if not self.parameters:
             return None
         limit = math.inf if max_norm is None else max_norm
         return whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
 
     def update(self, factor: float) -> None:
-        """Update the weights by their gradients, with `factor` times the base learning rates."""
+        """Take an optimizer step with `factor` times the base learning rates."""
         for optimizer, base in zip(self.optimizers, self.base_lrs, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = base * factor
@@ -151,7 +154,7 @@ class TrainState:
         return torch.cat([carry.halted for carry in self.carries])
 
     def apply_stopping_rule(self, rule: EarlyStoppingConfig | None) -> None:
-        """Apply the rule of the present config after a resume: it may have changed."""
+        """Apply the current config's rule after a resume, because it may have changed."""
         if rule is None:
             self.stopping, self.stopped = Best(), False
         else:
@@ -159,14 +162,14 @@ class TrainState:
             self.stopped = self.stopping.misses >= rule.patience
 
     def update_stopping(self, rule: EarlyStoppingConfig | None, results: dict[str, Any]) -> bool:
-        """Count an evaluation for early stopping; return whether it ends the run."""
+        """Record an evaluation for early stopping; return whether it ends the run."""
         if rule is None:
             return False
         if f"eval/{rule.metric}" not in results and results.get("eval/evaluators_failed"):
-            return False  # that says nothing about the model
+            return False  # a failed evaluation says nothing about the model
         if f"eval/{rule.metric}" not in results:
             raise UserError(
-                f"early_stopping.metric={rule.metric} was not evaluated; these were: "
+                f"early_stopping.metric={rule.metric} was not evaluated; available: "
                 + ", ".join(sorted(name.removeprefix("eval/") for name in results))
             )
         self.stopping.follow(f"{rule.mode} {rule.metric}")
@@ -180,7 +183,8 @@ class TrainState:
         every = config.eval_interval
         if every is None:
             return math.inf
-        # The tolerance is below a row in a million: sums of fractions may fall short of an epoch.
+        # Sums of fractions may fall slightly short of an epoch; the tolerance is below one row in
+        # 10^6.
         following = (math.floor(self.evaluated_epoch / every + 1e-9) + 1) * every
         return max(following, config.min_eval_interval)
 
@@ -190,7 +194,7 @@ class TrainState:
         return found | {k: getattr(getattr(self, one), of) for k, (one, of) in self.BEST.items()}
 
     def load_counters(self, counters: dict[str, Any]) -> None:
-        """Load what `counters` returned; those that are missing keep their values."""
+        """Load the result of `counters`; missing counters keep their values."""
         for name in self.COUNTERS:
             setattr(self, name, counters.get(name, getattr(self, name)))
         for name, (one, of) in self.BEST.items():
@@ -199,7 +203,7 @@ class TrainState:
 
     @contextmanager
     def use_averages(self) -> Iterator[None]:
-        """Put the averaged weights, if there are any, into the model inside the block."""
+        """Use the averaged weights, if there are any, within the context."""
         release(self.model)
         with nullcontext() if self.ema is None else self.ema.swap():
             gather(self.model)
@@ -209,7 +213,7 @@ class TrainState:
     def rehearse(
         self, batch: dict[str, Tensor], options: dict[str, int], backward: Callable[[Tensor], None]
     ) -> None:
-        """Run a forward and a backward pass with these step options and drop the gradients."""
+        """Run a forward and a backward pass with these step options, and discard the gradients."""
         _, loss, *_ = self.step_model(return_keys=(), carry=self.carries[0], batch=batch, **options)
         backward(loss)
         self.drop_gradients()
@@ -219,10 +223,10 @@ class TrainState:
             optimizer.zero_grad()
 
     def tensors(self, keep: bool = True) -> dict[str, Any]:
-        """Copy the tensors that a checkpoint stores once to the host, unsharded.
+        """Copy the tensors that a checkpoint stores once, not per rank, to the host, unsharded.
 
-        A collective if weights are sharded. keep: False on ranks that only take part in it, to
-        spare their hosts the copy.
+        A collective if weights are sharded. keep: False on ranks that only take part in the
+        collective and need no copy.
         """
         found: dict[str, Any] = {
             "model": model_state(self.model),
@@ -239,10 +243,10 @@ class TrainState:
         return [o for o in self.optimizers if not isinstance(o, SparseEmbeddingSignSGD)]
 
     def load_tensors(self, opened: Checkpoint, moments: bool = True) -> bool:
-        """Load what `tensors` returned; return whether that includes these optimizers' moments.
+        """Load the result of `tensors`; return whether it includes these optimizers' moments.
 
-        moments: whether the optimizers may load the saved ones. Averages that were not saved start
-        from the weights.
+        moments: whether the optimizers may load the saved moments. Averages that were not saved
+        start from the weights.
         """
         load_into(self.model, opened.tensors("model"), opened)
         states = opened.tensors("optimizer")
@@ -256,7 +260,7 @@ class TrainState:
         return same
 
     def load_carry(self, rows: dict[str, Tensor], micro_batches: int) -> None:
-        """Load the held rows of this replica's slots, split into its micro-batches."""
+        """Load the rows in progress of this replica's slots, split into its micro-batches."""
         device, most_steps = next(self.model.parameters()).device, int(rows["steps"].max())
         split = {k: v.to(device).chunk(micro_batches) for k, v in rows.items()}
         self.carries = [
@@ -265,7 +269,9 @@ class TrainState:
         ]
 
     def carry_rows(self) -> dict[str, Tensor]:
-        """Copy the held rows of this replica to the host as named tensors, slot after slot."""
+        """Copy the rows in progress of this replica to the host as named tensors, in the order of
+        slots.
+        """
 
         def flat(carry: Carry) -> dict[str, Tensor]:
             memory = self.model.saved_memory(carry)
@@ -276,14 +282,15 @@ class TrainState:
                 for name, value in values.items()
             }
 
-        # copied first: on XLA a concatenation would be one more program
+        # copied first, because on XLA a concatenation would be another program
         parts = host_copy([flat(carry) for carry in self.carries])
         return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 
 def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend) -> None:
-    """Choose the fast paths of a step, and the kernel of attention; print what will be slow on
-    this device, and why."""
+    """Choose the fast paths of a step and the attention kernel; print those that are unavailable on
+    this device, and why.
+    """
     every = ("attention", "loss", "weights")
     fast = config.fast if isinstance(config.fast, list) else every if config.fast else ()
     model.fused, model.casts_once = "loss" in fast, "weights" in fast
@@ -315,7 +322,7 @@ def create_train_state(
             _compile(module, method)
     trains = any(p.requires_grad for p in model.parameters())
     step_model = backend.wrap(model, config.parallel) if trains else model
-    trainable = [p for p in model.parameters() if p.requires_grad]  # sharded by now, if at all
+    trainable = [p for p in model.parameters() if p.requires_grad]  # already sharded, if configured
     optimizers: list[Optimizer] = []
     if trainable:
         optimizers += create_optimizers(
@@ -355,12 +362,12 @@ def _compile(module: nn.Module, method: str) -> None:
         setattr(module, method, torch.compile(getattr(module, method), dynamic=False))
 
 
-# Of format 2, in which latents and memory had the names of AthenaTRM's fields.
+# Names in format 2, where latents and memory were called like AthenaTRM's fields.
 _RENAMED = {"z_H": "latents/z_H", "z_L": "latents/z_L", "last_loss": "memory/halting/last_loss"}
 
 
 def carry_from_rows(rows: dict[str, Tensor]) -> Carry:
-    """Return the carry of rows that a checkpoint of format 2 or 3 holds."""
+    """Convert the rows in progress of a checkpoint of format 2 or 3 to a carry."""
 
     def below(kind: str) -> dict[str, Tensor]:
         start = f"{kind}/"

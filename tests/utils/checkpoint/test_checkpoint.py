@@ -21,7 +21,7 @@ def test_a_file_without_weights_is_a_sentence(tmp_path):
         message = str(error.value)
         assert str(path) in message and "\n" not in message and "step_<n>" in message
     (tmp_path / "manifest.json").write_text("{}", "utf-8")
-    with pytest.raises(UserError, match=f"name its folder, {tmp_path}"):
+    with pytest.raises(UserError, match=f"give its folder, {tmp_path}"):
         load_weights(tmp_path / "optimizer.pt", "raw")
     torch.save({"_orig_mod.model.w": torch.ones(2)}, tmp_path / "step_1")
     weights, opened = load_weights(tmp_path / "step_1", "raw")

@@ -98,7 +98,7 @@ def test_a_curriculum_without_effect_is_refused(text_corpus, tmp_path, run_train
     rule = "iteration_curriculum={}"
     with pytest.raises(UserError, match=r"unknown key 'iteration_curriculum\.begin'"):
         make_config(text_corpus, "iteration_curriculum={begin: 1}")
-    with pytest.raises(UserError, match="epochs or max_steps, which are both null"):
+    with pytest.raises(UserError, match="epochs or max_steps, but both are null"):
         make_config(text_corpus, rule, "epochs=null", "max_seconds=9")
     with pytest.raises(UserError, match="does not follow max_seconds"):
         make_config(text_corpus, rule, "max_seconds=9")

@@ -21,7 +21,7 @@ def test_each_rank_traces_its_steps_and_trains_as_ever(text_corpus, tmp_path):
     for name, more in (("plain", []), ("traced", ["profile=true"])):
         code, out, err = finish(start(*given, *more, f"checkpoint_path={tmp_path / name}", ranks=2))
         assert code == 0, out + err
-    assert "costliest operations, CPU time of their own in a step" in out
+    assert "most expensive operations by CPU self time (per step" in out
     assert re.search(r"ms +\d+\.\d% +[\d.]+ x +aten::\w+", out)
     folder = tmp_path / "traced" / "profile"
     names = {f"steps_10_to_15_rank_{rank}.{end}" for rank in (0, 1) for end in ("json.gz", "txt")}
@@ -72,6 +72,6 @@ def test_device_time_is_counted_once():
         ]
     events._build_tree()  # as the profiler does
     headline, *rows = costliest(events.key_averages(), steps=2).splitlines()
-    assert "device" in headline and headline.endswith("of 3.0 ms")
+    assert "device" in headline and "3.0 ms" in headline
     found = [(row.split()[0], row.split()[2], row.split()[-1]) for row in rows]
     assert found == [("2.00", "66.7%", "gemm"), ("1.00", "33.3%", "add")]

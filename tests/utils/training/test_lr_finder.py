@@ -104,8 +104,8 @@ def test_the_advice_never_exceeds_its_own_limit(tmp_path, turn):
         (["lr_find={lo: 1}"], r"unknown key 'lr_find\.lo'.*lr_find\.low"),
         (["lr_find={steps: 3}"], r"lr_find\.steps"),
         (["lr_find=true", "lr=0"], "lr_find sweeps lr.*lr=0"),
-        (["lr_find=true", "dry_run=true"], "lr_find needs training and dry_run=true"),
-        (["lr_find=true", "resume=some/run"], "lr_find starts a run of its own"),
+        (["lr_find=true", "dry_run=true"], "lr_find needs training, but dry_run=true"),
+        (["lr_find=true", "resume=some/run"], "lr_find starts a new run"),
         (["profile=true", "eval_only=true", "load_checkpoint=x"], "profile needs training"),
     ],
 )

@@ -1,10 +1,10 @@
-"""Loggers, one file each: classes that the key `logger` names. Only rank 0 has loggers.
+"""Loggers, one file each: classes, chosen by the key `logger`. Only rank 0 has loggers.
 
-An entry of `NAMES` is a short name; any class below this package is named `module@Class`. It is
-called as `Class(run, config, step, **options)` and has the methods of `Logger`. Its options are
-the fields of its `Config`, a pydantic model, or without one its constructor's other arguments.
+`NAMES` has short names; any other class in this package is named `module@Class`. It is called as
+`Class(run, config, step, **options)` and has the methods of `Logger`. Its options are the fields of
+its `Config`, a pydantic model, or if it has none, the other arguments of its constructor.
 
-Warnings are printed, not raised: a run outlives its loggers.
+Failures of a logger are printed, not raised, because they must not end a run.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,24 +24,23 @@ NAMES = {
 
 
 class Logger(Protocol):
-    """Where metrics go.
+    """The interface of loggers.
 
-    run: the run's folder. config: all its keys. step: where a run is resumed, whose later lines are
-    written again; None where they are added to what is there, whatever else writes it.
+    run: the run's folder. config: all its keys. step: the step from which a run resumes; later
+    entries are replaced. None: append to existing entries, which other processes may write, too.
     """
 
     def log(self, values: dict[str, Any], step: int) -> None:
         """Write scalars, and lists of counts by bin."""
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write buffered entries."""
 
 
 class Loggers:
-    """All loggers of a run. One that fails is reported and does not end the run.
+    """All loggers of a run. If one fails, that is reported, and the run continues.
 
-    step: where the run goes on; None to add to what is there, whatever else writes it. A logger
-    that cannot even start raises, before anything is lost.
+    step: see `Logger`. A logger that cannot start raises an error, before the run starts.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Loggers:
     def _try(self, name: str, loss: str, act: Callable[..., None], *args: Any) -> None:
         try:
             act(*args)
-        except Exception as error:  # a logger is not worth a run, whatever it raises
+        except Exception as error:  # no error of a logger may end the run
             self.failures[name] = self.failures.get(name, 0) + 1
             if self.failures[name] in (1, 10, 100, 1000):
                 count = f", failure {self.failures[name]}" if self.failures[name] > 1 else ""

@@ -1,4 +1,4 @@
-"""Metrics as JSON lines."""
+"""Write metrics as JSON lines."""
 
 import json
 import math
@@ -13,10 +13,9 @@ from utils.monitoring.run_log import ABANDONED, METRICS
 
 
 class JSONLLogger:
-    """One object a line in <run>/metrics.jsonl: step, time (seconds since 1970), metrics.
+    """One object per line in <run>/metrics.jsonl: step, time (seconds since 1970), metrics.
 
-    A run that resumes at `step` rewrites what came after it; those lines move to
-    metrics_abandoned.jsonl.
+    When a run resumes at `step`, later lines move to metrics_abandoned.jsonl.
     """
 
     def __init__(self, run: Path, config: dict[str, Any], step: int | None):
@@ -26,11 +25,11 @@ class JSONLLogger:
         self.file = self.path.open("a", buffering=1, encoding="utf-8")
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        if not self._is_there():  # the folder vanished: lines would go nowhere
+        if not self._is_there():  # the folder was deleted, so lines would be lost
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.path.open("a", buffering=1, encoding="utf-8")
-            notify(f"warning: {self.path} had vanished; it begins again")
-        # JSON has no NaN: a reader would choke on the very line that reports trouble
+            notify(f"warning: {self.path} was deleted; starting a new file")
+        # JSON has no NaN, which would make the line unreadable
         finite = {
             k: v if not isinstance(v, float) or math.isfinite(v) else None
             for k, v in metrics.items()
@@ -48,7 +47,7 @@ class JSONLLogger:
 
 
 def _cut_back(path: Path, aside: Path, step: int) -> None:
-    """Move lines later than `step`, and one that a crash cut short, from `path` to `aside`."""
+    """Move lines later than `step`, and a line truncated by a crash, from `path` to `aside`."""
     if not path.is_file():
         return
     kept: list[str] = []

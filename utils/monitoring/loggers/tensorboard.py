@@ -1,4 +1,4 @@
-"""Metrics for TensorBoard."""
+"""Write metrics for TensorBoard."""
 
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ class TensorBoardLogger:
         place = run / "tensorboard"
         try:
             self.writer = SummaryWriter(str(place), purge_step=None if step is None else step + 1)
-        except OSError as error:  # also where it takes the name of a folder for UTF-8
+        except OSError as error:  # also raised for a folder name that is not UTF-8
             raise UserError(
                 f"logger=[tensorboard] cannot write to {place} ({error.strerror or error}); name "
-                "another folder with checkpoint_path, or leave tensorboard out"
+                "another folder with checkpoint_path, or remove tensorboard"
             ) from None
 
     def log(self, metrics: dict[str, Any], step: int) -> None:

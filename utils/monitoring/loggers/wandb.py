@@ -1,4 +1,4 @@
-"""Metrics for Weights & Biases."""
+"""Write metrics for Weights & Biases."""
 
 import os
 import secrets
@@ -14,7 +14,7 @@ from utils.core.errors import UserError, first_line
 class WandbLogger:
     """Offline unless the user is logged in; `wandb sync` uploads an offline run later.
 
-    A run that goes on is the same run there: its id is kept in <run>/wandb_id.
+    A resumed run continues the same run there: its id is stored in <run>/wandb_id.
     """
 
     def __init__(self, run: Path, config: dict[str, Any], step: int | None):
@@ -41,12 +41,12 @@ class WandbLogger:
         try:
             same = known.read_text("utf-8").strip() if step is not None else secrets.token_hex(4)
             self.run = wandb.init(mode=mode, id=same, resume="allow", **options)
-        except Exception as error:  # whatever an unreachable server makes of it
+        except Exception as error:  # any error, if the server is unreachable
             notify(
                 f"warning: wandb cannot be reached ({first_line(error)}); the run is logged "
                 f"offline, upload it later with: wandb sync {run / 'wandb'}/offline-run-*",
             )
-            wandb.teardown()  # or it insists that the failed run is still there
+            wandb.teardown()  # otherwise it assumes that the failed run still exists
             self.run = wandb.init(mode="offline", id=secrets.token_hex(4), **options)
 
     def log(self, metrics: dict[str, Any], step: int) -> None:

@@ -1,13 +1,14 @@
-"""Learning-rate schedules: pure functions that the key `lr_schedule` names.
+"""Learning-rate schedules: pure functions, chosen by the key `lr_schedule`.
 
-An entry of `NAMES` is a short name; any function below this package is named `module@function`.
-It is called as `function(progress, step, options)` and returns the factor on the peak learning
-rate, which the linear warm-up multiplies.
+`NAMES` has short names; any other function in this package is named `module@function`. It is called
+as `function(progress, step, options)` and returns a factor on the peak learning rate. The linear
+warm-up is a second factor.
 
-- `progress`: share of the run that is done, 0..1; with `feed=present`, of what follows the warm-up.
+- `progress`: share of the run completed, 0..1; with `feed=present`, share of the run after the
+  warm-up.
 - `step`: the optimizer step, from 1.
-- `options`: `ScheduleOptions` of utils/config/schema.py, with `lr_min_ratio`; or the subclass of it
-  that annotates this parameter and declares the options of this schedule.
+- `options`: `ScheduleOptions` of utils/config/schema.py, with `lr_min_ratio`. To declare options of
+  your own, annotate this parameter with a subclass of it.
 """
 
 NAMES = {

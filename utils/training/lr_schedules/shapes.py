@@ -1,4 +1,4 @@
-"""The schedules that have a name."""
+"""The schedules with short names."""
 
 import math
 from typing import Literal
@@ -9,9 +9,9 @@ from utils.config.schema import ScheduleOptions
 
 
 class WSDOptions(ScheduleOptions):
-    decay: float = Field(0.2, gt=0, le=1, description="share of the run that the decay takes")
+    decay: float = Field(0.2, gt=0, le=1, description="share of the run spent in the decay")
     shape: Literal["linear", "cosine", "sqrt"] = Field(
-        "linear", description="of the decay; sqrt: 1 minus the root of its progress"
+        "linear", description="shape of the decay; sqrt: 1 − √(progress of the decay)"
     )
 
 
@@ -21,12 +21,12 @@ def constant(progress: float, step: int, options: ScheduleOptions) -> float:
 
 
 def cosine(progress: float, step: int, options: ScheduleOptions) -> float:
-    """Fall from 1 to `lr_min_ratio` along half a cosine."""
+    """Decay from 1 to `lr_min_ratio` along half a cosine."""
     return _between(options.lr_min_ratio, (1 + math.cos(math.pi * progress)) / 2)
 
 
 def wsd(progress: float, step: int, options: WSDOptions) -> float:
-    """Keep the peak, then decay over the last share of the run (Hu et al. 2024, 2404.06395)."""
+    """Keep the peak, then decay in the last part of the run (Hu et al. 2024, arXiv 2404.06395)."""
     into = max(0.0, (progress - (1 - options.decay)) / options.decay)
     left = {
         "linear": 1 - into,

@@ -1,16 +1,15 @@
-"""Optimizers, one file each: classes that the key `optimizer` names.
+"""Optimizers, one file each: classes, chosen by the key `optimizer`.
 
-An entry of `NAMES` is a short name; any class below this package is named `module@Class`. Such a
-class has
+`NAMES` has short names; any other class in this package is named `module@Class`. Such a class has
 
-- `build(model, groups, lr, betas, **options) -> list[Optimizer]`, static: parameter groups come
-  with their `weight_decay`, and every parameter must end up in exactly one optimizer. The learning
-  rate of all groups is set before each step. `step` must take `closure=None`.
-- optionally `Config`, a pydantic model with the options that only this optimizer has; their values
-  are passed to `build`.
-- optionally `takes_shards = False` if it needs whole tensors: `parallel=fsdp` is refused then.
-- optionally `moments`, a name shared by optimizers whose state has the same form, so that a run
-  that is resumed with another of them keeps its moments.
+- `build(model, groups, lr, betas, **options) -> list[Optimizer]`, static: parameter groups have
+  their `weight_decay`, and every parameter must be in exactly one optimizer. The learning rate of
+  all groups is set before each step. `step` must accept `closure=None`.
+- optionally `Config`, a pydantic model of this optimizer's own options; their values are passed to
+  `build`.
+- optionally `takes_shards = False` if it needs whole tensors; `parallel=fsdp` is then an error.
+- optionally `moments`, a name shared by optimizers with the same form of state, so that a run
+  resumed with another of them keeps its moments.
 """
 
 import inspect
@@ -41,7 +40,7 @@ def create_optimizers(
     weight_decay: float,
     decay_all: bool,
 ) -> list[Optimizer]:
-    """Build the optimizers of all parameters; several where one leaves some weights to another.
+    """Build the optimizers of all parameters; several if they handle different weights.
 
     Raises UserError if the named class breaks the contract of this package.
     """
@@ -59,10 +58,10 @@ def create_optimizers(
 
 
 def parameter_groups(model: Architecture, weight_decay: float, decay_all: bool) -> list[dict]:
-    """Return the parameter groups that decay and that do not.
+    """Return the parameter groups with and without weight decay.
 
-    Matrices decay, but for those that `model.undecayed()` names, such as embeddings. decay_all:
-    everything decays.
+    Matrices decay, except those that `model.undecayed()` names, such as embeddings. decay_all:
+    decay all parameters.
     """
     decayed: list[Tensor] = []
     kept: list[Tensor] = []
@@ -81,14 +80,14 @@ def share_moments(one: OptimizerConfig, other: OptimizerConfig) -> bool:
     """Return whether one of these optimizers can load the other's state."""
     try:
         first, second = load_plugin(one), load_plugin(other)
-    except UserError:  # a plug-in of an earlier run that is gone
+    except UserError:  # a plug-in of an earlier run that no longer exists
         return False
     kind = getattr(first, "moments", None)
     return first is second or (kind is not None and kind == getattr(second, "moments", None))
 
 
 def _check(name: str, optimizers: Any, model: nn.Module) -> None:
-    """Raise UserError unless these are optimizers that share out all parameters of the model."""
+    """Raise UserError unless each parameter of the model is in exactly one of these optimizers."""
     where = f"optimizer={name}: build"
     if not isinstance(optimizers, list | tuple) or not all(
         isinstance(optimizer, Optimizer) for optimizer in optimizers

@@ -1,4 +1,4 @@
-"""Adam whose update is an arc tangent."""
+"""Adam with an arctangent update."""
 
 import importlib.util
 import warnings
@@ -18,7 +18,7 @@ _PIECE = 1 << 18
 
 
 class AdamATan2(Optimizer):
-    """Adam whose update is an arc tangent, free of epsilon (Everett et al. 2024, 2407.05872).
+    """Adam with an arctangent update, without epsilon (Everett et al. 2024, arXiv 2407.05872).
 
     p ← p·(1 − lr·wd) − lr/(1 − β1^t) · atan2(m, √v / √(1 − β2^t))
     """
@@ -26,7 +26,7 @@ class AdamATan2(Optimizer):
     class Config(pydantic.BaseModel, extra="forbid", strict=True):
         fused: bool | None = Field(
             None,
-            description="one kernel, of the package adam-atan2; null: on CUDA, where it loads",
+            description="use the kernel of the package adam-atan2; null: on CUDA, if it loads",
             json_schema_extra={"on_resume": "any"},
         )
 
@@ -52,7 +52,7 @@ class AdamATan2(Optimizer):
                         f"({error}): install it, or use null"
                     ) from error
                 warnings.warn(
-                    f"adam-atan2 is installed but does not load ({error}); plain PyTorch is used",
+                    f"adam-atan2 is installed but does not load ({error}); using plain PyTorch",
                     stacklevel=2,
                 )
         return [AdamATan2(groups, **options)]
@@ -70,7 +70,9 @@ class AdamATan2(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of any Adam: others count steps in a tensor, this one in Python."""
+        """Load the state of any Adam, converting its step count from a tensor to a Python
+        number.
+        """
         super().load_state_dict(state_dict)
         for moments in self.state.values():
             moments["step"] = int(moments["step"])
@@ -82,7 +84,7 @@ class AdamATan2(Optimizer):
         state["step"] += 1
         correction: Any = (1 - beta2 ** state["step"]) ** 0.5
         if p.device.type == "xla":
-            # some hundred steps on it rounds to 1, and a number that is 1 is another program there
+            # after a few hundred steps it rounds to 1, and the constant 1 is another program on XLA
             correction = torch.full((1,), correction, dtype=p.dtype).to(p.device)
         tensors = (
             local_part(p),
@@ -110,14 +112,14 @@ def _call(closure: Any) -> Any:
 
 
 def fused_adam_atan2() -> type[Optimizer]:
-    """Return `AdamATan2` as one CUDA kernel, from the package adam-atan2.
+    """Return the fused CUDA version of `AdamATan2` from the package adam-atan2.
 
-    Raises ImportError or OSError where the package or its kernel cannot be loaded.
+    Raises ImportError or OSError if the package or its kernel cannot be loaded.
     """
     from adam_atan2 import AdamATan2 as Kernel
 
     class FusedAdamATan2(Kernel):
-        """Add what torch expects of an optimizer: a closure, and parameters that are sharded."""
+        """Add support for a closure and for sharded parameters."""
 
         def _cuda_graph_capture_health_check(self) -> None:
             """Do nothing; some versions of torch lack the method that the package calls, others
@@ -130,14 +132,17 @@ def fused_adam_atan2() -> type[Optimizer]:
             return loss
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            """Load a state of any Adam: the kernel reads step counts on the device."""
+            """Load the state of any Adam, with its step counts on the device, where the kernel
+            reads them.
+            """
             super().load_state_dict(state_dict)
             for parameter, moments in self.state.items():
                 moments["step"] = torch.tensor(float(moments["step"]), device=parameter.device)
 
         def _init_group(self, group: dict, *lists: list[Tensor]) -> None:
-            """Collect parameters, gradients and moments, of sharded ones this rank's part: the
-            update is elementwise, and the kernel reads plain memory."""
+            """Collect parameters, gradients and moments; of sharded ones only this rank's part,
+            because the update is elementwise and the kernel reads plain memory.
+            """
             super()._init_group(group, *lists)
             for tensors in lists:
                 tensors[:] = map(local_part, tensors)

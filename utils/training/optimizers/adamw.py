@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 class AdamW:
     class Config(pydantic.BaseModel, extra="forbid", strict=True):
-        eps: float = Field(1e-8, gt=0, description="added to the root of the squared mean")
+        eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
 
     moments = "adam"
 

@@ -9,12 +9,13 @@ from models.base import Architecture
 
 
 class Muon:
-    """Scale updates to AdamW's typical size (Liu et al. 2025, arXiv 2502.16982), so that one
-    learning rate serves both."""
+    """Muon with updates scaled to AdamW's typical size (Liu et al. 2025, arXiv 2502.16982), so that
+    both use the same learning rate.
+    """
 
     class Config(pydantic.BaseModel, extra="forbid", strict=True):
         momentum: float = Field(0.95, ge=0, lt=1, description="decay of the gradients' mean")
-        ns_steps: int = Field(5, ge=1, description="Newton-Schulz iterations of an update")
+        ns_steps: int = Field(5, ge=1, description="Newton-Schulz iterations per update")
 
     takes_shards = False  # orthogonalization needs whole matrices
 
