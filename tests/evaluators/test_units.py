@@ -118,7 +118,7 @@ def test_solved_examples_are_drawn_without_the_question_itself(tmp_path):
     for i, shots in enumerate(tasks(path, num_few_shot=3).shots):
         others = [f"q{k} {'ab'[k % 2]}\n\n" for k in range(4) if k != i]
         assert sorted(shots.split("\n\n")[:3]) == sorted(o.strip() for o in others)
-    with pytest.raises(UserError, match="num_few_shot=4, but there are 3"):
+    with pytest.raises(UserError, match="num_few_shot=4, but only 3"):
         tasks(path, num_few_shot=4)
     other = lines(tmp_path, *records[:1], name="other.jsonl")
     assert tasks(path, num_few_shot=1, few_shot_path=other).shots == ["q0 a\n\n"] * 4

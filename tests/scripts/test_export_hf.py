@@ -308,7 +308,7 @@ def test_bfloat16_computes_what_the_checkpoint_computes_in_it(text_run, tmp_path
         export(checkpoint, tmp_path / "16"),
         export(checkpoint, tmp_path / "32", "dtype=float32"),
     )
-    off = re.findall(r"off by at most (\S+)", capsys.readouterr().out)
+    off = re.findall(r"differ by at most (\S+)", capsys.readouterr().out)
     assert len(off) == 2 and max(map(float, off)) <= 1e-5, "each beside the model in its own dtype"
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (small, large)]
     assert sizes[0] < 0.55 * sizes[1]
@@ -362,7 +362,7 @@ def test_what_the_exported_model_cannot_do_it_says(exported):
         assert model.generate(ids[:, :22], max_new_tokens=3, eos_token_id=None).shape == (1, 24)
     with pytest.raises(ValueError, match="25 tokens"):
         model.generate(ids, max_new_tokens=3)
-    with pytest.raises(ValueError, match="'poem' is unknown; there are"):
+    with pytest.raises(ValueError, match="'poem' is unknown; choose one of"):
         model(ids, puzzle_identifiers="poem")
     with pytest.raises(ValueError, match="DynamicCache"):
         model(ids, past_key_values=DynamicCache())

@@ -203,9 +203,9 @@ def test_refusals(text_run, tmp_path, capsys):
     assert "prompt is empty" in fails(
         capsys, here, "prompt=", "device_type=cpu", "identifier=poems"
     )
-    assert "give one of" in fails(capsys, here)
+    assert "prompts_file=FILE" in fails(capsys, here)
     assert "pretrain.py" not in fails(capsys, here, "prompt=a", "qqqqqqqq=1")  # of another command
-    assert "give one of" in fails(capsys, here, "prompt=a", "interactive=true")
+    assert "prompts_file=FILE" in fails(capsys, here, "prompt=a", "interactive=true")
     assert "empty text" in fails(capsys, here, "prompt=a", 'stop=["a", ""]')
     assert "cannot be read" in fails(capsys, here, f"prompts_file={tmp_path / 'none.txt'}")
     broken = tmp_path / "broken.jsonl"
