@@ -255,7 +255,7 @@ def share_flags(run: Run, finite: Tensor) -> Flags:
 def skip_update(run: Run) -> None:
     """Keep the weights, and free the rows whose latents are no longer finite.
 
-    Raises UserError after `max_nonfinite` skipped consecutive skipped updates.
+    Raises UserError after `max_nonfinite` skipped updates in succession.
     """
     state = run.state
     state.nonfinite += 1

@@ -90,6 +90,8 @@ class Build:
         # Only for these tokenizers, so that other builds begun by older versions can be resumed.
         if not self.tokenizer.lossless:
             options["scored bytes"] = "by row"
+        if self.args.dedup == "near":
+            options["keys of near duplicates"] = "without a header"
         return {
             **options,
             "tokenizer": sha256_file(self.args.tokenizer_json),
@@ -117,7 +119,7 @@ class Build:
         if "packed" in state:
             packed.load_state_dict(state["packed"])
         spool = None
-        if args.dedup == "near":
+        if self.args.dedup == "near":
             spool_folder = folder.parent / "spool"
             dtype = self.tokenizer.token_dtype
             spool = DocumentSpool(spool_folder, dtype, args.seed, state.get("spool"))

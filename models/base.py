@@ -52,12 +52,12 @@ class Outputs(dict[str, Tensor]):
 
     def __init__(self, predict: Callable[[Tensor], Tensor], **values: Tensor):
         super().__init__(values)
-        self._predict = predict
+        self.predict = predict
 
     def __missing__(self, name: str) -> Tensor:
         if name != "logits" or "readout" not in self:
             raise KeyError(name)
-        self[name] = logits = self._predict(self["readout"])
+        self[name] = logits = self.predict(self["readout"])
         return logits
 
 
@@ -77,6 +77,8 @@ class Architecture(nn.Module):
     max_steps: int = 1
     min_steps: int = 1
     """Minimum number of training steps of a row."""
+    repeats_blocks: bool = True
+    """Whether a step runs a block several times, so that casting its weights once pays."""
     row_depth: str | None = None
     """Prefix of evaluation metrics if rows differ in depth: act or budget."""
 

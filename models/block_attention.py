@@ -11,6 +11,8 @@ Shape letters: B rows, L positions, N query heads, M key/value heads, G = N / M,
 import torch
 from torch import Tensor
 
+from models.common import at_least_float32
+
 BLOCK = 64
 """Number of queries in a block."""
 
@@ -62,7 +64,11 @@ def _grouped(x: Tensor, places: slice, heads: int) -> Tensor:
 def _probabilities(
     query: Tensor, keys: Tensor, mask: Tensor | None, places: slice, seen: slice, causal: bool
 ) -> Tensor:
-    """Return softmax(query · keysᵀ) under the mask, (B·M, G·q, k). query: scaled, as `_grouped`."""
+    """Return softmax(query · keysᵀ) under the mask, (B·M, G·q, k).
+
+    query: scaled, as `_grouped`. query, keys: at least float32; in bfloat16 large scores would lose
+    what tells them apart.
+    """
     scores = torch.bmm(query, keys.transpose(1, 2))
     count, width = places.stop - places.start, seen.stop - seen.start
     if mask is not None:
@@ -77,13 +83,14 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, first: Tensor, causal: bool
 ) -> Tensor:
     rows, heads, length, size = key.shape
-    scaled = query * size**-0.5
+    scaled = at_least_float32(query) * size**-0.5
     keys, values = (x.reshape(rows * heads, length, size) for x in (key, value))
+    wide_keys = at_least_float32(keys)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     for places, seen in _blocks(length, first, causal):
         part = _grouped(scaled, places, heads)
-        p = _probabilities(part, keys[:, seen], mask, places, seen, causal)
-        found = torch.bmm(p, values[:, seen])
+        p = _probabilities(part, wide_keys[:, seen], mask, places, seen, causal)
+        found = torch.bmm(p.to(value.dtype), values[:, seen])
         out[:, :, places] = found.view(rows, query.shape[1], -1, size)
     return out
 
@@ -99,21 +106,20 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, heads, length, size = key.shape
     scale = size**-0.5
-    scaled = query * scale
+    scaled = at_least_float32(query) * scale
     keys, values = (x.reshape(rows * heads, length, size) for x in (key, value))
+    wide_keys = at_least_float32(keys)
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    wide = torch.promote_types(key.dtype, torch.float32)
-    grad_key = torch.zeros(keys.shape, dtype=wide)
-    grad_value = torch.zeros(values.shape, dtype=wide)
+    grad_key, grad_value = torch.zeros_like(wide_keys), torch.zeros_like(wide_keys)
     for places, seen in _blocks(length, first, causal):
         part, back = _grouped(scaled, places, heads), _grouped(grad, places, heads)
-        p = _probabilities(part, keys[:, seen], mask, places, seen, causal)
-        grad_value[:, seen] += torch.bmm(p.transpose(1, 2), back)
-        of_p = torch.bmm(back, values[:, seen].transpose(1, 2))
-        of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype)
+        p = _probabilities(part, wide_keys[:, seen], mask, places, seen, causal)
+        grad_value[:, seen] += torch.bmm(p.to(key.dtype).transpose(1, 2), back)
+        of_p = torch.bmm(back, values[:, seen].transpose(1, 2)).to(p.dtype)
+        of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype).to(key.dtype)
         found = torch.bmm(of_scores, keys[:, seen]).mul_(scale)
         grad_query[:, :, places] = found.view(rows, query.shape[1], -1, size)
-        grad_key[:, seen] += torch.bmm(of_scores.transpose(1, 2), part)
+        grad_key[:, seen] += torch.bmm(of_scores.transpose(1, 2), part.to(key.dtype))
     shape = key.shape
     return (
         grad_query,

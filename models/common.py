@@ -1,13 +1,14 @@
-"""Initialisation shared by all modules."""
+"""Initialisation and precision, shared by all modules."""
 
 import math
 
 import torch
+from torch import Tensor
 
 
 def trunc_normal_init_(
-    tensor: torch.Tensor, std: float = 1.0, lower: float = -2.0, upper: float = 2.0
-) -> torch.Tensor:
+    tensor: Tensor, std: float = 1.0, lower: float = -2.0, upper: float = 2.0
+) -> Tensor:
     """Fill `tensor` in place from a normal distribution truncated at `lower` and `upper`, in
     standard deviations.
 
@@ -28,3 +29,8 @@ def trunc_normal_init_(
     with torch.no_grad():
         tensor.uniform_(low, high).erfinv_().mul_(math.sqrt(2) * scale)
         return tensor.clamp_(lower * scale, upper * scale)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Convert `x` to float32, unless it is float64 already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

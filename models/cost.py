@@ -20,7 +20,7 @@ from models.block_checks import checked_norms
 from models.flex import Kernel
 from models.losses import ACTLossHead
 from models.sparse_embedding import sparse_embeddings
-from utils.backend.tracing import Tracer
+from utils.backend.tracing import Tracer, count_attention
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ class Cost:
         """Return the FLOPs of a training step per token."""
         return self.row_train_flops / self.seq_len
 
+
+count_attention(torch.ops.athena.block_attention, 2, 0, 1, 5)
+count_attention(torch.ops.athena.block_attention_backward, 5, 1, 2, 6)
 
 COUNTS = ("passes", "gradient_passes", "row_train_flops", "row_recomputed_flops")
 

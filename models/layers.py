@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.block_attention import block_attention
-from models.common import trunc_normal_init_
+from models.common import at_least_float32, trunc_normal_init_
 from models.flex import Kernel, block_mask, flex_attend
 
 
@@ -43,11 +43,6 @@ class SequenceInfo(NamedTuple):
         """Mark the end of the last outer cycle; what follows is not part of the recursion."""
         if self.cache is not None:
             self.cache.end_cycles()
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Convert `x` to float32, unless it is float64 already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def maybe_any(mask: Tensor) -> bool:
@@ -100,7 +95,10 @@ def cast_once(blocks: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]
 
     The gradients of those uses are summed in `dtype` and added to the parameter together.
     """
-    linears = {m for block in blocks for m in block.modules() if isinstance(m, CastedLinear)}
+    # in the order of the modules: autograd reaches the casts in it, on every rank and restart
+    linears = dict.fromkeys(
+        m for block in blocks for m in block.modules() if isinstance(m, CastedLinear)
+    )
     try:
         for linear in linears:
             if linear.weight.dtype != dtype:
@@ -190,7 +188,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Ten
     """
     if info.mask is not None and not isinstance(info.mask, Tensor):
         return flex_attend(query, key, value, info.mask)
-    if info.first_keys is not None and info.cache is None:
+    alike = query.shape[2] == key.shape[2]
+    if info.first_keys is not None and info.cache is None and alike:
         return block_attention(query, key, value, info.mask, info.first_keys, info.causal)
     grouped = query.shape[1] // key.shape[1]
     if grouped > 1 and info.mask is not None and query.is_cuda:

@@ -18,7 +18,9 @@ from torch import Tensor
 from models.token_losses import LossType
 
 _PART_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
-"""Number of logits that exist at once, by device type."""
+"""Number of logits that exist at once, by device type, where the loss takes no further memory."""
+_OTHER_ELEMENTS = 1 << 24
+"""Number of logits that exist at once elsewhere: the loss takes five times their memory."""
 _CACHED_ELEMENTS = 1 << 18
 """Number of logits per part for an uncompiled loss on a CPU, so that they fit in a core's cache."""
 
@@ -47,6 +49,7 @@ def linear_loss(
     *,
     terms: Sequence[tuple[float, TokenTerm]] = (),
     compiled: bool = False,
+    device_type: str | None = None,
 ) -> LinearLoss:
     """Compute the losses of the logits hidden @ weight.T.
 
@@ -58,47 +61,57 @@ def linear_loss(
         scale: (T,), factor of each token's loss in the total; has no gradient.
         terms: additional losses with their factors, the same for all tokens.
         compiled: run the loss of a part through torch.compile; does not apply to additional terms.
+        device_type: the device whose memory decides the size of a part; None: that of `hidden`.
     """
     graded = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total, nll, preds, *values = _LinearLoss.apply(
-        hidden, weight, labels, scale, loss_type, tuple(terms), compiled, graded
-    )
+    how = _How(loss_type, tuple(terms), compiled, device_type or hidden.device.type, graded)
+    total, nll, preds, *values = _LinearLoss.apply(hidden, weight, labels, scale, how)
     return LinearLoss(total, nll, preds, tuple(values))
+
+
+class _How(NamedTuple):
+    """See `linear_loss`. graded: whether gradients are needed."""
+
+    loss_type: LossType
+    terms: tuple[tuple[float, TokenTerm], ...]
+    compiled: bool
+    device_type: str
+    graded: bool
+
+    @property
+    def part_elements(self) -> int | None:
+        """The number of logits that may exist at once; None: all."""
+        if self.device_type == "xla":  # where each part would repeat the program
+            return None
+        plain = self.loss_type.rows is not None and not self.terms
+        if plain and (self.compiled or self.device_type == "cpu"):
+            return _PART_ELEMENTS.get(self.device_type, _OTHER_ELEMENTS)
+        return _OTHER_ELEMENTS
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        scale: Tensor,
-        loss_type: LossType,
-        terms: tuple[tuple[float, TokenTerm], ...],
-        compiled: bool,
-        graded: bool,
-    ):
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, how: _How):
         cast = weight.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         ctx.set_materialize_grads(False)
-        grad_hidden = torch.empty_like(hidden) if graded and ctx.needs_input_grad[0] else None
+        needs_hidden, needs_weight = (how.graded and needed for needed in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = None
         found: list[tuple[Tensor, ...]] = []
-        for places in _parts(len(hidden), len(weight), _PART_ELEMENTS.get(hidden.device.type)):
+        for places in _parts(len(hidden), len(weight), how.part_elements):
             part = hidden[places]
             logits = F.linear(part, cast)
-            found.append(
-                _losses(logits, labels[places], scale[places], loss_type, terms, compiled, graded)
-            )  # from here on `logits` contains the gradient
+            found.append(_losses(logits, labels[places], scale[places], how))
+            # from here on `logits` contains the gradient
             if grad_hidden is not None:
                 grad_hidden[places] = logits @ cast
-            if graded and ctx.needs_input_grad[1]:
+            if needs_weight:
                 product = (logits.T @ part).to(wide)
                 grad_weight = product if grad_weight is None else grad_weight.add_(product)
         nll, preds, *values = (torch.cat(each) for each in zip(*found, strict=True))
         total = (nll * scale).sum()
-        for (factor, _), value in zip(terms, values, strict=True):
+        for (factor, _), value in zip(how.terms, values, strict=True):
             total = total + factor * (value * scale).sum()
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
@@ -113,7 +126,7 @@ class _LinearLoss(torch.autograd.Function):
         own = [
             None if one is None or factor is None else one * factor.to(one.dtype) for one in kept
         ]
-        return (*own, *[None] * 6)
+        return *own, None, None, None
 
 
 def _parts(tokens: int, width: int, elements: int | None) -> list[slice]:
@@ -124,26 +137,18 @@ def _parts(tokens: int, width: int, elements: int | None) -> list[slice]:
     return [slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size)]
 
 
-def _losses(
-    logits: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    loss_type: LossType,
-    terms: tuple[tuple[float, TokenTerm], ...],
-    compiled: bool,
-    graded: bool,
-) -> tuple[Tensor, ...]:
-    """Return (nll, preds, values of the terms), (T,) each; if `graded`, the gradient of the total
-    overwrites the logits.
+def _losses(logits: Tensor, labels: Tensor, scale: Tensor, how: _How) -> tuple[Tensor, ...]:
+    """Return (nll, preds, values of the terms), (T,) each; if gradients are needed, that of the
+    total overwrites the logits.
     """
-    rows = loss_type.rows
-    if rows is None or terms:
-        return _differentiate(logits, labels, scale, loss_type, terms, graded)
-    if compiled:
-        return _compiled(rows)(logits, labels, scale, graded)
-    limit = _CACHED_ELEMENTS if logits.device.type == "cpu" else None
+    rows = how.loss_type.rows
+    if rows is None or how.terms:
+        return _differentiate(logits, labels, scale, how)
+    if how.compiled:
+        return _compiled(rows)(logits, labels, scale, how.graded)
+    limit = _CACHED_ELEMENTS if how.device_type == "cpu" else None
     found = [
-        rows(logits[places], labels[places], scale[places], graded)
+        rows(logits[places], labels[places], scale[places], how.graded)
         for places in _parts(len(logits), logits.shape[1], limit)
     ]
     return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
@@ -154,25 +159,17 @@ def _compiled(rows: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(rows, dynamic=False)
 
 
-def _differentiate(
-    logits: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    loss_type: LossType,
-    terms: tuple[tuple[float, TokenTerm], ...],
-    graded: bool,
-) -> tuple[Tensor, ...]:
-    """Compute the same as `_losses` for any function, by autograd."""
+def _differentiate(logits: Tensor, labels: Tensor, scale: Tensor, how: _How) -> tuple[Tensor, ...]:
+    """Do the same as `_losses` for any function, by autograd."""
     preds = logits.argmax(-1)
-    with torch.set_grad_enabled(graded):
-        x = logits.detach().requires_grad_(graded)
-        nll = loss_type.cross_entropy(
-            x, labels, valid_mask=torch.ones_like(labels, dtype=torch.bool)
-        )
-        values = [term(x, labels) for _, term in terms]
+    with torch.set_grad_enabled(how.graded):
+        x = logits.detach().requires_grad_(how.graded)
+        every = torch.ones_like(labels, dtype=torch.bool)
+        nll = how.loss_type.cross_entropy(x, labels, valid_mask=every)
+        values = [term(x, labels) for _, term in how.terms]
         total = (nll * scale).sum()
-        for (factor, _), value in zip(terms, values, strict=True):
+        for (factor, _), value in zip(how.terms, values, strict=True):
             total = total + factor * (value * scale).sum()
-    if graded:
+    if how.graded:
         logits.copy_(torch.autograd.grad(total, x)[0])
     return nll.detach(), preds, *(value.detach() for value in values)

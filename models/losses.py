@@ -55,6 +55,8 @@ class ACTLossHead(nn.Module):
     """
     casts_once = True
     """Whether a step casts the weights of the blocks once for all uses."""
+    device_type: str | None = None
+    """Device whose memory decides how many logits exist at once; None: that of the tensors."""
     compiled = False
     """Whether the fused loss runs through torch.compile."""
 
@@ -156,7 +158,12 @@ class ACTLossHead(nn.Module):
         return carry, self._use_all(total, options), metrics, kept, carry.halted.all()
 
     def _cast_weights(self) -> AbstractContextManager[None]:
-        if not self.casts_once:
+        # A recomputation in the backward pass comes after the context.
+        model = self.model
+        if (
+            not (self.casts_once and model.repeats_blocks)
+            or model.config.use_gradient_checkpointing
+        ):
             return nullcontext()
         return cast_once(self.model.blocks(), self.model.config.dtype)
 
@@ -171,7 +178,14 @@ class ACTLossHead(nn.Module):
         terms = [term for term in self.active_terms if isinstance(term, TokenTerm)]
         others = [term for term in self.active_terms if term not in terms]
         asked = set(return_keys).union(*(term.needs for term in others))
-        fusible = self.fused and "readout" in outputs and "logits" not in asked
+        fusible = (
+            self.fused
+            and isinstance(outputs, Outputs)
+            and "readout" in outputs
+            and "logits" not in asked
+            and outputs.predict == self.model.inner.predict
+            and type(self).score is ACTLossHead.score
+        )
         weight = self.model.inner.output_weight if fusible else None
         if weight is None:
             scored = self.score(outputs["logits"], labels)
@@ -200,6 +214,7 @@ class ACTLossHead(nn.Module):
                 for term in terms
             ],
             compiled=self.compiled,
+            device_type=self.device_type,
         )
 
     def score(self, logits: Tensor, labels: Tensor) -> Batch:

@@ -224,7 +224,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
 
 def run(arguments: Sequence[str]) -> None:
     args, overrides = parse(arguments)
-    if stray := next((word for word in overrides if "=" not in word), None):
+    if stray := next((word for word in overrides if "=" not in word and word[0] != "~"), None):
         raise UserError(f"cannot read '{stray}': arguments are key=value, with commas in lists")
     experiments = args.experiments.split(",")
     if len(experiments) < 2 or len(set(experiments)) < len(experiments):

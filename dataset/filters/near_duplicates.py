@@ -36,7 +36,7 @@ BLOCK_TOKENS = 1 << 15
 """Tokens hashed at once, few enough to keep the intermediate arrays in cache."""
 BLOCK_DOCUMENTS = 1 << 10
 """Number of signatures in memory at once, which take 896 bytes each."""
-SORT_KEYS = 1 << 20
+SORT_KEYS = 1 << 23
 """Number of keys sorted at once, which take about 40 bytes each."""
 
 KEY = np.dtype("<u8")

@@ -214,14 +214,15 @@ print(write("Once upon", max_new_tokens=50))
 - Keys and values are kept for every pass of the recursion: {megabytes} MB for a text of the whole
   window. `generate` stops at the end of the window; a longer prompt is an error.
 - The tokenizer treats `<|eos|>` and other special tokens in a text as plain characters, as in
-training, unless `split_special_tokens=False`. It pads on the left.
+  training, unless `split_special_tokens=False`. It pads on the left.
 - With `labels` the loss is the mean nats per next token after the last step. You can fine-tune with
-it, but it is not the objective of pretraining. {identifiers}
+  it, but it is not the objective of pretraining.
+{identifiers}
 ## Licence
 
 The Python files: Apache-2.0. The weights: not yet chosen.
 """
 
 _IDENTIFIERS = """- `puzzle_identifiers="name"` sets the kind of text, one of {names} (default
-`{default}`).
+  `{default}`).
 """

@@ -50,6 +50,7 @@ class Transformer(Architecture):
     Config: type[TransformerConfig] = TransformerConfig
     Inner: type[TransformerInner] = TransformerInner
     inner: TransformerInner
+    repeats_blocks = False
 
     def __init__(self, config_dict: dict):
         super().__init__()

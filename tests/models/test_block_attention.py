@@ -101,3 +101,11 @@ def test_the_operator_keeps_torchs_rules():
     key, value = (torch.randn(2, 2, BLOCK + 3, 8, requires_grad=True) for _ in range(2))
     arguments = (query, key, value, None, first_keys(None, BLOCK + 3, 0), True)
     torch.library.opcheck(torch.ops.athena.block_attention.default, arguments)
+
+
+def test_keys_of_another_length_are_attended_to():
+    """As in a plug-in's block that pools them: not in blocks, whose keys are those of the rows."""
+    query, key, value = (torch.randn(2, 4, n, 8) for n in (60, 40, 40))
+    info = SequenceInfo(None, None, None, False, first_keys=first_keys(None, 60, 0))
+    right = F.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(attend(query, key, value, info), right)

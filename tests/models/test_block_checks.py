@@ -72,3 +72,5 @@ def test_a_block_that_changes_nothing_is_noted(notes):
 def test_no_note_on_what_is_right(notes):
     assert notes(SOURCE) == []
     assert notes(SOURCE.replace("    def norm(", "    def forward(")) == []
+    helper = "    def norm2(self, x):\n        return x\n\n    def norm("
+    assert notes(SOURCE.replace("    def norm(", helper)) == []

@@ -6,9 +6,10 @@ from fake_tools import LENGTH, ROWS, VOCAB, config_of
 
 from dataset.common import DatasetMetadata
 from models.build import create_model
+from models.layers import CastedLinear, cast_once
 from models.losses import ACTLossHead
 from utils.backend.cpu import CPUBackend
-from utils.training.state import choose_kernels
+from utils.training.state import choose_kernels, create_train_state
 
 METADATA = DatasetMetadata(
     pad_id=0, ignore_label_id=None, vocab_size=VOCAB, seq_len=LENGTH, total_groups=1,
@@ -75,3 +76,27 @@ def test_a_name_turns_on_its_path_alone(fast, on):
         "weights": head.casts_once,
     }
     assert found == {name: name in on.split() for name in found}
+
+
+def test_weights_are_cast_in_the_order_of_the_modules():
+    """Their gradients arrive in it: ranks and restarts must agree on the order."""
+    head = head_of("true", "arch.forward_dtype=bfloat16", "arch.L_layers=3")
+    linears = [m for b in head.model.blocks() for m in b.modules() if isinstance(m, CastedLinear)]
+    with cast_once(head.model.blocks(), torch.bfloat16):
+        numbers = [linear.cast.grad_fn._sequence_nr() for linear in linears]
+    assert numbers == sorted(numbers) and len(numbers) == 12
+    assert all(linear.cast is None for linear in linears)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fast", ["true", "false"])
+def test_compiled_blocks_are_recomputed_in_bfloat16(fast):
+    options = ("arch.forward_dtype=bfloat16", "arch.use_gradient_checkpointing=true")
+    batch, found = packed_batch(), []
+    for compiled in ("true", "false"):
+        keys = (*options, f"compile={compiled}")
+        head = head_of(fast, *keys)
+        config = config_of("athena_trm_tiny", f"fast={fast}", *keys)
+        create_train_state(config, head, backend=CPUBackend())
+        found.append(step(head, batch)[1])
+    assert torch.dot(*found) >= 0.999 * found[0].norm() * found[1].norm()

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from dataset.common import IGNORE_LABEL_ID
 from models import linear_loss as module
+from models.base import Outputs
 from models.linear_loss import linear_loss
 from models.losses import ACTLossHead
 from models.recursive_reasoning.transformer import Transformer
@@ -140,3 +141,39 @@ def test_the_logits_of_a_batch_are_made_only_where_they_are_read():
     assert count == 1 and kept["logits"].shape == (2, 5, 11)
     model.inner.lm_head.bias = torch.nn.Parameter(torch.zeros(11))
     assert step()[0] == 1
+
+
+def tiny_decoder():
+    sizes = dict(batch_size=2, seq_len=5, vocab_size=11, hidden_size=16, num_heads=2, num_layers=1)
+    return Transformer(sizes | dict(forward_dtype="float32"))
+
+
+class Capped(Transformer):
+    """Its outputs predict in a way of their own."""
+
+    def forward(self, carry, batch):
+        carry, outputs = super().forward(carry, batch)
+        cap = lambda z: 0.1 * torch.tanh(self.inner.predict(z))  # noqa: E731
+        return carry, Outputs(cap, readout=outputs["readout"])
+
+
+class Doubled(ACTLossHead):
+    """A loss head with a score of its own."""
+
+    def score(self, logits, labels):
+        scored = super().score(logits, labels)
+        return scored | {"row_loss": 2 * scored["row_loss"]}
+
+
+@pytest.mark.parametrize("kind", [Capped, Doubled])
+def test_what_an_idea_overrides_is_not_bypassed(kind):
+    model = tiny_decoder()
+    if kind is Capped:
+        model.__class__ = Capped
+    head = (Doubled if kind is Doubled else ACTLossHead)(model, "softmax_cross_entropy")
+    batch = {name: torch.randint(11, (2, 5), dtype=torch.int32) for name in ("inputs", "labels")}
+    losses = []
+    for fused in (True, False):
+        head.fused = fused
+        losses.append(head((), head.initial_carry(batch), batch)[1].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

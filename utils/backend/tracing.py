@@ -40,6 +40,11 @@ _ATTENTION = {
 }
 
 
+def count_attention(operation: Any, products: int, query: int, key: int, causal: int) -> None:
+    """Have tracers count an operator for attention, as `_ATTENTION` describes them."""
+    _ATTENTION[operation] = products, query, key, causal
+
+
 # The exception says the same as this log, which has a line for each line of its traceback.
 logging.getLogger("torch._subclasses.fake_tensor").addFilter(
     lambda record: not str(record.msg).startswith("failed while attempting to run meta")

@@ -74,8 +74,11 @@ class RunFolder:
 
     def _remove_unused(self) -> None:
         """Delete the lock and the directories created here, unless there is a result."""
-        entries = list(self.path.iterdir()) if self._made or self._lock is not None else []
-        ours = {LOCK, "config.yaml"} if self._made else {LOCK}
+        locked = self._lock is not None  # another process may hold the lock that is there
+        entries = list(self.path.iterdir()) if self._made or locked else []
+        ours = {"config.yaml"} if self._made else set()
+        if locked:
+            ours.add(LOCK)
         if any(e.name not in ours and (e.is_dir() or e.stat().st_size) for e in entries):
             return
         for entry in entries:

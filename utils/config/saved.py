@@ -126,7 +126,8 @@ def _comparable(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     whole = {k: {"name": v} if isinstance(v, str) else dict(v) for k, v in given.items()}
     gone = _complete_plugins(whole)
     names = {key: whole[key].pop("name") for key in shaping}
-    return flatten({**config, **whole}) | names, gone
+    values = flatten({**config, **whole})
+    return {key: value for key, value in values.items() if value != {}} | names, gone
 
 
 def is_fixed(config: PretrainConfig, key: str) -> bool:

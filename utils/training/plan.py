@@ -31,7 +31,7 @@ from utils.checkpoint.format import Checkpoint, checkpoint_in
 from utils.config.schema import ArchConfig, PretrainConfig
 from utils.core.errors import UserError
 from utils.corpus.data import Data, open_data
-from utils.training.state import TrainState, create_train_state
+from utils.training.state import TrainState, create_train_state, set_fast_paths
 
 FILLED = 0.8
 """Share of the free memory that a plan may use; the rest is for the allocator and the kernels."""
@@ -129,8 +129,12 @@ class MemoryPlan:
             | ({"reasoning_labels": reasoning_width} if reasoning_width else {}),
         }
         arch = self.head.model.config
+        fast = set_fast_paths(config, self.head)
+        self.head.device_type = device
         kernel = kernel or attention_kernel(device, arch.dtype, arch.head_size).kernel
-        self.kernel: Kernel = "dense" if kernel == "dense" else "unmasked"
+        if kernel == "blocks" and "attention" not in fast:
+            kernel = "dense"
+        self.kernel: Kernel = "unmasked" if kernel == "flex" else kernel
         self._costs: dict[OptionsKey, Cost] = {}
         self._traced: dict[int, tuple[dict[str, int], Cost]] = {}
 

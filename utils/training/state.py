@@ -4,7 +4,7 @@ Model, optimizers, averages, rows in progress and counters; the stream keeps its
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -287,13 +287,19 @@ class TrainState:
         return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 
+def set_fast_paths(config: PretrainConfig, model: ACTLossHead) -> Sequence[str]:
+    """Have steps of the model take the paths that `fast` names; return all names."""
+    every = ("attention", "loss", "weights")
+    fast = config.fast if isinstance(config.fast, list) else every if config.fast else ()
+    model.fused, model.casts_once = "loss" in fast, "weights" in fast
+    return fast
+
+
 def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend) -> None:
     """Choose the fast paths of a step and the attention kernel; print those that are unavailable on
     this device, and why.
     """
-    every = ("attention", "loss", "weights")
-    fast = config.fast if isinstance(config.fast, list) else every if config.fast else ()
-    model.fused, model.casts_once = "loss" in fast, "weights" in fast
+    fast = set_fast_paths(config, model)
     slow: dict[str, list[str]] = {}
     wanted = backend.compiles_by_default if config.compile == "auto" else config.compile
     if wanted and (fault := backend.cannot_compile()) is not None:

@@ -71,3 +71,14 @@ def test_a_start_that_waits_for_one_that_fails_locks_the_folder(tmp_path):
             raise UserError("no corpus")
         with second.result(timeout=20) as folder:
             assert (folder.path / LOCK).is_file()
+
+
+def test_an_evaluation_that_fails_leaves_a_training_run_alone(tmp_path):
+    """The training run began after the evaluation had made the directory."""
+    keys = [f"checkpoint_path={tmp_path / 'run'}"]
+    evaluation = make_config(Path("corpus"), *keys, "eval_only=true", "load_checkpoint=none")
+    with suppress(UserError), RunFolder(evaluation, CPUBackend()):
+        training = RunFolder(make_config(Path("corpus"), *keys), CPUBackend())
+        raise UserError("no checkpoint")
+    with training:
+        assert (tmp_path / "run" / LOCK).is_file()

@@ -52,6 +52,12 @@ def test_a_key_that_a_run_did_not_have_counts_as_its_default(config):
     assert changed_keys(other, saved) == ({"grad_clip_norm": (1.0, 0.25)}, [])
 
 
+def test_an_empty_mapping_and_none_are_no_change(config):
+    saved = dump_config(config)
+    assert saved["domain_weights"] is None
+    assert changed_keys(config, saved | {"domain_weights": {}}) == ({}, [])
+
+
 def test_a_key_that_is_gone_is_named_and_nothing_else_changes(config):
     saved = dump_config(config) | {"warp": 9}
     saved["arch"] |= {"flux": 1}

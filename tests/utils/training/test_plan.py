@@ -22,6 +22,9 @@ WIDE = "arch.hidden_size=192 arch.num_heads=6 arch.puzzle_emb_ndim=192 vocab_siz
 NEAR = "arch.loss.kl_to=base arch.loss.kl_weight=0.1"
 STEPS = {
     "athena, bfloat16": ("", "arch.forward_dtype=bfloat16"),
+    "plain, bfloat16": ("fast=false", "arch.forward_dtype=bfloat16 vocab_size=9000"),
+    "long rows, bfloat16": ("seq_len=384 vocab_size=300", "arch.forward_dtype=bfloat16"),
+    "a further term": ("+arch.loss.terms.z_loss.weight=0.1", "vocab_size=9000"),
     "athena, at once": ("micro_batch_size=4",),
     "long rows": ("seq_len=384", "vocab_size=300", "global_batch_size=2 micro_batch_size=1"),
     "many tokens": ("vocab_size=9000", "arch.forward_dtype=bfloat16"),
