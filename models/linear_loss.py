@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from models.token_losses import LossType
 
@@ -147,10 +148,11 @@ def _losses(logits: Tensor, labels: Tensor, scale: Tensor, how: _How) -> tuple[T
     if how.compiled:
         return _compiled(rows)(logits, labels, scale, how.graded)
     limit = _CACHED_ELEMENTS if how.device_type == "cpu" else None
-    found = [
-        rows(logits[places], labels[places], scale[places], how.graded)
-        for places in _parts(len(logits), logits.shape[1], limit)
-    ]
+    pieces = _parts(len(logits), logits.shape[1], limit)
+    if isinstance(logits, FakeTensor):  # traced: one piece takes as much memory as any other
+        nll, preds = rows(logits[pieces[0]], labels[pieces[0]], scale[pieces[0]], how.graded)
+        return nll.new_empty(len(logits)), preds.new_empty(len(logits))
+    found = [rows(logits[places], labels[places], scale[places], how.graded) for places in pieces]
     return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
 
 
