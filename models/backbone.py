@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from models.block_attention import first_keys
+from models.block_attention import Spans
 from models.flex import Kernel, attention_kernel, failure
 from models.layers import (
     Block,
@@ -236,10 +236,8 @@ class Backbone(nn.Module):
         prefix, causal, kernel = self.config.prefix_len, self.config.causal, self.masked_attention
         starts = data["document_starts"] if self.masks_documents(data) else None
         mask = None if starts is None else visible(starts, prefix, causal, kernel)
-        first = None
-        if kernel == "blocks":
-            first = first_keys(starts, prefix + data["inputs"].shape[1], prefix)
-        return SequenceInfo(cos, sin, mask, causal, first_keys=first)
+        spans = Spans.of_documents(starts, prefix) if kernel == "blocks" else None
+        return SequenceInfo(cos, sin, mask, causal, spans=spans)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the rotary factors of positions (B or 1, L); (None, None) without rotary

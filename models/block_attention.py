@@ -2,57 +2,92 @@
 
 The fused CPU kernel of `scaled_dot_product_attention` takes several times as long as its products
 would in bfloat16, and converts a boolean mask on each call. Here each block of queries is
-multiplied only with the keys from the first start of its documents to its own end in one batched
-product for all rows and heads; probabilities are recomputed in the backward pass.
+multiplied only with the keys that it sees; probabilities are recomputed in the backward pass. In
+bfloat16, on a CPU with AVX-512 BF16 and where a C++ compiler is installed,
+`models/block_attention.cpp` does it, and otherwise PyTorch.
 
 Shape letters: B rows, L positions, N query heads, M key/value heads, G = N / M, K head size.
 """
 
+import ctypes
+from functools import cache
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.common import at_least_float32
+from models.native import load_native
 
 BLOCK = 64
 """Number of queries in a block."""
+_ALIGNMENT = 64  # bytes of a cache line
+_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma")
 
 
-def first_keys(document_starts: Tensor | None, length: int, prefix: int) -> Tensor:
-    """Return the first key that any query of each block may see, (ceil(length / BLOCK),) int64.
+class Spans(NamedTuple):
+    """The keys that each query sees: the prefix, and one span.
 
-    document_starts: (B, S), not decreasing along a row, S on padding; None: all keys from 0 are
-    visible.
+    bounds: (B, L, 2) int32, the first key of the span and the key after its last; None: all keys.
+    prefix: number of positions at the start that all queries see.
     """
-    blocks = -(-length // BLOCK)
-    if document_starts is None or prefix:  # all positions see the prefix
-        return torch.zeros(blocks, dtype=torch.int64)
-    padding = document_starts >= length
-    real = (~padding).sum(1, keepdim=True)
-    return torch.where(padding, real, document_starts)[:, ::BLOCK].amin(0).to(torch.int64)
+
+    bounds: Tensor | None
+    prefix: int
+
+    @classmethod
+    def of_documents(cls, document_starts: Tensor | None, prefix: int) -> "Spans":
+        """Return the spans of packed rows, in which a query sees its document.
+
+        document_starts: (B, S) integers, not decreasing along a row, equal for tokens of one
+        document; None: one document a row.
+        """
+        if document_starts is None:
+            return cls(None, 0)
+        owner = F.pad(document_starts, (prefix, 0), value=-1)
+        sides = (torch.searchsorted(owner, owner, right=r, out_int32=True) for r in (False, True))
+        return cls(torch.stack(tuple(sides), dim=-1), prefix)
 
 
 def block_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, first: Tensor, causal: bool
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, causal: bool
 ) -> Tensor:
     """Attend: query (B, N, L, K), key and value (B, M, L, K) -> (B, N, L, K).
 
-    mask: (B, 1, L, L), 0 where a query may attend to a key and -inf elsewhere; None: `causal` is
-    sufficient. first: the result of `first_keys`. causal: position i sees positions 0..i only.
+    causal: position i sees positions 0..i only, of those that `spans` allows.
     """
-    out: Tensor = torch.ops.athena.block_attention(query, key, value, mask, first, causal)
+    out: Tensor = torch.ops.athena.block_attention(query, key, value, *spans, causal)
     return out
 
 
-def _blocks(length: int, first: Tensor, causal: bool) -> list[tuple[slice, slice]]:
-    """Return each block's slice of queries and slice of visible keys."""
-    starts = first.numpy()
-    return [
-        (
-            slice(s, min(s + BLOCK, length)),
-            slice(int(lo), min(s + BLOCK, length) if causal else length),
-        )
-        for s, lo in zip(range(0, length, BLOCK), starts, strict=True)
-    ]
+def _blocks(
+    length: int, bounds: Tensor | None, prefix: int, causal: bool
+) -> list[tuple[slice, slice, Tensor | None]]:
+    """Return each block's slice of queries, slice of keys, and mask of both.
+
+    The mask is (B or 1, 1, 1, q, k), true where a query does not see a key; None if each sees all.
+    """
+    result = []
+    positions = torch.arange(length)
+    for begin in range(0, length, BLOCK):
+        places = slice(begin, min(begin + BLOCK, length))
+        low, high = 0, places.stop if causal else length
+        hidden = None
+        if bounds is not None:
+            span = bounds[:, places]
+            low = 0 if prefix else int(span[..., 0].amin())
+            high = min(high, max(prefix, int(span[..., 1].amax())))
+            keys = positions[low:high]
+            hidden = (keys < span[..., :1]) | (keys >= span[..., 1:])
+            if prefix:
+                hidden &= keys >= prefix
+        if causal:
+            later = (positions[low:high] > positions[places, None]).unsqueeze(0)
+            hidden = later if hidden is None else hidden | later
+        mask = None if hidden is None else hidden[:, None, None]
+        result.append((places, slice(low, high), mask))
+    return result
 
 
 def _grouped(x: Tensor, places: slice, heads: int) -> Tensor:
@@ -61,35 +96,35 @@ def _grouped(x: Tensor, places: slice, heads: int) -> Tensor:
     return part.reshape(len(x) * heads, -1, x.shape[-1])
 
 
-def _probabilities(
-    query: Tensor, keys: Tensor, mask: Tensor | None, places: slice, seen: slice, causal: bool
-) -> Tensor:
+def _probabilities(query: Tensor, keys: Tensor, hidden: Tensor | None, heads: int) -> Tensor:
     """Return softmax(query · keysᵀ) under the mask, (B·M, G·q, k).
 
     query: scaled, as `_grouped`. query, keys: at least float32; in bfloat16 large scores would lose
-    what tells them apart.
+    what tells them apart. hidden: see `_blocks`. heads: M.
     """
     scores = torch.bmm(query, keys.transpose(1, 2))
-    count, width = places.stop - places.start, seen.stop - seen.start
-    if mask is not None:
-        scores.view(len(mask), -1, count, width).add_(mask[:, :, places, seen])
-    elif causal:
-        later = scores.new_full((count, count), -torch.inf).triu_(1)
-        scores.view(len(scores), -1, count, width)[..., -count:].add_(later)
+    if hidden is not None:
+        count, width = hidden.shape[-2:]
+        parts = scores.view(len(scores) // heads, heads, -1, count, width)
+        parts.masked_fill_(hidden, -torch.inf)
     return scores.softmax(-1)
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, first: Tensor, causal: bool
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None, prefix: int, causal: bool
 ) -> Tensor:
+    if (library := _library(query, key, value)) is not None:
+        out = _like(query)
+        _call(library, "block_attention", query, key, bounds, prefix, causal, (value, out))
+        return out
     rows, heads, length, size = key.shape
     scaled = at_least_float32(query) * size**-0.5
     keys, values = (x.reshape(rows * heads, length, size) for x in (key, value))
     wide_keys = at_least_float32(keys)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    for places, seen in _blocks(length, first, causal):
+    out = _like(query)
+    for places, seen, hidden in _blocks(length, bounds, prefix, causal):
         part = _grouped(scaled, places, heads)
-        p = _probabilities(part, wide_keys[:, seen], mask, places, seen, causal)
+        p = _probabilities(part, wide_keys[:, seen], hidden, heads)
         found = torch.bmm(p.to(value.dtype), values[:, seen])
         out[:, :, places] = found.view(rows, query.shape[1], -1, size)
     return out
@@ -100,56 +135,126 @@ def _backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
-    first: Tensor,
+    bounds: Tensor | None,
+    prefix: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if (library := _library(grad, query, key, value)) is not None:
+        grads = _like(query), _like(key), _like(value)
+        more = (value, grad, *grads)
+        _call(library, "block_attention_backward", query, key, bounds, prefix, causal, more)
+        return grads
     rows, heads, length, size = key.shape
     scale = size**-0.5
     scaled = at_least_float32(query) * scale
     keys, values = (x.reshape(rows * heads, length, size) for x in (key, value))
     wide_keys = at_least_float32(keys)
-    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    grad_query = _like(query)
     grad_key, grad_value = torch.zeros_like(wide_keys), torch.zeros_like(wide_keys)
-    for places, seen in _blocks(length, first, causal):
+    for places, seen, hidden in _blocks(length, bounds, prefix, causal):
         part, back = _grouped(scaled, places, heads), _grouped(grad, places, heads)
-        p = _probabilities(part, wide_keys[:, seen], mask, places, seen, causal)
+        p = _probabilities(part, wide_keys[:, seen], hidden, heads)
         grad_value[:, seen] += torch.bmm(p.to(key.dtype).transpose(1, 2), back)
         of_p = torch.bmm(back, values[:, seen].transpose(1, 2)).to(p.dtype)
         of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype).to(key.dtype)
         found = torch.bmm(of_scores, keys[:, seen]).mul_(scale)
         grad_query[:, :, places] = found.view(rows, query.shape[1], -1, size)
         grad_key[:, seen] += torch.bmm(of_scores.transpose(1, 2), part.to(key.dtype))
-    shape = key.shape
-    return (
-        grad_query,
-        grad_key.view(shape).to(key.dtype),
-        grad_value.view(shape).to(value.dtype),
+    result = _like(query), _like(key), _like(value)
+    for out, found in zip(result, (grad_query, grad_key, grad_value), strict=True):
+        out.copy_(found.view(out.shape))
+    return result
+
+
+def _like(x: Tensor) -> Tensor:
+    """Return an empty tensor (B, N, L, K) like `x`, laid out as (B, L, N, K), as layers need it."""
+    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+
+
+# --- C++
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_int64) for n in ("rows", "heads", "key_heads", "length", "size", "prefix")),
+        ("bounds", ctypes.c_void_p),
+        ("causal", ctypes.c_bool),
+    ]
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((n, ctypes.c_int64) for n in ("row", "head", "position")),
+    ]
+
+
+@cache
+def _native() -> ctypes.CDLL | None:
+    """Return the C++ kernels, if this CPU can run them."""
+    supports = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if not supports():
+        return None
+    library = load_native("block_attention", *_FLAGS)
+    if library is not None:
+        library.scratch_bytes.restype = ctypes.c_int64
+    return library
+
+
+def _library(*heads: Tensor) -> ctypes.CDLL | None:
+    """Return the C++ kernels, if they support these heads, each (B, N or M, L, K)."""
+    supported = all(
+        x.dtype == torch.bfloat16
+        and x.shape[-1] % 32 == 0
+        and x.stride(-1) == 1
+        and all(stride % 2 == 0 for stride in x.stride()[:-1])  # pairs are read as 32-bit words
+        and x.storage_offset() % 2 == 0
+        for x in heads
     )
+    return _native() if supported else None
 
 
-def _fake_forward(query, key, value, mask, first, causal):
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
+def _call(
+    library: ctypes.CDLL,
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    bounds: Tensor | None,
+    prefix: int,
+    causal: bool,
+    more: tuple[Tensor, ...],
+) -> None:
+    rows, count, length, size = query.shape
+    bounds = None if bounds is None else bounds.contiguous()
+    address = None if bounds is None else bounds.data_ptr()
+    sizes = _Sizes(rows, count, key.shape[1], length, size, prefix, address, causal)
+    parts = [_Heads(x.data_ptr(), *x.stride()[:-1]) for x in (query, key, *more)]
+    need, threads = library.scratch_bytes(ctypes.byref(sizes)), torch.get_num_threads()
+    scratch = torch.empty(need * threads + _ALIGNMENT, dtype=torch.uint8)
+    start = scratch.data_ptr() + -scratch.data_ptr() % _ALIGNMENT
+    pointers = map(ctypes.byref, (sizes, *parts))
+    library[name](*pointers, ctypes.c_void_p(start), ctypes.c_int64(need), threads)
 
 
-def _fake_backward(grad, query, key, value, mask, first, causal):
-    return (
-        torch.empty_like(query, memory_format=torch.contiguous_format),
-        torch.empty(key.shape, dtype=key.dtype, device=key.device),
-        torch.empty(value.shape, dtype=value.dtype, device=value.device),
-    )
+# --- the operators
+
+
+def _fake_forward(query, key, value, bounds, prefix, causal):
+    return _like(query)
+
+
+def _fake_backward(grad, query, key, value, bounds, prefix, causal):
+    return _like(query), _like(key), _like(value)
 
 
 def _save(ctx, inputs, output) -> None:
-    query, key, value, mask, first, causal = inputs
-    ctx.save_for_backward(query, key, value, mask, first)
-    ctx.causal = causal
+    query, key, value, bounds, ctx.prefix, ctx.causal = inputs
+    ctx.save_for_backward(query, key, value, bounds)
 
 
 def _differentiate(ctx, grad: Tensor):
-    query, key, value, mask, first = ctx.saved_tensors
     grads = torch.ops.athena.block_attention_backward(
-        grad, query, key, value, mask, first, ctx.causal
+        grad, *ctx.saved_tensors, ctx.prefix, ctx.causal
     )
     return *grads, None, None, None
 
@@ -157,7 +262,7 @@ def _differentiate(ctx, grad: Tensor):
 def _register() -> torch.library.Library:
     """Make the functions operators, which torch.compile takes as they are."""
     library = torch.library.Library("athena", "FRAGMENT")
-    inputs = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor first, bool causal"
+    inputs = "Tensor query, Tensor key, Tensor value, Tensor? bounds, int prefix, bool causal"
     library.define(f"block_attention({inputs}) -> Tensor")
     library.define(f"block_attention_backward(Tensor grad, {inputs}) -> (Tensor, Tensor, Tensor)")
     library.impl("block_attention", _forward, "CPU")

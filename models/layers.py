@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.block_attention import block_attention
+from models.block_attention import Spans, block_attention
 from models.common import at_least_float32, trunc_normal_init_
 from models.flex import Kernel, block_mask, flex_attend
 
@@ -24,7 +24,7 @@ class SequenceInfo(NamedTuple):
     causal:   position i sees only positions 0..i.
     cache:    keys and values of earlier forward passes, in generation
               (`models/inference/key_value_cache.py`); each attention calls its `extend` once.
-    first_keys: see `models.block_attention`; set if attention runs in blocks.
+    spans:    the same as `mask`, if attention runs in blocks (`models/block_attention.py`).
     """
 
     cos: Tensor | None
@@ -32,7 +32,7 @@ class SequenceInfo(NamedTuple):
     mask: Any
     causal: bool
     cache: Any = None
-    first_keys: Tensor | None = None
+    spans: Spans | None = None
 
     def begin_cycle(self) -> None:
         """Mark the start of an outer cycle, so that a cache can keep only the last ones."""
@@ -162,8 +162,7 @@ def visible(
     prefix, which sees only itself, so that it passes no information between documents. kernel: the
     attention that uses the mask; None: flex attention on CUDA. Returns (B, 1, P+S, P+S) bool, True
     where a query (third axis) may attend to a key (last axis); for flex attention an equivalent
-    BlockMask, which skips blocks that no query sees; for block attention a bfloat16 mask to add to
-    the scores, 0 or -inf.
+    BlockMask, which skips blocks that no query sees.
     """
     if kernel == "unmasked":
         return None
@@ -174,9 +173,6 @@ def visible(
     mask = (owner[:, :, None] == owner[:, None, :]) | (positions < prefix)
     if causal:
         mask = mask & (positions[:, None] >= positions)
-    if kernel == "blocks":
-        zero = torch.zeros((), dtype=torch.bfloat16, device=mask.device)
-        return torch.where(mask, zero, -torch.inf).unsqueeze(1)
     return mask.unsqueeze(1)
 
 
@@ -189,8 +185,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, info: SequenceInfo) -> Ten
     if info.mask is not None and not isinstance(info.mask, Tensor):
         return flex_attend(query, key, value, info.mask)
     alike = query.shape[2] == key.shape[2]
-    if info.first_keys is not None and info.cache is None and alike:
-        return block_attention(query, key, value, info.mask, info.first_keys, info.causal)
+    if info.spans is not None and info.cache is None and alike:
+        return block_attention(query, key, value, info.spans, info.causal)
     grouped = query.shape[1] // key.shape[1]
     if grouped > 1 and info.mask is not None and query.is_cuda:
         key, value = (x.repeat_interleave(grouped, dim=1) for x in (key, value))

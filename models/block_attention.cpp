@@ -1,0 +1,380 @@
+// Attention in bfloat16 on a CPU with AVX-512 BF16; see block_attention.py.
+//
+// A task is a row of the batch and a key head. It multiplies each block of queries with the keys
+// that the block sees. Products read pairs of neighbouring bfloat16 values as 32-bit words, which
+// _mm512_dpbf16_ps multiplies and adds in float32. Softmax is computed in float32.
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+using Half = uint16_t;
+using Pair = uint32_t;  // two bfloat16 values that are neighbours along the summed axis
+
+constexpr int64_t BLOCK = 64;  // queries
+constexpr int64_t LANES = 16;
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// A matrix of one head: row i begins at data + i * stride.
+struct Rows {
+  const Half* data;
+  int64_t stride;
+  const Half* at(int64_t i) const { return data + i * stride; }
+};
+
+template <bool transposed, int R, int C>
+inline void tile(int64_t pairs, const Pair* a, int64_t lda, const Pair* b, int64_t ldb, float* c,
+                 int64_t ldc, bool add) {
+  __m512 sum[R][C];
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < C; j++)
+      sum[r][j] = add ? _mm512_loadu_ps(c + r * ldc + j * LANES) : _mm512_setzero_ps();
+  for (int64_t k = 0; k < pairs; k++) {
+    __m512bh right[C];
+    for (int j = 0; j < C; j++) right[j] = (__m512bh)_mm512_loadu_si512(b + k * ldb + j * LANES);
+    for (int r = 0; r < R; r++) {
+      __m512bh left = (__m512bh)_mm512_set1_epi32(transposed ? a[k * lda + r] : a[r * lda + k]);
+      for (int j = 0; j < C; j++) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], left, right[j]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < C; j++) _mm512_storeu_ps(c + r * ldc + j * LANES, sum[r][j]);
+}
+
+// c (m, n) = a · b, or c += a · b. a: (m, pairs), or (pairs, m) if transposed. b: (pairs, n), n a
+// multiple of LANES. Leading dimensions of a and b are in pairs.
+template <bool transposed>
+void multiply(int64_t m, int64_t n, int64_t pairs, const Pair* a, int64_t lda, const Pair* b,
+              int64_t ldb, float* c, int64_t ldc, bool add) {
+  const int64_t step = transposed ? 1 : lda;
+  int64_t j = 0;
+  for (; j + 4 * LANES <= n; j += 4 * LANES) {
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4)
+      tile<transposed, 4, 4>(pairs, a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, add);
+    for (; i < m; i++)
+      tile<transposed, 1, 4>(pairs, a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, add);
+  }
+  for (; j < n; j += LANES) {
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4)
+      tile<transposed, 4, 1>(pairs, a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, add);
+    for (; i < m; i++)
+      tile<transposed, 1, 1>(pairs, a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, add);
+  }
+}
+
+// out (size / 2, width): pairs along the head; rows beyond `length` are 0.
+void pack_columns(Rows x, int64_t length, int64_t size, Pair* out, int64_t width) {
+  const int64_t pairs = size / 2;
+  int64_t i = 0;
+  for (; i + 16 <= length; i += 16) {
+    for (int64_t c = 0; c < pairs; c += 16) {
+      __m512i r[16], t[16];
+      for (int k = 0; k < 16; k++) r[k] = _mm512_loadu_si512(x.at(i + k) + 2 * c);
+      for (int k = 0; k < 16; k += 2) {
+        t[k] = _mm512_unpacklo_epi32(r[k], r[k + 1]);
+        t[k + 1] = _mm512_unpackhi_epi32(r[k], r[k + 1]);
+      }
+      for (int k = 0; k < 16; k += 4) {
+        r[k] = _mm512_unpacklo_epi64(t[k], t[k + 2]);
+        r[k + 1] = _mm512_unpackhi_epi64(t[k], t[k + 2]);
+        r[k + 2] = _mm512_unpacklo_epi64(t[k + 1], t[k + 3]);
+        r[k + 3] = _mm512_unpackhi_epi64(t[k + 1], t[k + 3]);
+      }
+      for (int k = 0; k < 4; k++) {
+        t[k] = _mm512_shuffle_i32x4(r[k], r[k + 4], 0x88);
+        t[k + 4] = _mm512_shuffle_i32x4(r[k], r[k + 4], 0xdd);
+        t[k + 8] = _mm512_shuffle_i32x4(r[k + 8], r[k + 12], 0x88);
+        t[k + 12] = _mm512_shuffle_i32x4(r[k + 8], r[k + 12], 0xdd);
+      }
+      for (int k = 0; k < 8; k++) {
+        r[k] = _mm512_shuffle_i32x4(t[k], t[k + 8], 0x88);
+        r[k + 8] = _mm512_shuffle_i32x4(t[k], t[k + 8], 0xdd);
+      }
+      for (int k = 0; k < 16; k++) _mm512_storeu_si512(out + (c + k) * width + i, r[k]);
+    }
+  }
+  for (; i < width; i++)
+    for (int64_t c = 0; c < pairs; c++) {
+      Pair value = 0;
+      if (i < length) std::memcpy(&value, x.at(i) + 2 * c, sizeof value);
+      out[c * width + i] = value;
+    }
+}
+
+// Widen 16 bfloat16 values to 32-bit words.
+inline __m512i words(const Half* x) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
+}
+
+// out (ceil(length / 2) .. width / 2, size): pairs of rows; rows beyond `length` are 0.
+void pack_rows(Rows x, int64_t length, int64_t size, Pair* out, int64_t width) {
+  for (int64_t i = 0; i < width; i += 2)
+    for (int64_t c = 0; c < size; c += LANES) {
+      __m512i low = i < length ? words(x.at(i) + c) : _mm512_setzero_si512();
+      __m512i high = i + 1 < length ? words(x.at(i + 1) + c) : _mm512_setzero_si512();
+      _mm512_storeu_si512(out + i / 2 * size + c,
+                          _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+}
+
+// exp(x) for x <= 0, with a relative error of about 1e-7.
+inline __m512 exponential(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // this order keeps NaN
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+  __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145751953125f), x);
+  f = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), f);
+  __m512 p = _mm512_set1_ps(1.0f / 720);
+  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, n);
+}
+
+inline void store(Half* out, __m512 x) {
+  _mm256_storeu_si256((__m256i*)out, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+// The keys that a query sees: the prefix, and those from `first` to `end`.
+struct Seen {
+  int64_t prefix, first, end;
+  __mmask16 lanes(int64_t key) const {
+    const __m512i k =
+        _mm512_add_epi32(_mm512_set1_epi32((int)key),
+                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __mmask16 inside = _mm512_cmpge_epi32_mask(k, _mm512_set1_epi32((int)first)) &
+                             _mm512_cmplt_epi32_mask(k, _mm512_set1_epi32((int)end));
+    return inside | _mm512_cmplt_epi32_mask(k, _mm512_set1_epi32((int)prefix));
+  }
+};
+
+// Replace scores of the keys `low` to `high` by exp(scale * score - maximum), 0 where unseen;
+// return their sum.
+float exponentiate(float* scores, int64_t low, int64_t high, const Seen& seen, float scale) {
+  __m512 most = _mm512_set1_ps(-__builtin_inff());
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (int64_t k = low; k < high; k += LANES)
+    most = _mm512_mask_max_ps(most, seen.lanes(k), most, _mm512_loadu_ps(scores + k - low));
+  const __m512 maximum = _mm512_set1_ps(_mm512_reduce_max_ps(most) * scale);
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t k = low; k < high; k += LANES) {
+    const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + k - low), factor, maximum);
+    const __m512 e = _mm512_maskz_mov_ps(seen.lanes(k), exponential(x));
+    sum = _mm512_add_ps(sum, e);
+    _mm512_storeu_ps(scores + k - low, e);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+struct Sizes {
+  int64_t rows, heads, key_heads, length, size, prefix;
+  const int32_t* bounds;  // (rows, length, 2), or null
+  bool causal;
+
+  int64_t width() const { return round_up(length, BLOCK); }
+
+  Seen seen(int64_t row, int64_t i) const {
+    Seen s{prefix, 0, length};
+    if (bounds) {
+      const int32_t* span = bounds + (row * length + i) * 2;
+      s.first = span[0], s.end = span[1];
+    }
+    if (causal) s.end = std::min(s.end, i + 1), s.prefix = std::min(s.prefix, i + 1);
+    return s;
+  }
+
+  // The keys that any query of the block sees: from a multiple of LANES to a multiple of LANES.
+  void limits(int64_t row, int64_t begin, int64_t end, int64_t& low, int64_t& high) const {
+    low = length, high = 0;
+    for (int64_t i = begin; i < end; i++) {
+      const Seen s = seen(row, i);
+      low = std::min(low, s.prefix ? 0 : s.first);
+      high = std::max(high, std::max(s.end, s.prefix));
+    }
+    low = low / LANES * LANES;
+    high = round_up(high, LANES);
+  }
+};
+
+// Parts of the scratch memory of a thread, each a multiple of 64 bytes.
+struct Scratch {
+  char* next;
+  template <typename T>
+  T* take(int64_t count) {
+    T* found = (T*)next;
+    next += round_up(count * (int64_t)sizeof(T), 64);
+    return found;
+  }
+};
+
+struct Heads {  // (rows, heads, length, size) of any strides but 1 for the last
+  Half* data;
+  int64_t row, head, position;
+  Rows of(int64_t b, int64_t h, int64_t i = 0) const {
+    return {data + b * row + h * head + i * position, position};
+  }
+  Half* at(int64_t b, int64_t h, int64_t i) const {
+    return data + b * row + h * head + i * position;
+  }
+};
+
+void attend(const Sizes& s, int64_t row, int64_t head, const Heads& query, const Heads& key,
+            const Heads& value, const Heads& out, Scratch scratch) {
+  const int64_t width = s.width(), pairs = s.size / 2, group = s.heads / s.key_heads;
+  Pair* keys = scratch.take<Pair>(pairs * width);
+  Pair* values = scratch.take<Pair>(width / 2 * s.size);
+  float* scores = scratch.take<float>(BLOCK * width);
+  Half* p = scratch.take<Half>(BLOCK * width);
+  float* found = scratch.take<float>(BLOCK * s.size);
+  pack_columns(key.of(row, head), s.length, s.size, keys, width);
+  pack_rows(value.of(row, head), s.length, s.size, values, width);
+  const float scale = 1.0f / __builtin_sqrtf((float)s.size);
+  for (int64_t h = head * group; h < (head + 1) * group; h++)
+    for (int64_t begin = 0; begin < s.length; begin += BLOCK) {
+      const int64_t end = std::min(begin + BLOCK, s.length), count = end - begin;
+      int64_t low, high;
+      s.limits(row, begin, end, low, high);
+      const Rows q = query.of(row, h, begin);
+      multiply<false>(count, high - low, pairs, (const Pair*)q.data, q.stride / 2, keys + low,
+                      width, scores, width, false);
+      float norm[BLOCK];
+      for (int64_t i = 0; i < count; i++) {
+        float* line = scores + i * width;
+        norm[i] = 1.0f / exponentiate(line, low, high, s.seen(row, begin + i), scale);
+        for (int64_t k = 0; k < high - low; k += LANES)
+          store(p + i * width + k, _mm512_loadu_ps(line + k));
+      }
+      multiply<false>(count, s.size, (high - low) / 2, (const Pair*)p, width / 2,
+                      values + low / 2 * s.size, s.size, found, s.size, false);
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t c = 0; c < s.size; c += LANES)
+          store(out.at(row, h, begin + i) + c,
+                _mm512_mul_ps(_mm512_loadu_ps(found + i * s.size + c), _mm512_set1_ps(norm[i])));
+    }
+}
+
+// Two rows as pairs, and each row as it is.
+inline void store_pairs(Pair* out, __m512 even, __m512 odd) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+  _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+void differentiate(const Sizes& s, int64_t row, int64_t head, const Heads& grad, const Heads& query,
+                   const Heads& key, const Heads& value, const Heads& grad_query,
+                   const Heads& grad_key, const Heads& grad_value, Scratch scratch) {
+  const int64_t width = s.width(), pairs = s.size / 2, group = s.heads / s.key_heads;
+  Pair* key_columns = scratch.take<Pair>(pairs * width);
+  Pair* value_columns = scratch.take<Pair>(pairs * width);
+  Pair* key_rows = scratch.take<Pair>(width / 2 * s.size);
+  Pair* query_rows = scratch.take<Pair>(BLOCK / 2 * s.size);
+  Pair* grad_rows = scratch.take<Pair>(BLOCK / 2 * s.size);
+  float* p = scratch.take<float>(BLOCK * width);
+  float* of_p = scratch.take<float>(BLOCK * width);
+  Pair* p_pairs = scratch.take<Pair>(BLOCK / 2 * width);
+  Pair* score_pairs = scratch.take<Pair>(BLOCK / 2 * width);
+  Half* of_scores = scratch.take<Half>(BLOCK * width);
+  float* found = scratch.take<float>(BLOCK * s.size);
+  float* of_key = scratch.take<float>(width * s.size);
+  float* of_value = scratch.take<float>(width * s.size);
+  pack_columns(key.of(row, head), s.length, s.size, key_columns, width);
+  pack_columns(value.of(row, head), s.length, s.size, value_columns, width);
+  pack_rows(key.of(row, head), s.length, s.size, key_rows, width);
+  std::fill_n(of_key, width * s.size, 0.0f);
+  std::fill_n(of_value, width * s.size, 0.0f);
+  const float scale = 1.0f / __builtin_sqrtf((float)s.size);
+  for (int64_t h = head * group; h < (head + 1) * group; h++)
+    for (int64_t begin = 0; begin < s.length; begin += BLOCK) {
+      const int64_t end = std::min(begin + BLOCK, s.length), count = end - begin;
+      int64_t low, high;
+      s.limits(row, begin, end, low, high);
+      const int64_t seen = high - low;
+      const Rows q = query.of(row, h, begin), g = grad.of(row, h, begin);
+      multiply<false>(count, seen, pairs, (const Pair*)q.data, q.stride / 2, key_columns + low,
+                      width, p, width, false);
+      multiply<false>(count, seen, pairs, (const Pair*)g.data, g.stride / 2, value_columns + low,
+                      width, of_p, width, false);
+      for (int64_t i = 0; i < count; i++) {
+        float *line = p + i * width, *of_line = of_p + i * width;
+        const __m512 norm =
+            _mm512_set1_ps(1.0f / exponentiate(line, low, high, s.seen(row, begin + i), scale));
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t k = 0; k < seen; k += LANES) {
+          const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(line + k), norm);
+          _mm512_storeu_ps(line + k, x);
+          sum = _mm512_fmadd_ps(x, _mm512_loadu_ps(of_line + k), sum);
+        }
+        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
+        for (int64_t k = 0; k < seen; k += LANES) {
+          const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(line + k), _mm512_set1_ps(scale));
+          const __m512 y = _mm512_mul_ps(x, _mm512_sub_ps(_mm512_loadu_ps(of_line + k), mean));
+          _mm512_storeu_ps(of_line + k, y);
+          store(of_scores + i * width + k, y);
+        }
+      }
+      for (int64_t i = 0; i < count; i += 2)
+        for (int64_t k = 0; k < seen; k += LANES) {
+          const __m512 zero = _mm512_setzero_ps();
+          const float *a = p + i * width + k, *b = of_p + i * width + k;
+          const bool both = i + 1 < count;
+          store_pairs(p_pairs + i / 2 * width + k, _mm512_loadu_ps(a),
+                      both ? _mm512_loadu_ps(a + width) : zero);
+          store_pairs(score_pairs + i / 2 * width + k, _mm512_loadu_ps(b),
+                      both ? _mm512_loadu_ps(b + width) : zero);
+        }
+      pack_rows(q, count, s.size, query_rows, round_up(count, 2));
+      pack_rows(g, count, s.size, grad_rows, round_up(count, 2));
+      const int64_t halves = (count + 1) / 2;
+      multiply<true>(seen, s.size, halves, p_pairs, width, grad_rows, s.size,
+                     of_value + low * s.size, s.size, true);
+      multiply<true>(seen, s.size, halves, score_pairs, width, query_rows, s.size,
+                     of_key + low * s.size, s.size, true);
+      multiply<false>(count, s.size, seen / 2, (const Pair*)of_scores, width / 2,
+                      key_rows + low / 2 * s.size, s.size, found, s.size, false);
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t c = 0; c < s.size; c += LANES)
+          store(grad_query.at(row, h, begin + i) + c, _mm512_loadu_ps(found + i * s.size + c));
+    }
+  for (int64_t i = 0; i < s.length; i++)
+    for (int64_t c = 0; c < s.size; c += LANES) {
+      store(grad_key.at(row, head, i) + c, _mm512_loadu_ps(of_key + i * s.size + c));
+      store(grad_value.at(row, head, i) + c, _mm512_loadu_ps(of_value + i * s.size + c));
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Return the bytes that a thread needs, enough for either function.
+int64_t scratch_bytes(const Sizes* s) {
+  const int64_t width = s->width();
+  return 14 * width * s->size + 16 * BLOCK * width + 8 * BLOCK * s->size + 16 * 64;
+}
+
+void block_attention(const Sizes* s, const Heads* query, const Heads* key, const Heads* value,
+                     const Heads* out, char* scratch, int64_t bytes, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t task = 0; task < s->rows * s->key_heads; task++)
+    attend(*s, task / s->key_heads, task % s->key_heads, *query, *key, *value, *out,
+           {scratch + omp_get_thread_num() * bytes});
+}
+
+void block_attention_backward(const Sizes* s, const Heads* query, const Heads* key,
+                              const Heads* value, const Heads* grad, const Heads* grad_query,
+                              const Heads* grad_key, const Heads* grad_value, char* scratch,
+                              int64_t bytes, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t task = 0; task < s->rows * s->key_heads; task++)
+    differentiate(*s, task / s->key_heads, task % s->key_heads, *grad, *query, *key, *value,
+                  *grad_query, *grad_key, *grad_value, {scratch + omp_get_thread_num() * bytes});
+}
+}
