@@ -16,7 +16,7 @@ namespace {
 using Half = uint16_t;
 using Pair = uint32_t;  // two bfloat16 values that are neighbours along the summed axis
 
-constexpr int64_t BLOCK = 64;  // queries
+constexpr int64_t BLOCK = 32;  // queries
 constexpr int64_t LANES = 16;
 
 int64_t round_up(int64_t value, int64_t multiple) {
@@ -147,31 +147,29 @@ inline void store(Half* out, __m512 x) {
 struct Seen {
   int64_t prefix, first, end;
   __mmask16 lanes(int64_t key) const {
-    const __m512i k =
-        _mm512_add_epi32(_mm512_set1_epi32((int)key),
-                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    const __mmask16 inside = _mm512_cmpge_epi32_mask(k, _mm512_set1_epi32((int)first)) &
-                             _mm512_cmplt_epi32_mask(k, _mm512_set1_epi32((int)end));
+    if (key >= first && key + LANES <= end) return 0xffff;
+    const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i k = _mm512_add_epi32(_mm512_set1_epi32((int)key), steps);
+    const __mmask16 begun = _mm512_cmpge_epi32_mask(k, _mm512_set1_epi32((int)first));
+    const __mmask16 inside = _mm512_mask_cmplt_epi32_mask(begun, k, _mm512_set1_epi32((int)end));
     return inside | _mm512_cmplt_epi32_mask(k, _mm512_set1_epi32((int)prefix));
   }
 };
 
-// Replace scores of the keys `low` to `high` by exp(scale * score - maximum), 0 where unseen;
-// return their sum.
-float exponentiate(float* scores, int64_t low, int64_t high, const Seen& seen, float scale) {
+// Call visit(k, e) for each vector of keys from `low` to `high`, where e is
+// exp(scale * (score - maximum)), 0 where unseen.
+template <typename Visit>
+inline void exponentiate(const float* scores, int64_t low, int64_t high, const Seen& seen,
+                         float scale, const Visit& visit) {
   __m512 most = _mm512_set1_ps(-__builtin_inff());
-  const __m512 factor = _mm512_set1_ps(scale);
   for (int64_t k = low; k < high; k += LANES)
     most = _mm512_mask_max_ps(most, seen.lanes(k), most, _mm512_loadu_ps(scores + k - low));
+  const __m512 factor = _mm512_set1_ps(scale);
   const __m512 maximum = _mm512_set1_ps(_mm512_reduce_max_ps(most) * scale);
-  __m512 sum = _mm512_setzero_ps();
   for (int64_t k = low; k < high; k += LANES) {
     const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + k - low), factor, maximum);
-    const __m512 e = _mm512_maskz_mov_ps(seen.lanes(k), exponential(x));
-    sum = _mm512_add_ps(sum, e);
-    _mm512_storeu_ps(scores + k - low, e);
+    visit(k - low, _mm512_maskz_mov_ps(seen.lanes(k), exponential(x)));
   }
-  return _mm512_reduce_add_ps(sum);
 }
 
 struct Sizes {
@@ -247,10 +245,13 @@ void attend(const Sizes& s, int64_t row, int64_t head, const Heads& query, const
                       width, scores, width, false);
       float norm[BLOCK];
       for (int64_t i = 0; i < count; i++) {
-        float* line = scores + i * width;
-        norm[i] = 1.0f / exponentiate(line, low, high, s.seen(row, begin + i), scale);
-        for (int64_t k = 0; k < high - low; k += LANES)
-          store(p + i * width + k, _mm512_loadu_ps(line + k));
+        __m512 sum = _mm512_setzero_ps();
+        exponentiate(scores + i * width, low, high, s.seen(row, begin + i), scale,
+                     [&](int64_t k, __m512 e) {
+                       sum = _mm512_add_ps(sum, e);
+                       store(p + i * width + k, e);
+                     });
+        norm[i] = 1.0f / _mm512_reduce_add_ps(sum);
       }
       multiply<false>(count, s.size, (high - low) / 2, (const Pair*)p, width / 2,
                       values + low / 2 * s.size, s.size, found, s.size, false);
@@ -261,7 +262,7 @@ void attend(const Sizes& s, int64_t row, int64_t head, const Heads& query, const
     }
 }
 
-// Two rows as pairs, and each row as it is.
+// Write the values of two rows as pairs.
 inline void store_pairs(Pair* out, __m512 even, __m512 odd) {
   const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
   const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
@@ -302,34 +303,35 @@ void differentiate(const Sizes& s, int64_t row, int64_t head, const Heads& grad,
                       width, p, width, false);
       multiply<false>(count, seen, pairs, (const Pair*)g.data, g.stride / 2, value_columns + low,
                       width, of_p, width, false);
+      float norm[BLOCK], mean[BLOCK];
       for (int64_t i = 0; i < count; i++) {
         float *line = p + i * width, *of_line = of_p + i * width;
-        const __m512 norm =
-            _mm512_set1_ps(1.0f / exponentiate(line, low, high, s.seen(row, begin + i), scale));
-        __m512 sum = _mm512_setzero_ps();
+        __m512 sum = _mm512_setzero_ps(), dot = _mm512_setzero_ps();
+        exponentiate(line, low, high, s.seen(row, begin + i), scale, [&](int64_t k, __m512 e) {
+          sum = _mm512_add_ps(sum, e);
+          dot = _mm512_fmadd_ps(e, _mm512_loadu_ps(of_line + k), dot);
+          _mm512_storeu_ps(line + k, e);
+        });
+        norm[i] = 1.0f / _mm512_reduce_add_ps(sum);
+        mean[i] = _mm512_reduce_add_ps(dot) * norm[i];
+      }
+      for (int64_t i = 0; i < count; i += 2) {
+        const int64_t rows = std::min<int64_t>(2, count - i);
         for (int64_t k = 0; k < seen; k += LANES) {
-          const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(line + k), norm);
-          _mm512_storeu_ps(line + k, x);
-          sum = _mm512_fmadd_ps(x, _mm512_loadu_ps(of_line + k), sum);
-        }
-        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
-        for (int64_t k = 0; k < seen; k += LANES) {
-          const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(line + k), _mm512_set1_ps(scale));
-          const __m512 y = _mm512_mul_ps(x, _mm512_sub_ps(_mm512_loadu_ps(of_line + k), mean));
-          _mm512_storeu_ps(of_line + k, y);
-          store(of_scores + i * width + k, y);
+          __m512 probability[2] = {}, gradient[2] = {};
+          for (int64_t r = 0; r < rows; r++) {
+            const int64_t place = (i + r) * width + k;
+            const __m512 e = _mm512_loadu_ps(p + place), of_e = _mm512_loadu_ps(of_p + place);
+            const __m512 distance = _mm512_sub_ps(of_e, _mm512_set1_ps(mean[i + r]));
+            probability[r] = _mm512_mul_ps(e, _mm512_set1_ps(norm[i + r]));
+            gradient[r] =
+                _mm512_mul_ps(_mm512_mul_ps(probability[r], _mm512_set1_ps(scale)), distance);
+            store(of_scores + place, gradient[r]);
+          }
+          store_pairs(p_pairs + i / 2 * width + k, probability[0], probability[1]);
+          store_pairs(score_pairs + i / 2 * width + k, gradient[0], gradient[1]);
         }
       }
-      for (int64_t i = 0; i < count; i += 2)
-        for (int64_t k = 0; k < seen; k += LANES) {
-          const __m512 zero = _mm512_setzero_ps();
-          const float *a = p + i * width + k, *b = of_p + i * width + k;
-          const bool both = i + 1 < count;
-          store_pairs(p_pairs + i / 2 * width + k, _mm512_loadu_ps(a),
-                      both ? _mm512_loadu_ps(a + width) : zero);
-          store_pairs(score_pairs + i / 2 * width + k, _mm512_loadu_ps(b),
-                      both ? _mm512_loadu_ps(b + width) : zero);
-        }
       pack_rows(q, count, s.size, query_rows, round_up(count, 2));
       pack_rows(g, count, s.size, grad_rows, round_up(count, 2));
       const int64_t halves = (count + 1) / 2;
