@@ -4,13 +4,12 @@ The fused CPU kernel of `scaled_dot_product_attention` takes several times as lo
 would in bfloat16, and converts a boolean mask on each call. Here each block of queries is
 multiplied only with the keys that it sees; probabilities are recomputed in the backward pass. In
 bfloat16, on a CPU with AVX-512 BF16 and where a C++ compiler is installed,
-`models/block_attention.cpp` does it, and otherwise PyTorch.
+`models/cpu_kernels.cpp` does it, and otherwise PyTorch.
 
 Shape letters: B rows, L positions, N query heads, M key/value heads, G = N / M, K head size.
 """
 
 import ctypes
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.common import at_least_float32
-from models.native import load_native
+from models.cpu_kernels import cpu_kernels
 
 BLOCK = 64
 """Number of queries in a block."""
 _ALIGNMENT = 64  # bytes of a cache line
-_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma")
 
 
 class Spans(NamedTuple):
@@ -189,18 +187,6 @@ class _Heads(ctypes.Structure):
     ]
 
 
-@cache
-def _native() -> ctypes.CDLL | None:
-    """Return the C++ kernels, if this CPU can run them."""
-    supports = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    if not supports():
-        return None
-    library = load_native("block_attention", *_FLAGS)
-    if library is not None:
-        library.scratch_bytes.restype = ctypes.c_int64
-    return library
-
-
 def _library(*heads: Tensor) -> ctypes.CDLL | None:
     """Return the C++ kernels, if they support these heads, each (B, N or M, L, K)."""
     supported = all(
@@ -211,7 +197,7 @@ def _library(*heads: Tensor) -> ctypes.CDLL | None:
         and x.storage_offset() % 2 == 0
         for x in heads
     )
-    return _native() if supported else None
+    return cpu_kernels() if supported else None
 
 
 def _call(

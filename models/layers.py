@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.block_attention import Spans, block_attention
 from models.common import at_least_float32, trunc_normal_init_
 from models.flex import Kernel, block_mask, flex_attend
+from models.swiglu import swiglu
 
 
 class SequenceInfo(NamedTuple):
@@ -227,7 +228,12 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward layer (Shazeer 2020, arXiv 2002.05202)."""
+    """Gated feed-forward layer (Shazeer 2020, arXiv 2002.05202).
+
+    fused: the gate is computed by `models.swiglu`.
+    """
+
+    fused = False
 
     def __init__(self, hidden_size: int, expansion: float):
         super().__init__()
@@ -240,7 +246,10 @@ class SwiGLU(nn.Module):
         return round_up(round(expansion * hidden_size * 2 / 3), 256)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        joint = self.gate_up_proj(x)
+        if self.fused:
+            return self.down_proj(swiglu(joint))
+        gate, up = joint.chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
 

@@ -1,14 +1,12 @@
 """Attention in blocks on a CPU: against plain attention, in float64 and in bfloat16."""
 
-import shutil
-import subprocess
-
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_tools import can_run_kernels
 
 from models import block_attention as module
-from models import layers, native
+from models import layers
 from models.block_attention import BLOCK, Spans, block_attention
 from models.layers import SequenceInfo, attend
 
@@ -53,18 +51,12 @@ def in_blocks(causal: bool, spans: Spans = NO_DOCUMENTS):
     return lambda q, k, v: block_attention(q, k, v, spans, causal)
 
 
-def can_run_native() -> bool:
-    possible = torch.cpu._is_avx512_bf16_supported() and any(map(shutil.which, ("c++", "g++")))
-    assert not possible or module._native() is not None
-    return possible
-
-
 @pytest.fixture(params=["C++", "PyTorch"])
 def kernel(request, monkeypatch):
     """Each implementation; C++ only on CPUs that can run it."""
     if request.param == "PyTorch":
-        monkeypatch.setattr(module, "_native", lambda: None)
-    elif not can_run_native():
+        monkeypatch.setattr(module, "cpu_kernels", lambda: None)
+    elif not can_run_kernels():
         pytest.skip("this CPU has no AVX-512 BF16, or there is no C++ compiler")
 
 
@@ -167,40 +159,3 @@ def test_keys_of_another_length_are_attended_to():
     info = SequenceInfo(None, None, None, False, spans=NO_DOCUMENTS)
     right = F.scaled_dot_product_attention(query, key, value)
     torch.testing.assert_close(attend(query, key, value, info), right)
-
-
-@pytest.fixture
-def cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.load_native.cache_clear()
-    yield tmp_path / "athena"
-    native.load_native.cache_clear()
-
-
-@pytest.mark.slow
-def test_a_kernel_is_compiled_once(cache_folder, monkeypatch):
-    """Another process finds what the first one compiled; nothing else stays in the folder."""
-    if not can_run_native():
-        pytest.skip("this CPU has no AVX-512 BF16, or there is no C++ compiler")
-    library = native.build_native("block_attention", *module._FLAGS)
-    assert list(cache_folder.iterdir()) == [library]
-    monkeypatch.setattr(subprocess, "run", None)
-    assert native.build_native("block_attention", *module._FLAGS) == library
-
-
-def test_without_a_compiler_there_is_no_kernel(cache_folder, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    assert native.load_native("block_attention") is None
-
-
-def test_a_compiler_that_fails_is_named(cache_folder, monkeypatch, tmp_path):
-    broken = tmp_path / "c++"
-    broken.write_text(
-        "#!/bin/sh\necho 'x.cpp:1: error: unknown type' >&2\nexit 1\n", encoding="utf-8"
-    )
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
-    with pytest.warns(UserWarning, match="block_attention.cpp.*unknown type"):
-        assert native.load_native("block_attention") is None
-    assert list(cache_folder.iterdir()) == []

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from fake_tools import LENGTH, ROWS, VOCAB, config_of
+from kernel_tools import can_run_kernels
 
 from dataset.common import DatasetMetadata
 from models.build import create_model
-from models.layers import CastedLinear, cast_once
+from models.layers import CastedLinear, SwiGLU, cast_once
 from models.losses import ACTLossHead
 from utils.backend.cpu import CPUBackend
 from utils.training.state import choose_kernels, create_train_state
@@ -45,7 +46,7 @@ def packed_batch() -> dict[str, torch.Tensor]:
     return batch | rows | {"document_starts": starts, "iteration_targets": budgets}
 
 
-@pytest.mark.parametrize("fast", ["true", "[attention]", "[loss]", "[weights]"])
+@pytest.mark.parametrize("fast", ["true", "[attention]", "[loss]", "[swiglu]", "[weights]"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("prefix", [0, 64])
 def test_fast_and_plain_steps_agree(fast, dtype, prefix):
@@ -62,17 +63,22 @@ def test_fast_and_plain_steps_agree(fast, dtype, prefix):
 @pytest.mark.parametrize(
     ("fast", "on"),
     [
-        ("true", "attention loss weights"),
+        ("true", "attention loss swiglu weights"),
         ("false", ""),
         ("[loss]", "loss"),
+        ("[swiglu]", "swiglu"),
         ("[weights]", "weights"),
     ],
 )
 def test_a_name_turns_on_its_path_alone(fast, on):
     head = head_of(fast, "arch.forward_dtype=bfloat16")
+    gates = {m.fused for m in head.modules() if isinstance(m, SwiGLU)}
+    if not can_run_kernels():
+        on = on.replace("swiglu", "")
     found = {
         "attention": head.model.inner.masked_attention == "blocks",
         "loss": head.fused,
+        "swiglu": gates == {True},
         "weights": head.casts_once,
     }
     assert found == {name: name in on.split() for name in found}

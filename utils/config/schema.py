@@ -387,8 +387,10 @@ class PretrainConfig(Strict):
     compile: bool | Literal["auto"] = key(
         "auto", "compile the model with torch.compile; auto: on CUDA, where Triton works", "any"
     )
-    fast: bool | list[Literal["attention", "loss", "weights"]] = key(
-        True, "fast paths of a step: true, false, or some of attention, loss, weights", "any"
+    fast: bool | list[Literal["attention", "loss", "swiglu", "weights"]] = key(
+        True,
+        "fast paths of a step: true, false, or some of attention, loss, swiglu, weights",
+        "any",
     )
     dry_run: bool = key(False, "build the model, print its cost and exit", "any")
     lr_find: Annotated[LRFindConfig | None, BeforeValidator(_bare_flag)] = key(

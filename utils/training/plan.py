@@ -129,7 +129,7 @@ class MemoryPlan:
             | ({"reasoning_labels": reasoning_width} if reasoning_width else {}),
         }
         arch = self.head.model.config
-        fast = set_fast_paths(config, self.head)
+        fast = set_fast_paths(config, self.head, device)
         self.head.device_type = device
         kernel = kernel or attention_kernel(device, arch.dtype, arch.head_size).kernel
         if kernel == "blocks" and "attention" not in fast:

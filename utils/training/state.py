@@ -17,7 +17,9 @@ from torch.optim import Optimizer
 from models.backbone import Backbone
 from models.base import Carry
 from models.build import load_into
+from models.cpu_kernels import cpu_kernels
 from models.flex import raise_recompile_limit
+from models.layers import SwiGLU
 from models.losses import ACTLossHead
 from models.sparse_embedding import SparseEmbeddingSignSGD, sparse_embeddings
 from utils.backend import Backend
@@ -287,11 +289,17 @@ class TrainState:
         return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 
-def set_fast_paths(config: PretrainConfig, model: ACTLossHead) -> Sequence[str]:
-    """Have steps of the model take the paths that `fast` names; return all names."""
-    every = ("attention", "loss", "weights")
+def set_fast_paths(config: PretrainConfig, model: ACTLossHead, device_type: str) -> Sequence[str]:
+    """Have steps of the model on this type of device take the paths that `fast` names; return all
+    names.
+    """
+    every = ("attention", "loss", "swiglu", "weights")
     fast = config.fast if isinstance(config.fast, list) else every if config.fast else ()
     model.fused, model.casts_once = "loss" in fast, "weights" in fast
+    narrow = device_type == "cpu" and model.model.config.dtype == torch.bfloat16
+    for module in model.model.modules():
+        if isinstance(module, SwiGLU):
+            module.fused = "swiglu" in fast and narrow and cpu_kernels() is not None
     return fast
 
 
@@ -299,7 +307,7 @@ def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend)
     """Choose the fast paths of a step and the attention kernel; print those that are unavailable on
     this device, and why.
     """
-    fast = set_fast_paths(config, model)
+    fast = set_fast_paths(config, model, backend.device.type)
     slow: dict[str, list[str]] = {}
     wanted = backend.compiles_by_default if config.compile == "auto" else config.compile
     if wanted and (fault := backend.cannot_compile()) is not None:

@@ -1,8 +1,9 @@
-// Attention in bfloat16 on a CPU with AVX-512 BF16; see block_attention.py.
+// Kernels in bfloat16 for CPUs with AVX-512 BF16: attention (see block_attention.py) and the gate
+// of SwiGLU (see swiglu.py). Both compute in float32.
 //
-// A task is a row of the batch and a key head. It multiplies each block of queries with the keys
-// that the block sees. Products read pairs of neighbouring bfloat16 values as 32-bit words, which
-// _mm512_dpbf16_ps multiplies and adds in float32. Softmax is computed in float32.
+// Attention: a task is a row of the batch and a key head. It multiplies each block of queries with
+// the keys that the block sees. Products read pairs of neighbouring bfloat16 values as 32-bit
+// words, which _mm512_dpbf16_ps multiplies and adds in float32.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -127,7 +128,7 @@ void pack_rows(Rows x, int64_t length, int64_t size, Pair* out, int64_t width) {
     }
 }
 
-// exp(x) for x <= 0, with a relative error of about 1e-7.
+// exp(x) for x < 88, with a relative error of about 1e-7.
 inline __m512 exponential(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // this order keeps NaN
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
@@ -352,9 +353,49 @@ void differentiate(const Sizes& s, int64_t row, int64_t head, const Heads& grad,
     }
 }
 
+// 1 / (1 + exp(-x)), by an estimate of the quotient and one step of Newton's method.
+inline __m512 sigmoid(__m512 x) {
+  const __m512 limited =
+      _mm512_min_ps(_mm512_set1_ps(80.0f), _mm512_sub_ps(_mm512_setzero_ps(), x));
+  const __m512 sum = _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(limited));
+  const __m512 guess = _mm512_rcp14_ps(sum);
+  return _mm512_mul_ps(guess, _mm512_fnmadd_ps(sum, guess, _mm512_set1_ps(2.0f)));
+}
+
+inline __m512 load(const Half* x) { return _mm512_castsi512_ps(_mm512_slli_epi32(words(x), 16)); }
+
 }  // namespace
 
 extern "C" {
+
+// out (rows, inner) = silu(gate) * up; joint: (rows, 2 * inner), gate and up.
+void swiglu(const Half* joint, Half* out, int64_t rows, int64_t inner, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < rows; r++) {
+    const Half *gate = joint + 2 * r * inner, *up = gate + inner;
+    for (int64_t c = 0; c < inner; c += LANES) {
+      const __m512 x = load(gate + c);
+      store(out + r * inner + c, _mm512_mul_ps(_mm512_mul_ps(x, sigmoid(x)), load(up + c)));
+    }
+  }
+}
+
+// grad_joint (rows, 2 * inner), for the gradient `grad` (rows, inner) of the result of `swiglu`.
+void swiglu_backward(const Half* grad, const Half* joint, Half* grad_joint, int64_t rows,
+                     int64_t inner, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < rows; r++) {
+    const Half *gate = joint + 2 * r * inner, *up = gate + inner;
+    Half *of_gate = grad_joint + 2 * r * inner, *of_up = of_gate + inner;
+    for (int64_t c = 0; c < inner; c += LANES) {
+      const __m512 x = load(gate + c), d = load(grad + r * inner + c), s = sigmoid(x);
+      const __m512 silu = _mm512_mul_ps(x, s);
+      const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
+      store(of_up + c, _mm512_mul_ps(d, silu));
+      store(of_gate + c, _mm512_mul_ps(_mm512_mul_ps(d, load(up + c)), slope));
+    }
+  }
+}
 
 // Return the bytes that a thread needs, enough for either function.
 int64_t scratch_bytes(const Sizes* s) {

@@ -1,4 +1,4 @@
-"""Compile and load the C++ kernels beside this file."""
+"""Compile and load `cpu_kernels.cpp`, bfloat16 kernels for CPUs with AVX-512 BF16."""
 
 import ctypes
 import hashlib
@@ -10,34 +10,45 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+import torch
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
 _COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
+_FLAGS = (
+    "-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp",
+    "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma",
+)  # fmt: skip
 
 
 @cache
-def load_native(name: str, *flags: str) -> ctypes.CDLL | None:
-    """Return the library of `models/<name>.cpp`; None if it cannot be compiled or loaded.
+def cpu_kernels() -> ctypes.CDLL | None:
+    """Return the kernels; None if this CPU cannot run them or they cannot be compiled.
 
-    flags: for the compiler, such as instruction sets, which the caller checks. A failure of an
-    installed compiler is a warning.
+    A failure of an installed compiler is a warning.
     """
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if not supported():
+        return None
     try:
-        library = build_native(name, *flags)
-        return None if library is None else ctypes.CDLL(str(library))
+        path = build()
+        library = None if path is None else ctypes.CDLL(str(path))
     except subprocess.SubprocessError as error:
         output = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
         first = next((line for line in output.splitlines() if "error" in line), output.strip())
         warnings.warn(
-            f"models/{name}.cpp cannot be compiled, so slower code is used: {first[:300]}",
+            f"{_SOURCE.name} cannot be compiled, so slower code is used: {first[:300]}",
             stacklevel=2,
         )
+        return None
     except (OSError, RuntimeError):  # the home or cache folder cannot be written to
-        pass
-    return None
+        return None
+    if library is not None:
+        library.scratch_bytes.restype = ctypes.c_int64
+    return library
 
 
-def build_native(name: str, *flags: str) -> Path | None:
-    """Compile `models/<name>.cpp` unless that has been done; return the library.
+def build() -> Path | None:
+    """Compile the kernels unless that has been done; return the library.
 
     The compiler is $CXX, c++, g++ or clang++; None if there is none. Libraries are kept in
     `~/.cache/athena` ($XDG_CACHE_HOME/athena).
@@ -46,11 +57,11 @@ def build_native(name: str, *flags: str) -> Path | None:
     compiler = next((path for c in candidates if c and (path := shutil.which(c))), None)
     if compiler is None:
         return None
-    source = Path(__file__).with_name(f"{name}.cpp").read_bytes()
-    command = [compiler, *_FLAGS, *flags]
+    source = _SOURCE.read_bytes()
+    command = [compiler, *_FLAGS]
     key = hashlib.sha256(source + " ".join(command).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "athena"
-    library = folder / f"{name}-{key}.so"
+    library = folder / f"{_SOURCE.stem}-{key}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # other processes compile it too
