@@ -18,6 +18,7 @@ from models.backbone import Backbone
 from models.base import Carry
 from models.build import load_into
 from models.flex import raise_recompile_limit
+from models.linear_loss import triton_failure
 from models.losses import ACTLossHead
 from models.sparse_embedding import SparseEmbeddingSignSGD, sparse_embeddings
 from utils.backend import Backend
@@ -302,7 +303,8 @@ def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend)
     fast = set_fast_paths(config, model)
     slow: dict[str, list[str]] = {}
     wanted = backend.compiles_by_default if config.compile == "auto" else config.compile
-    if wanted and (fault := backend.cannot_compile()) is not None:
+    fault = backend.cannot_compile()
+    if wanted and fault is not None:
         slow[fault] = [f"compile={str(config.compile).lower()} has no effect"]
     inner = getattr(model.model, "inner", None)
     if (
@@ -311,6 +313,13 @@ def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend)
     ):
         what = "attention takes more time and memory, with dense document masks"
         slow.setdefault(reason, []).append(what)
+    model.triton = False
+    has_kernel = model.fused and model.loss_type.kernel is not None and backend.name == "cuda"
+    if isinstance(inner, Backbone) and has_kernel:
+        reason = fault or triton_failure(model.loss_type, backend.device, inner.config.dtype)
+        model.triton = reason is None
+        if reason is not None:
+            slow.setdefault(reason, []).append("the token loss takes more time, without its kernel")
     for reason, effects in slow.items():
         backend.report(f"note: {' and '.join(effects)}: {reason}")
 
