@@ -148,8 +148,11 @@ class _LinearLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[places] = logits @ cast
             if needs_weight:
-                product = (logits.T @ part).to(wide)
-                grad_weight = product if grad_weight is None else grad_weight.add_(product)
+                product = logits.T @ part
+                if grad_weight is None:
+                    grad_weight = product.to(wide)
+                else:
+                    grad_weight.add_(product)
         nll, preds, *values = (torch.cat(each) for each in zip(*found, strict=True))
         total = (nll * scale).sum()
         total = _add_terms(total, values, scale, how)
@@ -224,7 +227,10 @@ def _losses_in_triton(
 
     loss_type = how.loss_type
     if not how.terms:
-        return triton_rows.compute_losses(loss_type, logits, labels, scale, how.graded)
+        return triton_rows.compute_losses(
+            loss_type, logits, labels.contiguous(), scale.contiguous(), how.graded
+        )
+    labels = labels.contiguous()
     nll, preds, found, kept = triton_rows.compute_sums(loss_type, logits, labels)
     with torch.set_grad_enabled(how.graded):
         sums = RowSums(*(x.requires_grad_(how.graded) for x in found))
