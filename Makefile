@@ -24,9 +24,9 @@ NEWEST := $(VENV)-newest
 # PyTorch/XLA needs another torch, and 6 GB: one environment for all checkouts, kept between runs.
 XLA := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/athena/xla-$(call key,\
 	requirements-xla.txt requirements-xla-deps.txt requirements-common.txt constraints-xla.txt)
-# Triton, which a torch for CUDA brings along: for any torch, and for no other target.
+# Triton, which comes with a torch for CUDA: beside the environment, so that nothing else finds it.
 TRITON_VERSION := 3.9.0
-TRITON := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/athena/triton-$(TRITON_VERSION)
+TRITON := $(VENV)/triton-$(TRITON_VERSION)
 
 DEMO := data/demo
 CORPUS := data/quickstart
@@ -146,17 +146,16 @@ xla-venv: | $(XLA)
 test-xla: | $(XLA)  ## run the tests of the XLA backend on the CPU, and forward passes on fake CUDA tensors
 	$(XLA)/bin/python -m pytest tests/xla tests/fake_cuda
 
-$(TRITON):
+$(TRITON): | $(DEV)
 	@echo "installing Triton into $(TRITON), once: 200 MB to fetch, 1 GB to keep"
 	rm -rf $@.unfinished
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps \
-		--target $@.unfinished triton==$(TRITON_VERSION)
+	$(VENV)/bin/$(INSTALL) --no-deps --target $@.unfinished triton==$(TRITON_VERSION)
 	mv $@.unfinished $@
 
 triton: | $(TRITON)
 
-test-triton: $(DEV) | $(TRITON)  ## run the tests of the Triton kernels, interpreted and compiled without a card
-	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(PY) -m pytest tests/models/test_triton_rows.py
+test-triton: | $(TRITON)  ## run the tests of the Triton kernels, interpreted and compiled without a card
+	PYTHONPATH=$(abspath $(TRITON)) TRITON_INTERPRET=1 $(PY) -m pytest tests/models/test_triton_rows.py
 
 notebook: $(BASE)  ## rebuild the notebook from the repository
 	$(PY) scripts/build_notebook.py
