@@ -24,13 +24,16 @@ NEWEST := $(VENV)-newest
 # PyTorch/XLA needs another torch, and 6 GB: one environment for all checkouts, kept between runs.
 XLA := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/athena/xla-$(call key,\
 	requirements-xla.txt requirements-xla-deps.txt requirements-common.txt constraints-xla.txt)
+# Triton, which comes with a torch for CUDA: beside the environment, so that nothing else finds it.
+TRITON_VERSION := 3.9.0
+TRITON := $(VENV)/triton-$(TRITON_VERSION)
 
 DEMO := data/demo
 CORPUS := data/quickstart
 RUNS := checkpoints/athena
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart compare sudoku smoke test test-all test-nightly test-newest test-xla xla-venv notebook lint types clean
+.PHONY: help venv quickstart compare sudoku smoke test test-all test-nightly test-newest test-xla xla-venv test-triton triton notebook lint types clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -142,6 +145,17 @@ xla-venv: | $(XLA)
 
 test-xla: | $(XLA)  ## run the tests of the XLA backend on the CPU, and forward passes on fake CUDA tensors
 	$(XLA)/bin/python -m pytest tests/xla tests/fake_cuda
+
+$(TRITON): | $(DEV)
+	@echo "installing Triton into $(TRITON), once: 200 MB to fetch, 1 GB to keep"
+	rm -rf $@.unfinished
+	$(VENV)/bin/$(INSTALL) --no-deps --target $@.unfinished triton==$(TRITON_VERSION)
+	mv $@.unfinished $@
+
+triton: | $(TRITON)
+
+test-triton: | $(TRITON)  ## run the tests of the Triton kernels, interpreted and compiled without a card
+	PYTHONPATH=$(abspath $(TRITON)) TRITON_INTERPRET=1 $(PY) -m pytest tests/models/test_triton_rows.py
 
 notebook: $(BASE)  ## rebuild the notebook from the repository
 	$(PY) scripts/build_notebook.py

@@ -164,6 +164,11 @@ def failure(
         with torch.enable_grad():
             flex_attend(query, key, value, block_mask(owner, 0, True)).sum().backward()
     except Exception as error:  # compilers raise any type of exception
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"a trial failed ({type(error).__name__}: {' '.join(lines[:1])[:200]})"
+        return describe_failure(error)
     return None
+
+
+def describe_failure(error: Exception) -> str:
+    """Return the first line of the error of a kernel's trial, as a reason not to use the kernel."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"a trial failed ({type(error).__name__}: {' '.join(lines[:1])[:200]})"

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from models.token_losses import LossType
+from models.flex import describe_failure
+from models.token_losses import LossType, RowSums
 
 _PART_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
 """Number of logits that exist at once, by device type, where the loss takes no further memory."""
@@ -25,8 +26,17 @@ _OTHER_ELEMENTS = 1 << 24
 _CACHED_ELEMENTS = 1 << 18
 """Number of logits per part for an uncompiled loss on a CPU, so that they fit in a core's cache."""
 
-TokenTerm = Callable[[Tensor, Tensor], Tensor]
-"""An additional loss per token: (logits (T, V), labels (T,)) -> (T,)."""
+
+class WeightedTerm(NamedTuple):
+    """An additional loss per token, with its factor in the total.
+
+    of_tokens: (logits (T, V), labels (T,)) -> (T,). of_sums: the same from the sums of the tokens'
+    scores, if it depends on nothing else.
+    """
+
+    factor: float
+    of_tokens: Callable[[Tensor, Tensor], Tensor]
+    of_sums: Callable[[RowSums], Tensor] | None = None
 
 
 class LinearLoss(NamedTuple):
@@ -48,8 +58,9 @@ def linear_loss(
     scale: Tensor,
     loss_type: LossType,
     *,
-    terms: Sequence[tuple[float, TokenTerm]] = (),
+    terms: Sequence[WeightedTerm] = (),
     compiled: bool = False,
+    triton: bool = False,
     device_type: str | None = None,
 ) -> LinearLoss:
     """Compute the losses of the logits hidden @ weight.T.
@@ -60,24 +71,53 @@ def linear_loss(
         hidden: (T, D). weight: (V, D), any floating dtype.
         labels: (T,) integers below V; arbitrary for tokens without a label, whose scale is 0.
         scale: (T,), factor of each token's loss in the total; has no gradient.
-        terms: additional losses with their factors, the same for all tokens.
         compiled: run the loss of a part through torch.compile; does not apply to additional terms.
+        triton: compute the loss by `models.triton_rows`, unless a term needs the logits.
         device_type: the device whose memory decides the size of a part; None: that of `hidden`.
     """
     graded = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    how = _How(loss_type, tuple(terms), compiled, device_type or hidden.device.type, graded)
+    device_type = device_type or hidden.device.type
+    how = _How(loss_type, tuple(terms), compiled, triton, device_type, graded)
     total, nll, preds, *values = _LinearLoss.apply(hidden, weight, labels, scale, how)
     return LinearLoss(total, nll, preds, tuple(values))
+
+
+def triton_failure(loss_type: LossType, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Try `models.triton_rows` on a device, whose results must be those of `LossType.rows`; return
+    the reason if it fails, else None.
+    """
+    assert loss_type.rows is not None
+    logits = torch.linspace(-9, 9, 999, device=device, dtype=dtype).view(3, 333)
+    labels = torch.tensor([0, 332, 5], device=device)
+    scale = torch.ones(3, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    try:
+        from models import triton_rows
+
+        expected, overwritten = logits.clone(), logits.clone()
+        right = loss_type.rows(expected, labels, scale, True)
+        found = triton_rows.compute_losses(loss_type, overwritten, labels, scale, True)
+        for one, other in zip((*found, overwritten), (*right, expected), strict=True):
+            torch.testing.assert_close(one, other)
+    except Exception as error:  # compilers raise any type of exception
+        return describe_failure(error)
+    return None
 
 
 class _How(NamedTuple):
     """See `linear_loss`. graded: whether gradients are needed."""
 
     loss_type: LossType
-    terms: tuple[tuple[float, TokenTerm], ...]
+    terms: tuple[WeightedTerm, ...]
     compiled: bool
+    triton: bool
     device_type: str
     graded: bool
+
+    @property
+    def in_triton(self) -> bool:
+        """Whether `models.triton_rows` computes the loss."""
+        fits = all(term.of_sums is not None for term in self.terms)
+        return self.triton and fits and self.loss_type.kernel is not None
 
     @property
     def part_elements(self) -> int | None:
@@ -85,7 +125,7 @@ class _How(NamedTuple):
         if self.device_type == "xla":  # where each part would repeat the program
             return None
         plain = self.loss_type.rows is not None and not self.terms
-        if plain and (self.compiled or self.device_type == "cpu"):
+        if self.in_triton or (plain and (self.compiled or self.device_type == "cpu")):
             return _PART_ELEMENTS.get(self.device_type, _OTHER_ELEMENTS)
         return _OTHER_ELEMENTS
 
@@ -108,12 +148,14 @@ class _LinearLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[places] = logits @ cast
             if needs_weight:
-                product = (logits.T @ part).to(wide)
-                grad_weight = product if grad_weight is None else grad_weight.add_(product)
+                product = logits.T @ part
+                if grad_weight is None:
+                    grad_weight = product.to(wide)
+                else:
+                    grad_weight.add_(product)
         nll, preds, *values = (torch.cat(each) for each in zip(*found, strict=True))
         total = (nll * scale).sum()
-        for (factor, _), value in zip(how.terms, values, strict=True):
-            total = total + factor * (value * scale).sum()
+        total = _add_terms(total, values, scale, how)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -142,6 +184,8 @@ def _losses(logits: Tensor, labels: Tensor, scale: Tensor, how: _How) -> tuple[T
     """Return (nll, preds, values of the terms), (T,) each; if gradients are needed, that of the
     total overwrites the logits.
     """
+    if how.in_triton:
+        return _losses_in_triton(logits, labels, scale, how)
     rows = how.loss_type.rows
     if rows is None or how.terms:
         return _differentiate(logits, labels, scale, how)
@@ -168,10 +212,38 @@ def _differentiate(logits: Tensor, labels: Tensor, scale: Tensor, how: _How) -> 
         x = logits.detach().requires_grad_(how.graded)
         every = torch.ones_like(labels, dtype=torch.bool)
         nll = how.loss_type.cross_entropy(x, labels, valid_mask=every)
-        values = [term(x, labels) for _, term in how.terms]
-        total = (nll * scale).sum()
-        for (factor, _), value in zip(how.terms, values, strict=True):
-            total = total + factor * (value * scale).sum()
+        values = [term.of_tokens(x, labels) for term in how.terms]
+        total = _add_terms((nll * scale).sum(), values, scale, how)
     if how.graded:
         logits.copy_(torch.autograd.grad(total, x)[0])
     return nll.detach(), preds, *(value.detach() for value in values)
+
+
+def _losses_in_triton(
+    logits: Tensor, labels: Tensor, scale: Tensor, how: _How
+) -> tuple[Tensor, ...]:
+    """Do the same as `_losses`; autograd differentiates the terms with respect to the sums."""
+    from models import triton_rows  # Triton is optional
+
+    loss_type = how.loss_type
+    if not how.terms:
+        return triton_rows.compute_losses(
+            loss_type, logits, labels.contiguous(), scale.contiguous(), how.graded
+        )
+    labels = labels.contiguous()
+    nll, preds, found, kept = triton_rows.compute_sums(loss_type, logits, labels)
+    with torch.set_grad_enabled(how.graded):
+        sums = RowSums(*(x.requires_grad_(how.graded) for x in found))
+        values = [term.of_sums(sums) for term in how.terms if term.of_sums is not None]
+        total = _add_terms(((sums.log_z - sums.label) * scale).sum(), values, scale, how)
+    if how.graded:
+        grads = torch.autograd.grad(total, sums, materialize_grads=True)
+        triton_rows.overwrite_logits(loss_type, logits, labels, kept, RowSums(*grads))
+    return nll, preds, *(value.detach() for value in values)
+
+
+def _add_terms(total: Tensor, values: Sequence[Tensor], scale: Tensor, how: _How) -> Tensor:
+    """Return the total with the terms, whose values per token are given."""
+    for term, value in zip(how.terms, values, strict=True):
+        total = total + term.factor * (value * scale).sum()
+    return total

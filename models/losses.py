@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dataset.common import IGNORE_LABEL_ID
 from models.base import Architecture, Batch, Carry, OptionsKey, Outputs, options_key
 from models.layers import at_least_float32, cast_once
-from models.linear_loss import LinearLoss, linear_loss
+from models.linear_loss import LinearLoss, WeightedTerm, linear_loss
 from models.terms.base import LoadBase, Seen, Term, TokenTerm
 from models.token_losses import LOSSES
 from utils.config.plugins import load_plugin, read_options
@@ -59,6 +59,8 @@ class ACTLossHead(nn.Module):
     """Device whose memory decides how many logits exist at once; None: that of the tensors."""
     compiled = False
     """Whether the fused loss runs through torch.compile."""
+    triton = False
+    """Whether a Triton kernel computes the fused loss, which then is not compiled."""
 
     def __init__(self, model: Architecture, loss_type: str, **options: Any):
         super().__init__()
@@ -210,10 +212,15 @@ class ACTLossHead(nn.Module):
             scale.flatten(),
             self.loss_type,
             terms=[
-                (term.config.weight, partial(term.of_tokens, loss_type=self.loss_type))
+                WeightedTerm(
+                    term.config.weight,
+                    partial(term.of_tokens, loss_type=self.loss_type),
+                    term.of_sums if term.needs_only_sums else None,
+                )
                 for term in terms
             ],
             compiled=self.compiled,
+            triton=self.triton,
             device_type=self.device_type,
         )
 

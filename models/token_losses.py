@@ -6,7 +6,7 @@ sampling and export all use that map.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -155,17 +155,38 @@ def _softmax_rows(
 class LossType(NamedTuple):
     """cross_entropy: the loss per token. softmax_logits: the map from logits to values whose
     softmax gives the probabilities. rows: computes loss and gradient together; None: by autograd.
+    kernel: the same in `models.triton_rows`; None: not there.
     """
 
     cross_entropy: Callable[..., Tensor]
     softmax_logits: SoftmaxLogits
     rows: Rows | None = None
+    kernel: Literal["softmax", "stablemax"] | None = None
 
 
 LOSSES = {
-    "stablemax_cross_entropy": LossType(stablemax_cross_entropy, log_stable_s, _stablemax_rows),
-    "softmax_cross_entropy": LossType(softmax_cross_entropy, at_least_float32, _softmax_rows),
+    "stablemax_cross_entropy": LossType(
+        stablemax_cross_entropy, log_stable_s, _stablemax_rows, "stablemax"
+    ),
+    "softmax_cross_entropy": LossType(
+        softmax_cross_entropy, at_least_float32, _softmax_rows, "softmax"
+    ),
 }
+
+
+class RowSums(NamedTuple):
+    """Of the scores u of each token, `softmax_logits` of its logits, (T,) each: log Σ exp(u), the
+    score of the label, and the mean of u.
+    """
+
+    log_z: Tensor
+    label: Tensor
+    mean: Tensor
+
+
+def sum_rows(scores: Tensor, labels: Tensor) -> RowSums:
+    """Return the sums of scores (T, V) for labels (T,)."""
+    return RowSums(scores.logsumexp(-1), _pick(scores, labels), scores.mean(-1))
 
 
 def by_tokens(function: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:

@@ -31,17 +31,19 @@ from utils.core.errors import UserError
 
 SECONDS = 480
 PARTS = {
-    "environment": ("speed@check_environment", 15),
-    "curve": ("training@check_curve", 65),
-    "resume": ("training@check_resume", 55),
-    "compile": ("training@check_compile", 30),
-    "kernels": ("kernels@check_kernels", 50),
-    "deterministic": ("training@check_deterministic", 25),
-    "waits": ("training@check_waits", 30),
-    "speed": ("speed@check_speed", 105),
-    "generation": ("speed@check_generation", 15),
-    "training": ("training@train_on_plays", 70),
-    "memory": ("training@check_memory", 20),
+    "environment": ("speed@check_environment", 13),
+    "curve": ("training@check_curve", 55),
+    "resume": ("training@check_resume", 50),
+    "compile": ("training@check_compile", 28),
+    "fast": ("training@check_fast", 24),
+    "kernels": ("kernels@check_kernels", 60),
+    "deterministic": ("training@check_deterministic", 20),
+    "waits": ("training@check_waits", 25),
+    "speed": ("speed@check_speed", 85),
+    "formulas": ("speed@check_formulas", 32),
+    "generation": ("speed@check_generation", 13),
+    "training": ("training@train_on_plays", 60),
+    "memory": ("training@check_memory", 15),
 }
 """module@function in scripts/gpu_checks, and its share of SECONDS as time limit."""
 FAILED = 1  # exit status

@@ -1,12 +1,14 @@
 """How often the host waits for the device: what a GPU does meanwhile is nothing."""
 
 import pytest
+import torch
 from host_waits import CountingBackend, HostWaits
 from training_tools import IDENTIFIERS, make_config
 
 from models.inference.language_model import LanguageModel
 from models.inference.loading import load_language_model
 from models.inference.sampling import Sampling
+from models.layers import visible
 from pretrain import train
 
 SHORT = [
@@ -64,6 +66,14 @@ def test_a_step_of_an_evaluation_waits_for_what_is_to_be_refined_alone(
         assert [dict(stretch) for stretch in batch[1:5]] == [expected] * 4
         assert dict(batch[5]) == {}
     assert dict(waits.stretches[6]) == {}, "between two batches"
+
+
+def test_the_mask_of_flex_attention_waits_for_nothing():
+    """It is built for a GPU, in each step, but can be built anywhere."""
+    waits, starts = HostWaits(), (torch.arange(300) // 70 * 70).int().expand(2, -1)
+    with waits:
+        mask = visible(starts, 3, True, "flex")
+    assert waits.total() == {} and mask.kv_indices.shape[-1] == 3
 
 
 @pytest.fixture

@@ -43,8 +43,9 @@ PACKAGES = {
     "adam_atan2": "adam-atan2",
     "pydantic_core": "pydantic",
 }
-# Used where a user has it, never needed: scripts/smoke_test.py falls back to text that is there.
-NOT_REQUIRED = {"datasets"}
+# Used where a user has it, never needed: scripts/smoke_test.py falls back to text that is there,
+# the token loss to PyTorch. Triton comes with a torch for CUDA.
+NOT_REQUIRED = {"datasets", "triton"}
 
 
 def source_files() -> list[Path]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from models.base import Carry
-from models.token_losses import LossType, by_tokens
+from models.token_losses import LossType, RowSums, by_tokens, sum_rows
 from utils.monitoring.metrics import Metric
 
 
@@ -153,19 +153,29 @@ class Term:
 class TokenTerm(Term):
     """A term that is a function of a token's logits and label, averaged over a row's labels.
 
-    A subclass defines `of_tokens` and names its `metric`. The head can compute it together with
-    the token loss, without the logits of the whole batch.
+    A subclass names its `metric` and defines `of_sums` if it depends on nothing but those sums,
+    which the kernel of the token loss computes on CUDA, and `of_tokens` otherwise. The head can
+    compute it together with the token loss, without the logits of the whole batch.
     """
 
     needs = frozenset({"logits"})
     training_only = True
     metric: ClassVar[str]
 
+    def of_sums(self, sums: RowSums) -> Tensor:
+        """Return the loss of tokens (T,), a differentiable function of their sums alone."""
+        raise NotImplementedError
+
     def of_tokens(self, logits: Tensor, labels: Tensor, loss_type: LossType) -> Tensor:
         """Return the loss of tokens (T,). logits: (T, V). labels: (T,), arbitrary for tokens
         without a label.
         """
-        raise NotImplementedError
+        return self.of_sums(sum_rows(loss_type.softmax_logits(logits), labels))
+
+    @property
+    def needs_only_sums(self) -> bool:
+        """Return whether the loss is `of_sums`."""
+        return type(self).of_tokens is TokenTerm.of_tokens
 
     def __call__(self, seen: Seen) -> Result:
         values = seen.token_values.get(self.name)

@@ -4,7 +4,7 @@ from pydantic import Field
 from torch import Tensor
 
 from models.terms.base import TermConfig, TokenTerm
-from models.token_losses import LossType
+from models.token_losses import RowSums
 
 
 class LabelSmoothingConfig(TermConfig):
@@ -26,6 +26,5 @@ class LabelSmoothing(TokenTerm):
     metric = "label_smoothing_loss"
     flat_keys = {"label_smoothing": "weight"}
 
-    def of_tokens(self, logits: Tensor, labels: Tensor, loss_type: LossType) -> Tensor:
-        scores = loss_type.softmax_logits(logits)  # log p up to a constant
-        return scores.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - scores.mean(-1)
+    def of_sums(self, sums: RowSums) -> Tensor:
+        return sums.label - sums.mean  # scores are log p up to a constant

@@ -4,7 +4,7 @@ from pydantic import Field
 from torch import Tensor
 
 from models.terms.base import TermConfig, TokenTerm
-from models.token_losses import LossType
+from models.token_losses import RowSums
 
 
 class ZLossConfig(TermConfig):
@@ -19,5 +19,5 @@ class ZLoss(TokenTerm):
     Config = ZLossConfig
     metric = "z_loss"
 
-    def of_tokens(self, logits: Tensor, labels: Tensor, loss_type: LossType) -> Tensor:
-        return loss_type.softmax_logits(logits).logsumexp(-1).square()
+    def of_sums(self, sums: RowSums) -> Tensor:
+        return sums.log_z.square()

@@ -83,6 +83,7 @@ class Shape(NamedTuple):
 SHAPES = {
     "narrow": Shape(B=4, S=256, D=256, N=4, M=2, V=4096, layers=2, H=3, L=4),
     "wide": Shape(B=2, S=256, D=512, N=8, M=4, V=4096, layers=2, H=3, L=6),
+    "gpu": Shape(B=16, S=1024, D=1024, N=16, M=8, V=32000, layers=2, H=3, L=4),
 }
 
 
@@ -90,7 +91,7 @@ class Options(CommandKeys):
     """The keys of this command, in addition to those of pretrain.py."""
 
     rounds: PositiveInt = Field(7, description="measurements of each variant")
-    shape: Literal["narrow", "wide"] = Field("narrow", description="sizes of the step")
+    shape: Literal["narrow", "wide", "gpu"] = Field("narrow", description="sizes of the step")
 
 
 def overrides(shape: Shape) -> list[str]:
@@ -156,6 +157,7 @@ def plain_step(
     if compiled:
         for block in model.blocks:
             block.compile(dynamic=False)
+        model.score = torch.compile(model.score, dynamic=False)  # type: ignore[method-assign]
     optimizer = AdamATan2(list(model.parameters()), 1e-4, (0.9, 0.95), 0.1)
     tokens = torch.randint(shape.V, (shape.B, shape.S), device=device)
     latents = [torch.randn(shape.B, shape.S, shape.D, dtype=dtype, device=device)] * 2

@@ -88,10 +88,15 @@ class PlainTRM(nn.Module):
                 z_H, z_L = self.cycle(z_H, z_L, x)
         z_H, z_L = self.cycle(z_H, z_L, x)
         logits = F.linear(z_H, self.head.to(self.dtype))
+        return z_H.detach(), z_L.detach(), *self.score(logits, labels)
+
+    @staticmethod
+    def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss and the share of correct predictions."""
         with torch.no_grad():
             right = (logits.argmax(-1) == labels).float().mean()
         wide = logits.double()
         s = torch.where(wide < 0, 1 / (1 - wide + 1e-30), wide + 1)
         log_p = torch.log(s / s.sum(-1, keepdim=True))
         loss = -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(-1).sum()
-        return z_H.detach(), z_L.detach(), loss, right
+        return loss, right

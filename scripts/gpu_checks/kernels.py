@@ -4,13 +4,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import Architecture
 from models.flex import Kernel, attention_kernel
 from models.layers import SequenceInfo, attend, visible
-from models.token_losses import stablemax_cross_entropy
+from scripts.gpu_checks.loss import check_rows, time_loss
 from scripts.gpu_checks.session import Session
 from scripts.gpu_checks.speed import median_seconds
 from utils.config.schema import OptimizerConfig
@@ -30,7 +29,8 @@ SHAPES = (
 
 
 def check_kernels(session: Session) -> None:
-    """Compare masked attention and the optimizer's kernel with exact results, and time them."""
+    """Compare the kernels of loss, masked attention and optimizer with exact results; time them."""
+    check_rows(session)
     for length, *shape, dtype in SHAPES:
         check_attention(session, length // 8 if session.tiny else length, *shape, dtype=dtype)
     check_optimizer(session)
@@ -128,28 +128,3 @@ def time_attention(session: Session) -> None:
 
 def _differentiate(fn: Callable[[], Tensor], inputs: list[Tensor], grad: Tensor) -> None:
     torch.autograd.grad(fn(), inputs, grad)
-
-
-def time_loss(session: Session) -> None:
-    """Time the output head with its loss, forward and backward, and its three matrix products
-    alone.
-    """
-    tokens, width, vocab = (64, 32, 100) if session.tiny else (32768, 1024, 32000)
-    with session.check(f"loss of {tokens} tokens, width {width}, vocabulary {vocab}") as found:
-        device = session.backend.device
-        hidden = torch.randn(1, tokens, width, device=device).bfloat16().requires_grad_()
-        weight = torch.randn(vocab, width, device=device, requires_grad=True)
-        labels = torch.randint(vocab, (1, tokens), device=device)
-
-        def head_and_loss() -> None:
-            losses = stablemax_cross_entropy(F.linear(hidden, weight.bfloat16()), labels)
-            torch.autograd.grad(losses.sum(), (hidden, weight))
-
-        @torch.no_grad()
-        def products() -> None:
-            matrix = weight.bfloat16()
-            logits = F.linear(hidden, matrix)
-            logits @ matrix, logits[0].T @ hidden[0]
-
-        found["ms"] = 1e3 * median_seconds(session, head_and_loss)
-        found["products_ms"] = 1e3 * median_seconds(session, products)

@@ -10,8 +10,8 @@ import torch
 from torch.profiler import profile, supported_activities
 
 from models.inference.generation import Decoder
-from scripts.benchmarks import rounding
-from scripts.gpu_checks.session import Session
+from scripts.benchmarks import efficiency, rounding
+from scripts.gpu_checks.session import COMPILED, EAGER, Session
 from scripts.training_step import make_step
 from utils.config.load import PretrainConfig
 from utils.monitoring.profiling import costliest
@@ -118,6 +118,43 @@ def time_step(session: Session, name: str, config: PretrainConfig, peak: float) 
         with profile(activities=supported_activities()) as profiler:
             step()
         found["text"] = costliest(profiler.key_averages(), 1)
+        for parameter in state.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        found["clip_ms"] = 1e3 * median_seconds(session, lambda: state.clip_gradients(1.0), 3)
+        found["optimizer_and_ema_ms"] = 1e3 * median_seconds(session, lambda: state.update(0.0), 3)
+
+
+def check_formulas(session: Session) -> None:
+    """Time a step beside TRM's formulas, both compiled, at equal sizes."""
+    session.backend.set_deterministic(True)
+    compiled, shape = not session.tiny, efficiency.SHAPES["gpu"]
+    if session.tiny:
+        shape = efficiency.Shape(B=2, S=16, D=64, N=2, M=1, V=50, layers=1, H=2, L=2)
+    peak, ratio = product_rate(session), {}
+
+    def athena() -> Callable[[], None]:
+        way = COMPILED if compiled else EAGER
+        config = session.config(*efficiency.overrides(shape), "arch.forward_dtype=bfloat16", way)
+        return make_step(config, session.backend, documents=False)[0]
+
+    def plain() -> Callable[[], None]:
+        return efficiency.plain_step(shape, torch.bfloat16, session.backend.device, compiled)
+
+    for name, build in {"Athena": athena, "TRM's formulas": plain}.items():
+        with session.check(f"{name}, bfloat16, {shape}") as found:
+            session.backend.forget_earlier_runs()
+            step = build()
+            step()
+            if session.on_cuda:
+                torch.cuda.reset_peak_memory_stats()
+            ratio[name] = seconds = median_seconds(session, step)
+            rate = shape.flops / seconds
+            found.update(ms=seconds * 1e3, tflop_a_second=rate / 1e12, of_measured_peak=rate / peak)
+            if session.on_cuda:
+                found["gb"] = torch.cuda.max_memory_allocated() / 1e9
+            del step
+    with session.check("Athena's step in those of TRM's formulas") as found:
+        found["ratio"] = ratio["Athena"] / ratio["TRM's formulas"]
 
 
 def check_generation(session: Session) -> None:

@@ -109,6 +109,20 @@ def check_compile(session: Session) -> None:
             return
 
 
+def check_fast(session: Session) -> None:
+    """Compare the losses of steps on the fast paths with those of plain steps."""
+    options = [session.corpora(), *TINY, "max_steps=10", *RUN[1:], EAGER]
+    for dtype, bar in {"float32": 1e-4, "bfloat16": 2e-2}.items():
+        with session.check(dtype) as found:
+            losses = []
+            for fast in ("false", "true"):
+                given = [*options, f"arch.forward_dtype={dtype}", f"fast={fast}"]
+                metrics = RunMetrics(session.train(f"{dtype} {fast}", *given))
+                losses.append(metrics.series("train/lm_loss")[1])
+            apart = max(abs(a - b) / a for a, b in zip(*losses, strict=True))
+            found.update(passed=apart < bar, relative_difference=apart, steps=len(losses[0]))
+
+
 def check_deterministic(session: Session) -> None:
     """Check that three runs of the same five steps are equal bit for bit."""
     session.backend.set_deterministic(True)
@@ -166,7 +180,7 @@ def check_waits(session: Session) -> None:
 
 def train_on_plays(session: Session) -> None:
     """Train on plays for most of a minute; check that the loss falls and is evaluated."""
-    given = [assignment("data_paths", [PLAYS]), "max_seconds=50", "log_interval=5"]
+    given = [assignment("data_paths", [PLAYS]), "max_seconds=45", "log_interval=5"]
     if session.tiny or not PLAYS.is_dir():
         given[0] = session.corpora()
     if session.tiny:

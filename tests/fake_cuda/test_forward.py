@@ -60,8 +60,7 @@ def test_parts_are_those_of_plain_indexing():
 
 def two_steps(head: ACTLossHead) -> None:
     carry = head.initial_carry(batch(CUDA))
-    for _ in range(2):
-        keys = ("preds", "token_nll", "logits")
+    for keys in (("preds", "token_nll"), ("preds", "token_nll", "logits")):  # fused or not
         carry, loss, metrics, found, done = head(return_keys=keys, carry=carry, batch=batch(CUDA))
         sums = {f"{name} {i}": t for name, pair in metrics.items() for i, t in enumerate(pair)}
         tensors = {"loss": loss, "all halted": done, **sums, **found}

@@ -1,5 +1,7 @@
 """`fast`: each name turns on its path alone, and fast and plain steps agree."""
 
+import sys
+
 import pytest
 import torch
 from fake_tools import LENGTH, ROWS, VOCAB, config_of
@@ -82,6 +84,26 @@ def test_a_name_turns_on_its_path_alone(fast, on):
         "weights": head.casts_once,
     }
     assert found == {name: name in on.split() for name in found}
+
+
+class Card(CPUBackend):
+    """The CPU, taken for a card when the kernel of the loss is chosen."""
+
+    def __init__(self):
+        super().__init__()
+        self.name = "cuda"
+
+
+def test_a_card_without_the_kernel_of_the_loss_trains_and_says_why(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "triton", None)  # not installed
+    monkeypatch.delitem(sys.modules, "models.triton_rows", raising=False)
+    config, head = config_of("athena_trm_tiny"), head_of("true")
+    choose_kernels(config, head, Card())
+    note = capsys.readouterr().out
+    assert "loss" in note and "triton" in note and note.count("note:") == 1
+    assert not head.triton and step(head, packed_batch())[0] > 0
+    choose_kernels(config_of("athena_trm_tiny", "fast=false"), head, Card())
+    assert capsys.readouterr().out == ""
 
 
 def test_weights_are_cast_in_the_order_of_the_modules():

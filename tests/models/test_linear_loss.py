@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from dataset.common import IGNORE_LABEL_ID
 from models import linear_loss as module
 from models.base import Outputs
-from models.linear_loss import linear_loss
+from models.linear_loss import WeightedTerm, linear_loss
 from models.losses import ACTLossHead
 from models.recursive_reasoning.transformer import Transformer
 from models.token_losses import LOSSES
@@ -38,7 +38,7 @@ def smoothing(logits, labels):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("elements", [1 << 25, 200, 1], ids=["one part", "parts", "tokens"])
-@pytest.mark.parametrize("terms", [(), ((0.3, smoothing),)], ids=["alone", "term"])
+@pytest.mark.parametrize("terms", [(), (WeightedTerm(0.3, smoothing),)], ids=["alone", "term"])
 def test_losses_and_gradients_are_the_formulas(name, elements, terms, monkeypatch):
     monkeypatch.setattr(module, "_PART_ELEMENTS", {"cpu": elements})
     monkeypatch.setattr(module, "_CACHED_ELEMENTS", max(1, elements // 3))
@@ -48,7 +48,7 @@ def test_losses_and_gradients_are_the_formulas(name, elements, terms, monkeypatc
     logits = hidden @ weight.T
     nll = formula(name, logits, labels)
     wanted = (nll * scale).sum()
-    for factor, term in terms:
+    for factor, term, _ in terms:
         wanted = wanted + factor * (term(logits, labels) * scale).sum()
         torch.testing.assert_close(found.terms[0], term(logits, labels), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.total, wanted, rtol=1e-12, atol=1e-12)

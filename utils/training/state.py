@@ -20,6 +20,7 @@ from models.build import load_into
 from models.cpu_kernels import cpu_kernels
 from models.flex import raise_recompile_limit
 from models.layers import SwiGLU
+from models.linear_loss import triton_failure
 from models.losses import ACTLossHead
 from models.sparse_embedding import SparseEmbeddingSignSGD, sparse_embeddings
 from utils.backend import Backend
@@ -310,7 +311,8 @@ def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend)
     fast = set_fast_paths(config, model, backend.device.type)
     slow: dict[str, list[str]] = {}
     wanted = backend.compiles_by_default if config.compile == "auto" else config.compile
-    if wanted and (fault := backend.cannot_compile()) is not None:
+    fault = backend.cannot_compile()
+    if wanted and fault is not None:
         slow[fault] = [f"compile={str(config.compile).lower()} has no effect"]
     inner = getattr(model.model, "inner", None)
     if (
@@ -319,6 +321,13 @@ def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend)
     ):
         what = "attention takes more time and memory, with dense document masks"
         slow.setdefault(reason, []).append(what)
+    model.triton = False
+    has_kernel = model.fused and model.loss_type.kernel is not None and backend.name == "cuda"
+    if isinstance(inner, Backbone) and has_kernel:
+        reason = fault or triton_failure(model.loss_type, backend.device, inner.config.dtype)
+        model.triton = reason is None
+        if reason is not None:
+            slow.setdefault(reason, []).append("the token loss takes more time, without its kernel")
     for reason, effects in slow.items():
         backend.report(f"note: {' and '.join(effects)}: {reason}")
 
