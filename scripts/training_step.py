@@ -122,9 +122,14 @@ def measure_step_peak(step: Callable[[], None], state: TrainState, backend: Back
         raise UserError(
             f"memory cannot be measured on {device}; use device_type=cpu or device_type=cuda"
         )
-    # The profiler misses the release of tensors allocated before it started, so two steps are
-    # profiled: in the second it has seen every allocation.
-    return sum(count_held(state)[0].values()) + measure_peak(lambda: (step(), step()))
+
+    def two_steps() -> None:
+        # The profiler misses the release of tensors allocated before it started; in the second
+        # step it has seen every allocation.
+        step()
+        step()
+
+    return sum(count_held(state)[0].values()) + measure_peak(two_steps)
 
 
 def count_held(state: TrainState) -> tuple[dict[str, int], int, int]:

@@ -97,11 +97,11 @@ def run(arguments: Sequence[str]) -> None:
                 found = train(checkout, Path(folder) / f"{number}_{i}", keys)
                 results[name].append(found)
                 print(f"{name}: {found.speed:.3f} steps/s, {shown(found.figure)}", flush=True)
-    speeds = {k: statistics.median(r.speed for r in found) for k, found in results.items()}
+    speeds = {k: statistics.median(r.speed for r in each) for k, each in results.items()}
     label = next(iter(results.values()))[0].label
     print(f"\nmedians of {options.rounds} rounds\n\n{'':<32}{'steps/s':>10}  {label}")
-    for name, found in results.items():
-        figures = [r.figure for r in found if r.figure is not None]
+    for name, each in results.items():
+        figures = [r.figure for r in each if r.figure is not None]
         figure = statistics.median(figures) if figures else None
         print(f"{name:<32}{speeds[name]:>10.3f}  {shown(figure)}")
     this, old = speeds.values()

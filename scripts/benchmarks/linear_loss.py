@@ -49,9 +49,9 @@ class Case:
 
     def __init__(self, options: Options, tokens: int, device: torch.device):
         self.compile = options.compile
-        sizes = dict(device=device, requires_grad=True)
-        self.hidden = torch.randn(tokens, options.width, dtype=torch.bfloat16, **sizes)
-        self.weight = torch.randn(options.vocabulary, options.width, **sizes)
+        hidden = torch.randn(tokens, options.width, dtype=torch.bfloat16, device=device)
+        weight = torch.randn(options.vocabulary, options.width, device=device)
+        self.hidden, self.weight = hidden.requires_grad_(), weight.requires_grad_()
         self.labels = torch.randint(options.vocabulary, (tokens,), device=device)
         self.scale = torch.full((tokens,), 1 / tokens, device=device)
 

@@ -110,9 +110,9 @@ def test_fast_and_plain_runs_have_the_same_curve_in_bfloat16(loss, text_corpus, 
     for fast in ("true", "false"):
         folder = run_training(
             text_corpus, f"fast_{fast}", f"fast={fast}", "arch.forward_dtype=bfloat16",
-            "arch.hidden_size=64", "optimizer=muon", "lr=4e-3", "global_batch_size=32", "max_steps=60", "epochs=100",
-            f"arch.loss.loss_type={loss}_cross_entropy", "evaluators=[]", "eval_interval=null",
-            "eval_max_batches=1", "checkpoint_every_eval=false",
+            "arch.hidden_size=64", "optimizer=muon", "lr=4e-3", "global_batch_size=32",
+            "max_steps=60", "epochs=100", f"arch.loss.loss_type={loss}_cross_entropy",
+            "evaluators=[]", "eval_interval=null", "eval_max_batches=1",
         )  # fmt: skip
         curves.append(torch.tensor(metrics_of(folder, "train/lm_loss"), dtype=torch.float64))
     fast_losses, plain = curves

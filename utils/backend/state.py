@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
@@ -99,16 +100,18 @@ def local_part(value: Tensor) -> Tensor:
     return value.to_local() if is_sharded(value) else value
 
 
-def _options(model: nn.Module) -> dict[str, bool]:
+def _options(model: nn.Module) -> "StateDictOptions":
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
     sharded = is_sharded_model(model)
-    return {"full_state_dict": sharded, "cpu_offload": sharded}
+    return StateDictOptions(full_state_dict=sharded, cpu_offload=sharded)
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
     """Return whole weights by name; for a sharded model on rank 0 only, on the host."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    return dict(get_model_state_dict(model, options=StateDictOptions(**_options(model))))
+    return dict(get_model_state_dict(model, options=_options(model)))
 
 
 def load_model_state(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -121,11 +124,11 @@ def load_model_state(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Return `state` and `param_groups` with parameters by name, like `model_state`."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     if not optimizer.state:  # torch would take a step to create a state
         return {}
-    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**_options(model)))
+    return get_optimizer_state_dict(model, optimizer, options=_options(model))
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
