@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._C._profiler import _EventType
@@ -27,10 +28,12 @@ def make_step(
     micro_rows: int | None = None,
     *,
     documents: bool = True,
+    document_tokens: int | None = None,
 ) -> tuple[Callable[[], None], TrainState]:
     """Return a function that takes one optimizer step on random tokens, and the training state.
 
-    documents: whether attention uses a document mask.
+    documents: whether attention uses a document mask. document_tokens: mean length of the documents
+    packed into a row; None: a row is one document.
     """
     rows = config.global_batch_size
     sizes = {"vocab_size": config.vocab_size or 1024, "seq_len": config.seq_len or 256}
@@ -51,6 +54,8 @@ def make_step(
     state = create_train_state(config, model, backend=backend)
     micro_rows = micro_rows or rows
     host = make_batch(model.model, micro_rows, documents=documents, widths=further_widths(model))
+    if documents and document_tokens is not None:
+        host["document_starts"] = draw_starts(micro_rows, metadata.seq_len, document_tokens)
     tokens = torch.randint(
         metadata.vocab_size, (rows, metadata.seq_len), dtype=torch.int32, device=backend.device
     )
@@ -77,28 +82,24 @@ def make_step(
     return step, state
 
 
+def draw_starts(rows: int, length: int, document_tokens: int) -> np.ndarray:
+    """Draw rows of documents with `document_tokens` on average: for each position, the first
+    position of its document, (rows, length).
+    """
+    begins = np.random.default_rng(0).random((rows, length)) < 1 / document_tokens
+    return np.maximum.accumulate(np.where(begins, np.arange(length, dtype=np.int32), 0), axis=1)
+
+
 def measure_step(
     config: PretrainConfig, micro_rows: int, backend: Backend
 ) -> tuple[dict[str, int], float]:
     """Measure the peak bytes of an optimizer step, by the parts of a `MemoryPlan`, and the seconds
     of another step. Tokens are random, according to `config.vocab_size` and `seq_len`.
     """
-    device = backend.device.type
-    if device not in ("cpu", "cuda"):
-        raise UserError(
-            f"memory cannot be measured on {device}; use device_type=cpu or device_type=cuda"
-        )
     step, state = make_step(config, backend, micro_rows)
     step()  # the optimizer allocates its moments
     parts, latents, data = count_held(state)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        # The profiler misses the release of tensors allocated before it started, so two steps are
-        # profiled: in the second it has seen every allocation.
-        peak = sum(parts.values()) + measure_peak(lambda: (step(), step()))
+    peak = measure_step_peak(step, state, backend)
     begun = time.perf_counter()
     step()
     seconds = time.perf_counter() - begun
@@ -106,6 +107,29 @@ def measure_step(
     gradients = sum(p.nbytes for p in state.parameters)
     found = parts | {"gradients": gradients, "carry": latents + 2 * data}
     return found | {"activations": peak - sum(found.values())}, seconds
+
+
+def measure_step_peak(step: Callable[[], None], state: TrainState, backend: Backend) -> int:
+    """Measure the peak bytes of an optimizer step, including weights and moments, after at least
+    one step.
+    """
+    device = backend.device.type
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    if device != "cpu":
+        raise UserError(
+            f"memory cannot be measured on {device}; use device_type=cpu or device_type=cuda"
+        )
+
+    def two_steps() -> None:
+        # The profiler misses the release of tensors allocated before it started; in the second
+        # step it has seen every allocation.
+        step()
+        step()
+
+    return sum(count_held(state)[0].values()) + measure_peak(two_steps)
 
 
 def count_held(state: TrainState) -> tuple[dict[str, int], int, int]:

@@ -95,6 +95,42 @@ def test_sweeps_still_work(command):
     assert result.stdout.splitlines() == ["lr 0.001 run x", "lr 0.002 run x"], result
 
 
+# Each takes a good part of a second to import.
+LATE = (
+    "torch._dynamo torch._inductor torch.distributed.checkpoint torch.distributed.fsdp "
+    "torch.distributed.tensor sympy pandas pyarrow matplotlib transformers optuna wandb "
+    "tensorboard torch.utils.tensorboard"
+).split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "status", "late"),
+    [
+        ("pretrain.py --help", 0, LATE),
+        ("pretrain.py lrr=1", 2, LATE),
+        ("pretrain.py data_paths=[x] dry_run=true global_batch_size=0", 2, LATE),
+        ("scripts/generate.py --help", 0, LATE),
+        ("scripts/estimate.py --help", 0, LATE),
+        ("scripts/sweep_optuna.py --help", 0, {*LATE} - {"optuna"}),
+        ("scripts/plot_run.py --help", 0, [*LATE, "torch"]),
+        ("scripts/gpu_check.py --help", 0, [*LATE, "torch"]),
+        ("scripts/smoke_test.py --help", 0, [*LATE, "torch"]),
+        ("-m dataset.build_corpus_dataset --help", 0, [*LATE, "torch"]),
+        ("-m dataset.build_text_dataset --help", 0, [*LATE, "torch"]),
+        ("-m dataset.inspect_corpus --help", 0, [*LATE, "torch"]),
+    ],
+)
+def test_an_answer_waits_for_no_import_that_it_does_not_use(arguments, status, late):
+    command = [sys.executable, "-X", "importtime", *arguments.split()]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
+    assert result.returncode == status, result.stderr[-1000:]
+    lines = [x for x in result.stderr.splitlines() if x.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip() for line in lines}
+    assert "utils.core.errors" in imported  # the names were understood
+    assert not imported.intersection(late)
+
+
 # The rest in this process: starting one for each would mostly test Python's start.
 
 

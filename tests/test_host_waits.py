@@ -1,7 +1,10 @@
 """How often the host waits for the device: what a GPU does meanwhile is nothing."""
 
+import itertools
+
 import pytest
 import torch
+from fake_tools import PRESETS, config_of
 from host_waits import CountingBackend, HostWaits
 from training_tools import IDENTIFIERS, make_config
 
@@ -10,6 +13,7 @@ from models.inference.loading import load_language_model
 from models.inference.sampling import Sampling
 from models.layers import visible
 from pretrain import train
+from utils.config.schema import PretrainConfig
 
 SHORT = [
     *IDENTIFIERS, "max_steps=4", "epochs=20", "evaluators=[]", "log_interval=100", "seed=3",
@@ -19,11 +23,20 @@ REFINED = "arch.post_refinement_steps=1"
 
 
 def counted(corpus, folder, *options) -> HostWaits:
-    config = make_config(corpus, f"checkpoint_path={folder}", "run_name=x", *SHORT, *options)
+    return count(make_config(corpus, f"checkpoint_path={folder}", "run_name=x", *SHORT, *options))
+
+
+def count(config: PretrainConfig) -> HostWaits:
     waits = HostWaits()
     with waits:
         assert train(CountingBackend(waits), config) == 0
     return waits
+
+
+def later_steps(waits: HostWaits) -> list[dict[str, int]]:
+    """The waits of the third and the fourth step; the first makes the carries, and before the
+    second the first is logged."""
+    return [dict(stretch) for stretch in waits.stretches[3:5]]
 
 
 @pytest.mark.parametrize(
@@ -47,9 +60,36 @@ def test_a_training_step_waits_once_for_what_has_halted(
         text_corpus, tmp_path, f"optimizer={optimizer}", f"feed={feed}",
         f"arch.loss.loss_type={loss}_cross_entropy", *more,
     )  # fmt: skip
-    # the first stretch makes the carries, the second step logs, later ones do neither
-    steps = [dict(stretch) for stretch in waits.stretches[3:5]]
-    assert steps == [{"to_host": 1}] * 2
+    assert later_steps(waits) == [{"to_host": 1}] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "ema", "micro_batches"),
+    [*itertools.product(("adam_atan2", "adamw", "muon"), ("true", "false"), (1, 2))],
+)
+def test_a_step_waits_once_with_every_optimizer(
+    optimizer, ema, micro_batches, text_corpus, tmp_path
+):
+    options = [f"optimizer={optimizer}", f"ema={ema}", f"grad_accum_steps={micro_batches}"]
+    waits = counted(text_corpus, tmp_path, *options, "arch.forward_dtype=bfloat16")
+    assert later_steps(waits) == [{"to_host": 1}] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fast", ["true", "false"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_step_waits_once_in_every_preset(preset, fast, text_corpus, tmp_path):
+    folders = [f"data_paths=[{text_corpus}]", f"checkpoint_path={tmp_path}", "run_name=x"]
+    run = [*folders, *SHORT, f"fast={fast}", "device_type=cpu", "logger=[]"]
+    waits = count(config_of(preset, *run))
+    assert later_steps(waits) == [{"to_host": 1}] * 2
+
+
+def test_a_step_that_logs_waits_once_more(text_corpus, tmp_path):
+    """All metrics in one transfer; they are read after the step, in the stretch of the next."""
+    waits = counted(text_corpus, tmp_path, "log_interval=1", "grad_accum_steps=2")
+    assert later_steps(waits) == [{"to_host": 1, "tolist": 1}] * 2
 
 
 @pytest.mark.parametrize(("refined", "expected"), [(False, {}), (True, {"_local_scalar_dense": 1})])

@@ -49,6 +49,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
+def stablemax_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of logits (..., V) at labels (...) in float64, (...)."""
+    wide = logits.double()
+    s = torch.where(wide < 0, 1 / (1 - wide + 1e-30), wide + 1)
+    log_p = torch.log(s / s.sum(-1, keepdim=True))
+    return -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
 class PlainTRM(nn.Module):
     """One ACT step of the recursion, with gradient through its last outer cycle."""
 
@@ -95,8 +103,4 @@ class PlainTRM(nn.Module):
         """Return the loss and the share of correct predictions."""
         with torch.no_grad():
             right = (logits.argmax(-1) == labels).float().mean()
-        wide = logits.double()
-        s = torch.where(wide < 0, 1 / (1 - wide + 1e-30), wide + 1)
-        log_p = torch.log(s / s.sum(-1, keepdim=True))
-        loss = -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(-1).sum()
-        return loss, right
+return stablemax_loss(logits, labels).mean(-1).sum(), right

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fake_tools import LENGTH, ROWS, VOCAB, config_of
 from kernel_tools import can_run_kernels
+from training_tools import metrics_of
 
 from dataset.common import DatasetMetadata
 from models.build import create_model
@@ -127,3 +128,23 @@ def test_compiled_blocks_are_recomputed_in_bfloat16():
         create_train_state(config, head, backend=CPUBackend())
         found.append(step(head, batch)[1])
     assert torch.dot(*found) >= 0.999 * found[0].norm() * found[1].norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["stablemax", "softmax"])
+def test_fast_and_plain_runs_have_the_same_curve_in_bfloat16(loss, text_corpus, run_training):
+    """The losses of 60 steps, of packed rows with document masks."""
+    curves = []
+    for fast in ("true", "false"):
+        folder = run_training(
+            text_corpus, f"fast_{fast}", f"fast={fast}", "arch.forward_dtype=bfloat16",
+            "arch.hidden_size=64", "optimizer=muon", "lr=4e-3", "global_batch_size=32",
+            "max_steps=60", "epochs=100", f"arch.loss.loss_type={loss}_cross_entropy",
+            "evaluators=[]", "eval_interval=null", "eval_max_batches=1",
+        )  # fmt: skip
+        curves.append(torch.tensor(metrics_of(folder, "train/lm_loss"), dtype=torch.float64))
+    fast_losses, plain = curves
+    assert len(plain) == 60
+    assert plain[0] - plain[-5:].mean() > 1  # it learns
+    assert not torch.equal(fast_losses, plain)  # another path was taken
+    assert (fast_losses - plain).abs().max() <= 0.02

@@ -22,14 +22,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from utils.backend.board import Board, connect_store
 from utils.backend.memory import free_host_memory, peak_host_memory
 from utils.backend.process import Received, catch_stop_signals, end_with_launcher
-from utils.backend.state import shard
+from utils.backend.state import is_sharded_model, shard
 from utils.core.console import notify
 from utils.core.errors import UserError
 
@@ -217,7 +216,7 @@ class Backend:
         """Skip the reduction of gradients within the context, unless this is the last
         micro-batch.
         """
-        if isinstance(model, FSDPModule):
+        if is_sharded_model(model):
             model.set_requires_gradient_sync(last)
         elif isinstance(model, DistributedDataParallel) and not last:
             return model.no_sync()

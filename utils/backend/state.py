@@ -5,22 +5,33 @@ size, and in a single process. torch.distributed.checkpoint's own directories ar
 contain a pickled index, and reading one can run code.
 """
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+# Importing torch's FSDP, DTensor or state dicts takes half a second, so only the functions that
+# need them import them. Before that, nothing can be sharded.
+
+
+def is_sharded_model(model: nn.Module) -> "TypeGuard[FSDPModule]":
+    """Return whether `shard` was applied to the model."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return isinstance(model, getattr(fsdp, "FSDPModule", ()))
+
+
+def is_sharded(value: Tensor) -> "TypeGuard[DTensor]":
+    """Return whether each rank holds only a part of the tensor."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return isinstance(value, getattr(tensor, "DTensor", ()))
 
 
 def shard(model: nn.Module, device_type: str, world_size: int) -> nn.Module:
@@ -30,6 +41,9 @@ def shard(model: nn.Module, device_type: str, world_size: int) -> nn.Module:
     them block by block would repeat every transfer many times. Whole weights exist from the start
     of a forward pass to the end of its backward pass.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device_type, (world_size,))
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     return model
@@ -37,13 +51,13 @@ def shard(model: nn.Module, device_type: str, world_size: int) -> nn.Module:
 
 def gather(model: nn.Module) -> None:
     """Gather whole weights, for code that calls submodules of the model. A collective."""
-    if isinstance(model, FSDPModule):
+    if is_sharded_model(model):
         model.unshard()
 
 
 def release(model: nn.Module) -> None:
     """Free whole weights; call it before and after changing the shards directly."""
-    if isinstance(model, FSDPModule):
+    if is_sharded_model(model):
         model.reshard()
 
 
@@ -73,7 +87,9 @@ def host_copy(value: Any, keep: bool = True) -> Any:
 
 def part_like(value: Tensor, reference: Tensor) -> Tensor:
     """Return this rank's shard of a whole tensor, sharded as `reference` is."""
-    if isinstance(reference, DTensor):
+    if is_sharded(reference):
+        from torch.distributed.tensor import distribute_tensor
+
         moved = value.to(reference.device_mesh.device_type)
         return distribute_tensor(moved, reference.device_mesh, reference.placements)
     return value
@@ -81,27 +97,35 @@ def part_like(value: Tensor, reference: Tensor) -> Tensor:
 
 def local_part(value: Tensor) -> Tensor:
     """Return a view of this rank's shard; return unsharded tensors unchanged."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if is_sharded(value) else value
 
 
-def _options(model: nn.Module) -> StateDictOptions:
-    sharded = isinstance(model, FSDPModule)
+def _options(model: nn.Module) -> "StateDictOptions":
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    sharded = is_sharded_model(model)
     return StateDictOptions(full_state_dict=sharded, cpu_offload=sharded)
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
     """Return whole weights by name; for a sharded model on rank 0 only, on the host."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
     return dict(get_model_state_dict(model, options=_options(model)))
 
 
 def load_model_state(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load whole weights, the same on every rank."""
-    options = StateDictOptions(full_state_dict=isinstance(model, FSDPModule))
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=is_sharded_model(model))
     set_model_state_dict(model, dict(weights), options=options)
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Return `state` and `param_groups` with parameters by name, like `model_state`."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
     if not optimizer.state:  # torch would take a step to create a state
         return {}
     return get_optimizer_state_dict(model, optimizer, options=_options(model))
@@ -112,10 +136,12 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str
 
     Learning rates, weight decays and other settings are not changed.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
     if not state:
         return
     present = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    options = StateDictOptions(full_state_dict=isinstance(model, FSDPModule))
+    options = StateDictOptions(full_state_dict=is_sharded_model(model))
     set_optimizer_state_dict(model, optimizer, state, options=options)
     for group, values in zip(optimizer.param_groups, present, strict=True):
         group.update(values)
@@ -123,4 +149,4 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str
 
 def whole(value: Tensor) -> Tensor:
     """Return a sharded tensor, or a norm over sharded gradients, as a plain one. A collective."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if is_sharded(value) else value
