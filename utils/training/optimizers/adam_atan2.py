@@ -15,7 +15,7 @@ from utils.backend.state import local_part
 from utils.core.errors import UserError
 from utils.training.ema import AverageUpdate
 
-_PIECE = 1 << 18
+_PIECE = 1 << 19
 
 
 class AdamATan2(Optimizer):
