@@ -28,13 +28,14 @@ ADAM = {
 }
 
 
-def weights() -> list[nn.Parameter]:
-    """Smaller and larger than what is updated at once; two are not contiguous; the last two have
-    few gradients or none.
+def weights(turned: bool = False) -> list[nn.Parameter]:
+    """Smaller and larger than what is updated at once; the last two have few gradients or none.
+
+    turned: two are not contiguous.
     """
-    drawn = [torch.randn(3), torch.randn(1), torch.randn(700, 750), torch.randn(6, 5).T]
-    drawn += [torch.randn(700, 500).T, torch.randn(8, 4), torch.randn(2, 2)]
-    return [nn.Parameter(x) for x in drawn]
+    drawn = [torch.randn(3), torch.randn(1), torch.randn(700, 750), torch.randn(6, 5)]
+    drawn += [torch.randn(70, 50), torch.randn(8, 4), torch.randn(2, 2)]
+    return [nn.Parameter(x.T if turned and k in (3, 4) else x) for k, x in enumerate(drawn)]
 
 
 def draw_gradients(step: int, parameters: list[nn.Parameter]) -> None:
@@ -118,9 +119,10 @@ def steps(state: TrainState, count: int = 5) -> Iterator[float]:
         yield factor
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["", "not contiguous"])
 @pytest.mark.parametrize("name", ADAM)
-def test_an_update_and_its_averages_follow_their_formulas(name):
-    parameters = weights()
+def test_an_update_and_its_averages_follow_their_formulas(name, turned):
+    parameters = weights(turned)
     expected = references(parameters, quotient if name == "adamw" else angle)
     state = build_state(ADAM[name], parameters)
     for t, factor in enumerate(steps(state)):
