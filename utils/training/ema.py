@@ -1,6 +1,6 @@
 """Keep an exponential moving average of the weights."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -15,10 +15,10 @@ class AverageUpdate:
     An optimizer may do a part of it while parameters are in the cache; `finish` does the rest.
     """
 
-    def __init__(self, pending: dict[nn.Parameter, Tensor], weight: float):
-        self._pending, self.weight = pending, weight
+    def __init__(self, pending: Mapping[Tensor, Tensor], weight: float):
+        self._pending, self.weight = dict(pending), weight
 
-    def take(self, parameter: nn.Parameter) -> Tensor | None:
+    def take(self, parameter: Tensor) -> Tensor | None:
         """Return the average of a parameter, which the caller then updates; None if there is
         none.
         """

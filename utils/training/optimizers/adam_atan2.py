@@ -22,6 +22,8 @@ class AdamATan2(Optimizer):
     """Adam with an arctangent update, without epsilon (Everett et al. 2024, arXiv 2407.05872).
 
     p ← p·(1 − lr·wd) − lr/(1 − β1^t) · atan2(m, √v / √(1 − β2^t))
+
+    foreach: whether to update all weights together, which takes more memory; None: on CUDA.
     """
 
     class Config(pydantic.BaseModel, extra="forbid", strict=True):
@@ -68,15 +70,13 @@ class AdamATan2(Optimizer):
         weight_decay: float = 0.0,
         foreach: bool | None = None,
     ):
-        """foreach: update all weights of a group together, which takes more memory; None: on
-        CUDA.
-        """
         options = dict(lr=lr, betas=betas, weight_decay=weight_decay, foreach=foreach)
         super().__init__(params, options)
 
     @torch.no_grad()
     def step(self, closure=None, averages: AverageUpdate | None = None):
         loss = _call(closure)
+        averages = averages or AverageUpdate({}, 0.0)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
@@ -85,14 +85,14 @@ class AdamATan2(Optimizer):
                         step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
                     )
                 state["step"] += 1
-            together = group["foreach"]
+            together = group.get("foreach")
             if together is None:
                 together = bool(parameters) and parameters[0].device.type == "cuda"
             if together:
                 self._update_together(parameters, group)
             else:
                 for p in parameters:
-                    self._update(p, group, averages)
+                    self._update(p, p.grad, group, averages)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -103,16 +103,15 @@ class AdamATan2(Optimizer):
         for moments in self.state.values():
             moments["step"] = int(moments["step"])
 
-    def _update(self, p: Tensor, group: dict, averages: AverageUpdate | None) -> None:
+    def _update(self, p: Tensor, grad: Tensor, group: dict, averages: AverageUpdate) -> None:
         state, (beta1, beta2), lr = self.state[p], group["betas"], group["lr"]
         decay, rate = lr * group["weight_decay"], lr / (1 - beta1 ** state["step"])
         correction: Any = (1 - beta2 ** state["step"]) ** 0.5
-        tensors = [p, p.grad, state["exp_avg"], state["exp_avg_sq"]]
-        average = None
+        tensors = [p, grad, state["exp_avg"], state["exp_avg_sq"]]
         if p.device.type == "xla":
             # after a few hundred steps it rounds to 1, and the constant 1 is another program on XLA
             correction = torch.full((1,), correction, dtype=p.dtype).to(p.device)
-        elif averages is not None and (average := averages.take(p)) is not None:
+        elif (average := averages.take(p)) is not None:
             tensors.append(average)
         for part, slope, mean, square, *shadows in _pieces([local_part(x) for x in tensors]):
             mean.lerp_(slope, 1 - beta1)
@@ -123,14 +122,14 @@ class AdamATan2(Optimizer):
             for shadow in shadows:
                 shadow.lerp_(part.to(shadow.dtype), averages.weight)
 
-    def _update_together(self, parameters: Sequence[Tensor], group: dict) -> None:
+    def _update_together(self, parameters: Sequence[Any], group: dict) -> None:
         """Update several weights with a few operations on all of them.
 
         There is no such operation for atan2. Its second argument is not negative, so it is
         atan(m / √v), and rsqrt limited to finite numbers gives 0 where both arguments are 0.
         """
         (beta1, beta2), lr = group["betas"], group["lr"]
-        kinds: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+        kinds: dict[tuple[torch.dtype, int], list[Any]] = {}
         for p in parameters:
             kinds.setdefault((p.dtype, self.state[p]["step"]), []).append(p)
         for (dtype, step), chosen in kinds.items():
