@@ -1,6 +1,6 @@
 """Keep an exponential moving average of the weights."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,8 +15,8 @@ class AverageUpdate:
     An optimizer may do a part of it while parameters are in the cache; `finish` does the rest.
     """
 
-    def __init__(self, pending: Mapping[Tensor, Tensor], weight: float):
-        self._pending, self.weight = dict(pending), weight
+    def __init__(self, pending: dict[Tensor, Tensor], weight: float):
+        self._pending, self.weight = pending, weight
 
     def take(self, parameter: Tensor) -> Tensor | None:
         """Return the average of a parameter, which the caller then updates; None if there is
@@ -58,7 +58,9 @@ class EMA:
         if self.warmup:
             rate = min(rate, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        pending = {p: self.shadow[name] for name, p in self.parameters.items()}
+        pending: dict[Tensor, Tensor] = {
+            p: self.shadow[name] for name, p in self.parameters.items()
+        }
         return AverageUpdate(pending, 1 - rate)
 
     @contextmanager

@@ -146,7 +146,7 @@ class TrainState:
             for group in optimizer.param_groups:
                 group["lr"] = base * factor
             if averages is not None and getattr(optimizer, "takes_averages", False):
-                optimizer.step(averages=averages)  # type: ignore[call-arg]
+                optimizer.step(averages=averages)  # type: ignore[call-overload]
             else:
                 optimizer.step()
         if averages is not None:

@@ -1,7 +1,6 @@
 """Muon (Jordan et al. 2024) on the matrices of the blocks, AdamW on embeddings and heads."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pydantic
@@ -57,7 +56,7 @@ class StackedMuon(torch.optim.Muon):
     """torch's Muon with `match_rms_adamw`, which orthogonalizes matrices of one shape together."""
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         if self.param_groups[0]["params"][0].device.type == "xla":  # where all is one program
             return super().step(closure)
         loss = None if closure is None else torch.enable_grad()(closure)()
@@ -81,15 +80,18 @@ class StackedMuon(torch.optim.Muon):
 
 
 def _update_stack(
-    group: dict, parameters: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Tensor]
+    group: dict,
+    parameters: tuple[Tensor, ...],
+    grads: tuple[Tensor, ...],
+    means: tuple[Tensor, ...],
 ) -> None:
-    rows, columns = parameters[0].shape
+    """Move matrices of one shape by their orthogonalized momentum."""
     moved = torch._foreach_lerp(grads, means, group["momentum"]) if group["nesterov"] else means
     update = orthogonalize(
         torch.stack(moved), group["ns_coefficients"], group["ns_steps"], group["eps"]
     )
     updates = update.to(parameters[0].dtype).unbind()
-    rate = group["lr"] * 0.2 * math.sqrt(max(rows, columns))
+    rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))
     torch._foreach_add_(parameters, updates, alpha=-rate)
 
 
