@@ -74,6 +74,7 @@ def train(backend: Backend, config: PretrainConfig, reason: str = "as the caller
     messages.announce(backend, config, reason)
     check_ranks(config, backend.world_size)
     backend.set_deterministic(config.deterministic)
+    backend.set_matmul_precision(config.matmul_precision)
     data = open_data(config)
     with RunFolder(config, backend) as folder:
         run = build_run(config, backend, data, folder.path)

@@ -35,6 +35,7 @@ def make_step(
     documents: whether attention uses a document mask. document_tokens: mean length of the documents
     packed into a row; None: a row is one document.
     """
+    backend.set_matmul_precision(config.matmul_precision)
     rows = config.global_batch_size
     sizes = {"vocab_size": config.vocab_size or 1024, "seq_len": config.seq_len or 256}
     metadata, _ = plan_metadata(config.model_copy(update={"data_paths": [], **sizes}))

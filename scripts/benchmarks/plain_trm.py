@@ -103,4 +103,4 @@ class PlainTRM(nn.Module):
         """Return the loss and the share of correct predictions."""
         with torch.no_grad():
             right = (logits.argmax(-1) == labels).float().mean()
-return stablemax_loss(logits, labels).mean(-1).sum(), right
+        return stablemax_loss(logits, labels).mean(-1).sum(), right

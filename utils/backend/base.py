@@ -164,6 +164,11 @@ class Backend:
         `explain_nondeterminism`.
         """
 
+    def set_matmul_precision(self, wanted: str) -> None:
+        """Set the precision of float32 matrix products on devices with several: `highest` or
+        `high`.
+        """
+
     # --- tensors and steps
 
     def to_device(self, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -71,6 +71,10 @@ class CUDABackend(Backend):
         torch.use_deterministic_algorithms(wanted)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
+    def set_matmul_precision(self, wanted: str) -> None:
+        # Not torch.set_float32_matmul_precision, which changes products on the CPU too.
+        torch.backends.cuda.matmul.allow_tf32 = wanted == "high"
+
     def group_options(self) -> dict[str, Any]:
         return {"backend": "nccl", "device_id": self.device}  # NCCL would have to guess the device
 

@@ -384,6 +384,9 @@ class PretrainConfig(Strict):
         3600.0, "seconds without progress before the run exits, naming the rank; null: never", "any"
     )
     deterministic: bool = key(True, "on CUDA: resume bit for bit; false may be faster", "any")
+    matmul_precision: Literal["highest", "high"] = key(
+        "highest", "float32 products on CUDA; high: in TF32, faster and less precise", "any"
+    )
     compile: bool | Literal["auto"] = key(
         "auto", "compile the model with torch.compile; auto: on CUDA, where Triton works", "any"
     )

@@ -4,9 +4,33 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.backend.state import part_like
+
+
+class AverageUpdate:
+    """One update of averages: shadow ← shadow + weight · (parameter − shadow).
+
+    An optimizer may do a part of it while parameters are in the cache; `finish` does the rest.
+    """
+
+    def __init__(self, pending: dict[Tensor, Tensor], weight: float):
+        self._pending, self.weight = pending, weight
+
+    def take(self, parameter: Tensor) -> Tensor | None:
+        """Return the average of a parameter, which the caller then updates; None if there is
+        none.
+        """
+        return self._pending.pop(parameter, None)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Update the averages that no optimizer has taken."""
+        shadows, self._pending = self._pending, {}
+        weights = [p.to(shadow.dtype) for p, shadow in shadows.items()]
+        if weights:
+            torch._foreach_lerp_(list(shadows.values()), weights, self.weight)
 
 
 class EMA:
@@ -24,15 +48,20 @@ class EMA:
             for name, p in self.parameters.items()
         }
 
-    @torch.no_grad()
     def update(self) -> None:
         """Add the current weights to the averages."""
+        self.begin_update().finish()
+
+    def begin_update(self) -> AverageUpdate:
+        """Begin to add the weights of the next step to the averages, which the caller finishes."""
         rate = self.rate
         if self.warmup:
             rate = min(rate, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        weights = [p.to(self.shadow[name].dtype) for name, p in self.parameters.items()]
-        torch._foreach_lerp_(list(self.shadow.values()), weights, 1 - rate)
+        pending: dict[Tensor, Tensor] = {
+            p: self.shadow[name] for name, p in self.parameters.items()
+        }
+        return AverageUpdate(pending, 1 - rate)
 
     @contextmanager
     def swap(self) -> Iterator[None]:

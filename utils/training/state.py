@@ -136,17 +136,24 @@ class TrainState:
         """
         if not self.parameters:
             return None
-        limit = math.inf if max_norm is None else max_norm
-        return whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        if max_norm is not None:
+            return whole(torch.nn.utils.clip_grad_norm_(self.parameters, max_norm))
+        # clipping to infinity would multiply every gradient by 1
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return whole(torch.nn.utils.get_total_norm(gradients))
 
     def update(self, factor: float) -> None:
-        """Take an optimizer step with `factor` times the base learning rates."""
+        """Take an optimizer step with `factor` times the base learning rates, and average."""
+        averages = None if self.ema is None else self.ema.begin_update()
         for optimizer, base in zip(self.optimizers, self.base_lrs, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = base * factor
-            optimizer.step()
-        if self.ema is not None:
-            self.ema.update()
+            if averages is not None and getattr(optimizer, "takes_averages", False):
+                optimizer.step(averages=averages)  # type: ignore[call-overload]
+            else:
+                optimizer.step()
+        if averages is not None:
+            averages.finish()
         self.nonfinite_in_a_row = 0
 
     def free_broken_rows(self) -> Tensor:

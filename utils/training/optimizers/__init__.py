@@ -8,6 +8,8 @@
 - optionally `Config`, a pydantic model of this optimizer's own options; their values are passed to
   `build`.
 - optionally `takes_shards = False` if it needs whole tensors; `parallel=fsdp` is then an error.
+- optionally, on the optimizers that `build` returns, `takes_averages = True`: `step` then accepts
+  `averages=AverageUpdate` (`utils/training/ema.py`) and may update the averages of its parameters.
 - optionally `moments`, a name shared by optimizers with the same form of state, so that a run
   resumed with another of them keeps its moments.
 """

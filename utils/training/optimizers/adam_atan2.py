@@ -13,14 +13,17 @@ from torch.optim import Optimizer
 
 from utils.backend.state import local_part
 from utils.core.errors import UserError
+from utils.training.ema import AverageUpdate
 
-_PIECE = 1 << 18
+_PIECE = 1 << 19
 
 
 class AdamATan2(Optimizer):
     """Adam with an arctangent update, without epsilon (Everett et al. 2024, arXiv 2407.05872).
 
     p ← p·(1 − lr·wd) − lr/(1 − β1^t) · atan2(m, √v / √(1 − β2^t))
+
+    foreach: whether to update all weights together, which takes more memory; None: on CUDA.
     """
 
     class Config(pydantic.BaseModel, extra="forbid", strict=True):
@@ -57,16 +60,39 @@ class AdamATan2(Optimizer):
                 )
         return [AdamATan2(groups, **options)]
 
-    def __init__(self, params, lr: float, betas: tuple[float, float], weight_decay: float = 0.0):
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+    takes_averages = True
+
+    def __init__(
+        self,
+        params,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float = 0.0,
+        foreach: bool | None = None,
+    ):
+        options = dict(lr=lr, betas=betas, weight_decay=weight_decay, foreach=foreach)
+        super().__init__(params, options)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None, averages: AverageUpdate | None = None):
         loss = _call(closure)
+        averages = averages or AverageUpdate({}, 0.0)
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                if not (state := self.state[p]):
+                    state |= dict(
+                        step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                    )
+                state["step"] += 1
+            together = group.get("foreach")
+            if together is None:
+                together = bool(parameters) and parameters[0].device.type == "cuda"
+            if together:
+                self._update_together(parameters, group)
+            else:
+                for p in parameters:
+                    self._update(p, p.grad, group, averages)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -77,26 +103,52 @@ class AdamATan2(Optimizer):
         for moments in self.state.values():
             moments["step"] = int(moments["step"])
 
-    def _update(self, p: Tensor, grad: Tensor, group: dict) -> None:
+    def _update(self, p: Tensor, grad: Tensor, group: dict, averages: AverageUpdate) -> None:
         state, (beta1, beta2), lr = self.state[p], group["betas"], group["lr"]
-        if not state:
-            state |= dict(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        state["step"] += 1
+        decay, rate = lr * group["weight_decay"], lr / (1 - beta1 ** state["step"])
         correction: Any = (1 - beta2 ** state["step"]) ** 0.5
+        tensors = [p, grad, state["exp_avg"], state["exp_avg_sq"]]
         if p.device.type == "xla":
             # after a few hundred steps it rounds to 1, and the constant 1 is another program on XLA
             correction = torch.full((1,), correction, dtype=p.dtype).to(p.device)
-        tensors = (
-            local_part(p),
-            local_part(grad),
-            *map(local_part, (state["exp_avg"], state["exp_avg_sq"])),
-        )
-        for part, slope, mean, square in _pieces(tensors):
+        elif (average := averages.take(p)) is not None:
+            tensors.append(average)
+        for part, slope, mean, square, *shadows in _pieces([local_part(x) for x in tensors]):
             mean.lerp_(slope, 1 - beta1)
             square.mul_(beta2).addcmul_(slope, slope, value=1 - beta2)
             root = square.sqrt().div_(correction)
-            part.mul_(1 - lr * group["weight_decay"])
-            part.sub_(torch.atan2(mean, root), alpha=lr / (1 - beta1 ** state["step"]))
+            part.mul_(1 - decay)
+            part.sub_(torch.atan2(mean, root), alpha=rate)
+            for shadow in shadows:
+                shadow.lerp_(part.to(shadow.dtype), averages.weight)
+
+    def _update_together(self, parameters: Sequence[Any], group: dict) -> None:
+        """Update several weights with a few operations on all of them.
+
+        There is no such operation for atan2. Its second argument is not negative, so it is
+        atan(m / √v), and rsqrt limited to finite numbers gives 0 where both arguments are 0.
+        """
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        kinds: dict[tuple[torch.dtype, int], list[Any]] = {}
+        for p in parameters:
+            kinds.setdefault((p.dtype, self.state[p]["step"]), []).append(p)
+        for (dtype, step), chosen in kinds.items():
+            weights = [local_part(p) for p in chosen]
+            slopes = [local_part(p.grad) for p in chosen]
+            means, squares = (
+                [local_part(self.state[p][name]) for p in chosen]
+                for name in ("exp_avg", "exp_avg_sq")
+            )
+            torch._foreach_lerp_(means, slopes, 1 - beta1)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, slopes, slopes, 1 - beta2)
+            angles = torch._foreach_rsqrt(squares)
+            torch._foreach_clamp_max_(angles, torch.finfo(dtype).max)
+            torch._foreach_mul_(angles, means)
+            torch._foreach_mul_(angles, (1 - beta2**step) ** 0.5)
+            torch._foreach_atan_(angles)
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(weights, angles, alpha=-lr / (1 - beta1**step))
 
 
 def _pieces(tensors: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
