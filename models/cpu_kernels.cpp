@@ -353,20 +353,154 @@ void differentiate(const Sizes& s, int64_t row, int64_t head, const Heads& grad,
     }
 }
 
-// 1 / (1 + exp(-x)), by an estimate of the quotient and one step of Newton's method.
+// 1 / x for |x| between 1 and 1e37, by an estimate and one step of Newton's method.
+inline __m512 reciprocal(__m512 x) {
+  const __m512 guess = _mm512_rcp14_ps(x);
+  return _mm512_mul_ps(guess, _mm512_fnmadd_ps(x, guess, _mm512_set1_ps(2.0f)));
+}
+
+// 1 / (1 + exp(-x)).
 inline __m512 sigmoid(__m512 x) {
   const __m512 limited =
       _mm512_min_ps(_mm512_set1_ps(80.0f), _mm512_sub_ps(_mm512_setzero_ps(), x));
   const __m512 sum = _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(limited));
-  const __m512 guess = _mm512_rcp14_ps(sum);
-  return _mm512_mul_ps(guess, _mm512_fnmadd_ps(sum, guess, _mm512_set1_ps(2.0f)));
+  return reciprocal(sum);
 }
 
 inline __m512 load(const Half* x) { return _mm512_castsi512_ps(_mm512_slli_epi32(words(x), 16)); }
 
+// Vectors of a row of numbers of type T; lanes beyond its end are 0.
+inline __mmask16 valid_lanes(int64_t left) {
+  return left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1);
+}
+inline __m512 load(const float* x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
+inline __m512 load(const Half* x, __mmask16 lanes) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline void store(float* out, __m512 x, __mmask16 lanes) { _mm512_mask_storeu_ps(out, lanes, x); }
+inline void store(Half* out, __m512 x, __mmask16 lanes) {
+  _mm256_mask_storeu_epi16(out, lanes, (__m256i)_mm512_cvtneps_pbh(x));
+}
+inline float value_of(float x) { return x; }
+inline float value_of(Half x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline void assign(float* out, float x) { *out = x; }
+inline void assign(Half* out, float x) {
+  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_set1_ps(x));
+  *out = (Half)_mm256_extract_epi16(rounded, 0);
+}
+
+// Return the largest logit of a row and the first place that has it.
+template <typename T>
+float find_largest(const T* row, int64_t width, int64_t& place) {
+  __m512 most = _mm512_set1_ps(-__builtin_inff());
+  __m512i at = _mm512_setzero_si512();
+  const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t k = 0; k < width; k += LANES) {
+    const __mmask16 lanes = valid_lanes(width - k);
+    const __m512 x = load(row + k, lanes);
+    const __mmask16 larger = _mm512_mask_cmp_ps_mask(lanes, x, most, _CMP_GT_OQ);
+    most = _mm512_mask_mov_ps(most, larger, x);
+    at = _mm512_mask_add_epi32(at, larger, step, _mm512_set1_epi32((int)k));
+  }
+  const float found = _mm512_reduce_max_ps(most);
+  const __mmask16 equal = _mm512_cmp_ps_mask(most, _mm512_set1_ps(found), _CMP_EQ_OQ);
+  place = equal ? _mm512_mask_reduce_min_epi32(equal, at) : 0;
+  return found;
+}
+
+// See `Rows` in token_losses.py; the formulas are those of `_softmax_rows`.
+template <typename T>
+float softmax_row(T* row, int64_t width, int64_t label, float scale, float largest, bool graded) {
+  const __m512 most = _mm512_set1_ps(largest);
+  double total = 0;
+  for (int64_t begin = 0; begin < width; begin += 64 * LANES) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t k = begin; k < std::min(width, begin + 64 * LANES); k += LANES) {
+      const __mmask16 lanes = valid_lanes(width - k);
+      const __m512 e = exponential(_mm512_sub_ps(load(row + k, lanes), most));
+      sum = _mm512_mask_add_ps(sum, lanes, sum, e);
+    }
+    total += _mm512_reduce_add_ps(sum);
+  }
+  const float nll = __builtin_logf((float)total) + (largest - value_of(row[label]));
+  if (!graded) return nll;
+  const __m512 factor = _mm512_set1_ps(scale / (float)total);
+  for (int64_t k = 0; k < width; k += LANES) {
+    const __mmask16 lanes = valid_lanes(width - k);
+    const __m512 e = exponential(_mm512_sub_ps(load(row + k, lanes), most));
+    store(row + k, _mm512_mul_ps(e, factor), lanes);
+  }
+  assign(row + label, scale * __builtin_expm1f(-nll));
+  return nll;
+}
+
+// The same as `_stablemax_rows`.
+template <typename T>
+float stablemax_row(T* row, int64_t width, int64_t label, float scale, bool graded) {
+  const __m512 one = _mm512_set1_ps(1.0f), zero = _mm512_setzero_ps();
+  double total = 0;
+  for (int64_t begin = 0; begin < width; begin += 64 * LANES) {
+    __m512 sum = zero;
+    for (int64_t k = begin; k < std::min(width, begin + 64 * LANES); k += LANES) {
+      const __mmask16 lanes = valid_lanes(width - k);
+      const __m512 x = load(row + k, lanes), grown = _mm512_add_ps(_mm512_abs_ps(x), one);
+      const __mmask16 negative = _mm512_cmp_ps_mask(x, zero, _CMP_LT_OQ);
+      sum = _mm512_mask_add_ps(sum, lanes, sum,
+                               _mm512_mask_mov_ps(grown, negative, reciprocal(grown)));
+    }
+    total += _mm512_reduce_add_ps(sum);
+  }
+  const float x = value_of(row[label]), size = __builtin_fabsf(x), slope = 1.0f / (1.0f + size);
+  const float log_s = x < 0 ? -__builtin_log1pf(size) : __builtin_log1pf(size);
+  const float nll = __builtin_logf((float)total) - log_s;
+  if (!graded) return nll;
+  const float share = scale / (float)total;
+  const __m512 factor = _mm512_set1_ps(share);
+  for (int64_t k = 0; k < width; k += LANES) {
+    const __mmask16 lanes = valid_lanes(width - k);
+    const __m512 v = load(row + k, lanes);
+    const __m512 r = reciprocal(_mm512_add_ps(_mm512_abs_ps(v), one));
+    const __mmask16 negative = _mm512_cmp_ps_mask(v, zero, _CMP_LT_OQ);
+    const __m512 grad = _mm512_mask_mul_ps(factor, negative, factor, _mm512_mul_ps(r, r));
+    store(row + k, grad, lanes);
+  }
+  assign(row + label, share * (x < 0 ? slope * slope : 1.0f) - scale * slope);
+  return nll;
+}
+
+template <typename T>
+void token_losses(T* logits, const int64_t* labels, const float* scale, float* nll, int64_t* preds,
+                  int64_t tokens, int64_t width, bool stablemax, bool graded, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t t = 0; t < tokens; t++) {
+    T* row = logits + t * width;
+    const float largest = find_largest(row, width, preds[t]);
+    nll[t] = stablemax ? stablemax_row(row, width, labels[t], scale[t], graded)
+                       : softmax_row(row, width, labels[t], scale[t], largest, graded);
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+void token_losses_bfloat16(Half* logits, const int64_t* labels, const float* scale, float* nll,
+                           int64_t* preds, int64_t tokens, int64_t width, bool stablemax,
+                           bool graded, int threads) {
+  token_losses(logits, labels, scale, nll, preds, tokens, width, stablemax, graded, threads);
+}
+
+void token_losses_float32(float* logits, const int64_t* labels, const float* scale, float* nll,
+                          int64_t* preds, int64_t tokens, int64_t width, bool stablemax,
+                          bool graded, int threads) {
+  token_losses(logits, labels, scale, nll, preds, tokens, width, stablemax, graded, threads);
+}
 
 // out (rows, inner) = silu(gate) * up; joint: (rows, 2 * inner), gate and up.
 void swiglu(const Half* joint, Half* out, int64_t rows, int64_t inner, int threads) {

@@ -9,13 +9,14 @@ Shape letters: T tokens, D hidden, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from models import cpu_rows
 from models.flex import describe_failure
 from models.token_losses import LossType, RowSums
 
@@ -25,6 +26,9 @@ _OTHER_ELEMENTS = 1 << 24
 """Number of logits that exist at once elsewhere: the loss takes five times their memory."""
 _CACHED_ELEMENTS = 1 << 18
 """Number of logits per part for an uncompiled loss on a CPU, so that they fit in a core's cache."""
+
+
+LossKernel = Literal["cpu", "triton"]
 
 
 class WeightedTerm(NamedTuple):
@@ -60,7 +64,7 @@ def linear_loss(
     *,
     terms: Sequence[WeightedTerm] = (),
     compiled: bool = False,
-    triton: bool = False,
+    kernel: LossKernel | None = None,
     device_type: str | None = None,
 ) -> LinearLoss:
     """Compute the losses of the logits hidden @ weight.T.
@@ -72,12 +76,13 @@ def linear_loss(
         labels: (T,) integers below V; arbitrary for tokens without a label, whose scale is 0.
         scale: (T,), factor of each token's loss in the total; has no gradient.
         compiled: run the loss of a part through torch.compile; does not apply to additional terms.
-        triton: compute the loss by `models.triton_rows`, unless a term needs the logits.
+        kernel: compute the loss by `models.triton_rows`, unless a term needs the logits, or by
+            `models.cpu_rows`, unless there are terms.
         device_type: the device whose memory decides the size of a part; None: that of `hidden`.
     """
     graded = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     device_type = device_type or hidden.device.type
-    how = _How(loss_type, tuple(terms), compiled, triton, device_type, graded)
+    how = _How(loss_type, tuple(terms), compiled, kernel, device_type, graded)
     total, nll, preds, *values = _LinearLoss.apply(hidden, weight, labels, scale, how)
     return LinearLoss(total, nll, preds, tuple(values))
 
@@ -109,7 +114,7 @@ class _How(NamedTuple):
     loss_type: LossType
     terms: tuple[WeightedTerm, ...]
     compiled: bool
-    triton: bool
+    kernel: LossKernel | None
     device_type: str
     graded: bool
 
@@ -117,7 +122,12 @@ class _How(NamedTuple):
     def in_triton(self) -> bool:
         """Whether `models.triton_rows` computes the loss."""
         fits = all(term.of_sums is not None for term in self.terms)
-        return self.triton and fits and self.loss_type.kernel is not None
+        return self.kernel == "triton" and fits and self.loss_type.kernel is not None
+
+    @property
+    def in_cpp(self) -> bool:
+        """Whether `models.cpu_rows` computes the loss."""
+        return self.kernel == "cpu" and not self.terms and self.loss_type.kernel is not None
 
     @property
     def part_elements(self) -> int | None:
@@ -186,6 +196,8 @@ def _losses(logits: Tensor, labels: Tensor, scale: Tensor, how: _How) -> tuple[T
     """
     if how.in_triton:
         return _losses_in_triton(logits, labels, scale, how)
+    if how.in_cpp and not isinstance(logits, FakeTensor):
+        return cpu_rows.compute_losses(how.loss_type, logits, labels, scale, how.graded)
     rows = how.loss_type.rows
     if rows is None or how.terms:
         return _differentiate(logits, labels, scale, how)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dataset.common import IGNORE_LABEL_ID
 from models.base import Architecture, Batch, Carry, OptionsKey, Outputs, options_key
 from models.layers import at_least_float32, cast_once
-from models.linear_loss import LinearLoss, WeightedTerm, linear_loss
+from models.linear_loss import LinearLoss, LossKernel, WeightedTerm, linear_loss
 from models.terms.base import LoadBase, Seen, Term, TokenTerm
 from models.token_losses import LOSSES
 from utils.config.plugins import load_plugin, read_options
@@ -59,8 +59,8 @@ class ACTLossHead(nn.Module):
     """Device whose memory decides how many logits exist at once; None: that of the tensors."""
     compiled = False
     """Whether the fused loss runs through torch.compile."""
-    triton = False
-    """Whether a Triton kernel computes the fused loss, which then is not compiled."""
+    kernel: LossKernel | None = None
+    """What computes the fused loss, which then is not compiled: a Triton or C++ kernel."""
 
     def __init__(self, model: Architecture, loss_type: str, **options: Any):
         super().__init__()
@@ -220,7 +220,7 @@ class ACTLossHead(nn.Module):
                 for term in terms
             ],
             compiled=self.compiled,
-            triton=self.triton,
+            kernel=self.kernel,
             device_type=self.device_type,
         )
 

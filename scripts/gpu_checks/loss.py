@@ -132,7 +132,7 @@ def time_loss(session: Session) -> None:
 
     ways: dict[str, Callable[[], None]] = {"products alone": products, "fused": fused}
     if session.on_cuda:
-        ways["fused, Triton"] = partial(fused, triton=True)
+        ways["fused, Triton"] = partial(fused, kernel="triton")
     if not session.tiny:
         ways["fused, compiled"] = partial(fused, compiled=True)
     ways["not fused"] = plain

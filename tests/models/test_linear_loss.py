@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_tools import formula
 
 from dataset.common import IGNORE_LABEL_ID
 from models import linear_loss as module
@@ -13,14 +14,6 @@ from models.recursive_reasoning.transformer import Transformer
 from models.token_losses import LOSSES
 
 NAMES = list(LOSSES)
-
-
-def formula(name: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The losses of (T, V) logits, as their definitions say."""
-    if name == "softmax_cross_entropy":
-        return -logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-    s = torch.where(logits >= 0, logits + 1, 1 / (1 - logits.clamp(max=0)))
-    return -(s.gather(-1, labels[:, None])[:, 0] / s.sum(-1)).log()
 
 
 def draw(dtype=torch.float32, tokens=37, width=8, vocabulary=50, spread=3.0):

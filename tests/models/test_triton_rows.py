@@ -183,9 +183,9 @@ def test_the_fused_loss_is_the_same_with_and_without(name, parts, terms, monkeyp
             made.of_sums if made.needs_only_sums else None,
         ))  # fmt: skip
     results = []
-    for triton in (True, False):
+    for kernel in ("triton", None):
         found = linear_loss(
-            hidden, weight, labels, scale, LOSSES[name], terms=weighted, triton=triton
+            hidden, weight, labels, scale, LOSSES[name], terms=weighted, kernel=kernel
         )
         grads = torch.autograd.grad(found.total, (hidden, weight))
         results.append((found.total.detach(), found.nll, found.preds, *found.terms, *grads))
@@ -209,9 +209,9 @@ def test_a_training_step_is_the_same_with_and_without(dtype, terms):
     batch, found = packed_batch(), []
     batch["labels"][:, ::5] = IGNORE_LABEL_ID
     assert batch["labels"].shape == (ROWS, LENGTH) and batch["labels"].max() < VOCAB
-    for triton in (True, False):
+    for kernel in ("triton", None):
         head = head_of("[loss]", *options)
-        head.triton = triton
+        head.kernel = kernel
         found.append(step(head, batch))
     (loss, mine), (right, plain) = found
     assert loss == pytest.approx(right, rel=1e-6)
@@ -226,7 +226,7 @@ def test_a_card_that_runs_it_takes_it_in_the_fast_path_of_the_loss(fast, loss_ty
     config = config_of("athena_trm_tiny", f"fast={fast}", f"arch.loss.loss_type={loss_type}")
     head = head_of(fast, f"arch.loss.loss_type={loss_type}")
     choose_kernels(config, head, Card())
-    assert head.triton == (fast != "[weights]")
+    assert (head.kernel == "triton") == (fast != "[weights]")
     assert capsys.readouterr().out == ""
 
 
@@ -234,7 +234,7 @@ def test_a_card_on_which_it_computes_something_else_does_not_take_it(monkeypatch
     monkeypatch.setattr(triton_rows, "compute_losses", lambda *_: (torch.zeros(3), torch.zeros(3)))
     config, head = config_of("athena_trm_tiny"), head_of("true")
     choose_kernels(config, head, Card())
-    assert not head.triton and "loss" in capsys.readouterr().out
+    assert head.kernel is None and "loss" in capsys.readouterr().out
 
 
 @pytest.mark.slow

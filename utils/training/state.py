@@ -328,11 +328,11 @@ def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend)
     ):
         what = "attention takes more time and memory, with dense document masks"
         slow.setdefault(reason, []).append(what)
-    model.triton = False
-    has_kernel = model.fused and model.loss_type.kernel is not None and backend.name == "cuda"
-    if isinstance(inner, Backbone) and has_kernel:
+    has_kernel = model.fused and model.loss_type.kernel is not None
+    model.kernel = "cpu" if has_kernel and backend.name == "cpu" and cpu_kernels() else None
+    if isinstance(inner, Backbone) and has_kernel and backend.name == "cuda":
         reason = fault or triton_failure(model.loss_type, backend.device, inner.config.dtype)
-        model.triton = reason is None
+        model.kernel = "triton" if reason is None else None
         if reason is not None:
             slow.setdefault(reason, []).append("the token loss takes more time, without its kernel")
     for reason, effects in slow.items():
