@@ -117,7 +117,8 @@ class AdamATan2(Optimizer):
             mean.lerp_(slope, 1 - beta1)
             square.mul_(beta2).addcmul_(slope, slope, value=1 - beta2)
             root = square.sqrt().div_(correction)
-            part.mul_(1 - decay)
+            if group["weight_decay"]:
+                part.mul_(1 - decay)
             part.sub_(torch.atan2(mean, root), alpha=rate)
             for shadow in shadows:
                 shadow.lerp_(part.to(shadow.dtype), averages.weight)
