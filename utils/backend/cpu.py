@@ -31,15 +31,17 @@ class CPUBackend(Backend):
             trim(0)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(largest: int = 1 << 30) -> None:
     """Have the allocator keep freed memory for the next step.
 
     Otherwise glibc returns large tensors to the system, and each page of their successors is a page
     fault, which took a fifth of a step. Has no effect with another C library.
+
+    largest: bytes of the largest tensors that it keeps; glibc itself keeps those up to 32 MiB.
     """
     if (mallopt := _c_function("mallopt")) is not None:
-        mallopt(_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(_MMAP_THRESHOLD, largest)
+        mallopt(_TRIM_THRESHOLD, 2 * largest - 1)
 
 
 def _c_function(name: str) -> Any:
