@@ -55,7 +55,7 @@ def block_attention(
 
     causal: position i sees positions 0..i only, of those that `spans` allows.
     """
-    out: Tensor = torch.ops.athena.block_attention(query, key, value, *spans, causal)
+    out: Tensor = torch.ops.athena.span_attention(query, key, value, *spans, causal)
     return out
 
 
@@ -111,6 +111,8 @@ def _probabilities(query: Tensor, keys: Tensor, hidden: Tensor | None, heads: in
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None, prefix: int, causal: bool
 ) -> Tensor:
+    if not query.numel():
+        return _like(query)
     if (library := _library(query, key, value)) is not None:
         out = _like(query)
         _call(library, "block_attention", query, key, bounds, prefix, causal, (value, out))
@@ -137,6 +139,8 @@ def _backward(
     prefix: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if not query.numel():
+        return _like(query), torch.zeros_like(key), torch.zeros_like(value)
     if (library := _library(grad, query, key, value)) is not None:
         grads = _like(query), _like(key), _like(value)
         more = (value, grad, *grads)
@@ -211,11 +215,18 @@ def _call(
     more: tuple[Tensor, ...],
 ) -> None:
     rows, count, length, size = query.shape
+    expected = (rows, key.shape[1], length, size)
+    if key.shape != expected or more[0].shape != expected or count % key.shape[1]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, more[0]))
+        raise ValueError(f"query, key and value do not fit together: {shapes}")
+    if bounds is not None and (bounds.shape, bounds.dtype) != ((rows, length, 2), torch.int32):
+        raise ValueError(f"bounds are {bounds.dtype} {tuple(bounds.shape)}")
     bounds = None if bounds is None else bounds.contiguous()
     address = None if bounds is None else bounds.data_ptr()
     sizes = _Sizes(rows, count, key.shape[1], length, size, prefix, address, causal)
     parts = [_Heads(x.data_ptr(), *x.stride()[:-1]) for x in (query, key, *more)]
-    need, threads = library.scratch_bytes(ctypes.byref(sizes)), torch.get_num_threads()
+    threads = min(torch.get_num_threads(), rows * key.shape[1])
+    need = library.scratch_bytes(ctypes.byref(sizes))
     scratch = torch.empty(need * threads + _ALIGNMENT, dtype=torch.uint8)
     start = scratch.data_ptr() + -scratch.data_ptr() % _ALIGNMENT
     pointers = map(ctypes.byref, (sizes, *parts))
@@ -239,26 +250,31 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad: Tensor):
-    grads = torch.ops.athena.block_attention_backward(
+    grads = torch.ops.athena.span_attention_backward(
         grad, *ctx.saved_tensors, ctx.prefix, ctx.causal
     )
     return *grads, None, None, None
+
+
+def _refuse(ctx, *grads: Tensor):
+    raise RuntimeError("attention in blocks has no second derivative; set fast=false")
 
 
 def _register() -> torch.library.Library:
     """Make the functions operators, which torch.compile takes as they are."""
     library = torch.library.Library("athena", "FRAGMENT")
     inputs = "Tensor query, Tensor key, Tensor value, Tensor? bounds, int prefix, bool causal"
-    library.define(f"block_attention({inputs}) -> Tensor")
-    library.define(f"block_attention_backward(Tensor grad, {inputs}) -> (Tensor, Tensor, Tensor)")
-    library.impl("block_attention", _forward, "CPU")
-    library.impl("block_attention_backward", _backward, "CPU")
-    name = "athena::block_attention"
+    library.define(f"span_attention({inputs}) -> Tensor")
+    library.define(f"span_attention_backward(Tensor grad, {inputs}) -> (Tensor, Tensor, Tensor)")
+    library.impl("span_attention", _forward, "CPU")
+    library.impl("span_attention_backward", _backward, "CPU")
+    name = "athena::span_attention"
     torch.library.register_fake(name, _fake_forward, lib=library)
     torch.library.register_fake(f"{name}_backward", _fake_backward, lib=library)
     torch.library.register_autograd(name, _differentiate, setup_context=_save, lib=library)
+    torch.library.register_autograd(f"{name}_backward", _refuse, lib=library)
     return library
 
 
-if not hasattr(torch.ops.athena, "block_attention"):  # an exported model holds a copy of this file
+if not hasattr(torch.ops.athena, "span_attention"):  # an exported model holds a copy of this file
     _LIBRARY = _register()  # its operators end with it

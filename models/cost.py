@@ -66,8 +66,8 @@ class Cost:
         return self.row_train_flops / self.seq_len
 
 
-count_attention(torch.ops.athena.block_attention, 2, 0, 1, 5)
-count_attention(torch.ops.athena.block_attention_backward, 5, 1, 2, 6)
+count_attention(torch.ops.athena.span_attention, 2, 0, 1, 5)
+count_attention(torch.ops.athena.span_attention_backward, 5, 1, 2, 6)
 
 COUNTS = ("passes", "gradient_passes", "row_train_flops", "row_recomputed_flops")
 

@@ -166,9 +166,10 @@ inline void exponentiate(const float* scores, int64_t low, int64_t high, const S
   for (int64_t k = low; k < high; k += LANES)
     most = _mm512_mask_max_ps(most, seen.lanes(k), most, _mm512_loadu_ps(scores + k - low));
   const __m512 factor = _mm512_set1_ps(scale);
-  const __m512 maximum = _mm512_set1_ps(_mm512_reduce_max_ps(most) * scale);
+  const __m512 maximum = _mm512_set1_ps(_mm512_reduce_max_ps(most));
   for (int64_t k = low; k < high; k += LANES) {
-    const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + k - low), factor, maximum);
+    const __m512 less = _mm512_sub_ps(_mm512_loadu_ps(scores + k - low), maximum);
+    const __m512 x = _mm512_mul_ps(less, factor);
     visit(k - low, _mm512_maskz_mov_ps(seen.lanes(k), exponential(x)));
   }
 }
@@ -353,8 +354,9 @@ void differentiate(const Sizes& s, int64_t row, int64_t head, const Heads& grad,
     }
 }
 
-// 1 / x for |x| between 1 and 1e37, by an estimate and one step of Newton's method.
+// 1 / x for x from 1, 1e-37 beyond 1e37, by an estimate and one step of Newton's method.
 inline __m512 reciprocal(__m512 x) {
+  x = _mm512_min_ps(_mm512_set1_ps(1e37f), x);  // this order keeps NaN
   const __m512 guess = _mm512_rcp14_ps(x);
   return _mm512_mul_ps(guess, _mm512_fnmadd_ps(x, guess, _mm512_set1_ps(2.0f)));
 }
@@ -364,7 +366,8 @@ inline __m512 sigmoid(__m512 x) {
   const __m512 limited =
       _mm512_min_ps(_mm512_set1_ps(80.0f), _mm512_sub_ps(_mm512_setzero_ps(), x));
   const __m512 sum = _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(limited));
-  return reciprocal(sum);
+  const __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-80.0f), _CMP_LT_OQ);
+  return _mm512_mask_mov_ps(reciprocal(sum), tiny, _mm512_setzero_ps());
 }
 
 inline __m512 load(const Half* x) { return _mm512_castsi512_ps(_mm512_slli_epi32(words(x), 16)); }

@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from functools import cache
@@ -22,51 +23,59 @@ _FLAGS = (
 
 @cache
 def cpu_kernels() -> ctypes.CDLL | None:
-    """Return the kernels; None if this CPU cannot run them or they cannot be compiled.
-
-    A failure of an installed compiler is a warning.
+    """Return the kernels; None if this machine cannot run or compile them. If only the compiler is
+    at fault, a warning says so.
     """
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    if not supported():
+    if sys.platform != "linux" or not supported():
         return None
     try:
-        path = build()
-        library = None if path is None else ctypes.CDLL(str(path))
-    except subprocess.SubprocessError as error:
-        output = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
-        first = next((line for line in output.splitlines() if "error" in line), output.strip())
+        library = ctypes.CDLL(str(build()))
+        library.scratch_bytes.restype = ctypes.c_int64
+        return library
+    except (OSError, RuntimeError, AttributeError) as error:
         warnings.warn(
-            f"{_SOURCE.name} cannot be compiled, so slower code is used: {first[:300]}",
+            f"{_SOURCE.name} cannot be used, so training on this CPU is slower: {error}",
             stacklevel=2,
         )
         return None
-    except (OSError, RuntimeError):  # the home or cache folder cannot be written to
-        return None
-    if library is not None:
-        library.scratch_bytes.restype = ctypes.c_int64
-    return library
 
 
-def build() -> Path | None:
+def build() -> Path:
     """Compile the kernels unless that has been done; return the library.
 
-    The compiler is $CXX, c++, g++ or clang++; None if there is none. Libraries are kept in
-    `~/.cache/athena` ($XDG_CACHE_HOME/athena).
+    The compiler is $CXX, c++, g++ or clang++, the first that succeeds. Libraries are kept in
+    `~/.cache/athena` ($XDG_CACHE_HOME/athena). Raises a RuntimeError if no compiler succeeds.
     """
-    candidates = (os.environ.get("CXX"), *_COMPILERS)
-    compiler = next((path for c in candidates if c and (path := shutil.which(c))), None)
-    if compiler is None:
-        return None
     source = _SOURCE.read_bytes()
-    command = [compiler, *_FLAGS]
-    key = hashlib.sha256(source + " ".join(command).encode()).hexdigest()[:16]
+    key = hashlib.sha256(source + " ".join(_FLAGS).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "athena"
     library = folder / f"{_SOURCE.stem}-{key}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # other processes compile it too
-            built = Path(scratch, library.name)
-            arguments = [*command, "-x", "c++", "-", "-o", str(built)]
-            subprocess.run(arguments, input=source, check=True, capture_output=True, timeout=120)
+    if library.exists():
+        return library
+    candidates = (os.environ.get("CXX"), *_COMPILERS)
+    compilers = [path for c in candidates if c and (path := shutil.which(c))]
+    if not compilers:
+        raise RuntimeError("there is no C++ compiler; install g++")
+    folder.mkdir(parents=True, exist_ok=True)
+    failures = []
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # other processes may compile it too
+        built = Path(scratch, library.name)
+        for compiler in dict.fromkeys(compilers):
+            try:
+                command = [compiler, *_FLAGS, "-x", "c++", "-", "-o", str(built)]
+                subprocess.run(command, input=source, check=True, capture_output=True, timeout=120)
+                ctypes.CDLL(str(built))
+            except (OSError, subprocess.SubprocessError) as error:
+                failures.append(f"{compiler}: {_first_error(error)}")
+                continue
             built.replace(library)
-    return library
+            return library
+    raise RuntimeError("; ".join(failures))
+
+
+def _first_error(error: Exception) -> str:
+    """Return the first line of a compiler's output that is about an error."""
+    output = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
+    found = next((line for line in output.splitlines() if "error" in line), output.strip())
+    return found[:300]

@@ -11,18 +11,23 @@ from torch import Tensor
 from models.cpu_kernels import cpu_kernels
 from models.token_losses import LossType
 
-_KERNELS = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+# Names of the kernels by dtype of the logits.
+KERNELS = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 def compute_losses(
     loss_type: LossType, logits: Tensor, labels: Tensor, scale: Tensor, graded: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute loss and argmax, (T,) each; see `models.token_losses.Rows`."""
-    library, name = cpu_kernels(), _KERNELS.get(logits.dtype)
+    library, name = cpu_kernels(), KERNELS.get(logits.dtype)
     if library is None or name is None or not logits.is_contiguous():
         assert loss_type.rows is not None
         return loss_type.rows(logits, labels, scale, graded)
     labels, scale = labels.long().contiguous(), scale.float().contiguous()
+    if labels.numel() and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+        raise IndexError(
+            f"labels from {labels.min()} to {labels.max()} for a vocabulary of {logits.shape[1]}"
+        )
     nll, preds = torch.empty_like(scale), torch.empty_like(labels)
     pointers = (c_void_p(x.data_ptr()) for x in (logits, labels, scale, nll, preds))
     sizes, options = map(c_int64, logits.shape), (loss_type.kernel == "stablemax", graded)

@@ -73,7 +73,7 @@ def linear_loss(
 
     Args:
         hidden: (T, D). weight: (V, D), any floating dtype.
-        labels: (T,) integers below V; arbitrary for tokens without a label, whose scale is 0.
+        labels: (T,) integers from 0 to V - 1, also for tokens without a label, whose scale is 0.
         scale: (T,), factor of each token's loss in the total; has no gradient.
         compiled: run the loss of a part through torch.compile; does not apply to additional terms.
         kernel: compute the loss by `models.triton_rows`, unless a term needs the logits, or by
@@ -196,7 +196,9 @@ def _losses(logits: Tensor, labels: Tensor, scale: Tensor, how: _How) -> tuple[T
     """
     if how.in_triton:
         return _losses_in_triton(logits, labels, scale, how)
-    if how.in_cpp and not isinstance(logits, FakeTensor):
+    if how.in_cpp:
+        if isinstance(logits, FakeTensor):
+            return scale.new_empty(len(logits)), labels.new_empty(len(logits))
         return cpu_rows.compute_losses(how.loss_type, logits, labels, scale, how.graded)
     rows = how.loss_type.rows
     if rows is None or how.terms:

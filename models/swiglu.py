@@ -68,6 +68,10 @@ def _fake_backward(grad, joint):
     return torch.empty_like(joint, memory_format=torch.contiguous_format)
 
 
+def _refuse(ctx, *grads: Tensor):
+    raise RuntimeError("the gate in one pass has no second derivative; set fast=false")
+
+
 def _register() -> torch.library.Library:
     """Make the functions operators, which torch.compile takes as they are."""
     library = torch.library.Library("athena", "FRAGMENT")
@@ -83,6 +87,7 @@ def _register() -> torch.library.Library:
         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
         lib=library,
     )
+    torch.library.register_autograd("athena::swiglu_backward", _refuse, lib=library)
     return library
 
 

@@ -130,6 +130,41 @@ def test_large_scores_and_nan(kernel):
     assert out[0, 0, 40:].isnan().all()
 
 
+def test_huge_scores_are_finite(kernel):
+    """The largest score of a row is subtracted before the scale rounds it."""
+    query, key, value, _ = heads_of_a_layer(1, 70, 2, 2, 96, torch.bfloat16)
+    out = block_attention(query * 3e4, key * 3e4, value, NO_DOCUMENTS, True)
+    assert out.isfinite().all()
+
+
+def test_what_does_not_fit_is_an_error():
+    if not can_run_kernels():
+        pytest.skip("this CPU has no AVX-512 BF16, or there is no C++ compiler")
+    query, key, value, _ = heads_of_a_layer(3, 40, 4, 2, 32, torch.bfloat16)
+    spans = Spans.of_documents(torch.zeros(3, 40).int(), 0)
+    for one in (spans.bounds[:1], spans.bounds.long(), spans.bounds[:, :39]):
+        with pytest.raises(ValueError, match="bounds"):
+            block_attention(query, key, value, Spans(one, 0), True)
+    with pytest.raises(ValueError, match="value"):
+        block_attention(query, key, value[:, :, :39], spans, True)
+
+
+def test_an_empty_batch_has_empty_gradients(kernel):
+    query, key, value, _ = heads_of_a_layer(0, 40, 4, 2, 32, torch.bfloat16)
+    tensors = [x.requires_grad_() for x in (query, key, value)]
+    grads = torch.autograd.grad(block_attention(*tensors, NO_DOCUMENTS, True).sum(), tensors)
+    assert [g.shape for g in grads] == [x.shape for x in tensors]
+
+
+def test_a_second_derivative_is_an_error():
+    tensors = heads_of_a_layer(1, 8, 2, 1, 32, torch.bfloat16)[:3]
+    tensors = [x.requires_grad_() for x in tensors]
+    out = block_attention(*tensors, NO_DOCUMENTS, True).float().square().sum()
+    (grad,) = torch.autograd.grad(out, tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="fast=false"):
+        grad.float().square().sum().backward()
+
+
 def test_threads_agree(kernel):
     """Each thread works on rows and heads of its own: the bits are the same."""
     tensors = heads_of_a_layer(3, 2 * BLOCK + 5, 4, 2, 32, torch.bfloat16)
@@ -150,7 +185,7 @@ def test_the_operator_keeps_torchs_rules():
     query = torch.randn(2, 4, BLOCK + 3, 8, requires_grad=True)
     key, value = (torch.randn(2, 2, BLOCK + 3, 8, requires_grad=True) for _ in range(2))
     arguments = (query, key, value, None, 0, True)
-    torch.library.opcheck(torch.ops.athena.block_attention.default, arguments)
+    torch.library.opcheck(torch.ops.athena.span_attention.default, arguments)
 
 
 def test_keys_of_another_length_are_attended_to():

@@ -72,3 +72,21 @@ def test_the_fused_loss_is_the_same_with_and_without(name, dtype):
         found.append((loss.total.detach(), *torch.autograd.grad(loss.total, tensors)))
     for mine, right in zip(*found, strict=True):
         assert (mine - right).norm() <= {torch.bfloat16: 1e-2}.get(dtype, 1e-5) * right.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_minus_infinity_has_no_probability(name):
+    logits, labels, scale = torch.randn(3, 40), torch.tensor([0, 1, 2]), torch.ones(3)
+    logits[1, 30] = -torch.inf
+    exact = logits.clone()
+    right, _ = LOSSES[name].rows(exact, labels, scale, True)
+    nll, _ = compute_losses(LOSSES[name], logits, labels, scale, True)
+    torch.testing.assert_close(nll, right, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, exact, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("label", [-100, 40, 10**12])
+def test_a_label_outside_the_vocabulary_is_an_error(label):
+    logits, labels = torch.randn(3, 40).bfloat16(), torch.tensor([0, label, 2])
+    with pytest.raises(IndexError, match=f"{label}.*40|40.*{label}"):
+        compute_losses(LOSSES[NAMES[0]], logits, labels, torch.ones(3), True)

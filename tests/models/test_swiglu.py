@@ -26,7 +26,7 @@ def kernel(request, monkeypatch):
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_values_and_gradients(kernel, inner, contiguous):
     joint = 6 * torch.randn(3, 37, 2 * inner)
-    joint[0, 0, :8] = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0, 3e30, -3e30])
+    joint[0, 0, :8] = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0, 3e30, -3e38])
     joint = joint.bfloat16() if contiguous else joint.bfloat16().transpose(0, 1)
     back = torch.randn(*joint.shape[:-1], inner).bfloat16()
     own, exact = joint.detach().requires_grad_(), joint.detach().double().requires_grad_()
@@ -58,3 +58,10 @@ def test_nan_and_infinity_are_kept(kernel):
 def test_the_operator_keeps_torchs_rules():
     joint = torch.randn(2, 5, 64, requires_grad=True)
     torch.library.opcheck(torch.ops.athena.swiglu.default, (joint,))
+
+
+def test_a_second_derivative_is_an_error():
+    joint = torch.randn(2, 64).requires_grad_()
+    (grad,) = torch.autograd.grad(swiglu(joint).square().sum(), joint, create_graph=True)
+    with pytest.raises(RuntimeError, match="fast=false"):
+        grad.square().sum().backward()

@@ -39,8 +39,10 @@ def keep_freed_memory(largest: int = 1 << 30) -> None:
 
     largest: bytes of the largest tensors that it keeps; glibc itself keeps those up to 32 MiB.
     """
-    if (mallopt := _c_function("mallopt")) is not None:
-        mallopt(_MMAP_THRESHOLD, largest)
+    if (mallopt := _c_function("mallopt")) is None:
+        return
+    # older versions refuse more than 32 MiB, and the second limit alone would make things worse
+    if mallopt(_MMAP_THRESHOLD, largest) or mallopt(_MMAP_THRESHOLD, 32 << 20):
         mallopt(_TRIM_THRESHOLD, 2 * largest - 1)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from models import cpu_rows
 from models.backbone import Backbone
 from models.base import Carry
 from models.build import load_into
@@ -304,10 +305,11 @@ def set_fast_paths(config: PretrainConfig, model: ACTLossHead, device_type: str)
     every = ("attention", "loss", "swiglu", "weights")
     fast = config.fast if isinstance(config.fast, list) else every if config.fast else ()
     model.fused, model.casts_once = "loss" in fast, "weights" in fast
-    narrow = device_type == "cpu" and model.model.config.dtype == torch.bfloat16
+    dtype, native = model.model.config.dtype, device_type == "cpu" and cpu_kernels() is not None
+    model.kernel = "cpu" if native and dtype in cpu_rows.KERNELS else None
     for module in model.model.modules():
         if isinstance(module, SwiGLU):
-            module.fused = "swiglu" in fast and narrow and cpu_kernels() is not None
+            module.fused = "swiglu" in fast and native and dtype == torch.bfloat16
     return fast
 
 
@@ -328,9 +330,8 @@ def choose_kernels(config: PretrainConfig, model: ACTLossHead, backend: Backend)
     ):
         what = "attention takes more time and memory, with dense document masks"
         slow.setdefault(reason, []).append(what)
-    has_kernel = model.fused and model.loss_type.kernel is not None
-    model.kernel = "cpu" if has_kernel and backend.name == "cpu" and cpu_kernels() else None
-    if isinstance(inner, Backbone) and has_kernel and backend.name == "cuda":
+    has_kernel = model.fused and model.loss_type.kernel is not None and backend.name == "cuda"
+    if isinstance(inner, Backbone) and has_kernel:
         reason = fault or triton_failure(model.loss_type, backend.device, inner.config.dtype)
         model.kernel = "triton" if reason is None else None
         if reason is not None:
