@@ -11,10 +11,11 @@ from models.cpu_kernels import build, cpu_kernels
 
 
 @pytest.fixture
-def cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def cache_folder(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")  # a loaded library stays open
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     cpu_kernels.cache_clear()
-    yield tmp_path / "athena"
+    yield folder / "athena"
     cpu_kernels.cache_clear()
 
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+from kernel_tools import can_run_kernels
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.base import Architecture
 from utils.backend.state import load_optimizer_state, optimizer_state
 from utils.config.schema import OptimizerConfig
-from utils.training.ema import EMA
+from utils.training.ema import EMA, AverageUpdate
 from utils.training.optimizers import create_optimizers
 from utils.training.optimizers.adam_atan2 import AdamATan2
 from utils.training.optimizers.adamw import FusedAdamW
@@ -298,3 +299,31 @@ def test_an_update_takes_as_many_operations_for_forty_weights_as_for_four(name):
         return counted.count
 
     assert operations(40) == operations(4)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("rate", [0.1, 0.9])
+def test_adam_atan2_is_its_formula_for_gradients_of_any_size(native, rate, monkeypatch):
+    if not native:
+        monkeypatch.setattr("utils.training.optimizers.adam_atan2.cpu_kernels", lambda: None)
+    elif not can_run_kernels():
+        pytest.skip("this CPU has no AVX-512 BF16, or there is no C++ compiler")
+    count, lr, decay = 1003, 1e-2, 0.1
+    sizes = 10.0 ** torch.randint(-15, 15, (3, count))
+    gradients = torch.randn(3, count) * sizes
+    gradients[:, :5] = 0.0
+    weight = nn.Parameter(torch.randn(count))
+    p, shadow = weight.detach().double(), weight.detach().clone()
+    average = shadow.double()
+    m, v = torch.zeros(2, count, dtype=torch.float64)
+    optimizer = AdamATan2([weight], lr, BETAS, decay)
+    for step, grad in enumerate(gradients, 1):
+        weight.grad = grad
+        optimizer.step(averages=AverageUpdate({weight: shadow}, rate))
+        m = m.lerp(grad.double(), 1 - BETAS[0])
+        v = v * BETAS[1] + (1 - BETAS[1]) * grad.double() ** 2
+        root = v.sqrt() / math.sqrt(1 - BETAS[1] ** step)
+        p = p * (1 - lr * decay) - lr / (1 - BETAS[0] ** step) * torch.atan2(m, root)
+        average = average.lerp(p, rate)
+    torch.testing.assert_close(weight.detach().double(), p, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(shadow.double(), average, rtol=1e-6, atol=1e-6)

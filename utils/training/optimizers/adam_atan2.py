@@ -3,14 +3,17 @@
 import importlib.util
 import warnings
 from collections.abc import Iterable, Sequence
+from ctypes import CDLL, byref, c_float, c_int64, c_void_p
 from typing import Any
 
 import pydantic
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
+from models.cpu_kernels import cpu_kernels
 from utils.backend.state import local_part
 from utils.core.errors import UserError
 from utils.training.ema import AverageUpdate
@@ -113,7 +116,16 @@ class AdamATan2(Optimizer):
             correction = torch.full((1,), correction, dtype=p.dtype).to(p.device)
         elif (average := averages.take(p)) is not None:
             tensors.append(average)
-        for part, slope, mean, square, *shadows in _pieces([local_part(x) for x in tensors]):
+        tensors = [local_part(x) for x in tensors]
+        if (library := _kernels(tensors)) is not None:
+            numbers = (1 - beta1, beta2, 1 / correction, 1 - decay, rate, averages.weight)
+            pointers = [x.data_ptr() for x in tensors] + [None] * (5 - len(tensors))
+            library.adam_atan2(
+                *map(c_void_p, pointers), c_int64(tensors[0].numel()),
+                byref((c_float * len(numbers))(*numbers)), torch.get_num_threads(),
+            )  # fmt: skip
+            return
+        for part, slope, mean, square, *shadows in _pieces(tensors):
             mean.lerp_(slope, 1 - beta1)
             square.mul_(beta2).addcmul_(slope, slope, value=1 - beta2)
             root = square.sqrt().div_(correction)
@@ -150,6 +162,14 @@ class AdamATan2(Optimizer):
             torch._foreach_atan_(angles)
             torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
             torch._foreach_add_(weights, angles, alpha=-lr / (1 - beta1**step))
+
+
+def _kernels(tensors: Sequence[Tensor]) -> CDLL | None:
+    """Return the C++ kernels, if they support these tensors of one shape."""
+    fits = all(
+        x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() for x in tensors
+    )
+    return cpu_kernels() if fits and type(tensors[0]) is not FakeTensor else None
 
 
 def _pieces(tensors: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
