@@ -155,7 +155,7 @@ def _softmax_rows(
 class LossType(NamedTuple):
     """cross_entropy: the loss per token. softmax_logits: the map from logits to values whose
     softmax gives the probabilities. rows: computes loss and gradient together; None: by autograd.
-    kernel: the same in `models.triton_rows`; None: not there.
+    kernel: the same in `models.triton_rows` and `models.cpu_rows`; None: not there.
     """
 
     cross_entropy: Callable[..., Tensor]
