@@ -478,9 +478,13 @@ float stablemax_row(T* row, int64_t width, int64_t label, float scale, bool grad
   return nll;
 }
 
+// Return a token whose label is not below `width`; -1 if there is none.
 template <typename T>
-void token_losses(T* logits, const int64_t* labels, const float* scale, float* nll, int64_t* preds,
-                  int64_t tokens, int64_t width, bool stablemax, bool graded, int threads) {
+int64_t token_losses(T* logits, const int64_t* labels, const float* scale, float* nll,
+                     int64_t* preds, int64_t tokens, int64_t width, bool stablemax, bool graded,
+                     int threads) {
+  for (int64_t t = 0; t < tokens; t++)
+    if (labels[t] < 0 || labels[t] >= width) return t;
 #pragma omp parallel for num_threads(threads)
   for (int64_t t = 0; t < tokens; t++) {
     T* row = logits + t * width;
@@ -488,6 +492,7 @@ void token_losses(T* logits, const int64_t* labels, const float* scale, float* n
     nll[t] = stablemax ? stablemax_row(row, width, labels[t], scale[t], graded)
                        : softmax_row(row, width, labels[t], scale[t], largest, graded);
   }
+  return -1;
 }
 
 // atan2(m, root) for root >= 0. The polynomial was fitted to atan at Chebyshev nodes; its relative
@@ -547,16 +552,16 @@ void adam_atan2(float* weight, const float* grad, float* mean, float* square, fl
   }
 }
 
-void token_losses_bfloat16(Half* logits, const int64_t* labels, const float* scale, float* nll,
-                           int64_t* preds, int64_t tokens, int64_t width, bool stablemax,
-                           bool graded, int threads) {
-  token_losses(logits, labels, scale, nll, preds, tokens, width, stablemax, graded, threads);
+int64_t token_losses_bfloat16(Half* logits, const int64_t* labels, const float* scale, float* nll,
+                              int64_t* preds, int64_t tokens, int64_t width, bool stablemax,
+                              bool graded, int threads) {
+  return token_losses(logits, labels, scale, nll, preds, tokens, width, stablemax, graded, threads);
 }
 
-void token_losses_float32(float* logits, const int64_t* labels, const float* scale, float* nll,
-                          int64_t* preds, int64_t tokens, int64_t width, bool stablemax,
-                          bool graded, int threads) {
-  token_losses(logits, labels, scale, nll, preds, tokens, width, stablemax, graded, threads);
+int64_t token_losses_float32(float* logits, const int64_t* labels, const float* scale, float* nll,
+                             int64_t* preds, int64_t tokens, int64_t width, bool stablemax,
+                             bool graded, int threads) {
+  return token_losses(logits, labels, scale, nll, preds, tokens, width, stablemax, graded, threads);
 }
 
 // out (rows, inner) = silu(gate) * up; joint: (rows, 2 * inner), gate and up.

@@ -24,14 +24,12 @@ def compute_losses(
         assert loss_type.rows is not None
         return loss_type.rows(logits, labels, scale, graded)
     labels, scale = labels.long().contiguous(), scale.float().contiguous()
-    if labels.numel() and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
-        raise IndexError(
-            f"labels from {labels.min()} to {labels.max()} for a vocabulary of {logits.shape[1]}"
-        )
     nll, preds = torch.empty_like(scale), torch.empty_like(labels)
     pointers = (c_void_p(x.data_ptr()) for x in (logits, labels, scale, nll, preds))
     sizes, options = map(c_int64, logits.shape), (loss_type.kernel == "stablemax", graded)
-    library[f"token_losses_{name}"](
-        *pointers, *sizes, *map(c_bool, options), torch.get_num_threads()
-    )
+    compute = library[f"token_losses_{name}"]
+    compute.restype = c_int64
+    wrong = compute(*pointers, *sizes, *map(c_bool, options), torch.get_num_threads())
+    if wrong >= 0:
+        raise IndexError(f"label {labels[wrong]} in a vocabulary of {logits.shape[1]} tokens")
     return nll, preds
