@@ -133,12 +133,15 @@ def test_compiled_blocks_are_recomputed_in_bfloat16():
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["stablemax", "softmax"])
 def test_fast_and_plain_runs_have_the_same_curve_in_bfloat16(loss, text_corpus, run_training):
-    """The losses of 60 steps, of packed rows with document masks."""
+    """The losses of 60 steps, of packed rows with document masks.
+
+    At lr=4e-3 this model's losses rise at times, and there a change of any last bit grows.
+    """
     curves = []
     for fast in ("true", "false"):
         folder = run_training(
             text_corpus, f"fast_{fast}", f"fast={fast}", "arch.forward_dtype=bfloat16",
-            "arch.hidden_size=64", "optimizer=muon", "lr=4e-3", "global_batch_size=32",
+            "arch.hidden_size=64", "optimizer=muon", "lr=2e-3", "global_batch_size=32",
             "max_steps=60", "epochs=100", f"arch.loss.loss_type={loss}_cross_entropy",
             "evaluators=[]", "eval_interval=null", "eval_max_batches=1",
         )  # fmt: skip
