@@ -27,8 +27,8 @@ def cpu_kernels() -> ctypes.CDLL | None:
     at fault, a warning says so.
     """
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    if sys.platform != "linux" or not supported():
-        return None
+    if sys.platform != "linux" or not supported() or not _SOURCE.exists():
+        return None  # exported models and the notebook come without the source
     try:
         library = ctypes.CDLL(str(build()))
         library.scratch_bytes.restype = ctypes.c_int64

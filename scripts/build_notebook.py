@@ -28,7 +28,7 @@ from utils.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = Path("notebooks/athena_all_in_one_colab.ipynb")
-KINDS = (".py", ".cpp", ".yaml", ".sh", ".html", ".css", ".js")
+KINDS = (".py", ".yaml", ".sh", ".html", ".css", ".js")
 FOLDERS = ("config", "dataset", "evaluators", "models", "scripts", "utils")
 SINGLE = ("pretrain.py", "sequence_dataset.py", "requirements-common.txt", "requirements-demo.txt",
           "requirements-eval.txt", "LICENSE")  # fmt: skip
