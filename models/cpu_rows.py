@@ -1,6 +1,6 @@
 """The losses of rows of logits on a CPU, in C++: see `models/cpu_kernels.cpp`.
 
-The formulas are those of `models.token_losses`. Inductor's loops take several times as long.
+The formulas are those of `models.token_losses`.
 """
 
 from ctypes import c_bool, c_int64, c_void_p

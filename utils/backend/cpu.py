@@ -35,7 +35,7 @@ def keep_freed_memory(largest: int = 1 << 30) -> None:
     """Have the allocator keep freed memory for the next step.
 
     Otherwise glibc returns large tensors to the system, and each page of their successors is a page
-    fault, which took a fifth of a step. Has no effect with another C library.
+    fault. Has no effect with another C library.
 
     largest: bytes of the largest tensors that it keeps; glibc itself keeps those up to 32 MiB.
     """
