@@ -1,10 +1,12 @@
-// Kernels for CPUs with AVX-512 BF16: attention (see block_attention.py) and the gate of SwiGLU
+// Kernels for CPUs with AVX-512 BF16: attention (see block_attention.py) and the feed-forward layer
 // (see swiglu.py) in bfloat16, the losses of rows of logits (see cpu_rows.py), and Adam-atan2's
 // update. All compute in float32.
 //
+// Products read pairs of neighbouring bfloat16 values as 32-bit words, which _mm512_dpbf16_ps
+// multiplies and adds in float32.
+//
 // Attention: a task is a row of the batch and a key head. It multiplies each block of queries with
-// the keys that the block sees. Products read pairs of neighbouring bfloat16 values as 32-bit
-// words, which _mm512_dpbf16_ps multiplies and adds in float32.
+// the keys that the block sees.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -32,13 +34,25 @@ struct Rows {
   const Half* at(int64_t i) const { return data + i * stride; }
 };
 
-template <bool transposed, int R, int C>
-inline void tile(int64_t pairs, const Pair* a, int64_t lda, const Pair* b, int64_t ldb, float* c,
+// Widen 16 bfloat16 values to 32-bit words.
+inline __m512i words(const Half* x) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
+}
+
+inline __m512 load(const float* x) { return _mm512_loadu_ps(x); }
+inline __m512 load(const Half* x) { return _mm512_castsi512_ps(_mm512_slli_epi32(words(x), 16)); }
+inline void store(float* out, __m512 x) { _mm512_storeu_ps(out, x); }
+inline void store(Half* out, __m512 x) {
+  _mm256_storeu_si256((__m256i*)out, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+template <bool transposed, int R, int C, typename T>
+inline void tile(int64_t pairs, const Pair* a, int64_t lda, const Pair* b, int64_t ldb, T* c,
                  int64_t ldc, bool add) {
   __m512 sum[R][C];
   for (int r = 0; r < R; r++)
     for (int j = 0; j < C; j++)
-      sum[r][j] = add ? _mm512_loadu_ps(c + r * ldc + j * LANES) : _mm512_setzero_ps();
+      sum[r][j] = add ? load(c + r * ldc + j * LANES) : _mm512_setzero_ps();
   for (int64_t k = 0; k < pairs; k++) {
     __m512bh right[C];
     for (int j = 0; j < C; j++) right[j] = (__m512bh)_mm512_loadu_si512(b + k * ldb + j * LANES);
@@ -48,14 +62,14 @@ inline void tile(int64_t pairs, const Pair* a, int64_t lda, const Pair* b, int64
     }
   }
   for (int r = 0; r < R; r++)
-    for (int j = 0; j < C; j++) _mm512_storeu_ps(c + r * ldc + j * LANES, sum[r][j]);
+    for (int j = 0; j < C; j++) store(c + r * ldc + j * LANES, sum[r][j]);
 }
 
 // c (m, n) = a · b, or c += a · b. a: (m, pairs), or (pairs, m) if transposed. b: (pairs, n), n a
 // multiple of LANES. Leading dimensions of a and b are in pairs.
-template <bool transposed>
+template <bool transposed, typename T>
 void multiply(int64_t m, int64_t n, int64_t pairs, const Pair* a, int64_t lda, const Pair* b,
-              int64_t ldb, float* c, int64_t ldc, bool add) {
+              int64_t ldb, T* c, int64_t ldc, bool add) {
   const int64_t step = transposed ? 1 : lda;
   int64_t j = 0;
   for (; j + 4 * LANES <= n; j += 4 * LANES) {
@@ -74,8 +88,8 @@ void multiply(int64_t m, int64_t n, int64_t pairs, const Pair* a, int64_t lda, c
   }
 }
 
-// out (size / 2, width): pairs along the head; rows beyond `length` are 0.
-void pack_columns(Rows x, int64_t length, int64_t size, Pair* out, int64_t width) {
+// out (size / 2, width), rows `stride` apart: pairs along the head; columns beyond `length` are 0.
+void pack_columns(Rows x, int64_t length, int64_t size, Pair* out, int64_t width, int64_t stride) {
   const int64_t pairs = size / 2;
   int64_t i = 0;
   for (; i + 16 <= length; i += 16) {
@@ -102,20 +116,15 @@ void pack_columns(Rows x, int64_t length, int64_t size, Pair* out, int64_t width
         r[k] = _mm512_shuffle_i32x4(t[k], t[k + 8], 0x88);
         r[k + 8] = _mm512_shuffle_i32x4(t[k], t[k + 8], 0xdd);
       }
-      for (int k = 0; k < 16; k++) _mm512_storeu_si512(out + (c + k) * width + i, r[k]);
+      for (int k = 0; k < 16; k++) _mm512_storeu_si512(out + (c + k) * stride + i, r[k]);
     }
   }
   for (; i < width; i++)
     for (int64_t c = 0; c < pairs; c++) {
       Pair value = 0;
       if (i < length) std::memcpy(&value, x.at(i) + 2 * c, sizeof value);
-      out[c * width + i] = value;
+      out[c * stride + i] = value;
     }
-}
-
-// Widen 16 bfloat16 values to 32-bit words.
-inline __m512i words(const Half* x) {
-  return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
 }
 
 // out (ceil(length / 2) .. width / 2, size): pairs of rows; rows beyond `length` are 0.
@@ -139,10 +148,6 @@ inline __m512 exponential(__m512 x) {
   for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
   return _mm512_scalef_ps(p, n);
-}
-
-inline void store(Half* out, __m512 x) {
-  _mm256_storeu_si256((__m256i*)out, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
 // The keys that a query sees: the prefix, and those from `first` to `end`.
@@ -235,7 +240,7 @@ void attend(const Sizes& s, int64_t row, int64_t head, const Heads& query, const
   float* scores = scratch.take<float>(BLOCK * width);
   Half* p = scratch.take<Half>(BLOCK * width);
   float* found = scratch.take<float>(BLOCK * s.size);
-  pack_columns(key.of(row, head), s.length, s.size, keys, width);
+  pack_columns(key.of(row, head), s.length, s.size, keys, width, width);
   pack_rows(value.of(row, head), s.length, s.size, values, width);
   const float scale = 1.0f / __builtin_sqrtf((float)s.size);
   for (int64_t h = head * group; h < (head + 1) * group; h++)
@@ -289,8 +294,8 @@ void differentiate(const Sizes& s, int64_t row, int64_t head, const Heads& grad,
   float* found = scratch.take<float>(BLOCK * s.size);
   float* of_key = scratch.take<float>(width * s.size);
   float* of_value = scratch.take<float>(width * s.size);
-  pack_columns(key.of(row, head), s.length, s.size, key_columns, width);
-  pack_columns(value.of(row, head), s.length, s.size, value_columns, width);
+  pack_columns(key.of(row, head), s.length, s.size, key_columns, width, width);
+  pack_columns(value.of(row, head), s.length, s.size, value_columns, width, width);
   pack_rows(key.of(row, head), s.length, s.size, key_rows, width);
   std::fill_n(of_key, width * s.size, 0.0f);
   std::fill_n(of_value, width * s.size, 0.0f);
@@ -370,8 +375,6 @@ inline __m512 sigmoid(__m512 x) {
   const __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-80.0f), _CMP_LT_OQ);
   return _mm512_mask_mov_ps(reciprocal(sum), tiny, _mm512_setzero_ps());
 }
-
-inline __m512 load(const Half* x) { return _mm512_castsi512_ps(_mm512_slli_epi32(words(x), 16)); }
 
 // Vectors of a row of numbers of type T; lanes beyond its end are 0.
 inline __mmask16 valid_lanes(int64_t left) {
@@ -515,6 +518,37 @@ inline __m512 angle(__m512 m, __m512 root) {
   return _mm512_or_ps(whole, sign);
 }
 
+// The feed-forward layer SwiGLU: out = (silu(x · gate) * (x · up)) · down. Weights are packed in
+// panels of PANEL columns. A thread takes blocks of tokens, whose inner values stay in its cache.
+constexpr int64_t PANEL = 64;
+constexpr int64_t HALF = PANEL / 2;
+
+struct Layer {
+  int64_t tokens, size, inner;
+
+  int64_t panels() const { return (size + PANEL - 1) / PANEL; }
+  int64_t width(int64_t j) const { return std::min(PANEL, size - j * PANEL); }
+
+  // Tokens of a block: even, at most PANEL, and the blocks divide evenly between threads.
+  int64_t block(int threads) const {
+    const int64_t share = (tokens + threads - 1) / threads, count = (share + PANEL - 1) / PANEL;
+    return round_up((share + count - 1) / std::max<int64_t>(count, 1), 4);
+  }
+};
+
+struct PackedWeights {
+  Pair* gate_up;       // (inner / HALF, size / 2, PANEL): HALF columns of gate, and of up
+  Pair* down;          // panels of (inner / 2, width)
+  Pair* down_rows;     // (inner / PANEL, size / 2, PANEL), for the gradient
+  Pair* gate_up_rows;  // panels of (inner, width), for the gradient
+
+  PackedWeights(Pair* start, const Layer& l) {
+    const int64_t matrix = l.size * l.inner / 2;
+    gate_up = start, down = start + 2 * matrix, down_rows = down + matrix;
+    gate_up_rows = down_rows + matrix;
+  }
+};
+
 }  // namespace
 
 extern "C" {
@@ -564,35 +598,6 @@ int64_t token_losses_float32(float* logits, const int64_t* labels, const float* 
   return token_losses(logits, labels, scale, nll, preds, tokens, width, stablemax, graded, threads);
 }
 
-// out (rows, inner) = silu(gate) * up; joint: (rows, 2 * inner), gate and up.
-void swiglu(const Half* joint, Half* out, int64_t rows, int64_t inner, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t r = 0; r < rows; r++) {
-    const Half *gate = joint + 2 * r * inner, *up = gate + inner;
-    for (int64_t c = 0; c < inner; c += LANES) {
-      const __m512 x = load(gate + c);
-      store(out + r * inner + c, _mm512_mul_ps(_mm512_mul_ps(x, sigmoid(x)), load(up + c)));
-    }
-  }
-}
-
-// grad_joint (rows, 2 * inner), for the gradient `grad` (rows, inner) of the result of `swiglu`.
-void swiglu_backward(const Half* grad, const Half* joint, Half* grad_joint, int64_t rows,
-                     int64_t inner, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t r = 0; r < rows; r++) {
-    const Half *gate = joint + 2 * r * inner, *up = gate + inner;
-    Half *of_gate = grad_joint + 2 * r * inner, *of_up = of_gate + inner;
-    for (int64_t c = 0; c < inner; c += LANES) {
-      const __m512 x = load(gate + c), d = load(grad + r * inner + c), s = sigmoid(x);
-      const __m512 silu = _mm512_mul_ps(x, s);
-      const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
-      store(of_up + c, _mm512_mul_ps(d, silu));
-      store(of_gate + c, _mm512_mul_ps(_mm512_mul_ps(d, load(up + c)), slope));
-    }
-  }
-}
-
 // Return the bytes that a thread needs, enough for either function.
 int64_t scratch_bytes(const Sizes* s) {
   const int64_t width = s->width();
@@ -615,5 +620,137 @@ void block_attention_backward(const Sizes* s, const Heads* query, const Heads* k
   for (int64_t task = 0; task < s->rows * s->key_heads; task++)
     differentiate(*s, task / s->key_heads, task % s->key_heads, *grad, *query, *key, *value,
                   *grad_query, *grad_key, *grad_value, {scratch + omp_get_thread_num() * bytes});
+}
+
+// packed: 3 * inner * size pairs. gate_up: (2 * inner, size), gate and up; down: (size, inner).
+void swiglu_pack(const Layer* l, const Half* gate_up, const Half* down, Pair* packed, int threads) {
+  const int64_t size = l->size, inner = l->inner, pairs = size / 2;
+  const PackedWeights w(packed, *l);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for nowait
+    for (int64_t j = 0; j < inner / HALF; j++) {
+      Pair* out = w.gate_up + j * PANEL * pairs;
+      pack_columns({gate_up + j * HALF * size, size}, HALF, size, out, HALF, PANEL);
+      pack_columns({gate_up + (inner + j * HALF) * size, size}, HALF, size, out + HALF, HALF,
+                   PANEL);
+    }
+#pragma omp for nowait
+    for (int64_t j = 0; j < inner / PANEL; j++)
+      pack_rows({down + j * PANEL, inner}, size, PANEL, w.down_rows + j * PANEL * pairs, size);
+#pragma omp for
+    for (int64_t j = 0; j < l->panels(); j++) {
+      const int64_t width = l->width(j);
+      pack_columns({down + j * PANEL * inner, inner}, width, inner, w.down + j * PANEL * inner / 2,
+                   width, width);
+      pack_rows({gate_up + j * PANEL, size}, 2 * inner, width, w.gate_up_rows + j * PANEL * inner,
+                2 * inner);
+    }
+  }
+}
+
+// out (tokens, size) for x (tokens, size). joint: null, or (tokens, 2 * inner) for the values of
+// gate and up. scratch: threads * PANEL * inner values.
+void swiglu(const Layer* l, const Half* x, Pair* packed, Half* joint, Half* out, Half* scratch,
+            int threads) {
+  const int64_t size = l->size, inner = l->inner, pairs = size / 2, block = l->block(threads);
+  const PackedWeights w(packed, *l);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t begin = 0; begin < l->tokens; begin += block) {
+    const int64_t count = std::min(block, l->tokens - begin);
+    Half* hidden = scratch + omp_get_thread_num() * PANEL * inner;
+    alignas(64) float both[PANEL * PANEL];
+    for (int64_t c = 0; c < inner; c += HALF) {
+      multiply<false>(count, PANEL, pairs, (const Pair*)(x + begin * size), pairs,
+                      w.gate_up + 2 * c * pairs, PANEL, both, PANEL, false);
+      for (int64_t r = 0; r < count; r++)
+        for (int64_t k = 0; k < HALF; k += LANES) {
+          const __m512 gate = load(both + r * PANEL + k), up = load(both + r * PANEL + HALF + k);
+          store(hidden + r * inner + c + k, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), up));
+          if (joint) {
+            Half* row = joint + (begin + r) * 2 * inner + c + k;
+            store(row, gate), store(row + inner, up);
+          }
+        }
+    }
+    for (int64_t j = 0; j < l->panels(); j++)
+      multiply<false>(count, l->width(j), inner / 2, (const Pair*)hidden, inner / 2,
+                      w.down + j * PANEL * inner / 2, l->width(j), out + begin * size + j * PANEL,
+                      size, false);
+  }
+}
+
+// The gradients of x and, unless they are null, of the weights, from that of `out`, (tokens, size).
+// scratch: threads * 2 * PANEL * inner values, and then even * (3 * inner + 2 * size), where `even`
+// is the even number from `tokens`.
+void swiglu_backward(const Layer* l, const Half* grad, const Half* x, const Half* joint,
+                     Pair* packed, Half* of_x, Half* of_gate_up, Half* of_down, Half* scratch,
+                     int threads) {
+  const int64_t tokens = l->tokens, size = l->size, inner = l->inner, pairs = size / 2;
+  const int64_t even = round_up(tokens, 2), halves = even / 2, block = l->block(threads);
+  const PackedWeights w(packed, *l);
+  // panels of pairs of tokens, (halves, PANEL) each
+  Pair* joint_pairs = (Pair*)(scratch + threads * 2 * PANEL * inner);
+  Pair* hidden_pairs = joint_pairs + halves * 2 * inner;
+  Pair *x_pairs = hidden_pairs + halves * inner, *grad_pairs = x_pairs + halves * size;
+#pragma omp parallel num_threads(threads)
+  {
+    Half* of_joint = scratch + omp_get_thread_num() * 2 * PANEL * inner;
+    alignas(64) float of_hidden[PANEL * PANEL];
+#pragma omp for schedule(static)
+    for (int64_t begin = 0; begin < tokens; begin += block) {
+      const int64_t count = std::min(block, tokens - begin);
+      for (int64_t c = 0; c < inner; c += PANEL) {
+        multiply<false>(count, PANEL, pairs, (const Pair*)(grad + begin * size), pairs,
+                        w.down_rows + c * pairs, PANEL, of_hidden, PANEL, false);
+        for (int64_t r = 0; r < count; r += 2)
+          for (int64_t k = 0; k < PANEL; k += LANES) {
+            __m512 of_gate[2] = {}, of_up[2] = {}, hidden[2] = {};
+            for (int64_t i = 0; i < std::min<int64_t>(2, count - r); i++) {
+              const Half* row = joint + (begin + r + i) * 2 * inner + c + k;
+              const __m512 gate = load(row), up = load(row + inner), s = sigmoid(gate);
+              const __m512 d = load(of_hidden + (r + i) * PANEL + k), silu = _mm512_mul_ps(gate, s);
+              const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
+              hidden[i] = _mm512_mul_ps(silu, up);
+              of_up[i] = _mm512_mul_ps(d, silu);
+              of_gate[i] = _mm512_mul_ps(_mm512_mul_ps(d, up), slope);
+              Half* out = of_joint + (r + i) * 2 * inner + c + k;
+              store(out, of_gate[i]), store(out + inner, of_up[i]);
+            }
+            if (!of_gate_up) continue;
+            const int64_t place = c * halves + (begin + r) / 2 * PANEL + k;
+            store_pairs(joint_pairs + place, of_gate[0], of_gate[1]);
+            store_pairs(joint_pairs + inner * halves + place, of_up[0], of_up[1]);
+            store_pairs(hidden_pairs + place, hidden[0], hidden[1]);
+          }
+      }
+      for (int64_t j = 0; j < l->panels(); j++) {
+        const int64_t width = l->width(j), first = begin * size + j * PANEL;
+        multiply<false>(count, width, inner, (const Pair*)of_joint, inner,
+                        w.gate_up_rows + j * PANEL * inner, width, of_x + first, size, false);
+        if (!of_gate_up) continue;
+        const int64_t place = j * PANEL * halves + begin / 2 * width;
+        pack_rows({x + first, size}, count, width, x_pairs + place, round_up(count, 2));
+        pack_rows({grad + first, size}, count, width, grad_pairs + place, round_up(count, 2));
+      }
+    }
+    const int64_t panels = l->panels(), chunks = inner / PANEL;
+    if (of_gate_up) {
+#pragma omp for schedule(static) nowait
+      for (int64_t k = 0; k < 2 * chunks * panels; k++) {
+        const int64_t i = k / panels, j = k % panels;
+        multiply<true>(PANEL, l->width(j), halves, joint_pairs + i * PANEL * halves, PANEL,
+                       x_pairs + j * PANEL * halves, l->width(j),
+                       of_gate_up + i * PANEL * size + j * PANEL, size, false);
+      }
+#pragma omp for schedule(static)
+      for (int64_t k = 0; k < panels * chunks; k++) {
+        const int64_t i = k / chunks, j = k % chunks;
+        multiply<true>(l->width(i), PANEL, halves, grad_pairs + i * PANEL * halves, l->width(i),
+                       hidden_pairs + j * PANEL * halves, PANEL,
+                       of_down + i * PANEL * inner + j * PANEL, inner, false);
+      }
+    }
+  }
 }
 }

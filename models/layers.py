@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.block_attention import Spans, block_attention
 from models.common import at_least_float32, trunc_normal_init_
 from models.flex import Kernel, block_mask, flex_attend
-from models.swiglu import swiglu
+from models.swiglu import is_fast, pack, swiglu
 
 
 class SequenceInfo(NamedTuple):
@@ -84,10 +84,13 @@ class CastedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        weight = self.cast
-        if weight is None or weight.dtype != x.dtype:
-            weight = self.weight.to(x.dtype)
-        return F.linear(x, weight, bias)
+        return F.linear(x, self.weight_as(x.dtype), bias)
+
+    def weight_as(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight in this dtype."""
+        if self.cast is None or self.cast.dtype != dtype:
+            return self.weight.to(dtype)
+        return self.cast
 
 
 @contextmanager
@@ -97,17 +100,21 @@ def cast_once(blocks: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]
     The gradients of those uses are summed in `dtype` and added to the parameter together.
     """
     # in the order of the modules: autograd reaches the casts in it, on every rank and restart
-    linears = dict.fromkeys(
-        m for block in blocks for m in block.modules() if isinstance(m, CastedLinear)
-    )
+    modules = dict.fromkeys(m for block in blocks for m in block.modules())
+    linears = [m for m in modules if isinstance(m, CastedLinear)]
+    gated = [m for m in modules if isinstance(m, SwiGLU) and m.fused]
     try:
         for linear in linears:
             if linear.weight.dtype != dtype:
                 linear.cast = linear.weight.to(dtype)
+        for layer in gated:
+            layer.packed = pack(*layer.weights_as(dtype))
         yield
     finally:
         for linear in linears:
             linear.cast = None
+        for layer in gated:
+            layer.packed = None
 
 
 class CastedEmbedding(nn.Module):
@@ -230,10 +237,11 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """Gated feed-forward layer (Shazeer 2020, arXiv 2002.05202).
 
-    fused: the gate is computed by `models.swiglu`.
+    fused: the layer is computed by `models.swiglu`. packed: its weights, packed by `cast_once`.
     """
 
     fused = False
+    packed: Tensor | None = None
 
     def __init__(self, hidden_size: int, expansion: float):
         super().__init__()
@@ -245,11 +253,20 @@ class SwiGLU(nn.Module):
     def inner_size(hidden_size: int, expansion: float) -> int:
         return round_up(round(expansion * hidden_size * 2 / 3), 256)
 
+    def can_fuse(self) -> bool:
+        """Return whether `models.swiglu` computes this layer faster than PyTorch, in bfloat16."""
+        linears = (self.gate_up_proj, self.down_proj)
+        plain = all(type(m) is CastedLinear and m.bias is None for m in linears)
+        return plain and is_fast(*self.down_proj.weight.shape)
+
+    def weights_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return both weights in this dtype."""
+        return self.gate_up_proj.weight_as(dtype), self.down_proj.weight_as(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        joint = self.gate_up_proj(x)
         if self.fused:
-            return self.down_proj(swiglu(joint))
-        gate, up = joint.chunk(2, dim=-1)
+            return swiglu(x, *self.weights_as(x.dtype), self.packed)
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
 

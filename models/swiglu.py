@@ -1,9 +1,12 @@
-"""The gate of SwiGLU in one pass on a CPU, in bfloat16.
+"""The feed-forward layer SwiGLU as one operation on a CPU, in bfloat16.
 
-Inductor's loop for it takes nearly twice as long. See `models/cpu_kernels.cpp`.
+Its inner values stay in the cache of a core. See `models/cpu_kernels.cpp`.
+
+Shape letters: B rows, L positions, D hidden, I inner size.
 """
 
-from ctypes import c_int64, c_void_p
+import ctypes
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,81 +15,208 @@ from torch import Tensor
 from models.common import at_least_float32
 from models.cpu_kernels import cpu_kernels
 
-_LANES = 16
+_PANEL = 64
+_FEW_TOKENS = 64
+"""With fewer tokens, packing the weights would take longer than the layer."""
 
 
-def swiglu(joint: Tensor) -> Tensor:
-    """Return silu(gate) * up, (..., I), computed in float32. joint: (..., 2 I), gate and up."""
-    out: Tensor = torch.ops.athena.swiglu(joint)
+def is_fast(size: int, inner: int) -> bool:
+    """Return whether this CPU has a kernel for these sizes, and no AMX, which oneDNN's products of
+    matrices use.
+    """
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return _fits(size, inner) and not has_amx and cpu_kernels() is not None
+
+
+def swiglu(x: Tensor, gate_up: Tensor, down: Tensor, packed: Tensor | None = None) -> Tensor:
+    """Return (silu(gate) * up) · downᵀ, (..., D), where gate and up are the halves of x · gate_upᵀ.
+
+    The gate is computed in float32. x: (..., D). gate_up: (2 I, D). down: (D, I). packed: the
+    result of `pack` for these weights, if they have several uses.
+    """
+    keep = torch.is_grad_enabled()
+    out: Tensor = torch.ops.athena.swiglu(x, gate_up, down, packed, keep)[0]
     return out
 
 
-def _supports(inner: int, *tensors: Tensor) -> bool:
-    alike = all(x.dtype == torch.bfloat16 for x in tensors)
-    return alike and inner % _LANES == 0 and cpu_kernels() is not None
+def pack(gate_up: Tensor, down: Tensor) -> Tensor | None:
+    """Return the weights, (2 I, D) and (D, I), in the order that the kernel reads, (3 · I · D,)
+    int32; None if it does not support them. Has no gradient.
+    """
+    if _library(gate_up, down) is None:
+        return None
+    packed: Tensor = torch.ops.athena.swiglu_pack(gate_up.detach(), down.detach())
+    return packed
 
 
-def _forward(joint: Tensor) -> Tensor:
-    inner = joint.shape[-1] // 2
-    if not _supports(inner, joint):
-        gate, up = joint.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    joint, out = joint.contiguous(), joint.new_empty(*joint.shape[:-1], inner)
-    _call("swiglu", joint, out, inner=inner)
-    return out
-
-
-def _backward(grad: Tensor, joint: Tensor) -> Tensor:
-    inner = joint.shape[-1] // 2
-    if not _supports(inner, grad, joint):
-        gate, up = at_least_float32(joint).chunk(2, dim=-1)
-        share = torch.sigmoid(gate)
-        silu = gate * share
-        slope = share + silu * (1 - share)
-        return torch.cat((grad * up * slope, grad * silu), dim=-1).to(joint.dtype)
-    grad, joint = grad.contiguous(), joint.contiguous()
-    out = torch.empty_like(joint)
-    _call("swiglu_backward", grad, joint, out, inner=inner)
-    return out
-
-
-def _call(name: str, *tensors: Tensor, inner: int) -> None:
-    """Run a kernel on contiguous tensors with rows of `inner` or twice as many numbers."""
-    library = cpu_kernels()
+def _pack(gate_up: Tensor, down: Tensor) -> Tensor:
+    library = _library(gate_up, down)
     assert library is not None
-    rows = tensors[0].numel() // tensors[0].shape[-1]
-    pointers = (c_void_p(x.data_ptr()) for x in tensors)
-    library[name](*pointers, c_int64(rows), c_int64(inner), torch.get_num_threads())
+    weights, packed = (gate_up.contiguous(), down.contiguous()), _empty_pack(gate_up, down)
+    pointers = map(_pointer, (*weights, packed))
+    library.swiglu_pack(_layer(0, down), *pointers, torch.get_num_threads())
+    return packed
 
 
-def _fake_forward(joint):
-    return joint.new_empty(*joint.shape[:-1], joint.shape[-1] // 2)
+def _empty_pack(gate_up: Tensor, down: Tensor) -> Tensor:
+    return down.new_empty(3 * down.numel(), dtype=torch.int32)
 
 
-def _fake_backward(grad, joint):
-    return torch.empty_like(joint, memory_format=torch.contiguous_format)
+def _library(gate_up: Tensor, down: Tensor) -> ctypes.CDLL | None:
+    """Return the C++ kernels, if they support these weights."""
+    alike = gate_up.dtype == down.dtype == torch.bfloat16
+    return cpu_kernels() if alike and _fits(*down.shape) else None
+
+
+def _fits(size: int, inner: int) -> bool:
+    return size % 32 == 0 and inner % _PANEL == 0
+
+
+def _forward(
+    x: Tensor, gate_up: Tensor, down: Tensor, packed: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the result, and (..., 2 I) x · gate_upᵀ if `keep`, otherwise an empty tensor."""
+    size, inner = down.shape
+    if x.shape[-1] != size or gate_up.shape != (2 * inner, size):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, gate_up, down))
+        raise ValueError(f"x, gate_up and down do not fit together: {shapes}")
+    tokens = x.numel() // size
+    library = _library(gate_up, down) if x.dtype == gate_up.dtype else None
+    if library is None or not tokens or (packed is None and tokens < _FEW_TOKENS):
+        joint = F.linear(x, gate_up)
+        gate, up = joint.chunk(2, dim=-1)
+        out = F.linear(F.silu(gate) * up, down)
+        return out, joint if keep else x.new_empty(0)
+    packed = _pack(gate_up, down) if packed is None else packed
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    joint = _empty_joint(x, gate_up, keep)
+    threads = torch.get_num_threads()
+    scratch = x.new_empty(threads * _PANEL * inner)
+    pointers = map(_pointer, (x, packed, joint if keep else None, out, scratch))
+    library.swiglu(_layer(tokens, down), *pointers, threads)
+    return out, joint
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    joint: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    packed: Tensor | None,
+    of_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, gate_up and down; unless `of_weights`, the last two are empty."""
+    size, inner = down.shape
+    tokens = x.numel() // size
+    library = _library(gate_up, down) if x.dtype == grad.dtype == gate_up.dtype else None
+    if library is None or not tokens:
+        return _differentiate(grad, x, joint, gate_up, down, of_weights)
+    packed = _pack(gate_up, down) if packed is None else packed
+    grad, x, joint = grad.contiguous(), x.contiguous(), joint.contiguous()
+    of_x, of_gate_up, of_down = _empty_grads(x, gate_up, down, of_weights)
+    threads, even = torch.get_num_threads(), tokens + tokens % 2
+    scratch = x.new_empty(2 * threads * _PANEL * inner + even * (3 * inner + 2 * size))
+    found = (of_x, of_gate_up, of_down) if of_weights else (of_x, None, None)
+    pointers = map(_pointer, (grad, x, joint, packed, *found, scratch))
+    library.swiglu_backward(_layer(tokens, down), *pointers, threads)
+    return of_x, of_gate_up, of_down
+
+
+def _empty_joint(x: Tensor, gate_up: Tensor, keep: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], gate_up.shape[0]) if keep else x.new_empty(0)
+
+
+def _empty_grads(
+    x: Tensor, gate_up: Tensor, down: Tensor, of_weights: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = (gate_up.shape, down.shape) if of_weights else ((0,), (0,))
+    return x.new_empty(x.shape), x.new_empty(sizes[0]), x.new_empty(sizes[1])
+
+
+def _differentiate(
+    grad: Tensor, x: Tensor, joint: Tensor, gate_up: Tensor, down: Tensor, of_weights: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do the same as `_backward` in PyTorch."""
+    gate, up = at_least_float32(joint).chunk(2, dim=-1)
+    share = torch.sigmoid(gate)
+    silu = gate * share
+    of_hidden = at_least_float32(grad @ down)
+    of_gate = of_hidden * up * (share + silu * (1 - share))
+    of_joint = torch.cat((of_gate, of_hidden * silu), dim=-1).to(x.dtype)
+    of_x = of_joint @ gate_up
+    if not of_weights:
+        return of_x, *_empty_grads(x, gate_up, down, False)[1:]
+    hidden = (silu * up).to(x.dtype)
+    flat_grad, flat_x, of_joint, hidden = (t.flatten(0, -2) for t in (grad, x, of_joint, hidden))
+    return of_x, of_joint.T @ flat_x, flat_grad.T @ hidden
+
+
+# --- C++
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("tokens", "size", "inner")]
+
+
+def _layer(tokens: int, down: Tensor) -> Any:
+    return ctypes.byref(_Layer(tokens, *down.shape))
+
+
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+# --- the operators
+
+
+def _fake_forward(x, gate_up, down, packed, keep):
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return out, _empty_joint(x, gate_up, keep)
+
+
+def _fake_backward(grad, x, joint, gate_up, down, packed, of_weights):
+    return _empty_grads(x, gate_up, down, of_weights)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, gate_up, down, packed, _ = inputs
+    ctx.save_for_backward(x, output[1], gate_up, down, packed)
+    ctx.set_materialize_grads(False)
+
+
+def _of_output(ctx, grad: Tensor | None, _: Tensor | None):
+    if grad is None:
+        return (None,) * 5
+    of_weights = any(ctx.needs_input_grad[1:3])
+    grads = torch.ops.athena.swiglu_backward(grad, *ctx.saved_tensors, of_weights)
+    return grads[0], *(grads[1:] if of_weights else (None, None)), None, None
 
 
 def _refuse(ctx, *grads: Tensor):
-    raise RuntimeError("the gate in one pass has no second derivative; set fast=false")
+    raise RuntimeError("the layer as one operation has no second derivative; set fast=false")
 
 
 def _register() -> torch.library.Library:
     """Make the functions operators, which torch.compile takes as they are."""
     library = torch.library.Library("athena", "FRAGMENT")
-    library.define("swiglu(Tensor joint) -> Tensor")
-    library.define("swiglu_backward(Tensor grad, Tensor joint) -> Tensor")
+    weights = "Tensor gate_up, Tensor down, Tensor? packed"
+    library.define(f"swiglu(Tensor x, {weights}, bool keep) -> (Tensor, Tensor)")
+    library.define(
+        f"swiglu_backward(Tensor grad, Tensor x, Tensor joint, {weights}, bool of_weights)"
+        " -> (Tensor, Tensor, Tensor)"
+    )
+    library.define("swiglu_pack(Tensor gate_up, Tensor down) -> Tensor")
     library.impl("swiglu", _forward, "CPU")
     library.impl("swiglu_backward", _backward, "CPU")
-    torch.library.register_fake("athena::swiglu", _fake_forward, lib=library)
-    torch.library.register_fake("athena::swiglu_backward", _fake_backward, lib=library)
-    torch.library.register_autograd(
-        "athena::swiglu",
-        lambda ctx, grad: torch.ops.athena.swiglu_backward(grad, *ctx.saved_tensors),
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-        lib=library,
-    )
-    torch.library.register_autograd("athena::swiglu_backward", _refuse, lib=library)
+    library.impl("swiglu_pack", _pack, "CPU")
+    name = "athena::swiglu"
+    torch.library.register_fake(name, _fake_forward, lib=library)
+    torch.library.register_fake(f"{name}_backward", _fake_backward, lib=library)
+    torch.library.register_fake(f"{name}_pack", _empty_pack, lib=library)
+    torch.library.register_autograd(name, _of_output, setup_context=_save, lib=library)
+    torch.library.register_autograd(f"{name}_backward", _refuse, lib=library)
     return library
 
 

@@ -309,7 +309,8 @@ def set_fast_paths(config: PretrainConfig, model: ACTLossHead, device_type: str)
     model.kernel = "cpu" if native and dtype in cpu_rows.KERNELS else None
     for module in model.model.modules():
         if isinstance(module, SwiGLU):
-            module.fused = "swiglu" in fast and native and dtype == torch.bfloat16
+            wanted = "swiglu" in fast and native and dtype == torch.bfloat16
+            module.fused = wanted and module.can_fuse()
     return fast
 
 
