@@ -5,6 +5,7 @@ counts the pairs of positions that a causal mask allows, ignoring document bound
 depends on the architecture: every operation of a step or an answer is counted.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from models.backbone import Backbone
 from models.base import Architecture, Carry, OptionsKey
@@ -20,7 +22,8 @@ from models.block_checks import checked_norms
 from models.flex import Kernel
 from models.losses import ACTLossHead
 from models.sparse_embedding import sparse_embeddings
-from utils.backend.tracing import Tracer, count_attention
+from models.swiglu import backward_scratch_bytes, forward_scratch_bytes
+from utils.backend.tracing import Tracer, count_attention, count_scratch
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,19 @@ class Cost:
 
 count_attention(torch.ops.athena.span_attention, 2, 0, 1, 5)
 count_attention(torch.ops.athena.span_attention_backward, 5, 1, 2, 6)
+count_scratch(torch.ops.athena.swiglu, forward_scratch_bytes)
+count_scratch(torch.ops.athena.swiglu_backward, backward_scratch_bytes)
+
+
+@register_flop_formula(torch.ops.athena.swiglu)
+def _swiglu_flops(x, gate_up, down, *_, **__) -> int:
+    return 6 * math.prod(x[:-1]) * math.prod(down)
+
+
+@register_flop_formula(torch.ops.athena.swiglu_backward)
+def _swiglu_backward_flops(grad, x, joint, gate_up, down, packed, of_weights, **_) -> int:
+    return (12 if of_weights else 6) * math.prod(x[:-1]) * math.prod(down)
+
 
 COUNTS = ("passes", "gradient_passes", "row_train_flops", "row_recomputed_flops")
 

@@ -82,7 +82,7 @@ def _forward(
         raise ValueError(f"x, gate_up and down do not fit together: {shapes}")
     tokens = x.numel() // size
     library = _library(gate_up, down) if x.dtype == gate_up.dtype else None
-    if library is None or not tokens or (packed is None and tokens < _FEW_TOKENS):
+    if library is None or _too_few(tokens, packed):
         joint = F.linear(x, gate_up)
         gate, up = joint.chunk(2, dim=-1)
         out = F.linear(F.silu(gate) * up, down)
@@ -91,10 +91,9 @@ def _forward(
     x = x.contiguous()
     out = torch.empty_like(x)
     joint = _empty_joint(x, gate_up, keep)
-    threads = torch.get_num_threads()
-    scratch = x.new_empty(threads * _PANEL * inner)
+    scratch = x.new_empty(_forward_scratch(down))
     pointers = map(_pointer, (x, packed, joint if keep else None, out, scratch))
-    library.swiglu(_layer(tokens, down), *pointers, threads)
+    library.swiglu(_layer(tokens, down), *pointers, torch.get_num_threads())
     return out, joint
 
 
@@ -108,20 +107,48 @@ def _backward(
     of_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, gate_up and down; unless `of_weights`, the last two are empty."""
-    size, inner = down.shape
-    tokens = x.numel() // size
+    tokens = x.numel() // len(down)
     library = _library(gate_up, down) if x.dtype == grad.dtype == gate_up.dtype else None
-    if library is None or not tokens:
+    if library is None or _too_few(tokens, packed):
         return _differentiate(grad, x, joint, gate_up, down, of_weights)
     packed = _pack(gate_up, down) if packed is None else packed
     grad, x, joint = grad.contiguous(), x.contiguous(), joint.contiguous()
     of_x, of_gate_up, of_down = _empty_grads(x, gate_up, down, of_weights)
-    threads, even = torch.get_num_threads(), tokens + tokens % 2
-    scratch = x.new_empty(2 * threads * _PANEL * inner + even * (3 * inner + 2 * size))
+    scratch = x.new_empty(_backward_scratch(tokens, down))
     found = (of_x, of_gate_up, of_down) if of_weights else (of_x, None, None)
     pointers = map(_pointer, (grad, x, joint, packed, *found, scratch))
-    library.swiglu_backward(_layer(tokens, down), *pointers, threads)
+    library.swiglu_backward(_layer(tokens, down), *pointers, torch.get_num_threads())
     return of_x, of_gate_up, of_down
+
+
+def _forward_scratch(down: Tensor) -> int:
+    """Return the number of bfloat16 values that the kernel needs while it runs."""
+    return torch.get_num_threads() * _PANEL * down.shape[1]
+
+
+def _backward_scratch(tokens: int, down: Tensor) -> int:
+    size, inner = down.shape
+    return 2 * _forward_scratch(down) + (tokens + tokens % 2) * (3 * inner + 2 * size)
+
+
+def _too_few(tokens: int, packed: Tensor | None) -> bool:
+    return not tokens or (packed is None and tokens < _FEW_TOKENS)
+
+
+def forward_scratch_bytes(x, gate_up, down, packed, keep) -> int:
+    """Return the bytes that the operator needs while it runs, from its arguments."""
+    return _count_bytes(_forward_scratch(down), x, down, packed)
+
+
+def backward_scratch_bytes(grad, x, joint, gate_up, down, packed, of_weights) -> int:
+    """Do the same for the operator of the gradients."""
+    return _count_bytes(_backward_scratch(x.numel() // len(down), down), x, down, packed)
+
+
+def _count_bytes(scratch: int, x: Tensor, down: Tensor, packed: Tensor | None) -> int:
+    if _too_few(x.numel() // len(down), packed):
+        return 0
+    return 2 * scratch + (0 if packed is not None else 4 * 3 * down.numel())
 
 
 def _empty_joint(x: Tensor, gate_up: Tensor, keep: bool) -> Tensor:

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_tools import can_run_kernels
+from torch.utils.flop_counter import FlopCounterMode
 
+from models import cost
 from models import swiglu as module
 from models.layers import SwiGLU
 from models.swiglu import pack, swiglu
@@ -145,6 +147,21 @@ def test_the_operator_keeps_torchs_rules():
     if can_run_kernels():
         weights = [t.detach() for t in inputs[1:]]
         torch.library.opcheck(torch.ops.athena.swiglu_pack.default, weights)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_its_flops_are_those_of_its_products(kernel, trained):
+    assert cost  # which says how to count the operator
+    inputs = draw(64, 128, 2, 40)
+    inputs[0].requires_grad_()
+    for weight in inputs[1:]:
+        weight.requires_grad_(trained)
+    counts = []
+    for layer in (swiglu, plain):
+        with FlopCounterMode(display=False) as counter:
+            layer(*inputs).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_second_derivative_is_an_error():

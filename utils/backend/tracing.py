@@ -45,6 +45,16 @@ def count_attention(operation: Any, products: int, query: int, key: int, causal:
     _ATTENTION[operation] = products, query, key, causal
 
 
+_SCRATCH: dict[Any, Callable[..., int]] = {}
+
+
+def count_scratch(operation: Any, scratch_bytes: Callable[..., int]) -> None:
+    """Have tracers count memory that an operator needs while it runs, a function of its
+    arguments.
+    """
+    _SCRATCH[operation] = scratch_bytes
+
+
 # The exception says the same as this log, which has a line for each line of its traceback.
 logging.getLogger("torch._subclasses.fake_tensor").addFilter(
     lambda record: not str(record.msg).startswith("failed while attempting to run meta")
@@ -135,6 +145,8 @@ class Tracer(TorchDispatchMode):
         for leaf in tree_iter(out):
             if isinstance(leaf, Tensor):
                 self._follow(leaf.untyped_storage())
+        if (scratch := _SCRATCH.get(func._overloadpacket)) is not None:
+            self.peak = max(self.peak, self.live + scratch(*args, **kwargs))
         return out
 
     def _count(self, operation: Any, args: Any, kwargs: Any, out: Any) -> None:
