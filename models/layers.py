@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.block_attention import Spans, block_attention
 from models.common import at_least_float32, trunc_normal_init_
 from models.flex import Kernel, block_mask, flex_attend
-from models.swiglu import is_fast, pack, swiglu
+from models.swiglu import is_preferred, pack, swiglu
 
 
 class SequenceInfo(NamedTuple):
@@ -254,10 +254,10 @@ class SwiGLU(nn.Module):
         return round_up(round(expansion * hidden_size * 2 / 3), 256)
 
     def can_fuse(self) -> bool:
-        """Return whether `models.swiglu` computes this layer faster than PyTorch, in bfloat16."""
+        """Return whether `models.swiglu` may compute this layer in bfloat16."""
         linears = (self.gate_up_proj, self.down_proj)
         plain = all(type(m) is CastedLinear and m.bias is None for m in linears)
-        return plain and is_fast(*self.down_proj.weight.shape)
+        return plain and is_preferred(*self.down_proj.weight.shape)
 
     def weights_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return both weights in this dtype."""

@@ -17,12 +17,12 @@ from models.cpu_kernels import cpu_kernels
 
 _PANEL = 64
 _FEW_TOKENS = 64
-"""With fewer tokens, packing the weights would take longer than the layer."""
+"""Least number of tokens for which a call packs the weights itself."""
 
 
-def is_fast(size: int, inner: int) -> bool:
-    """Return whether this CPU has a kernel for these sizes, and no AMX, which oneDNN's products of
-    matrices use.
+def is_preferred(size: int, inner: int) -> bool:
+    """Return whether to use the kernel for these sizes on this CPU: not with AMX, which PyTorch's
+    products use and the kernel does not.
     """
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     return _fits(size, inner) and not has_amx and cpu_kernels() is not None

@@ -354,3 +354,10 @@ def test_no_reasoning_head_unless_asked():
 
 def test_the_loss_table_has_both_losses():
     assert set(LOSSES) == {"stablemax_cross_entropy", "softmax_cross_entropy"}
+
+
+def test_a_level_is_compiled_in_one_piece_unless_blocks_are_recomputed():
+    model = athena()
+    assert model.regions() == [(model.inner.L_level, "forward")]
+    model = athena(use_gradient_checkpointing=True)
+    assert model.regions() == [(block, "forward") for block in model.inner.L_level.layers]

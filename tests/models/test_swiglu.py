@@ -175,7 +175,7 @@ def test_a_second_derivative_is_an_error():
 
 @pytest.mark.parametrize("change", ["bias", "subclass", "size"])
 def test_a_layer_with_other_parts_is_not_fused(change, monkeypatch):
-    monkeypatch.setattr("models.layers.is_fast", module._fits)
+    monkeypatch.setattr("models.layers.is_preferred", module._fits)
     layer = SwiGLU(100 if change == "size" else 64, 4.0)
     if change == "bias":
         layer.down_proj.bias = torch.nn.Parameter(torch.zeros(64))
