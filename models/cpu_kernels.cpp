@@ -65,26 +65,36 @@ inline void tile(int64_t pairs, const Pair* a, int64_t lda, const Pair* b, int64
     for (int j = 0; j < C; j++) store(c + r * ldc + j * LANES, sum[r][j]);
 }
 
+// C * LANES columns of `multiply`.
+template <bool transposed, int C, typename T>
+inline void columns(int64_t m, int64_t pairs, const Pair* a, int64_t lda, const Pair* b,
+                    int64_t ldb, T* c, int64_t ldc, bool add) {
+  const int64_t step = transposed ? 1 : lda;
+  int64_t i = 0;
+  if (!transposed && pairs < 24)  // between short sums, smaller tiles wait less
+    for (; i + 2 <= m; i += 2)
+      tile<transposed, 2, C>(pairs, a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
+  for (; i + 4 <= m; i += 4)
+    tile<transposed, 4, C>(pairs, a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
+  for (; i < m; i++)
+    tile<transposed, 1, C>(pairs, a + i * step, lda, b, ldb, c + i * ldc, ldc, add);
+}
+
 // c (m, n) = a · b, or c += a · b. a: (m, pairs), or (pairs, m) if transposed. b: (pairs, n), n a
 // multiple of LANES. Leading dimensions of a and b are in pairs.
 template <bool transposed, typename T>
 void multiply(int64_t m, int64_t n, int64_t pairs, const Pair* a, int64_t lda, const Pair* b,
               int64_t ldb, T* c, int64_t ldc, bool add) {
-  const int64_t step = transposed ? 1 : lda;
   int64_t j = 0;
-  for (; j + 4 * LANES <= n; j += 4 * LANES) {
-    int64_t i = 0;
-    for (; i + 4 <= m; i += 4)
-      tile<transposed, 4, 4>(pairs, a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, add);
-    for (; i < m; i++)
-      tile<transposed, 1, 4>(pairs, a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, add);
-  }
-  for (; j < n; j += LANES) {
-    int64_t i = 0;
-    for (; i + 4 <= m; i += 4)
-      tile<transposed, 4, 1>(pairs, a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, add);
-    for (; i < m; i++)
-      tile<transposed, 1, 1>(pairs, a + i * step, lda, b + j, ldb, c + i * ldc + j, ldc, add);
+  for (; j + 4 * LANES <= n; j += 4 * LANES)
+    columns<transposed, 4>(m, pairs, a, lda, b + j, ldb, c + j, ldc, add);
+  switch ((n - j) / LANES) {
+    case 3:
+      return columns<transposed, 3>(m, pairs, a, lda, b + j, ldb, c + j, ldc, add);
+    case 2:
+      return columns<transposed, 2>(m, pairs, a, lda, b + j, ldb, c + j, ldc, add);
+    case 1:
+      return columns<transposed, 1>(m, pairs, a, lda, b + j, ldb, c + j, ldc, add);
   }
 }
 
@@ -367,18 +377,15 @@ inline __m512 reciprocal(__m512 x) {
   return _mm512_mul_ps(guess, _mm512_fnmadd_ps(x, guess, _mm512_set1_ps(2.0f)));
 }
 
-// 1 / (1 + exp(-x)) with a relative error of 3e-6, 0 below -80.
+// 1 / (1 + exp(-x)) with a relative error of 7e-5, a thirtieth of bfloat16's; at least 1e-37.
 inline __m512 sigmoid(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.0f);
   __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f));
   t = _mm512_min_ps(_mm512_set1_ps(120.0f), _mm512_max_ps(_mm512_set1_ps(-126.0f), t));
   const __m512 n = _mm512_roundscale_ps(t, 8), f = _mm512_sub_ps(t, n);
   __m512 p = _mm512_set1_ps(0.00957123935f);  // 2^f, fitted for the least relative error
   for (float c : {0.055917956f, 0.240247175f, 0.693121791f, 0.999999285f})
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
-  const __m512 sum = _mm512_add_ps(one, _mm512_scalef_ps(p, n)), guess = _mm512_rcp14_ps(sum);
-  const __mmask16 large = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-80.0f), _CMP_NLT_UQ);
-  return _mm512_maskz_mul_ps(large, guess, _mm512_fnmadd_ps(sum, guess, _mm512_set1_ps(2.0f)));
+  return _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(p, n)));
 }
 
 // Vectors of a row of numbers of type T; lanes beyond its end are 0.
@@ -530,6 +537,7 @@ constexpr int64_t HALF = PANEL / 2;
 
 struct Layer {
   int64_t tokens, size, inner;
+  int64_t by_thread;  // whether each thread sums the gradients of the weights for its tokens
 
   int64_t panels() const { return (size + PANEL - 1) / PANEL; }
   int64_t width(int64_t j) const { return std::min(PANEL, size - j * PANEL); }
@@ -538,6 +546,19 @@ struct Layer {
   int64_t block(int threads) const {
     const int64_t share = (tokens + threads - 1) / threads, count = (share + PANEL - 1) / PANEL;
     return round_up((share + count - 1) / std::max<int64_t>(count, 1), 4);
+  }
+};
+
+// silu(gate) * up, and the gradients of gate and up from that of this product.
+struct Gated {
+  __m512 hidden, of_gate, of_up;
+
+  Gated(__m512 gate, __m512 up, __m512 of_hidden) {
+    const __m512 s = sigmoid(gate), silu = _mm512_mul_ps(gate, s);
+    const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
+    hidden = _mm512_mul_ps(silu, up);
+    of_up = _mm512_mul_ps(of_hidden, silu);
+    of_gate = _mm512_mul_ps(_mm512_mul_ps(of_hidden, up), slope);
   }
 };
 
@@ -553,6 +574,60 @@ struct PackedWeights {
     gate_up_rows = down_rows + matrix;
   }
 };
+
+// The same layer over positions: out = down · (silu(gate · x) * (up · x)) for each row x
+// (length, size) of the batch. A task is PANEL columns of a row; all it computes stays in the
+// cache.
+struct PositionLayer {
+  int64_t rows, length, size, inner;
+
+  int64_t pairs() const { return (length + 1) / 2; }
+  int64_t lanes() const { return round_up(length, LANES); }
+  int64_t blocks() const { return (size + PANEL - 1) / PANEL; }
+  // The k-th of the rows of gate and up, taken by turns: HALF of gate, then HALF of up.
+  int64_t turn(int64_t k) const {
+    return k / PANEL * HALF + k % HALF + (k % PANEL < HALF ? 0 : inner);
+  }
+};
+
+// out (2 * inner, pairs) for gate_up (2 * inner, length), its rows by turns.
+void pack_turns(const PositionLayer& l, const Half* gate_up, Pair* out) {
+  for (int64_t k = 0; k < 2 * l.inner; k++) {
+    const Half* row = gate_up + l.turn(k) * l.length;
+    for (int64_t p = 0; p < l.length / 2; p++) *out++ = row[2 * p] | (Pair)row[2 * p + 1] << 16;
+    if (l.length % 2) *out++ = row[l.length - 1];
+  }
+}
+
+// What the gradients of the weights are sums of: panels of pairs of tokens, (halves, PANEL) each.
+struct TokenPairs {
+  int64_t halves;
+  Pair *joint, *hidden, *x, *grad;  // of 2 * inner, inner, size and size columns
+
+  TokenPairs(const Layer& l, int64_t halves, Pair* start) : halves(halves), joint(start) {
+    hidden = joint + 2 * l.inner * halves;
+    x = hidden + l.inner * halves, grad = x + l.size * halves;
+  }
+  static int64_t values(const Layer& l, int64_t halves) {
+    return halves * (3 * l.inner + 2 * l.size);
+  }
+};
+
+// One of the 3 * inner / PANEL * panels tiles of of_gate_up (2 * inner, size) and of_down
+// (size, inner), or its sum with the first `count` pairs of tokens.
+template <typename T>
+void weight_gradient(const Layer& l, int64_t tile, const TokenPairs& p, int64_t count,
+                     T* of_gate_up, T* of_down, bool add) {
+  const int64_t panels = l.panels(), i = tile / panels, j = tile % panels, width = l.width(j);
+  const int64_t chunks = l.inner / PANEL, stride = PANEL * p.halves;
+  if (i < 2 * chunks)
+    multiply<true>(PANEL, width, count, p.joint + i * stride, PANEL, p.x + j * stride, width,
+                   of_gate_up + i * PANEL * l.size + j * PANEL, l.size, add);
+  else
+    multiply<true>(width, PANEL, count, p.grad + j * stride, width,
+                   p.hidden + (i - 2 * chunks) * stride, PANEL,
+                   of_down + j * PANEL * l.inner + (i - 2 * chunks) * PANEL, l.inner, add);
+}
 
 }  // namespace
 
@@ -687,24 +762,30 @@ void swiglu(const Layer* l, const Half* x, Pair* packed, Half* joint, Half* out,
 
 // The gradients of x and, unless they are null, of the weights, from that of `out`, (tokens, size).
 // scratch: threads * 2 * PANEL * inner values, and then even * (3 * inner + 2 * size), where `even`
-// is the even number from `tokens`.
+// is the even number from `tokens`; if the gradients of the weights are summed by each thread, for
+// each of them instead 6 * size * inner + PANEL * (3 * inner + 2 * size).
 void swiglu_backward(const Layer* l, const Half* grad, const Half* x, const Half* joint,
                      Pair* packed, Half* of_x, Half* of_gate_up, Half* of_down, Half* scratch,
                      int threads) {
   const int64_t tokens = l->tokens, size = l->size, inner = l->inner, pairs = size / 2;
-  const int64_t even = round_up(tokens, 2), halves = even / 2, block = l->block(threads);
+  const int64_t block = l->block(threads), tiles = 3 * inner / PANEL * l->panels();
+  const int64_t weights = 3 * size * inner;
+  const bool by_thread = of_gate_up && l->by_thread;
   const PackedWeights w(packed, *l);
-  // panels of pairs of tokens, (halves, PANEL) each
-  Pair* joint_pairs = (Pair*)(scratch + threads * 2 * PANEL * inner);
-  Pair* hidden_pairs = joint_pairs + halves * 2 * inner;
-  Pair *x_pairs = hidden_pairs + halves * inner, *grad_pairs = x_pairs + halves * size;
+  Pair* rest = (Pair*)(scratch + threads * 2 * PANEL * inner);
 #pragma omp parallel num_threads(threads)
   {
-    Half* of_joint = scratch + omp_get_thread_num() * 2 * PANEL * inner;
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const int64_t own = weights + TokenPairs::values(*l, HALF);
+    float* sums = (float*)(rest + thread * own);
+    const TokenPairs p = by_thread ? TokenPairs(*l, HALF, (Pair*)sums + weights)
+                                   : TokenPairs(*l, (tokens + 1) / 2, rest);
+    if (by_thread) std::fill_n(sums, weights, 0.0f);
+    Half* of_joint = scratch + thread * 2 * PANEL * inner;
     alignas(64) float of_hidden[PANEL * PANEL];
 #pragma omp for schedule(static)
     for (int64_t begin = 0; begin < tokens; begin += block) {
-      const int64_t count = std::min(block, tokens - begin);
+      const int64_t count = std::min(block, tokens - begin), pair = by_thread ? 0 : begin / 2;
       for (int64_t c = 0; c < inner; c += PANEL) {
         multiply<false>(count, PANEL, pairs, (const Pair*)(grad + begin * size), pairs,
                         w.down_rows + c * pairs, PANEL, of_hidden, PANEL, false);
@@ -713,20 +794,16 @@ void swiglu_backward(const Layer* l, const Half* grad, const Half* x, const Half
             __m512 of_gate[2] = {}, of_up[2] = {}, hidden[2] = {};
             for (int64_t i = 0; i < std::min<int64_t>(2, count - r); i++) {
               const Half* row = joint + (begin + r + i) * 2 * inner + c + k;
-              const __m512 gate = load(row), up = load(row + inner), s = sigmoid(gate);
-              const __m512 d = load(of_hidden + (r + i) * PANEL + k), silu = _mm512_mul_ps(gate, s);
-              const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
-              hidden[i] = _mm512_mul_ps(silu, up);
-              of_up[i] = _mm512_mul_ps(d, silu);
-              of_gate[i] = _mm512_mul_ps(_mm512_mul_ps(d, up), slope);
+              const Gated g(load(row), load(row + inner), load(of_hidden + (r + i) * PANEL + k));
+              hidden[i] = g.hidden, of_gate[i] = g.of_gate, of_up[i] = g.of_up;
               Half* out = of_joint + (r + i) * 2 * inner + c + k;
-              store(out, of_gate[i]), store(out + inner, of_up[i]);
+              store(out, g.of_gate), store(out + inner, g.of_up);
             }
             if (!of_gate_up) continue;
-            const int64_t place = c * halves + (begin + r) / 2 * PANEL + k;
-            store_pairs(joint_pairs + place, of_gate[0], of_gate[1]);
-            store_pairs(joint_pairs + inner * halves + place, of_up[0], of_up[1]);
-            store_pairs(hidden_pairs + place, hidden[0], hidden[1]);
+            const int64_t place = c * p.halves + (pair + r / 2) * PANEL + k;
+            store_pairs(p.joint + place, of_gate[0], of_gate[1]);
+            store_pairs(p.joint + inner * p.halves + place, of_up[0], of_up[1]);
+            store_pairs(p.hidden + place, hidden[0], hidden[1]);
           }
       }
       for (int64_t j = 0; j < l->panels(); j++) {
@@ -734,28 +811,145 @@ void swiglu_backward(const Layer* l, const Half* grad, const Half* x, const Half
         multiply<false>(count, width, inner, (const Pair*)of_joint, inner,
                         w.gate_up_rows + j * PANEL * inner, width, of_x + first, size, false);
         if (!of_gate_up) continue;
-        const int64_t place = j * PANEL * halves + begin / 2 * width;
-        pack_rows({x + first, size}, count, width, x_pairs + place, round_up(count, 2));
-        pack_rows({grad + first, size}, count, width, grad_pairs + place, round_up(count, 2));
+        const int64_t place = j * PANEL * p.halves + pair * width;
+        pack_rows({x + first, size}, count, width, p.x + place, round_up(count, 2));
+        pack_rows({grad + first, size}, count, width, p.grad + place, round_up(count, 2));
       }
+      for (int64_t tile = 0; by_thread && tile < tiles; tile++)
+        weight_gradient(*l, tile, p, (count + 1) / 2, sums, sums + 2 * inner * size, true);
     }
-    const int64_t panels = l->panels(), chunks = inner / PANEL;
-    if (of_gate_up) {
-#pragma omp for schedule(static) nowait
-      for (int64_t k = 0; k < 2 * chunks * panels; k++) {
-        const int64_t i = k / panels, j = k % panels;
-        multiply<true>(PANEL, l->width(j), halves, joint_pairs + i * PANEL * halves, PANEL,
-                       x_pairs + j * PANEL * halves, l->width(j),
-                       of_gate_up + i * PANEL * size + j * PANEL, size, false);
-      }
+    if (by_thread) {
 #pragma omp for schedule(static)
-      for (int64_t k = 0; k < panels * chunks; k++) {
-        const int64_t i = k / chunks, j = k % chunks;
-        multiply<true>(l->width(i), PANEL, halves, grad_pairs + i * PANEL * halves, l->width(i),
-                       hidden_pairs + j * PANEL * halves, PANEL,
-                       of_down + i * PANEL * inner + j * PANEL, inner, false);
+      for (int64_t k = 0; k < weights; k += LANES) {
+        __m512 total = _mm512_setzero_ps();
+        for (int64_t i = 0; i < team; i++)
+          total = _mm512_add_ps(total, load((float*)(rest + i * own) + k));
+        store(k < 2 * inner * size ? of_gate_up + k : of_down + k - 2 * inner * size, total);
       }
+    } else if (of_gate_up) {
+#pragma omp for schedule(static)
+      for (int64_t tile = 0; tile < tiles; tile++)
+        weight_gradient(*l, tile, p, p.halves, of_gate_up, of_down, false);
     }
+  }
+}
+
+// out (rows, length, size) for x of this shape. gate_up: (2 * inner, length), gate and up; down:
+// (length, inner). scratch: 2 * inner * pairs values, and for each thread `own` =
+// PANEL * (pairs + inner / 2).
+void position_swiglu(const PositionLayer* l, const Half* x, const Half* gate_up, const Half* down,
+                     Half* out, Pair* scratch, int64_t own, int threads) {
+  const int64_t length = l->length, size = l->size, inner = l->inner, pairs = l->pairs();
+  Pair* rest = scratch + 2 * inner * pairs;
+  pack_turns(*l, gate_up, scratch);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t task = 0; task < l->rows * l->blocks(); task++) {
+    const int64_t column = task % l->blocks() * PANEL, width = std::min(PANEL, size - column);
+    const int64_t first = task / l->blocks() * length * size + column;
+    Pair *x_rows = rest + omp_get_thread_num() * own, *hidden = x_rows + PANEL * pairs;
+    alignas(64) float both[PANEL * PANEL];
+    pack_rows({x + first, size}, length, width, x_rows, 2 * pairs);
+    for (int64_t c = 0; c < inner; c += HALF) {
+      multiply<false>(PANEL, width, pairs, scratch + 2 * c * pairs, pairs, x_rows, width, both,
+                      width, false);
+      for (int64_t r = 0; r < HALF; r += 2)
+        for (int64_t k = 0; k < width; k += LANES) {
+          __m512 found[2];
+          for (int64_t i = 0; i < 2; i++) {
+            const float* row = both + (r + i) * width + k;
+            const __m512 gate = load(row), up = load(row + HALF * width);
+            found[i] = _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), up);
+          }
+          store_pairs(hidden + (c + r) / 2 * width + k, found[0], found[1]);
+        }
+    }
+    multiply<false>(length, width, inner / 2, (const Pair*)down, inner / 2, hidden, width,
+                    out + first, size, false);
+  }
+}
+
+// The gradients of x and, unless they are null, of the weights, from that of `out`. scratch:
+// inner * (3 * pairs + length) values, and for each thread `own` =
+// 3 * inner * lanes + PANEL * (2 * pairs + lanes + length + 2 * PANEL + HALF + PANEL / 4).
+void position_swiglu_backward(const PositionLayer* l, const Half* grad, const Half* x,
+                              const Half* gate_up, const Half* down, Half* of_x, Half* of_gate_up,
+                              Half* of_down, Pair* scratch, int64_t own, int threads) {
+  const int64_t length = l->length, size = l->size, inner = l->inner;
+  const int64_t pairs = l->pairs(), lanes = l->lanes();
+  Pair *turns = scratch, *gate_up_rows = turns + 2 * inner * pairs;
+  Pair *down_rows = gate_up_rows + inner * length, *rest = down_rows + inner * pairs;
+  pack_turns(*l, gate_up, turns);
+  for (int64_t k = 0; k < inner; k++)
+    for (int64_t p = 0; p < length; p++)
+      gate_up_rows[k * length + p] = gate_up[l->turn(2 * k) * length + p] |
+                                     (Pair)gate_up[l->turn(2 * k + 1) * length + p] << 16;
+  pack_rows({down, inner}, length, inner, down_rows, 2 * pairs);
+#pragma omp parallel num_threads(threads)
+  {
+    // of gate and up by turns, (2 * inner, lanes), then of down, transposed, (inner, lanes)
+    float* of_weights = (float*)(rest + omp_get_thread_num() * own);
+    Scratch scratch{(char*)(of_weights + 3 * inner * lanes)};
+    Pair *x_rows = scratch.take<Pair>(PANEL * pairs),
+         *grad_rows = scratch.take<Pair>(PANEL * pairs);
+    Pair *x_columns = scratch.take<Pair>(HALF * lanes),
+         *grad_columns = scratch.take<Pair>(HALF * lanes);
+    float* sum = scratch.take<float>(length * PANEL);
+    float *both = scratch.take<float>(PANEL * PANEL),
+          *of_hidden = scratch.take<float>(HALF * PANEL);
+    Half *of_both = scratch.take<Half>(PANEL * PANEL), *hidden = scratch.take<Half>(HALF * PANEL);
+    Pair* of_both_rows = scratch.take<Pair>(HALF * PANEL);
+    if (of_gate_up) std::fill_n(of_weights, 3 * inner * lanes, 0.0f);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < l->rows * l->blocks(); task++) {
+      const int64_t column = task % l->blocks() * PANEL, width = std::min(PANEL, size - column);
+      const int64_t first = task / l->blocks() * length * size + column;
+      pack_rows({x + first, size}, length, width, x_rows, 2 * pairs);
+      pack_rows({grad + first, size}, length, width, grad_rows, 2 * pairs);
+      if (of_gate_up) {
+        pack_columns({x + first, size}, length, width, x_columns, lanes, lanes);
+        pack_columns({grad + first, size}, length, width, grad_columns, lanes, lanes);
+      }
+      for (int64_t c = 0; c < inner; c += HALF) {
+        multiply<false>(PANEL, width, pairs, turns + 2 * c * pairs, pairs, x_rows, width, both,
+                        width, false);
+        multiply<true>(HALF, width, pairs, down_rows + c, inner, grad_rows, width, of_hidden, width,
+                       false);
+        for (int64_t r = 0; r < HALF; r += 2)
+          for (int64_t k = 0; k < width; k += LANES) {
+            __m512 of_gate[2], of_up[2];
+            for (int64_t i = 0; i < 2; i++) {
+              const int64_t place = (r + i) * width + k, up = place + HALF * width;
+              const Gated g(load(both + place), load(both + up), load(of_hidden + place));
+              of_gate[i] = g.of_gate, of_up[i] = g.of_up;
+              store(of_both + place, g.of_gate), store(of_both + up, g.of_up);
+              store(hidden + place, g.hidden);
+            }
+            store_pairs(of_both_rows + r / 2 * width + k, of_gate[0], of_gate[1]);
+            store_pairs(of_both_rows + (r + HALF) / 2 * width + k, of_up[0], of_up[1]);
+          }
+        multiply<true>(length, width, HALF, gate_up_rows + c * length, length, of_both_rows, width,
+                       sum, width, c > 0);
+        if (!of_gate_up) continue;
+        multiply<false>(PANEL, lanes, width / 2, (const Pair*)of_both, width / 2, x_columns, lanes,
+                        of_weights + 2 * c * lanes, lanes, true);
+        multiply<false>(HALF, lanes, width / 2, (const Pair*)hidden, width / 2, grad_columns, lanes,
+                        of_weights + (2 * inner + c) * lanes, lanes, true);
+      }
+      for (int64_t p = 0; p < length; p++)
+        for (int64_t k = 0; k < width; k += LANES)
+          store(of_x + first + p * size + k, load(sum + p * width + k));
+    }
+    const int64_t rows = of_gate_up ? 3 * inner : 0, team = omp_get_num_threads();
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < rows; k++)
+      for (int64_t p = 0; p < length; p++) {
+        float total = 0;
+        for (int64_t thread = 0; thread < team; thread++)
+          total += ((const float*)(rest + thread * own))[k * lanes + p];
+        assign(k < 2 * inner ? of_gate_up + l->turn(k) * length + p
+                             : of_down + p * inner + k - 2 * inner,
+               total);
+      }
   }
 }
 }

@@ -16,6 +16,7 @@ from models.common import at_least_float32
 from models.cpu_kernels import cpu_kernels
 
 _PANEL = 64
+_MOST_WEIGHTS = 1 << 17
 _FEW_TOKENS = 64
 """Least number of tokens for which a call packs the weights itself."""
 
@@ -24,8 +25,11 @@ def is_preferred(size: int, inner: int) -> bool:
     """Return whether to use the kernel for these sizes on this CPU: not with AMX, which PyTorch's
     products use and the kernel does not.
     """
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return _fits(size, inner) and not has_amx and cpu_kernels() is not None
+    return _fits(size, inner) and not has_amx() and cpu_kernels() is not None
+
+
+def has_amx() -> bool:
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor, packed: Tensor | None = None) -> Tensor:
@@ -53,7 +57,7 @@ def _pack(gate_up: Tensor, down: Tensor) -> Tensor:
     library = _library(gate_up, down)
     assert library is not None
     weights, packed = (gate_up.contiguous(), down.contiguous()), _empty_pack(gate_up, down)
-    pointers = map(_pointer, (*weights, packed))
+    pointers = map(pointer, (*weights, packed))
     library.swiglu_pack(_layer(0, down), *pointers, torch.get_num_threads())
     return packed
 
@@ -83,16 +87,14 @@ def _forward(
     tokens = x.numel() // size
     library = _library(gate_up, down) if x.dtype == gate_up.dtype else None
     if library is None or _too_few(tokens, packed):
-        joint = F.linear(x, gate_up)
-        gate, up = joint.chunk(2, dim=-1)
-        out = F.linear(F.silu(gate) * up, down)
+        out, joint = compute(x, gate_up, down)
         return out, joint if keep else x.new_empty(0)
     packed = _pack(gate_up, down) if packed is None else packed
     x = x.contiguous()
     out = torch.empty_like(x)
     joint = _empty_joint(x, gate_up, keep)
     scratch = x.new_empty(_forward_scratch(down))
-    pointers = map(_pointer, (x, packed, joint if keep else None, out, scratch))
+    pointers = map(pointer, (x, packed, joint if keep else None, out, scratch))
     library.swiglu(_layer(tokens, down), *pointers, torch.get_num_threads())
     return out, joint
 
@@ -110,13 +112,13 @@ def _backward(
     tokens = x.numel() // len(down)
     library = _library(gate_up, down) if x.dtype == grad.dtype == gate_up.dtype else None
     if library is None or _too_few(tokens, packed):
-        return _differentiate(grad, x, joint, gate_up, down, of_weights)
+        return differentiate(grad, x, joint, gate_up, down, of_weights)
     packed = _pack(gate_up, down) if packed is None else packed
     grad, x, joint = grad.contiguous(), x.contiguous(), joint.contiguous()
-    of_x, of_gate_up, of_down = _empty_grads(x, gate_up, down, of_weights)
+    of_x, of_gate_up, of_down = empty_grads(x, gate_up, down, of_weights)
     scratch = x.new_empty(_backward_scratch(tokens, down))
     found = (of_x, of_gate_up, of_down) if of_weights else (of_x, None, None)
-    pointers = map(_pointer, (grad, x, joint, packed, *found, scratch))
+    pointers = map(pointer, (grad, x, joint, packed, *found, scratch))
     library.swiglu_backward(_layer(tokens, down), *pointers, torch.get_num_threads())
     return of_x, of_gate_up, of_down
 
@@ -128,7 +130,20 @@ def _forward_scratch(down: Tensor) -> int:
 
 def _backward_scratch(tokens: int, down: Tensor) -> int:
     size, inner = down.shape
-    return 2 * _forward_scratch(down) + (tokens + tokens % 2) * (3 * inner + 2 * size)
+    sums = 2 * 3 * size * inner  # in float32
+    columns = 3 * inner + 2 * size
+    if _by_thread(down):
+        pairs = torch.get_num_threads() * (sums + _PANEL * columns)
+    else:
+        pairs = (tokens + tokens % 2) * columns
+    return 2 * _forward_scratch(down) + pairs
+
+
+def _by_thread(down: Tensor) -> bool:
+    """Return whether each thread sums the gradients of the weights for its tokens, which is faster
+    if these sums stay in its cache.
+    """
+    return 3 * down.numel() <= _MOST_WEIGHTS
 
 
 def _too_few(tokens: int, packed: Tensor | None) -> bool:
@@ -155,14 +170,22 @@ def _empty_joint(x: Tensor, gate_up: Tensor, keep: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], gate_up.shape[0]) if keep else x.new_empty(0)
 
 
-def _empty_grads(
+def empty_grads(
     x: Tensor, gate_up: Tensor, down: Tensor, of_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tensors for the gradients; unless `of_weights`, the last two are empty."""
     sizes = (gate_up.shape, down.shape) if of_weights else ((0,), (0,))
     return x.new_empty(x.shape), x.new_empty(sizes[0]), x.new_empty(sizes[1])
 
 
-def _differentiate(
+def compute(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the result, and x · gate_upᵀ, in PyTorch."""
+    joint = F.linear(x, gate_up)
+    gate, up = joint.chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down), joint
+
+
+def differentiate(
     grad: Tensor, x: Tensor, joint: Tensor, gate_up: Tensor, down: Tensor, of_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do the same as `_backward` in PyTorch."""
@@ -174,7 +197,7 @@ def _differentiate(
     of_joint = torch.cat((of_gate, of_hidden * silu), dim=-1).to(x.dtype)
     of_x = of_joint @ gate_up
     if not of_weights:
-        return of_x, *_empty_grads(x, gate_up, down, False)[1:]
+        return of_x, *empty_grads(x, gate_up, down, False)[1:]
     hidden = (silu * up).to(x.dtype)
     flat_grad, flat_x, of_joint, hidden = (t.flatten(0, -2) for t in (grad, x, of_joint, hidden))
     return of_x, of_joint.T @ flat_x, flat_grad.T @ hidden
@@ -184,14 +207,14 @@ def _differentiate(
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("tokens", "size", "inner")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("tokens", "size", "inner", "by_thread")]
 
 
 def _layer(tokens: int, down: Tensor) -> Any:
-    return ctypes.byref(_Layer(tokens, *down.shape))
+    return ctypes.byref(_Layer(tokens, *down.shape, _by_thread(down)))
 
 
-def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+def pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
@@ -204,7 +227,7 @@ def _fake_forward(x, gate_up, down, packed, keep):
 
 
 def _fake_backward(grad, x, joint, gate_up, down, packed, of_weights):
-    return _empty_grads(x, gate_up, down, of_weights)
+    return empty_grads(x, gate_up, down, of_weights)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -221,7 +244,7 @@ def _of_output(ctx, grad: Tensor | None, _: Tensor | None):
     return grads[0], *(grads[1:] if of_weights else (None, None)), None, None
 
 
-def _refuse(ctx, *grads: Tensor):
+def refuse(ctx, *grads: Tensor):
     raise RuntimeError("the layer as one operation has no second derivative; set fast=false")
 
 
@@ -243,7 +266,7 @@ def _register() -> torch.library.Library:
     torch.library.register_fake(f"{name}_backward", _fake_backward, lib=library)
     torch.library.register_fake(f"{name}_pack", _empty_pack, lib=library)
     torch.library.register_autograd(name, _of_output, setup_context=_save, lib=library)
-    torch.library.register_autograd(f"{name}_backward", _refuse, lib=library)
+    torch.library.register_autograd(f"{name}_backward", refuse, lib=library)
     return library
 
 

@@ -1,9 +1,11 @@
 """The feed-forward layer as one operator, against float64."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_tools import can_run_kernels
+from kernel_tools import assert_close, can_run_kernels
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import cost
@@ -35,13 +37,6 @@ def kernel(request, monkeypatch):
         pytest.skip("this CPU has no AVX-512 BF16, or there is no C++ compiler")
 
 
-def assert_close(found, right):
-    """Check that the error is that of bfloat16's rounding, on the whole and of each number."""
-    found = found.double()
-    assert (found - right).norm() <= 0.006 * right.norm()
-    assert (found - right).abs().max() <= 0.03 * right.abs().max()
-
-
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(
     ("size", "inner", "shape"),
@@ -65,16 +60,10 @@ def test_values_and_gradients(kernel, size, inner, shape, packed, threads, set_t
     found.backward(back)
     right.backward(back.double())
     assert found.dtype == torch.bfloat16 and found.shape == right.shape
-    assert_close(found, right.detach())
+    tokens = math.prod(shape)
+    assert_close(found, right.detach(), tokens)
     for one, other in zip(own, exact, strict=True):
-        assert_close(one.grad, other.grad)
-
-
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+        assert_close(one.grad, other.grad, tokens)
 
 
 @pytest.mark.parametrize(
