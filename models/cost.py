@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from models import position_swiglu, swiglu
 from models.backbone import Backbone
 from models.base import Architecture, Carry, OptionsKey
 from models.block_checks import checked_norms
 from models.flex import Kernel
 from models.losses import ACTLossHead
 from models.sparse_embedding import sparse_embeddings
-from models.swiglu import backward_scratch_bytes, forward_scratch_bytes
 from utils.backend.tracing import Tracer, count_attention, count_scratch
 
 
@@ -71,8 +71,10 @@ class Cost:
 
 count_attention(torch.ops.athena.span_attention, 2, 0, 1, 5)
 count_attention(torch.ops.athena.span_attention_backward, 5, 1, 2, 6)
-count_scratch(torch.ops.athena.swiglu, forward_scratch_bytes)
-count_scratch(torch.ops.athena.swiglu_backward, backward_scratch_bytes)
+count_scratch(torch.ops.athena.swiglu, swiglu.forward_scratch_bytes)
+count_scratch(torch.ops.athena.swiglu_backward, swiglu.backward_scratch_bytes)
+count_scratch(torch.ops.athena.position_swiglu, position_swiglu.forward_scratch_bytes)
+count_scratch(torch.ops.athena.position_swiglu_backward, position_swiglu.backward_scratch_bytes)
 
 
 @register_flop_formula(torch.ops.athena.swiglu)
@@ -83,6 +85,16 @@ def _swiglu_flops(x, gate_up, down, *_, **__) -> int:
 @register_flop_formula(torch.ops.athena.swiglu_backward)
 def _swiglu_backward_flops(grad, x, joint, gate_up, down, packed, of_weights, **_) -> int:
     return (12 if of_weights else 6) * math.prod(x[:-1]) * math.prod(down)
+
+
+@register_flop_formula(torch.ops.athena.position_swiglu)
+def _position_swiglu_flops(x, gate_up, down, **_) -> int:
+    return 6 * x[0] * x[2] * math.prod(down)
+
+
+@register_flop_formula(torch.ops.athena.position_swiglu_backward)
+def _position_swiglu_backward_flops(grad, x, gate_up, down, of_weights, **_) -> int:
+    return (16 if of_weights else 10) * x[0] * x[2] * math.prod(down)
 
 
 COUNTS = ("passes", "gradient_passes", "row_train_flops", "row_recomputed_flops")

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from models.block_attention import Spans, block_attention
 from models.common import at_least_float32, trunc_normal_init_
 from models.flex import Kernel, block_mask, flex_attend
+from models.position_swiglu import is_preferred as is_preferred_over_positions
+from models.position_swiglu import position_swiglu
 from models.swiglu import is_preferred, pack, swiglu
 
 
@@ -108,7 +110,7 @@ def cast_once(blocks: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]
             if linear.weight.dtype != dtype:
                 linear.cast = linear.weight.to(dtype)
         for layer in gated:
-            layer.packed = pack(*layer.weights_as(dtype))
+            layer.pack(dtype)
         yield
     finally:
         for linear in linears:
@@ -240,6 +242,7 @@ class SwiGLU(nn.Module):
     fused: the layer is computed by `models.swiglu`. packed: its weights, packed by `cast_once`.
     """
 
+    is_preferred = staticmethod(is_preferred)
     fused = False
     packed: Tensor | None = None
 
@@ -257,11 +260,15 @@ class SwiGLU(nn.Module):
         """Return whether `models.swiglu` may compute this layer in bfloat16."""
         linears = (self.gate_up_proj, self.down_proj)
         plain = all(type(m) is CastedLinear and m.bias is None for m in linears)
-        return plain and is_preferred(*self.down_proj.weight.shape)
+        return plain and self.is_preferred(*self.down_proj.weight.shape)
 
     def weights_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return both weights in this dtype."""
         return self.gate_up_proj.weight_as(dtype), self.down_proj.weight_as(dtype)
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Pack the weights in this dtype for several uses, until `packed` is None again."""
+        self.packed = pack(*self.weights_as(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
@@ -278,6 +285,20 @@ def transposed(x: Tensor) -> Tensor:
     """
     x = x.transpose(1, 2)
     return x.contiguous() if x.dtype == torch.bfloat16 else x
+
+
+class PositionSwiGLU(SwiGLU):
+    """The same layer over the positions of (B, L, D); fused: by `models.position_swiglu`."""
+
+    is_preferred = staticmethod(is_preferred_over_positions)
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Do nothing: the kernel reads the weights as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return position_swiglu(x, *self.weights_as(x.dtype))
+        return transposed(super().forward(transposed(x)))
 
 
 class Block(nn.Module):
@@ -300,7 +321,7 @@ class Block(nn.Module):
         self.norm_type, self.eps = norm_type, rms_norm_eps
         self.mixes_by_mlp = mixer_size is not None
         if mixer_size is not None:
-            self.mlp_t = SwiGLU(mixer_size, expansion)
+            self.mlp_t = PositionSwiGLU(mixer_size, expansion)
         else:
             self.self_attn = Attention(hidden_size, num_heads, num_key_value_heads)
         self.mlp = SwiGLU(hidden_size, expansion)
@@ -315,13 +336,12 @@ class Block(nn.Module):
             x = x + self._mix(self.norm(x), info)
             return x + self.mlp(self.norm(x))
         if self.mixes_by_mlp:  # TRM normalises this sum over positions, not over channels
-            x = transposed(x)
-            x = transposed(self.norm(x + self.mlp_t(x)))
+            x = transposed(self.norm(transposed(x + self.mlp_t(x))))
         else:
             x = self.norm(x + self.self_attn(x, info))
         return self.norm(x + self.mlp(x))
 
     def _mix(self, x: Tensor, info: SequenceInfo) -> Tensor:
         if self.mixes_by_mlp:
-            return transposed(self.mlp_t(transposed(x)))
+            return self.mlp_t(x)
         return self.self_attn(x, info)
