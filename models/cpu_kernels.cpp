@@ -629,6 +629,47 @@ void weight_gradient(const Layer& l, int64_t tile, const TokenPairs& p, int64_t 
                    of_down + j * PANEL * l.inner + (i - 2 * chunks) * PANEL, l.inner, add);
 }
 
+// Newton-Schulz iterations, in matrices of (rows, columns), both multiples of 32; rows <= columns.
+struct Iteration {
+  int64_t rows, columns;
+  float a, b, c;
+};
+
+// Pack one panel of PANEL columns, (size / 2, width), of the transpose of x (length, size).
+void pack_panel(Rows x, int64_t length, int64_t size, int64_t panel, Pair* out) {
+  const int64_t column = panel * PANEL, width = std::min(PANEL, length - column);
+  pack_columns({x.at(column), x.stride}, width, size, out + column * size / 2, width, width);
+}
+
+// Call visit(row, column, sums) for each vector of the product of x (rows, 2 * pairs) and packed
+// panels of `columns` columns; if `lower`, of the tiles (HALF, PANEL) that meet the lower triangle.
+// To be called by all threads.
+template <typename Visit>
+void visit_tiles(int64_t rows, int64_t columns, int64_t pairs, const Half* x, const Pair* panels,
+                 bool lower, const Visit& visit) {
+  const int64_t count = (columns + PANEL - 1) / PANEL;
+#pragma omp for schedule(dynamic)
+  for (int64_t task = 0; task < rows / HALF * count; task++) {
+    const int64_t i = task / count * HALF, j = task % count * PANEL;
+    if (lower && j >= i + HALF) continue;
+    const int64_t width = std::min(PANEL, columns - j);
+    alignas(64) float product[HALF * PANEL];
+    multiply<false>(HALF, width, pairs, (const Pair*)(x + i * 2 * pairs), pairs, panels + j * pairs,
+                    width, product, width, false);
+    for (int64_t r = i; r < i + HALF; r++)
+      for (int64_t k = 0; k < width; k += LANES)
+        visit(r, j + k, load(product + (r - i) * width + k));
+  }
+}
+
+// Copy the tiles of a symmetric matrix that `visit_tiles` left out from those below the diagonal.
+void mirror(Half* x, int64_t size) {
+#pragma omp for schedule(dynamic)
+  for (int64_t i = 0; i < size; i += HALF)
+    for (int64_t c = (i + HALF + PANEL - 1) / PANEL * PANEL; c < size; c++)
+      for (int64_t r = i; r < i + HALF; r++) x[r * size + c] = x[c * size + r];
+}
+
 }  // namespace
 
 extern "C" {
@@ -950,6 +991,50 @@ void position_swiglu_backward(const PositionLayer* l, const Half* grad, const Ha
                              : of_down + p * inner + k - 2 * inner,
                total);
       }
+  }
+}
+
+// x = a * x + (b * g + c * g * g) · x for g = x · xᵀ, `steps` times, rounded to bfloat16 after each
+// product. x: (rows, columns). scratch: rows * (3 * rows + 2 * columns) values.
+void newton_schulz(const Iteration* n, Half* x, int64_t steps, Half* scratch, int threads) {
+  const int64_t rows = n->rows, columns = n->columns;
+  const __m512 a = _mm512_set1_ps(n->a), b = _mm512_set1_ps(n->b), c = _mm512_set1_ps(n->c);
+  Half *gram = scratch, *polynomial = gram + rows * rows, *next = polynomial + rows * rows;
+  Pair *square = (Pair*)(next + rows * columns), *wide = square + rows * rows / 2;
+#pragma omp parallel num_threads(threads)
+  {
+    Half *from = x, *to = next;
+    for (int64_t step = 0; step < steps; step++) {
+#pragma omp for schedule(static)
+      for (int64_t j = 0; j < (rows + PANEL - 1) / PANEL; j++)
+        pack_panel({from, columns}, rows, columns, j, wide);
+      visit_tiles(rows, rows, columns / 2, from, wide, true,
+                  [&](int64_t r, int64_t k, __m512 sum) { store(gram + r * rows + k, sum); });
+      mirror(gram, rows);
+#pragma omp for schedule(static)
+      for (int64_t j = 0; j < (rows + PANEL - 1) / PANEL; j++)
+        pack_panel({gram, rows}, rows, rows, j, square);
+      visit_tiles(rows, rows, rows / 2, gram, square, true, [&](int64_t r, int64_t k, __m512 sum) {
+        const __m512 first = _mm512_mul_ps(b, load(gram + r * rows + k));
+        store(polynomial + r * rows + k, _mm512_fmadd_ps(c, sum, first));
+      });
+      mirror(polynomial, rows);
+#pragma omp for schedule(static)
+      for (int64_t j = 0; j < columns; j += PANEL) {
+        const int64_t width = std::min(PANEL, columns - j);
+        pack_rows({from + j, columns}, rows, width, wide + j * rows / 2, rows);
+      }
+      visit_tiles(rows, columns, rows / 2, polynomial, wide, false,
+                  [&](int64_t r, int64_t k, __m512 sum) {
+                    const __m512 first = _mm512_mul_ps(a, load(from + r * columns + k));
+                    store(to + r * columns + k, _mm512_add_ps(sum, first));
+                  });
+      std::swap(from, to);
+    }
+    if (from != x) {
+#pragma omp for schedule(static)
+      for (int64_t r = 0; r < rows; r++) std::copy_n(from + r * columns, columns, x + r * columns);
+    }
   }
 }
 }

@@ -41,6 +41,11 @@ def cpu_kernels() -> ctypes.CDLL | None:
         return None
 
 
+def has_amx() -> bool:
+    """Return whether PyTorch multiplies matrices by AMX, which the kernels do not use."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
 def build() -> Path:
     """Compile the kernels unless that has been done; return the library.
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.cpu_kernels import cpu_kernels
-from models.swiglu import compute, differentiate, empty_grads, has_amx, pointer, refuse
+from models.cpu_kernels import cpu_kernels, has_amx
+from models.swiglu import compute, differentiate, empty_grads, pointer, refuse
 
 _PANEL = 64
 _LANES = 16

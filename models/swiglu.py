@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.common import at_least_float32
-from models.cpu_kernels import cpu_kernels
+from models.cpu_kernels import cpu_kernels, has_amx
 
 _PANEL = 64
 _MOST_WEIGHTS = 1 << 17
@@ -22,14 +22,8 @@ _FEW_TOKENS = 64
 
 
 def is_preferred(size: int, inner: int) -> bool:
-    """Return whether to use the kernel for these sizes on this CPU: not with AMX, which PyTorch's
-    products use and the kernel does not.
-    """
+    """Return whether to use the kernel for these sizes on this CPU."""
     return _fits(size, inner) and not has_amx() and cpu_kernels() is not None
-
-
-def has_amx() -> bool:
-    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor, packed: Tensor | None = None) -> Tensor:

@@ -67,6 +67,14 @@ def seed(request) -> int:
     return value
 
 
+@pytest.fixture
+def set_threads():
+    """Set PyTorch's number of threads for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def no_plugins():
     """Forget the plug-ins that a test used."""

@@ -165,17 +165,13 @@ def test_a_second_derivative_is_an_error():
         grad.float().square().sum().backward()
 
 
-def test_threads_agree(kernel):
+def test_threads_agree(kernel, set_threads):
     """Each thread works on rows and heads of its own: the bits are the same."""
     tensors = heads_of_a_layer(3, 2 * BLOCK + 5, 4, 2, 32, torch.bfloat16)
-    threads = torch.get_num_threads()
     found = []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            found.append(gradients(*tensors[:3], in_blocks(True), tensors[3]))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 3):
+        set_threads(count)
+        found.append(gradients(*tensors[:3], in_blocks(True), tensors[3]))
     for one, many in zip(*found, strict=True):
         assert torch.equal(one, many)
 

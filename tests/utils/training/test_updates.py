@@ -18,7 +18,7 @@ from utils.training.ema import EMA, AverageUpdate
 from utils.training.optimizers import create_optimizers
 from utils.training.optimizers.adam_atan2 import AdamATan2
 from utils.training.optimizers.adamw import FusedAdamW
-from utils.training.optimizers.muon import StackedMuon
+from utils.training.optimizers.muon import StackedMuon, orthogonalize
 from utils.training.state import TrainState
 
 BETAS, RATES, DECAYS, EMA_RATE = (0.9, 0.95), (1e-2, 3e-3), (0.1, 0.0), 0.9
@@ -327,3 +327,24 @@ def test_adam_atan2_is_its_formula_for_gradients_of_any_size(native, rate, monke
         average = average.lerp(p, rate)
     torch.testing.assert_close(weight.detach().double(), p, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(shadow.double(), average, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "shape", [(2, 96, 64), (1, 64, 160), (3, 32, 32), (1, 160, 160), (2, 64, 48)]
+)
+def test_muons_iterations_are_those_of_float64(shape, threads, set_threads):
+    """By the kernel, if this CPU has one for the shape, and by PyTorch."""
+    coefficients = (3.4445, -4.775, 2.0315)
+    stack = torch.randn(shape)
+    right = stack.double()
+    right = right / right.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        a, b, c = coefficients
+        gram = right @ right.mT
+        right = a * right + (b * gram + c * gram @ gram) @ right
+    set_threads(threads)
+    found = orthogonalize(stack, coefficients, 5, 1e-7)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - right).norm() <= 0.03 * right.norm()
+    assert (found.double() - right).abs().max() <= 0.05 * right.abs().max()

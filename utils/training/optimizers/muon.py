@@ -1,6 +1,7 @@
 """Muon (Jordan et al. 2024) on the matrices of the blocks, AdamW on embeddings and heads."""
 
 import math
+from ctypes import Structure, byref, c_float, c_int64, c_void_p
 from typing import Any
 
 import pydantic
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from models.base import Architecture
+from models.cpu_kernels import cpu_kernels, has_amx
 from utils.training.optimizers.adamw import FusedAdamW
 
 _STACK = 1 << 22
@@ -104,9 +106,33 @@ def orthogonalize(
     a, b, c = coefficients
     tall = stack.shape[1] > stack.shape[2]
     x = stack.bfloat16()
-    x = x.mT if tall else x
+    x = x.mT.contiguous() if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if not _iterate(x, coefficients, steps):
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def _iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> bool:
+    """Do the iterations in place, by the C++ kernel, which computes half of each symmetric
+    product. Return whether it can.
+
+    x: (count, rows, columns), contiguous; rows <= columns.
+    """
+    rows, columns = x.shape[1:]
+    alike = x.device.type == "cpu" and rows % 32 == 0 and columns % 32 == 0
+    library = cpu_kernels() if alike and not has_amx() else None
+    if library is None:
+        return False
+    scratch = x.new_empty(rows * (3 * rows + 2 * columns))
+    iteration = _Iteration(rows, columns, *coefficients)
+    for matrix in x:
+        pointers = c_void_p(matrix.data_ptr()), c_int64(steps), c_void_p(scratch.data_ptr())
+        library.newton_schulz(byref(iteration), *pointers, torch.get_num_threads())
+    return True
+
+
+class _Iteration(Structure):
+    _fields_ = [("rows", c_int64), ("columns", c_int64)] + [(n, c_float) for n in "abc"]
