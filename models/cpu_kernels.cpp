@@ -1,6 +1,6 @@
 // Kernels for CPUs with AVX-512 BF16: attention (see block_attention.py) and the feed-forward layer
-// (see swiglu.py) in bfloat16, the losses of rows of logits (see cpu_rows.py), and Adam-atan2's
-// update. All compute in float32.
+// (see swiglu.py and position_swiglu.py) in bfloat16, the losses of rows of logits (see
+// cpu_rows.py), Adam-atan2's update and Muon's iterations. All compute in float32.
 //
 // Products read pairs of neighbouring bfloat16 values as 32-bit words, which _mm512_dpbf16_ps
 // multiplies and adds in float32.
