@@ -242,7 +242,6 @@ class SwiGLU(nn.Module):
     fused: the layer is computed by `models.swiglu`. packed: its weights, packed by `cast_once`.
     """
 
-    is_preferred = staticmethod(is_preferred)
     fused = False
     packed: Tensor | None = None
 
@@ -260,7 +259,10 @@ class SwiGLU(nn.Module):
         """Return whether `models.swiglu` may compute this layer in bfloat16."""
         linears = (self.gate_up_proj, self.down_proj)
         plain = all(type(m) is CastedLinear and m.bias is None for m in linears)
-        return plain and self.is_preferred(*self.down_proj.weight.shape)
+        return plain and self.is_preferred()
+
+    def is_preferred(self) -> bool:
+        return is_preferred(*self.down_proj.weight.shape)
 
     def weights_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return both weights in this dtype."""
@@ -290,7 +292,12 @@ def transposed(x: Tensor) -> Tensor:
 class PositionSwiGLU(SwiGLU):
     """The same layer over the positions of (B, L, D); fused: by `models.position_swiglu`."""
 
-    is_preferred = staticmethod(is_preferred_over_positions)
+    def __init__(self, length: int, hidden_size: int, expansion: float):
+        super().__init__(length, expansion)
+        self.hidden_size = hidden_size
+
+    def is_preferred(self) -> bool:
+        return is_preferred_over_positions(self.hidden_size, *self.down_proj.weight.shape)
 
     def pack(self, dtype: torch.dtype) -> None:
         """Do nothing: the kernel reads the weights as they are."""
@@ -321,7 +328,7 @@ class Block(nn.Module):
         self.norm_type, self.eps = norm_type, rms_norm_eps
         self.mixes_by_mlp = mixer_size is not None
         if mixer_size is not None:
-            self.mlp_t = PositionSwiGLU(mixer_size, expansion)
+            self.mlp_t = PositionSwiGLU(mixer_size, hidden_size, expansion)
         else:
             self.self_attn = Attention(hidden_size, num_heads, num_key_value_heads)
         self.mlp = SwiGLU(hidden_size, expansion)

@@ -21,9 +21,9 @@ _MOST_WEIGHTS = 1 << 18
 """Each thread sums the gradients of the weights on its own, which must not leave its cache."""
 
 
-def is_preferred(size: int, inner: int) -> bool:
-    """Return whether to use the kernel on this CPU for `size` positions."""
-    return _fits(size, inner) and not has_amx() and cpu_kernels() is not None
+def is_preferred(hidden_size: int, length: int, inner: int) -> bool:
+    """Return whether to use the kernel for these sizes on this CPU."""
+    return _fits(hidden_size, length, inner) and not has_amx() and cpu_kernels() is not None
 
 
 def position_swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -36,15 +36,16 @@ def position_swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return out
 
 
-def _fits(length: int, inner: int) -> bool:
-    return inner % _PANEL == 0 and 3 * length * inner <= _MOST_WEIGHTS
+def _fits(hidden_size: int, length: int, inner: int) -> bool:
+    divisible = hidden_size % 32 == 0 and inner % _PANEL == 0
+    return divisible and 3 * length * inner <= _MOST_WEIGHTS
 
 
 def _library(x: Tensor, gate_up: Tensor, down: Tensor) -> ctypes.CDLL | None:
     """Return the C++ kernels, if they support this layer."""
     alike = x.dtype == gate_up.dtype == down.dtype == torch.bfloat16
-    fits = x.numel() and x.shape[-1] % 32 == 0 and _fits(*down.shape)
-    return cpu_kernels() if alike and fits else None
+    fits = _fits(x.shape[-1], *down.shape)
+    return cpu_kernels() if alike and fits and x.numel() else None
 
 
 def _forward(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -104,6 +104,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, gate_up and down; unless `of_weights`, the last two are empty."""
     tokens = x.numel() // len(down)
+    if joint.numel() != tokens * len(gate_up):
+        raise RuntimeError("the layer was computed without keep=True, so it has no gradient")
     library = _library(gate_up, down) if x.dtype == grad.dtype == gate_up.dtype else None
     if library is None or _too_few(tokens, packed):
         return differentiate(grad, x, joint, gate_up, down, of_weights)
@@ -193,7 +195,8 @@ def differentiate(
     if not of_weights:
         return of_x, *empty_grads(x, gate_up, down, False)[1:]
     hidden = (silu * up).to(x.dtype)
-    flat_grad, flat_x, of_joint, hidden = (t.flatten(0, -2) for t in (grad, x, of_joint, hidden))
+    rows = (t.reshape(-1, t.shape[-1]) for t in (grad, x, of_joint, hidden))
+    flat_grad, flat_x, of_joint, hidden = rows
     return of_x, of_joint.T @ flat_x, flat_grad.T @ hidden
 
 

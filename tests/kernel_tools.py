@@ -20,3 +20,11 @@ def assert_close(found, right, tokens=8):
     share = 0.006 if tokens >= 8 else 0.01  # the errors of a token's inner values recur
     assert (found - right).norm() <= share * right.norm()
     assert (found - right).abs().max() <= 0.03 * right.abs().max()
+
+
+def allocated(call):
+    """Return the bytes that a function allocates."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    return sum(e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_tools import assert_close, can_run_kernels
+from kernel_tools import allocated, assert_close, can_run_kernels
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import cost
@@ -169,7 +169,34 @@ def test_a_block_with_the_operator_agrees_with_one_without(norm_type):
     assert_close(block(x, None), right.double())
 
 
-def test_the_gradients_of_large_weights_stay_with_pytorch(monkeypatch):
-    monkeypatch.setattr("models.position_swiglu.has_amx", lambda: False)
-    monkeypatch.setattr("models.position_swiglu.cpu_kernels", lambda: True)
-    assert PositionSwiGLU(81, 4.0).can_fuse() and not PositionSwiGLU(900, 4.0).can_fuse()
+@pytest.mark.parametrize(
+    ("length", "hidden_size", "fused"), [(81, 512, True), (900, 512, False), (81, 80, False)]
+)
+def test_only_layers_that_the_kernel_supports_are_fused(length, hidden_size, fused, monkeypatch):
+    monkeypatch.setattr(module, "has_amx", lambda: False)
+    monkeypatch.setattr(module, "cpu_kernels", lambda: True)
+    assert PositionSwiGLU(length, hidden_size, 4.0).can_fuse() is fused
+
+
+def test_a_block_normalizes_over_positions_as_trm_does():
+    """After the MLP over positions: (x + mlp)ᵀ is normalized along its last axis."""
+    block = Block(64, 2, 2, 4.0, "post", 1e-5, mixer_size=36)
+    block.mlp = torch.nn.Identity()
+    x = torch.randn(3, 36, 64)
+    found = block(x, None)
+    mixed = (x + block.mlp_t(x)).mT
+    mixed = F.rms_norm(mixed, (36,), eps=1e-5).mT
+    torch.testing.assert_close(found, F.rms_norm(2 * mixed, (64,), eps=1e-5))
+
+
+@pytest.mark.parametrize("of_weights", [True, False])
+def test_its_scratch_memory_is_counted(of_weights):
+    if not can_run_kernels():
+        pytest.skip("this CPU has no AVX-512 BF16, or there is no C++ compiler")
+    x, gate_up, down = draw(2, 37, 64, 128)
+    forward = allocated(lambda: position_swiglu(x, gate_up, down))
+    assert forward == x.nbytes + module.forward_scratch_bytes(x, gate_up, down)
+    inputs = (x, x, gate_up, down, of_weights)
+    backward = allocated(lambda: torch.ops.athena.position_swiglu_backward(*inputs))
+    grads = x.nbytes + of_weights * (gate_up.nbytes + down.nbytes)
+    assert backward == grads + module.backward_scratch_bytes(*inputs)

@@ -1,17 +1,23 @@
 """The feed-forward layer as one operator, against float64."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_tools import assert_close, can_run_kernels
+from kernel_tools import allocated, assert_close, can_run_kernels
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import cost
 from models import swiglu as module
-from models.layers import SwiGLU
+from models.layers import SwiGLU, cast_once
 from models.swiglu import pack, swiglu
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def plain(x, gate_up, down):
@@ -47,6 +53,7 @@ def kernel(request, monkeypatch):
         (160, 192, (2, 2, 50)),
         (128, 256, (4, 1)),
         (64, 64, (1,)),
+        (256, 256, (129,)),  # large weights
         (40, 64, (70,)),  # no kernel
     ],
 )
@@ -64,6 +71,78 @@ def test_values_and_gradients(kernel, size, inner, shape, packed, threads, set_t
     assert_close(found, right.detach(), tokens)
     for one, other in zip(own, exact, strict=True):
         assert_close(one.grad, other.grad, tokens)
+
+
+@pytest.mark.parametrize(("size", "inner"), [(64, 128), (256, 256)])
+@pytest.mark.parametrize("of_weights", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_its_scratch_memory_is_counted(size, inner, of_weights, packed):
+    if not can_run_kernels():
+        pytest.skip("this CPU has no AVX-512 BF16, or there is no C++ compiler")
+    x, gate_up, down = draw(size, inner, 129)
+    weights = (gate_up, down, pack(gate_up, down) if packed else None)
+    forward = allocated(lambda: torch.ops.athena.swiglu(x, *weights, True))
+    joint = torch.ops.athena.swiglu(x, *weights, True)[1]
+    counted = module.forward_scratch_bytes(x, *weights, True)
+    assert forward == x.nbytes + joint.nbytes + counted
+    inputs = (x, x, joint, *weights, of_weights)
+    backward = allocated(lambda: torch.ops.athena.swiglu_backward(*inputs))
+    grads = x.nbytes + of_weights * (gate_up.nbytes + down.nbytes)
+    assert backward == grads + module.backward_scratch_bytes(*inputs)
+
+
+def test_one_token_without_other_axes(kernel):
+    x, gate_up, down = (t.requires_grad_() for t in draw(64, 128))
+    swiglu(x, gate_up, down).sum().backward()
+    assert x.grad.shape == (64,) and gate_up.grad.any()
+
+
+def test_gradients_of_a_result_without_kept_values_are_an_error(kernel):
+    x, gate_up, down = draw(64, 128, 70)
+    out = torch.ops.athena.swiglu(x.requires_grad_(), gate_up, down, None, False)[0]
+    with pytest.raises(RuntimeError, match="keep=True"):
+        out.sum().backward()
+
+
+def test_weights_are_packed_once(monkeypatch):
+    if not can_run_kernels():
+        pytest.skip("this CPU has no AVX-512 BF16, or there is no C++ compiler")
+    layer, x = SwiGLU(64, 4.0), torch.randn(2, 40, 64).bfloat16()
+    layer.fused, calls = True, []
+    monkeypatch.setattr(module, "_pack", lambda *weights: calls.append(weights))
+    with cast_once([layer], torch.bfloat16):
+        assert layer.packed is not None
+        right = layer(x)
+    assert not calls and layer.packed is None
+    monkeypatch.undo()
+    assert torch.equal(layer(x), right)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["OMP_THREAD_LIMIT=1", "OMP_DYNAMIC=true"])
+def test_openmp_may_give_fewer_threads(limit):
+    if not can_run_kernels():
+        pytest.skip("this CPU has no AVX-512 BF16, or there is no C++ compiler")
+    key, value = limit.split("=")
+    program = """
+import torch
+from models.position_swiglu import position_swiglu
+from models.swiglu import swiglu
+torch.set_num_threads(4)
+for layer, shape in ((swiglu, (300, 64)), (position_swiglu, (9, 64, 64))):
+    tensors = [torch.randn(s).bfloat16() for s in (shape, (256, 64), (64, 128))]
+    fill = [torch.full((1 << 22,), torch.nan) for _ in range(4)]  # what is freed is used again
+    del fill
+    wide = [t.double().requires_grad_() for t in tensors]
+    x = wide[0] if layer is swiglu else wide[0].mT
+    gate, up = (x @ wide[1].T).chunk(2, -1)
+    ((torch.nn.functional.silu(gate) * up) @ wide[2].T).sum().backward()
+    layer(*[t.requires_grad_() for t in tensors]).sum().backward()
+    for t, w in zip(tensors, wide):
+        assert (t.grad - w.grad).norm() <= 0.01 * w.grad.norm(), layer
+"""
+    environment = {**os.environ, key: value}
+    subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(
