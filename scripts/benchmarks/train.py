@@ -1,4 +1,4 @@
-"""Benchmark a training step, as ratios to a reference measured in the same run.
+r"""Benchmark a training step, as ratios to a reference measured in the same run.
 
     python scripts/benchmarks/train.py experiment=quickstart
     python scripts/benchmarks/train.py experiment=quickstart device_type=cuda rounds=20

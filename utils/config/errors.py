@@ -156,7 +156,12 @@ def _path(prefix: str, loc: tuple) -> str:
 def _wrong_type(path: str, annotation: Any, value: Any) -> str:
     sentence = f"{path}: expected {expected(annotation)}, got {show(value)}"
     kinds = branches(annotation)
-    if isinstance(value, str) and any(get_origin(kind) is list for kind in kinds):
+    elements = [get_args(kind)[0] for kind in kinds if get_origin(kind) is list]
+    if isinstance(value, str) and elements:
+        choices = [c for e in elements if get_origin(e) is Literal for c in get_args(e)]
+        if choices and value not in choices:
+            meant = nearest(value, choices)
+            return f"{sentence}; did you mean {path}=[{meant}]?" if meant else sentence
         return f"{sentence}; write {path}=[{value}]"
     for kind in kinds:
         if get_origin(kind) is Literal:

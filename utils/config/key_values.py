@@ -7,8 +7,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from utils.config.errors import problems_of, show
+from utils.config.schema import PretrainConfig
 from utils.core.console import run_cli
 from utils.core.errors import UserError
+from utils.core.functions import PROJECT_ROOT, nearest
 
 Options = TypeVar("Options", bound=BaseModel)
 
@@ -56,8 +58,18 @@ def split_key_values(model: type[Options], arguments: Sequence[str]) -> tuple[Op
         elif word.startswith("--"):
             raise UserError(f"cannot read '{word}': arguments are key=value; see --help for keys")
         else:
+            _refuse_typo(model, key)
             others.append(word)
     return validate(model, {k: v for k, v in given.items() if v != "null"}), others
+
+
+def _refuse_typo(model: type[BaseModel], key: str) -> None:
+    """Raise a UserError if a key is not one of pretrain.py but nearly one of `model`."""
+    known = PretrainConfig.model_fields.keys()
+    if key.lstrip("+~").split(".")[0] in known or (PROJECT_ROOT / "config" / key).is_dir():
+        return
+    if meant := nearest(key, list(model.model_fields), cutoff=0.8):
+        raise UserError(f"unknown key '{key}': did you mean '{meant}'?")
 
 
 def _join_flags(arguments: Sequence[str]) -> list[str]:

@@ -266,6 +266,8 @@ def test_an_unknown_option_of_a_plugin_is_answered_with_its_own(tmp_path):
         ),
         ("micro_batch_size=most", ["micro_batch_size", "a whole number or auto or null"]),
         ("data_paths=data/x", ["data_paths", "a list", "write data_paths=[data/x]"]),
+        ("fast=swiglu", ["fast", "write fast=[swiglu]"]),
+        ("fast=swigl", ["fast", "attention, loss", "did you mean fast=[swiglu]"]),
         ("logger=[wandb,tensorbord]", ["logger[1]", "did you mean 'tensorboard'?"]),
         ("domain_weights={web: -1}", ["domain_weights.web", "at least 0", "-1"]),
         ("arch.causal=5", ["arch.causal", "true or false", "5"]),

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from utils.config.key_values import split_key_values
+from utils.config.key_values import CommandKeys, split_key_values
 from utils.core.errors import UserError
 
 
@@ -33,3 +33,30 @@ def test_published_flags_are_the_same_as_keys(words):
 def test_mistakes_are_named(words):
     with pytest.raises(UserError, match=words.split("=")[0].split()[0]):
         split_key_values(Options, words.split())
+
+
+class Rounds(CommandKeys):
+    rounds: int = 3
+    width: int = 5
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("round=5", "rounds"), ("widht=64", "width"), ("Rounds=5", "rounds")]
+)
+def test_a_mistyped_key_of_the_command_gets_its_own_suggestion(word, meant):
+    with pytest.raises(UserError, match=f"unknown key '{word.split('=')[0]}'.*'{meant}'"):
+        split_key_values(Rounds, [word])
+
+
+def test_keys_of_pretrain_are_passed_on():
+    words = [
+        "lr=1",
+        "arch.num_layers=2",
+        "+arch.x=1",
+        "~lr",
+        "arch/net=trm",
+        "experiment=a",
+        "odd=1",
+    ]
+    options, others = split_key_values(Rounds, [*words, "rounds=7"])
+    assert options.rounds == 7 and others == words
