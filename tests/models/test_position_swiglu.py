@@ -136,7 +136,7 @@ def test_the_operator_keeps_torchs_rules():
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_its_flops_are_those_of_its_products(kernel, trained):
-    """The gradients compute the first product again."""
+    """What the gradients compute again is not counted."""
     assert cost  # which says how to count the operator
     inputs = draw(2, 36, 64, 128)
     inputs[0].requires_grad_()
@@ -147,8 +147,7 @@ def test_its_flops_are_those_of_its_products(kernel, trained):
         with FlopCounterMode(display=False) as counter:
             layer(*inputs).sum().backward()
         counts.append(counter.get_total_flops())
-    again = 2 * inputs[0].numel() * len(inputs[1])
-    assert counts[0] == counts[1] + again
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_second_derivative_is_an_error():
